@@ -1,0 +1,80 @@
+"""The command line: one file per verb, imported only when that verb is called, so that `--help` answers at once.
+
+Exit status: 0 done, 1 the run failed, 2 the input was wrong. An error is one sentence on standard error.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from thinwire.errors import ThinwireError
+
+_VERBS = {
+    "train": "Train what a run file describes; resumes a run that was stopped or killed.",
+    "data": "Prepare token files from text, and look at them.",
+    "eval": "Loss, perplexity and bits per byte of a run on held-out text.",
+    "generate": "Continue a prompt with a run's model.",
+    "plan": "Choose where states live and what it costs, for a model and a cluster.",
+    "simulate": "Play a plan through an event simulator; print or write its timeline.",
+    "lab": "An emulated cluster with slow links on this machine.",
+}
+
+
+class LazyGroup(TyperGroup):
+    """A group whose verbs live in `thinwire.cli.VERB`: a function of that name, or a typer `app`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
+            return None
+        module = importlib.import_module(f"thinwire.cli.{cmd_name}")
+        verb = typer.Typer(help=_VERBS[cmd_name]) if not hasattr(module, "app") else module.app
+        if not hasattr(module, "app"):
+            verb.command(name=cmd_name)(module.run)
+        command = typer.main.get_command(verb)
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_VERBS.items()))
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    help="Train language models where the network, not the chips, is the bottleneck.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from thinwire import __version__
+
+        typer.echo(f"thinwire {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version.")) -> None:
+    """Options of the program itself."""
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """The console script."""
+    try:
+        return app(arguments)
+    except ThinwireError as error:
+        typer.echo(f"thinwire: {error}", err=True)
+        sys.exit(error.exit_status)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,75 @@
+"""`thinwire data`: token files from text, and a look at them."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Prepare token files from text, and look at them.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command()
+def prepare(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, or `stdlib`.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to make.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, bpe:SIZE, or the path of a tokenizer.json.")] = "bytes",
+    include: Annotated[list[str] | None, typer.Option(help="Glob of files to take from folders; may repeat.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may repeat.")] = None,
+    field: Annotated[str, typer.Option(help="Field of JSON lines or column of parquet that holds the text.")] = "text",
+    heldout_fraction: Annotated[float, typer.Option(help="Share of documents kept for validation.")] = 0.02,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Tokenise text into Megatron's indexed format, with a held-out split chosen by document hash.
+
+    Example: thinwire data prepare stdlib -o corpora/stdlib --tokenizer bpe:4096
+    """
+    from thinwire.data.prepare import Options
+    from thinwire.data.progress import prepare_shown
+    from thinwire.errors import ConfigError
+
+    if not 0 <= heldout_fraction < 1:
+        raise ConfigError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers} must be at least 1")
+    options = Options(
+        tuple(sources), tokenizer, tuple(include or ()), tuple(exclude or ()), field, heldout_fraction
+    )
+    manifest = prepare_shown(options, out, workers=workers, force=force)
+    if as_json:
+        typer.echo(json.dumps(manifest))
+    else:
+        _describe(out, manifest)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="A folder made by `prepare`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """What a prepared folder holds.
+
+    Example: thinwire data show corpora/stdlib
+    """
+    from thinwire.data.config import DataConfig
+    from thinwire.data.corpus import Corpus, read_manifest
+
+    manifest = read_manifest(folder)
+    Corpus.open(DataConfig(path=folder))
+    if as_json:
+        typer.echo(json.dumps(manifest))
+    else:
+        _describe(folder, manifest)
+
+
+def _describe(folder: Path, manifest: dict[str, dict[str, dict[str, int]]]) -> None:
+    vocabulary = manifest["tokenizer"]["vocab_size"]
+    typer.echo(f"{folder}: {manifest['tokenizer']['file']} with {vocabulary:,} ids")
+    for name, split in manifest["splits"].items():
+        each = split["bytes"] / max(1, split["tokens"])
+        typer.echo(
+            f"  {name:8} {split['documents']:>10,} documents  {split['tokens']:>14,} tokens  {split['bytes']:>14,} bytes  "
+            f"({each:.2f} bytes a token)"
+        )

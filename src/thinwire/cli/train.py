@@ -1,0 +1,71 @@
+"""`thinwire train RUN.toml`: on one machine it starts the ranks itself; under torchrun or Slurm it is one of them."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the run file; may be repeated.")
+
+
+def run(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.")],
+    settings: Annotated[list[str] | None, SET] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Put an existing run aside (NAME.1) and start anew.")] = False,
+    port: Annotated[int | None, typer.Option(help="Port for the ranks to meet at; default: any free one.")] = None,
+) -> None:
+    """Train what RUN.toml describes; the same command resumes a run that was stopped or killed.
+
+    Example: thinwire train examples/stdlib.toml --set run.steps=500
+    """
+    from thinwire.comm.place import Place
+
+    place = Place.from_environment(os.environ)
+    if place is None:
+        _train_here(run_file, settings or [], fresh=fresh, port=port)
+    else:
+        _train_as(place, run_file, settings or [], fresh=fresh)
+
+
+def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int | None) -> None:
+    """Check everything, make the run folder, start the ranks, tell how they ended."""
+    from thinwire.train.folder import open_folder
+    from thinwire.train.job import corpus_for, crowding, read_config, resolve
+    from thinwire.train.launch import launch, refuse_taken
+
+    config = read_config(run_file, settings)
+    if port is not None:
+        refuse_taken(port)
+    corpus_for(config)
+    job = resolve(run_file, config)
+    resuming = open_folder(job, fresh=fresh)
+    _greet(job, resuming)
+    if warning := crowding(job.cluster.ranks):
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
+    ending = launch([str(run_file), *settings], ranks=job.cluster.ranks, folder=job.folder, port=port)
+    if ending.failure is not None:
+        who = f"rank {ending.failure.rank}: " if ending.failure.rank >= 0 else ""
+        typer.echo(f"thinwire: {who}{ending.failure.sentence}", err=True)
+        if ending.failure.details:
+            typer.echo(ending.failure.details.rstrip(), err=True)
+    sys.exit(ending.status)
+
+
+def _train_as(place: "Place", run_file: Path, settings: list[str], *, fresh: bool) -> None:  # noqa: F821
+    """Be one rank of a world that torchrun or Slurm started."""
+    from thinwire.train.worker import run_external
+
+    run_external(place, run_file, settings, fresh=fresh)
+
+
+def _greet(job: "Job", resuming: bool) -> None:  # noqa: F821
+    from thinwire.units import show_count
+
+    levels = " x ".join(f"{level.name}={level.fanout}" for level in job.cluster.levels)
+    typer.echo(
+        f"{'going on with' if resuming else 'starting'} {job.folder}: {show_count(job.spec.parameters)} parameters, "
+        f"{levels} = {job.cluster.ranks} ranks, {job.config.batch.sequences} x {job.config.batch.tokens} tokens a step "
+        f"in {job.plan.accumulate} micro-batches of {job.plan.micro_batch} a rank"
+    )

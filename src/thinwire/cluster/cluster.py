@@ -1,0 +1,146 @@
+"""What the network is: a device, and levels from the fastest link to the slowest.
+
+A level joins `fanout` of the next inner thing: with `node` (fanout 8) and `cluster` (fanout 4), a node is 8 ranks and
+the cluster is 4 nodes. Ranks number inner-first: rank r sits at coordinate `(r // inner ranks) % fanout` of a level.
+`bytes_per_s` of a level is what one member (one of the next inner things, all its ranks together) can send over its
+link at that level, in one direction; `latency_s` is the time before the first byte of a message arrives.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from thinwire.config import Frozen, build, read_toml
+from thinwire.errors import ConfigError
+from thinwire.units import Bytes, BytesPerS, FlopsPerS, Seconds
+
+Origin = Literal["default", "given", "measured"]
+
+
+class Level(Frozen):
+    """One network tier. `None` for a figure means unknown: training needs none of them, planning asks for them."""
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    fanout: int = Field(ge=1)
+    bytes_per_s: BytesPerS | None = Field(default=None, gt=0)
+    latency_s: Seconds | None = Field(default=None, ge=0)
+    origin: Origin = "given"
+
+    @field_validator("name")
+    @classmethod
+    def _reserved(cls, name: str) -> str:
+        if name in ("replica", "all", "auto"):
+            raise ValueError(f"a level cannot be called {name!r}: partitions use that word; call it for example 'node'")
+        return name
+
+
+class Device(Frozen):
+    """What one rank computes on. Peak figures are the maker's dense figures; `None` means unknown."""
+
+    name: str = "cpu"
+    kind: Literal["cpu", "cuda"] = "cpu"
+    peak_flops_per_s: FlopsPerS | None = Field(default=None, gt=0)
+    """Dense peak in the compute precision of the run (bf16 on accelerators, fp32 on CPU)."""
+    memory_bytes: Bytes | None = Field(default=None, gt=0)
+    memory_bytes_per_s: BytesPerS | None = Field(default=None, gt=0)
+    origin: Origin = "given"
+
+
+class Cluster(Frozen):
+    """A device and the levels that join many of it, inner to outer."""
+
+    version: Literal[1] = 1
+    device: Device = Device()
+    levels: tuple[Level, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [level.name for level in self.levels]
+        if len(set(names)) != len(names):
+            raise ValueError(f"level names must differ, these are {', '.join(names)}")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the cluster has: the product of the fanouts."""
+        return math.prod(level.fanout for level in self.levels)
+
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        return tuple(level.name for level in self.levels)
+
+    def index(self, name: str) -> int:
+        """Position of level `name`, 0 is the innermost. Raises ConfigError naming the levels there are."""
+        if name not in self.level_names:
+            raise ConfigError(f"there is no level {name!r}; the levels are {', '.join(self.level_names)} (inner first)")
+        return self.level_names.index(name)
+
+    def ranks_within(self, index: int) -> int:
+        """Ranks inside one member-group of level `index`, that level included; `ranks_within(-1)` is 1."""
+        return math.prod(level.fanout for level in self.levels[: index + 1])
+
+    def coordinates(self, rank: int) -> tuple[int, ...]:
+        """Where `rank` sits: its position at each level, inner to outer."""
+        return tuple(rank // self.ranks_within(i - 1) % level.fanout for i, level in enumerate(self.levels))
+
+    def group(self, rank: int, index: int) -> tuple[int, ...]:
+        """The ranks that differ from `rank` only in their coordinate at level `index`, in coordinate order."""
+        stride = self.ranks_within(index - 1)
+        fanout = self.levels[index].fanout
+        base = rank - (rank // stride % fanout) * stride
+        return tuple(base + k * stride for k in range(fanout))
+
+    def span(self, rank: int, index: int) -> tuple[int, ...]:
+        """All ranks that share `rank`'s member of level `index` and everything inside it, ascending."""
+        size = self.ranks_within(index)
+        first = rank // size * size
+        return tuple(range(first, first + size))
+
+
+class ClusterConfig(Frozen):
+    """`[cluster]` of a run file: a preset, a cluster file, or levels spelled out (then `device` may be given too)."""
+
+    preset: str | None = None
+    file: str | None = None
+    device: Device | str | None = None
+    levels: tuple[Level, ...] = ()
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        """`[2, 4]` is short for two levels named `node` and `cluster` (one number: `node`)."""
+        if isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
+            names = ["node", "cluster"] if len(value) <= 2 else [f"level{i}" for i in range(len(value))]
+            return [{"name": name, "fanout": fanout} for name, fanout in zip(names, value, strict=False)]
+        return value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        given = [name for name in ("preset", "file", "levels") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"give one of preset, file and levels, not {' and '.join(given)}")
+        return self
+
+    def resolve(self, base: Path = Path()) -> Cluster:
+        """The cluster this section means; `file` is relative to `base`. Raises ConfigError."""
+        from thinwire.cluster.presets import device_preset, preset
+
+        device = device_preset(self.device) if isinstance(self.device, str) else self.device
+        if self.preset:
+            cluster = preset(self.preset)
+        elif self.file:
+            cluster = read_cluster(base / self.file)
+        else:
+            levels = self.levels or (Level(name="node", fanout=1),)
+            return Cluster(device=device or Device(), levels=levels)
+        return cluster.model_copy(update={"device": device}) if device else cluster
+
+
+def read_cluster(path: Path) -> Cluster:
+    """A cluster file, as `thinwire probe` writes it. Raises ConfigError (another version, unknown key, bad number)."""
+    tree = read_toml(path)
+    if tree.get("version", 1) != 1:
+        raise ConfigError(f"{path} is a cluster file of version {tree['version']}; this thinwire reads version 1")
+    return build(Cluster, tree, str(path))

@@ -1,0 +1,93 @@
+"""Devices and clusters by name. Every figure stands beside its source; all of them are `default`, none is measured.
+
+Rates are per direction. A node's uplink is what all its network adapters carry together.
+"""
+
+import difflib
+from collections.abc import Mapping
+
+from thinwire.cluster.cluster import Cluster, Device, Level
+from thinwire.errors import ConfigError
+
+_GIB = 2**30
+_GBIT = 1e9 / 8
+
+DEVICES: Mapping[str, Device] = {
+    # A CPU's peak differs by machine: it is measured when a run starts.
+    "cpu": Device(name="cpu", kind="cpu", origin="default"),
+    # NVIDIA A100 80GB SXM data sheet (2021): 312 TFLOP/s bf16 dense, 80 GB HBM2e at 2,039 GB/s.
+    "a100-80g": Device(
+        name="a100-80g", kind="cuda", peak_flops_per_s=312e12, memory_bytes=80 * _GIB, memory_bytes_per_s=2.039e12,
+        origin="default",
+    ),
+    # NVIDIA A100 40GB SXM data sheet (2020): 312 TFLOP/s bf16 dense, 40 GB HBM2 at 1,555 GB/s.
+    "a100-40g": Device(
+        name="a100-40g", kind="cuda", peak_flops_per_s=312e12, memory_bytes=40 * _GIB, memory_bytes_per_s=1.555e12,
+        origin="default",
+    ),
+    # NVIDIA H100 SXM data sheet (2022): 989 TFLOP/s bf16 dense, 80 GB HBM3 at 3.35 TB/s.
+    "h100": Device(
+        name="h100", kind="cuda", peak_flops_per_s=989e12, memory_bytes=80 * _GIB, memory_bytes_per_s=3.35e12,
+        origin="default",
+    ),
+    # NVIDIA H200 data sheet (2023): 989 TFLOP/s bf16 dense, 141 GB HBM3e at 4.8 TB/s.
+    "h200": Device(
+        name="h200", kind="cuda", peak_flops_per_s=989e12, memory_bytes=141 * 10**9, memory_bytes_per_s=4.8e12,
+        origin="default",
+    ),
+    # AMD MI250X data sheet (2021), one of its two dies (GCD): 191.5 TFLOP/s bf16, 64 GB HBM2e at 1.6 TB/s.
+    "mi250x-gcd": Device(
+        name="mi250x-gcd", kind="cuda", peak_flops_per_s=191.5e12, memory_bytes=64 * _GIB, memory_bytes_per_s=1.6e12,
+        origin="default",
+    ),
+}
+
+
+def _level(name: str, fanout: int, bytes_per_s: float, latency_s: float) -> Level:
+    return Level(name=name, fanout=fanout, bytes_per_s=bytes_per_s, latency_s=latency_s, origin="default")
+
+
+CLUSTERS: Mapping[str, Cluster] = {
+    # Two ranks on one machine; loopback has no rate worth stating.
+    "laptop": Cluster(device=DEVICES["cpu"], levels=(Level(name="node", fanout=2, origin="default"),)),
+    # DGX A100 data sheet: NVLink 3 gives each GPU 300 GB/s a direction; 8 x HDR 200 Gbit/s adapters a node.
+    "dgx-a100-4": Cluster(
+        device=DEVICES["a100-80g"],
+        levels=(_level("node", 8, 300e9, 5e-6), _level("cluster", 4, 1600 * _GBIT, 10e-6)),
+    ),
+    # Eight H100 (NVLink 4: 450 GB/s a direction) in a node with one 25 Gbit/s Ethernet port; latency of TCP in a rack.
+    "h100-25gbe-4": Cluster(
+        device=DEVICES["h100"],
+        levels=(_level("node", 8, 450e9, 5e-6), _level("cluster", 4, 25 * _GBIT, 50e-6)),
+    ),
+    # Frontier user guide (OLCF): two dies of an MI250X joined by 200 GB/s, packages by 50-100 GB/s,
+    # four 25 GB/s Slingshot adapters a node. 48 nodes: the size of the 384-die runs in arXiv 2501.04266.
+    "frontier-48": Cluster(
+        device=DEVICES["mi250x-gcd"],
+        levels=(
+            _level("pair", 2, 200e9, 5e-6),
+            _level("node", 4, 100e9, 8e-6),
+            _level("cluster", 48, 100e9, 15e-6),
+        ),
+    ),
+}
+
+
+def preset(name: str) -> Cluster:
+    """The cluster called `name`. Raises ConfigError with the nearest name there is."""
+    if name not in CLUSTERS:
+        raise ConfigError(_unknown("cluster preset", name, list(CLUSTERS)))
+    return CLUSTERS[name]
+
+
+def device_preset(name: str) -> Device:
+    """The device called `name`. Raises ConfigError with the nearest name there is."""
+    if name not in DEVICES:
+        raise ConfigError(_unknown("device", name, list(DEVICES)))
+    return DEVICES[name]
+
+
+def _unknown(what: str, name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "there are"
+    return f"there is no {what} {name!r}; {hint} {'' if nearest else ', '.join(known)}".rstrip()

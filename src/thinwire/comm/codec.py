@@ -1,0 +1,43 @@
+"""How numbers become bytes on a wire: the interface, and the identity."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """Flat tensors to bytes and back. The same input gives the same bytes on every device."""
+
+    @property
+    def name(self) -> str: ...
+
+    def encode(self, x_n: Tensor) -> Tensor:
+        """(n,) floating point -> (wire_bytes(n),) uint8, codes and scales together."""
+        ...
+
+    def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+        """(wire_bytes(n),) uint8 -> (n,) of `dtype`."""
+        ...
+
+    def wire_bytes(self, n: int) -> int:
+        """Bytes that n elements take on the wire, exactly."""
+        ...
+
+
+class Identity:
+    """Numbers travel as they are; collectives take a shortcut around `encode` and `decode`."""
+
+    name = "identity"
+
+    def encode(self, x_n: Tensor) -> Tensor:
+        return x_n.contiguous().view(torch.uint8)
+
+    def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+        return coded.view(dtype)
+
+    def wire_bytes(self, n: int) -> int:
+        return 4 * n
+
+
+IDENTITY: Codec = Identity()

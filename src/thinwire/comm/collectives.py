@@ -1,0 +1,146 @@
+"""Collectives of one level. Each returns a Handle, and the ledger has an entry for it before the first byte leaves.
+
+A group of k ranks; V bytes in the whole tensor. All-gather and reduce-scatter send V (k-1)/k from each rank, the least
+possible. gloo's own reduce-scatter sends twice that (it is an all-reduce inside), so here it is an all-to-all and a
+local sum in the order of the ranks: deterministic, and the same bits whoever owns the result. NCCL's own is used on
+accelerators. `thinwire.comm.dull` has the plain twins that tests compare with.
+
+Shapes: k ranks of the group, n elements of one rank's chunk
+"""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from thinwire.comm.codec import IDENTITY, Codec
+from thinwire.comm.handle import Handle
+from thinwire.comm.ledger import Entry
+from thinwire.comm.world import World
+
+_DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8
+
+
+def all_gather(
+    out_kn: Tensor, shard_n: Tensor, *, world: World, level: int, purpose: str, codec: Codec = IDENTITY
+) -> Handle:
+    """`out_kn` becomes the chunks of all ranks of the group in order; this rank's is `shard_n`.
+
+    `shard_n` may be the right part of `out_kn` itself. With a codec every rank, the owner too, decodes what was sent,
+    so that all hold the same bits.
+    """
+    group, k = world.group(level, "gather"), world.fanout(level)
+    assert out_kn.numel() == k * shard_n.numel(), (out_kn.shape, shard_n.shape, k)
+    if group is None:
+        return _alone(world, out_kn, shard_n)
+    n = shard_n.numel()
+    if codec is IDENTITY:
+        entry = _entry(world, level, "all_gather", purpose, out_kn, shard_n.nbytes * (k - 1), codec)
+        work = dist.all_gather_into_tensor(out_kn.view(-1), shard_n.reshape(-1), group=group, async_op=True)
+        return Handle(world.outstanding, entry, [work], keep=(out_kn, shard_n))
+    coded = codec.encode(shard_n.reshape(-1))
+    received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
+    entry = _entry(world, level, "all_gather", purpose, out_kn, coded.nbytes * (k - 1), codec)
+    work = dist.all_gather_into_tensor(received, coded, group=group, async_op=True)
+
+    def finish() -> None:
+        for part, chunk in zip(out_kn.view(k, n), received.view(k, -1), strict=True):
+            part.copy_(codec.decode(chunk, n, part.dtype))
+
+    return Handle(world.outstanding, entry, [work], finish=finish, keep=(coded, received))
+
+
+def reduce_scatter(
+    out_n: Tensor, full_kn: Tensor, *, world: World, level: int, purpose: str, codec: Codec = IDENTITY
+) -> Handle:
+    """`out_n` becomes the sum over the group of everybody's chunk number (this rank's coordinate) of `full_kn`.
+
+    Sums are in `out_n`'s precision and in rank order. `out_n` must not overlap `full_kn`.
+    """
+    group, k = world.group(level, "reduce"), world.fanout(level)
+    n = out_n.numel()
+    assert full_kn.numel() == k * n, (full_kn.shape, out_n.shape, k)
+    if group is None:
+        return _alone(world, out_n, full_kn)
+    full = full_kn.reshape(k, n)
+    if codec is IDENTITY and world.device.type == "cuda":
+        entry = _entry(world, level, "reduce_scatter", purpose, full_kn, full.nbytes // k * (k - 1), codec)
+        work = dist.reduce_scatter_tensor(out_n.view(-1), full.reshape(-1), group=group, async_op=True)
+        return Handle(world.outstanding, entry, [work], keep=(out_n, full))
+    sent = full if codec is IDENTITY else torch.stack([codec.encode(chunk) for chunk in full])
+    received = torch.empty_like(sent)
+    entry = _entry(world, level, "reduce_scatter", purpose, full_kn, sent.nbytes // k * (k - 1), codec)
+    work = dist.all_to_all_single(received, sent.contiguous(), group=group, async_op=True)
+
+    def finish() -> None:
+        out_n.copy_(received[0] if codec is IDENTITY else codec.decode(received[0], n, out_n.dtype))
+        for chunk in received[1:]:
+            out_n.add_(chunk if codec is IDENTITY else codec.decode(chunk, n, out_n.dtype))
+
+    return Handle(world.outstanding, entry, [work], finish=finish, keep=(sent, received))
+
+
+def all_reduce(x: Tensor, *, world: World, level: int, purpose: str, codec: Codec = IDENTITY) -> None:
+    """Sum `x` over the group of a level, in place: reduce-scatter and all-gather of a padded flat copy, waited for."""
+    k = world.fanout(level)
+    if world.group(level, "reduce") is None:
+        return
+    n = -(-x.numel() // k)
+    padded = torch.zeros(k * n, dtype=x.dtype, device=x.device)
+    padded[: x.numel()] = x.reshape(-1)
+    shard = torch.empty(n, dtype=x.dtype, device=x.device)
+    reduce_scatter(shard, padded, world=world, level=level, purpose=purpose, codec=codec).wait()
+    all_gather(padded, shard, world=world, level=level, purpose=purpose, codec=codec).wait()
+    x.copy_(padded[: x.numel()].view_as(x))
+
+
+def all_reduce_small(x: Tensor, *, world: World, op: Literal["sum", "max"] = "sum", purpose: str = "control") -> None:
+    """Sum or maximum of a small CPU tensor over all ranks, in place; the same bits on every rank.
+
+    Level by level, inner to outer, each in the form that the level's latency and rate make cheaper: everybody gathers
+    everything in one round and reduces locally in rank order, or (for larger tensors) reduce-scatter and all-gather.
+    """
+    for level in range(len(world.cluster.levels)):
+        group, k = world.group(level, "small"), world.fanout(level)
+        if group is None:
+            continue
+        if op == "sum" and world.device.type == "cpu" and not one_round_is_cheaper(x.nbytes, k, world, level):
+            all_reduce(x, world=world, level=level, purpose=purpose)
+            continue
+        gathered = torch.empty(k, x.numel(), dtype=x.dtype)
+        entry = _entry(world, level, "all_reduce", purpose, x, x.nbytes * (k - 1), IDENTITY)
+        work = dist.all_gather_into_tensor(gathered.view(-1), x.reshape(-1), group=group, async_op=True)
+        Handle(world.outstanding, entry, [work]).wait()
+        total = gathered[0].clone()
+        for other in gathered[1:]:
+            total = total + other if op == "sum" else torch.maximum(total, other)
+        x.copy_(total.view_as(x))
+
+
+def one_round_is_cheaper(size_bytes: int, k: int, world: World, level: int) -> bool:
+    """alpha-beta cost: (k-1)(a + S/b) for gathering everything against 2(k-1)(a + S/(k b)) for a ring in two halves."""
+    of_level = world.cluster.levels[level]
+    latency_s = _DEFAULT_LATENCY_S if of_level.latency_s is None else of_level.latency_s
+    bytes_per_s = of_level.bytes_per_s or _DEFAULT_BYTES_PER_S
+    return latency_s + size_bytes / bytes_per_s <= 2 * (latency_s + size_bytes / (k * bytes_per_s))
+
+
+def _alone(world: World, out: Tensor, source: Tensor) -> Handle:
+    """A level of one member is as if it were not there: nothing is coded, nothing is sent."""
+    if out.data_ptr() != source.data_ptr() or out.dtype != source.dtype:
+        out.copy_(source.view_as(out))
+    return Handle(world.outstanding, None, [])
+
+
+def _entry(
+    world: World, level: int, kind: str, purpose: str, payload: Tensor, sent_bytes: int, codec: Codec
+) -> Entry:
+    return world.ledger.open(
+        level=world.level_name(level),
+        kind=kind,
+        purpose=purpose,
+        payload_bytes=payload.nbytes,
+        sent_bytes=sent_bytes,
+        codec=codec.name,
+    )

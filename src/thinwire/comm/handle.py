@@ -1,0 +1,55 @@
+"""A collective in flight. It is waited for exactly once; one that is dropped is found when the world is left."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from thinwire.comm.ledger import Entry
+
+
+class Waitable(Protocol):
+    """What torch.distributed returns for an asynchronous call."""
+
+    def wait(self) -> object: ...
+
+
+class Handle:
+    """Wait for `works`, then run `finish` (decode, sum). Holds references to `keep` until then.
+
+    Nothing is done in callbacks: `finish` runs in the thread that waits, so all ranks do the same in the same order.
+    """
+
+    def __init__(
+        self,
+        outstanding: set["Handle"],
+        entry: Entry | None,
+        works: Sequence[Waitable],
+        *,
+        finish: Callable[[], None] | None = None,
+        keep: Sequence[Tensor] = (),
+    ) -> None:
+        self._outstanding, self._entry, self._works = outstanding, entry, list(works)
+        self._finish, self._keep = finish, tuple(keep)
+        self._waited = False
+        outstanding.add(self)
+
+    def wait(self) -> None:
+        """Block until the result is in place. Calling it twice is a bug, and raises AssertionError."""
+        assert not self._waited, f"handle waited for twice: {self._entry}"
+        start_s = time.perf_counter()
+        for work in self._works:
+            work.wait()
+        if self._entry is not None:
+            now_s = time.perf_counter()
+            self._entry.finished_s = now_s
+            self._entry.exposed_s += now_s - start_s
+        if self._finish is not None:
+            self._finish()
+        self._waited = True
+        self._outstanding.discard(self)
+        self._works, self._keep, self._finish = [], (), None
+
+    def __repr__(self) -> str:
+        return f"Handle({self._entry})"

@@ -1,0 +1,103 @@
+"""All ranks, and the groups in which they talk: one communicator per level and kind of collective, never per unit.
+
+Ranks number inner-first (`Cluster.coordinates`). At each level a rank belongs to one group: the ranks that differ from
+it in that level's coordinate alone. Different kinds of collective have communicators of their own, so that a gather
+never queues behind a reduction (pytorch issue 177011). A world of one rank has no communicator and no process group.
+"""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+
+from thinwire.cluster.cluster import Cluster
+from thinwire.comm.handle import Handle
+from thinwire.comm.ledger import Ledger
+from thinwire.errors import ConfigError, LinkError
+
+Kind = Literal["gather", "reduce", "small"]
+
+
+@dataclass
+class World:
+    """One rank's view of all ranks. Make it with `World.join`, end it with `leave`."""
+
+    rank: int
+    size: int
+    local_rank: int
+    cluster: Cluster
+    device: torch.device
+    ledger: Ledger = field(default_factory=Ledger)
+    outstanding: set[Handle] = field(default_factory=set)
+    """Handles not waited for yet."""
+    _groups: dict[tuple[int, Kind], dist.ProcessGroup] = field(default_factory=dict)
+
+    @staticmethod
+    def join(
+        cluster: Cluster, *, rank: int, size: int, local_rank: int, host: str, port: int, timeout_s: float = 600.0
+    ) -> "World":
+        """Meet the other ranks at host:port (rank 0 listens there) and make every communicator.
+
+        Raises ConfigError if the cluster's levels do not multiply up to `size`, LinkError if the ranks do not meet.
+        """
+        check_size(cluster, size)
+        cuda = cluster.device.kind == "cuda"
+        if cuda and not torch.cuda.is_available():
+            raise ConfigError("the cluster's device is a GPU, but torch sees none here; set cluster.device = \"cpu\"")
+        device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        world = World(rank, size, local_rank, cluster, device)
+        if size > 1:
+            timeout = timedelta(seconds=timeout_s)
+            try:
+                store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timeout)
+                backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            except (dist.DistError, RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise LinkError(f"rank {rank} could not meet the others at {host}:{port}: {reason}") from error
+            world._make_groups(timeout)
+        return world
+
+    def _make_groups(self, timeout: timedelta) -> None:
+        for index in range(len(self.cluster.levels)):
+            ranks = self.cluster.group(self.rank, index)
+            if len(ranks) == 1:
+                continue
+            for kind in get_args(Kind):
+                backend = "gloo" if kind == "small" or self.device.type == "cpu" else "nccl"
+                self._groups[index, kind] = dist.new_group(
+                    list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
+                )
+
+    def group(self, level: int, kind: Kind) -> dist.ProcessGroup | None:
+        """This rank's communicator at a level; None where the level joins only one member."""
+        return self._groups.get((level, kind))
+
+    def fanout(self, level: int) -> int:
+        return self.cluster.levels[level].fanout
+
+    def coordinate(self, level: int) -> int:
+        """This rank's position in its group at a level."""
+        return self.cluster.coordinates(self.rank)[level]
+
+    def level_name(self, level: int) -> str:
+        return self.cluster.levels[level].name
+
+    def leave(self) -> None:
+        """Close every communicator. A handle that nobody waited for is a bug, and raises AssertionError."""
+        dropped = list(self.outstanding)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        assert not dropped, f"{len(dropped)} handles were never waited for, the first is {dropped[0]}"
+
+
+def check_size(cluster: Cluster, size: int) -> None:
+    """Raise ConfigError, in one sentence, if the launcher's world is not the cluster's."""
+    if cluster.ranks != size:
+        product = " x ".join(f"{level.name}={level.fanout}" for level in cluster.levels)
+        raise ConfigError(
+            f"the levels {product} make {cluster.ranks} ranks, but the launcher started {size}; change cluster.levels, "
+            f"or start {cluster.ranks} processes"
+        )

@@ -1,0 +1,248 @@
+"""Text to token files: read in order, tokenised in parallel, written in order, renamed into place when whole.
+
+Everything is written in a hidden folder beside the target; a run that is interrupted, however, leaves no target. The
+result does not depend on the number of workers.
+"""
+
+import hashlib
+import json
+import multiprocessing as mp
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thinwire.data.corpus import FORMAT, MANIFEST, PREFIXES
+from thinwire.data.indexed import IndexedWriter, dtype_for, paths_of
+from thinwire.data.sources import documents, files_of
+from thinwire.data.tokenizer import ByteTokenizer, Tokenizer, load_file, parse_choice, train_bpe
+from thinwire.errors import DataError
+
+_CHUNK_CHARS = 1 << 21
+_HASH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to read and how to tokenise it."""
+
+    sources: tuple[str, ...]
+    tokenizer: str = "bytes"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    field: str = "text"
+    heldout_fraction: float = 0.02
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, bytes of source files done, bytes of all source files)."""
+
+
+def prepare(
+    options: Options, out: Path, *, workers: int | None = None, force: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write the corpus folder `out` and return its manifest.
+
+    Raises DataError: no such source, no documents, not text, a target that exists (unless `force`), no room on disk.
+    """
+    if out.exists() and not force:
+        raise DataError(f"{out} exists already; choose another folder or use --force to replace it")
+    files = [
+        path for source in options.sources
+        for path in files_of(source, include=options.include, exclude=options.exclude)
+    ]  # fmt: skip
+    choice = parse_choice(options.tokenizer)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        partial.mkdir()
+        manifest = _fill(partial, options, files, choice, workers or os.cpu_count() or 1, progress or _silent)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """No progress wanted."""
+
+
+def _fill(
+    folder: Path, options: Options, files: Sequence[Path], choice: int | Path | None, workers: int, progress: Progress
+) -> dict[str, Any]:
+    """Tokenizer, token files and manifest into `folder`."""
+    total = sum(path.stat().st_size for path in files)
+    tokenizer = _tokenizer(options, files, choice, lambda done: progress("training the tokenizer", done, total))
+    tokenizer.save(folder)
+    spec = "bytes" if isinstance(tokenizer, ByteTokenizer) else str(folder / "tokenizer.json")
+    writers = {name: IndexedWriter(folder / name, tokenizer.vocab_size) for name in PREFIXES}
+    counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in PREFIXES}
+    for chunk, done in _tokenised(_chunks(files, options.field), spec, options.heldout_fraction, workers):
+        for name, part in chunk.items():
+            writers[name].add(part.tokens, part.sizes)
+            for key, more in (("documents", part.sizes.size), ("tokens", part.tokens.size), ("bytes", part.text_bytes)):
+                counts[name][key] += int(more)
+        progress("tokenising", done, total)
+    for writer in writers.values():
+        writer.close()
+    if counts["train"]["tokens"] == 0:
+        raise DataError(f"{', '.join(options.sources)}: no text in {len(files)} files; nothing to train on")
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": {"file": "bytes" if spec == "bytes" else "tokenizer.json", "vocab_size": tokenizer.vocab_size},
+        "sources": list(options.sources),
+        "heldout_fraction": options.heldout_fraction,
+        "splits": {name: {**counts[name], **_digests(folder / name)} for name in PREFIXES},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _tokenizer(
+    options: Options, files: Sequence[Path], choice: int | Path | None, progress: Callable[[int], None]
+) -> Tokenizer:
+    if choice is None:
+        return ByteTokenizer()
+    if isinstance(choice, Path):
+        return load_file(choice)
+
+    def training_texts() -> Iterator[str]:
+        for texts, done in _chunks(files, options.field):
+            progress(done)
+            yield from (text for text in texts if not held_out(text.encode("utf-8"), options.heldout_fraction))
+
+    return train_bpe(choice, training_texts())
+
+
+def held_out(text: bytes, fraction: float) -> bool:
+    """Whether a document belongs to the held-out split: decided by its content alone, so copies stay together."""
+    digest = hashlib.blake2b(text, digest_size=_HASH_BYTES).digest()
+    return int.from_bytes(digest, "little") < fraction * 2 ** (8 * _HASH_BYTES)
+
+
+def _chunks(files: Sequence[Path], field: str) -> Iterator[tuple[list[str], int]]:
+    """Documents in order, about two million characters at a time, with the bytes of source files begun so far."""
+    texts: list[str] = []
+    size = done = 0
+    for path in files:
+        done += path.stat().st_size
+        for text in documents(path, field=field):
+            if not text:
+                continue
+            texts.append(text)
+            size += len(text)
+            if size >= _CHUNK_CHARS:
+                yield texts, done
+                texts, size = [], 0
+    if texts:
+        yield texts, done
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tokenised documents of one split: ids back to back, each document ended by the end-of-text id."""
+
+    tokens: NDArray[Any]
+    sizes: NDArray[np.int32]
+    text_bytes: int
+
+
+def _tokenised(
+    chunks: Iterable[tuple[list[str], int]], spec: str, fraction: float, workers: int
+) -> Iterator[tuple[dict[str, _Part], int]]:
+    """Chunks tokenised by `workers` processes, in order; one worker works in this process."""
+    if workers == 1:
+        tokenizer = _open(spec)
+        for texts, done in chunks:
+            yield tokenise(texts, tokenizer, fraction), done
+        return
+    context = mp.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(spec,)) as pool:
+        waiting: deque[tuple[Future[dict[str, _Part]], int]] = deque()
+        for texts, done in chunks:
+            waiting.append((pool.submit(_work, texts, fraction), done))
+            if len(waiting) > 2 * workers:
+                first, its_done = waiting.popleft()
+                yield first.result(), its_done
+        for first, its_done in waiting:
+            yield first.result(), its_done
+
+
+def tokenise(texts: Sequence[str], tokenizer: Tokenizer, fraction: float) -> dict[str, _Part]:
+    """Documents to ids, parted into training and held-out text."""
+    dtype = dtype_for(tokenizer.vocab_size)
+    end = np.array([tokenizer.eot], dtype)
+    rows: dict[str, list[NDArray[Any]]] = {name: [] for name in PREFIXES}
+    text_bytes = dict.fromkeys(PREFIXES, 0)
+    for text, ids in zip(texts, tokenizer.encode_many(texts), strict=True):
+        raw = text.encode("utf-8")
+        name = "heldout" if held_out(raw, fraction) else "train"
+        rows[name].append(ids.astype(dtype))
+        text_bytes[name] += len(raw)
+    parts = {}
+    for name, arrays in rows.items():
+        sizes = np.array([array.size + 1 for array in arrays], np.int32)
+        ended = [piece for array in arrays for piece in (array, end)]
+        parts[name] = _Part(np.concatenate([np.zeros(0, dtype), *ended]), sizes, text_bytes[name])
+    return parts
+
+
+def _open(spec: str) -> Tokenizer:
+    return ByteTokenizer() if spec == "bytes" else load_file(Path(spec))
+
+
+class _Worker:
+    """The tokenizer of a worker process."""
+
+    tokenizer: Tokenizer
+
+
+def _start_worker(spec: str) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _Worker.tokenizer = _open(spec)
+    parent = mp.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _work(texts: list[str], fraction: float) -> dict[str, _Part]:
+    return tokenise(texts, _Worker.tokenizer, fraction)
+
+
+def _digests(prefix: Path) -> dict[str, str]:
+    out = {}
+    for path in paths_of(prefix):
+        with path.open("rb") as file:
+            out[f"{path.suffix[1:]}_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return out
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Folders of preparations whose process is gone."""
+    for path in out.parent.glob(f".{out.name}.partial-*"):
+        owner = path.name.rpartition("-")[2]
+        if owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,23 @@
+"""Preparation with a progress bar."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from thinwire.data.prepare import Options, prepare
+
+
+def prepare_shown(options: Options, out: Path, *, workers: int | None = None, force: bool = False) -> dict[str, Any]:
+    """`prepare` with a bar on standard error. Raises DataError as `prepare` does."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def shown(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done)
+
+        return prepare(options, out, workers=workers, force=force, progress=shown)

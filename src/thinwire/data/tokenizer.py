@@ -1,0 +1,160 @@
+"""Text to ids and back: plain bytes, or any Hugging Face `tokenizers` file, or byte-level BPE trained on the spot.
+
+Every tokenizer has an end-of-text id that follows each document, and knows how many UTF-8 bytes each id stands for, so
+that bits per byte can be computed exactly.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thinwire.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+_END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+_BYTE_TOKEN = re.compile(r"^<0x[0-9A-Fa-f]{2}>$")
+
+
+class Tokenizer(Protocol):
+    """What the rest of thinwire needs of one."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eot(self) -> int:
+        """The id that ends a document."""
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """(vocab_size,): UTF-8 bytes each id stands for; 0 for special ids."""
+        ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+class ByteTokenizer:
+    """256 bytes and the end of text. Nothing to train, nothing to store."""
+
+    vocab_size, eot = 257, 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]  # type: ignore[misc]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        return np.array([1] * 256 + [0], dtype=np.int64)
+
+    def save(self, folder: Path) -> None:
+        """Nothing: the folder's manifest names it."""
+
+
+class FileTokenizer:
+    """A `tokenizer.json` of the Hugging Face tokenizers library."""
+
+    def __init__(self, library: Any, name: str) -> None:
+        self._library = library
+        ends = [library.token_to_id(end) for end in _END_NAMES if library.token_to_id(end) is not None]
+        if not ends:
+            raise DataError(f"{name} has no end-of-text token (one of {', '.join(_END_NAMES)})")
+        self.eot = int(ends[0])
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + max(self._library.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        coded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.int64) for one in coded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._library.decode(list(ids), skip_special_tokens=True))
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
+        byte_level = "ByteLevel" in str(self._library.decoder)
+        for token, i in self._library.get_vocab(with_added_tokens=True).items():
+            if i not in special:
+                counts[i] = len(token) if byte_level else _piece_bytes(token)
+        return counts
+
+    def save(self, folder: Path) -> None:
+        self._library.save(str(folder / "tokenizer.json"))
+
+
+def _piece_bytes(token: str) -> int:
+    """Bytes of a SentencePiece-style token: `<0x0A>` is one byte, the low line block is a space."""
+    return 1 if _BYTE_TOKEN.match(token) else len(token.replace("\u2581", " ").encode("utf-8"))
+
+
+def load_file(path: Path) -> FileTokenizer:
+    """Read a tokenizer.json. Raises DataError if it is missing or not one."""
+    import tokenizers
+
+    if not path.is_file():
+        raise DataError(f"there is no tokenizer file {path}; give bytes, bpe:SIZE or the path of a tokenizer.json")
+    try:
+        return FileTokenizer(tokenizers.Tokenizer.from_file(str(path)), str(path))
+    except DataError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{path} is not a tokenizer.json: {error}") from None
+
+
+def train_bpe(size: int, texts: Iterable[str]) -> FileTokenizer:
+    """Byte-level BPE (GPT-2's kind) of `size` ids, the end of text among them, trained on `texts`.
+
+    Raises DataError for a size that leaves no room for the 256 bytes and the end of text.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if size < 257:
+        raise DataError(f"bpe:{size} is too small: 256 bytes and the end of text need 257; try bpe:4096")
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    library.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    library.train_from_iterator(_lines(texts), trainer=trainer)
+    return FileTokenizer(library, f"bpe:{size}")
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Documents in pieces small enough for the trainer to share among threads."""
+    for text in texts:
+        yield from text.splitlines(keepends=True)
+
+
+def parse_choice(choice: str) -> int | Path | None:
+    """`bytes` -> None, `bpe:4096` -> 4096, anything else -> a path. Raises DataError for a size that is no number."""
+    if choice == "bytes":
+        return None
+    if choice.startswith("bpe:"):
+        if not choice[4:].isdigit():
+            raise DataError(f"--tokenizer {choice} has no size; write for example bpe:4096")
+        return int(choice[4:])
+    return Path(choice)

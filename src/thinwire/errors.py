@@ -1,0 +1,42 @@
+"""The error tree, drawn once. Each message is a sentence with the numbers in it and a way out.
+
+`exit_status` is what the command line returns: 2 when the user's input is wrong, 1 when the run itself failed.
+"""
+
+
+class ThinwireError(Exception):
+    """Anything thinwire raises on purpose."""
+
+    exit_status = 1
+
+
+class ConfigError(ThinwireError):
+    """A configuration file, an override or a command-line value is wrong."""
+
+    exit_status = 2
+
+
+class DataError(ThinwireError):
+    """A corpus, a token file or a tokenizer is missing, damaged or of another kind."""
+
+    exit_status = 2
+
+
+class PlanError(ThinwireError):
+    """A plan is impossible on the cluster or for the model it is meant for."""
+
+    exit_status = 2
+
+
+class CheckpointError(ThinwireError):
+    """What is on disk cannot be loaded, or belongs to something else."""
+
+    exit_status = 2
+
+
+class LinkError(ThinwireError):
+    """Ranks could not meet, or lost each other."""
+
+
+class DivergenceError(ThinwireError):
+    """Training produced non-finite numbers too many times in a row."""

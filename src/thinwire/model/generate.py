@@ -1,0 +1,79 @@
+"""Sampling one token at a time with a key/value cache; top-p ("nucleus") sampling is arXiv 1904.09751."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.errors import ConfigError
+from thinwire.model.transformer import KVCache
+
+
+def generate(
+    model: nn.Module,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Collection[int] = (),
+    device: torch.device | None = None,
+) -> Iterator[int]:
+    """Yield up to `max_new_tokens` ids that follow `prompt`, as they are drawn; stops before an id of `stop_ids`.
+
+    `max_tokens` is the model's length, temperature 0 means the likeliest token. Raises ConfigError for an empty prompt
+    or one that leaves no room, a negative temperature, or a top_p outside (0, 1].
+    """
+    _check(prompt, max_new_tokens, max_tokens, temperature, top_p)
+    generator = torch.Generator().manual_seed(seed)
+    cache = KVCache()
+    step = torch.tensor([list(prompt)], device=device)
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits_V = model(step, cache=cache)[0, -1].float().cpu()
+        chosen = pick(logits_V, temperature=temperature, top_p=top_p, generator=generator)
+        if chosen in stop_ids:
+            return
+        yield chosen
+        step = torch.tensor([[chosen]], device=device)
+
+
+def pick(logits_V: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """One id drawn from softmax(logits / temperature), from the fewest likeliest ids that hold `top_p` of the mass."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probabilities_V = torch.softmax(logits_V / temperature, dim=-1)
+    if top_p < 1:
+        sorted_V, order_V = probabilities_V.sort(descending=True)
+        beyond_V = sorted_V.cumsum(0) - sorted_V >= top_p
+        probabilities_V[order_V[beyond_V]] = 0
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))
+
+
+def stream_text(ids: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """Text as it comes: held back while its last character is incomplete."""
+    seen: list[int] = []
+    shown = ""
+    for token in ids:
+        seen.append(token)
+        text = decode(seen)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    rest = decode(seen)[len(shown) :]
+    if rest:
+        yield rest
+
+
+def _check(prompt: Sequence[int], new: int, longest: int, temperature: float, top_p: float) -> None:
+    if not prompt:
+        raise ConfigError("the prompt is empty; give at least one token of text")
+    if len(prompt) + new > longest:
+        raise ConfigError(
+            f"a prompt of {len(prompt)} tokens and {new} new ones do not fit the model's {longest} positions; ask for at "
+            f"most {max(0, longest - len(prompt))} new tokens"
+        )
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ConfigError(f"temperature = {temperature} must be at least 0 and top_p = {top_p} in (0, 1]")

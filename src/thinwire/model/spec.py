@@ -1,0 +1,157 @@
+"""What a model is, without torch: shapes, exact parameter counts, FLOPs per token.
+
+Two families: `llama` (RMSNorm, rotary positions, SwiGLU, grouped-query attention; arXiv 2302.13971, 2307.09288) and
+`gpt2` (LayerNorm, learned positions, GELU, biases; Radford et al. 2019). Names and order of the parameters are those of
+`model/transformer.py`; a test builds models and compares.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from thinwire.config import Frozen
+
+Family = Literal["llama", "gpt2"]
+
+
+class RopeScaling(Frozen):
+    """Stretched rotary positions: `linear` divides them by `factor`; `llama3` as in Llama 3.1 (by wavelength)."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float = Field(gt=0)
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_tokens: int = 8192
+
+
+class Unit(NamedTuple):
+    """A block of the model whose states move together: its name prefix and the names of its parameters."""
+
+    name: str
+    parameters: tuple[str, ...]
+
+
+class ModelSpec(Frozen):
+    """Every shape of a decoder-only transformer."""
+
+    family: Family = "llama"
+    vocab_size: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_size: int = Field(ge=1)
+    ffn: int = Field(ge=1)
+    max_tokens: int = Field(ge=1)
+    tied: bool = False
+    """The output head is the embedding."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    bias: bool = False
+    """Biases in every other linear layer (GPT-2)."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys (Qwen3)."""
+    init_std: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads = {self.heads} is not divisible by kv_heads = {self.kv_heads}")
+        if self.family == "llama" and self.head_size % 2:
+            raise ValueError(f"head_size = {self.head_size} is odd; rotary positions need pairs")
+        return self
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter, in the model's order; a tied head has none of its own."""
+        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.vocab_size, self.hidden)}
+        if self.family == "gpt2":
+            shapes["positions.weight"] = (self.max_tokens, self.hidden)
+        for layer in range(self.layers):
+            shapes |= {f"blocks.{layer}.{name}": shape for name, shape in self._block_shapes()}
+        shapes |= {f"norm.{name}": shape for name, shape in self._norm_shapes(self.hidden)}
+        if not self.tied:
+            shapes["head.weight"] = (self.vocab_size, self.hidden)
+        return shapes
+
+    def _norm_shapes(self, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield "weight", (size,)
+        if self.family == "gpt2":
+            yield "bias", (size,)
+
+    def _linear_shapes(self, name: str, out: int, into: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.weight", (out, into)
+        if bias:
+            yield f"{name}.bias", (out,)
+
+    def _block_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        for name, shape in self._norm_shapes(self.hidden):
+            yield f"attention_norm.{name}", shape
+        yield from self._linear_shapes("attention.qkv", queries + 2 * keys, self.hidden, self.qkv_bias or self.bias)
+        if self.qk_norm:
+            yield "attention.query_norm.weight", (self.head_size,)
+            yield "attention.key_norm.weight", (self.head_size,)
+        yield from self._linear_shapes("attention.out", self.hidden, queries, self.bias)
+        for name, shape in self._norm_shapes(self.hidden):
+            yield f"ffn_norm.{name}", shape
+        up = 2 * self.ffn if self.family == "llama" else self.ffn
+        yield from self._linear_shapes("ffn.up", up, self.hidden, self.bias)
+        yield from self._linear_shapes("ffn.down", self.hidden, self.ffn, self.bias)
+
+    @property
+    def parameters(self) -> int:
+        """Exact count of parameters."""
+        outside = self.vocab_size * self.hidden * (1 if self.tied else 2)
+        outside += self.max_tokens * self.hidden if self.family == "gpt2" else 0
+        outside += sum(math.prod(shape) for _, shape in self._norm_shapes(self.hidden))
+        return outside + self.layers * self.parameters_per_block
+
+    @property
+    def parameters_per_block(self) -> int:
+        return sum(math.prod(shape) for _, shape in self._block_shapes())
+
+    def units(self) -> list[Unit]:
+        """Embedding, each block, final norm, head; a tied head is part of the embedding."""
+        names = list(self.parameter_shapes())
+        prefixes = ["embedding", "positions", *(f"blocks.{i}" for i in range(self.layers)), "norm", "head"]
+        grouped = [Unit(p, tuple(n for n in names if n.startswith(p + "."))) for p in prefixes]
+        return [unit for unit in grouped if unit.parameters]
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Parameters that multiply every token: all linear layers and the head (tied or not), not lookups or norms."""
+        block = sum(math.prod(shape) for name, shape in self._block_shapes() if len(shape) == 2)
+        return self.layers * block + self.vocab_size * self.hidden
+
+    def forward_flops_per_token(self, tokens: int, *, causal: bool = False) -> float:
+        """FLOPs of one forward per token in a sequence of `tokens`: 2 per multiplied parameter, plus attention.
+
+        Attention is QK^T and AV: 4 x tokens x heads x head_size per layer (Megatron, arXiv 2104.04473, appendix; PaLM,
+        arXiv 2204.02311, appendix B). `causal` counts only the half that a causal kernel computes; published
+        utilisation figures mostly count all of it, so that is the default.
+        """
+        attention = 4.0 * tokens * self.heads * self.head_size * self.layers
+        return 2.0 * self.matmul_parameters + (attention / 2 if causal else attention)
+
+    def model_flops_per_token(self, tokens: int, *, causal: bool = False) -> float:
+        """FLOPs of forward and backward per token, recomputation not counted: the numerator of MFU. Three forwards."""
+        return 3.0 * self.forward_flops_per_token(tokens, causal=causal)
+
+    def hardware_flops_per_token(
+        self, tokens: int, *, recompute: Literal["none", "selective", "full"], causal: bool = False
+    ) -> float:
+        """FLOPs really done per token: the numerator of HFU (Korthikanti et al., arXiv 2205.05198, section 5).
+
+        Full recompute repeats each block's forward (not the head); selective repeats the attention core.
+        """
+        model = self.model_flops_per_token(tokens, causal=causal)
+        forward = self.forward_flops_per_token(tokens, causal=causal)
+        if recompute == "full":
+            return model + forward - 2.0 * self.vocab_size * self.hidden
+        if recompute == "selective":
+            return model + forward - 2.0 * self.matmul_parameters
+        return model

@@ -1,0 +1,24 @@
+"""The one visible order in which a plan is applied to a model that knows nothing of it."""
+
+from torch import nn
+
+from thinwire.comm.world import World
+from thinwire.parallel.recompute import apply_recompute
+from thinwire.partition.replicated import Replicated as Sharded, replicate as shard
+from thinwire.plan import Plan
+
+
+def apply_plan(model: nn.Module, plan: Plan, world: World, *, compile_blocks: bool = False) -> Sharded:
+    """recompute -> compile -> partition. `model.blocks` are its transformer blocks.
+
+    Compiling comes after recompute so that the recomputed region is compiled too, and before partition so that the
+    collectives stay outside the compiled graphs.
+    """
+    blocks = model.get_submodule("blocks")
+    assert isinstance(blocks, nn.ModuleList)
+    if plan.recompute == "full":
+        apply_recompute(blocks)
+    if compile_blocks:
+        for block in blocks:
+            block.compile()
+    return shard(model, plan, world)

@@ -1,0 +1,135 @@
+"""An elementwise torch optimizer over the master shards that a rank owns.
+
+The engine hands out `Owned` parts: flat views of its fp32 masters and of their summed gradients, one per parameter that
+the rank's interval meets. Any optimizer whose update of an element depends on that element alone (AdamW, SGD, Lion, ...)
+then computes what it would on whole tensors, with its own fused or foreach kernels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from thinwire.partition.pieces import Piece
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Elements offset .. offset + len(master) of parameter `name` of shape `shape`: master weights and summed gradient."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    master: Tensor
+    grad: Tensor
+
+
+class Engine(Protocol):
+    """What the optimizer needs of an engine."""
+
+    def owned(self) -> list[Owned]: ...
+
+    def updated(self) -> None: ...
+
+    def dropped(self) -> None: ...
+
+    def saves(self, owned: Owned) -> bool: ...
+
+
+Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+class ShardedOptimizer:
+    """Builds `build([{"params": [...], **group_of(name, shape)}, ...])` over the owned parts and steps it.
+
+    `updates` counts the steps applied; a skipped step leaves every state as it was.
+    """
+
+    def __init__(
+        self, engine: Engine, build: Build, *, group_of: Callable[[str, tuple[int, ...]], dict[str, Any]] | None = None
+    ) -> None:
+        self._engine = engine
+        self._owned = engine.owned()
+        self.updates = 0
+        groups: dict[tuple[tuple[str, Any], ...], list[Tensor]] = {}
+        for part in self._owned:
+            options = {} if group_of is None else group_of(part.name, part.shape)
+            groups.setdefault(tuple(sorted(options.items())), []).append(part.master)
+        made = [{"params": tensors, **dict(options)} for options, tensors in groups.items()]
+        self._optimizer = build(made) if made else None
+
+    def set_lr(self, lr: float) -> None:
+        """Use `lr` for all groups from the next step on."""
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+
+    def step(self, *, grad_scale: float = 1.0) -> None:
+        """Multiply the gradients by `grad_scale`, update the masters, and start bringing the weights up to date."""
+        for part in self._owned:
+            part.master.grad = part.grad.mul_(grad_scale)
+        if self._optimizer is not None:
+            self._optimizer.step()
+            self._forget_grads()
+        self.updates += 1
+        self._engine.updated()
+
+    def skip(self) -> None:
+        """Drop the gradients; nothing else changes."""
+        self._engine.dropped()
+
+    def for_save(self) -> list[Piece]:
+        """The state tensors that this rank is to write: `optimizer.KEY/PARAMETER`."""
+        return [piece for part in self._owned if self._engine.saves(part) for piece in self._pieces(part)]
+
+    def for_load(self) -> list[Piece]:
+        """Every state tensor of this rank, made if the first step is yet to come."""
+        self._materialise()
+        return [piece for part in self._owned for piece in self._pieces(part)]
+
+    def loaded(self, updates: int) -> None:
+        """The states were filled from a checkpoint taken after `updates` steps."""
+        self.updates = updates
+        for state in self._states():
+            if "step" in state:
+                state["step"].fill_(float(updates))
+
+    def _states(self) -> list[dict[str, Any]]:
+        if self._optimizer is None:
+            return []
+        return [self._optimizer.state[part.master] for part in self._owned]
+
+    def _pieces(self, part: Owned) -> list[Piece]:
+        assert self._optimizer is not None
+        return [
+            Piece(f"optimizer.{key}/{part.name}", part.shape, part.offset, value)
+            for key, value in self._optimizer.state[part.master].items()
+            if isinstance(value, Tensor) and value.shape == part.master.shape and key != "step"
+        ]
+
+    def _materialise(self) -> None:
+        """Make the optimizer create its states: a step with zero gradients and zero learning rate, then undone."""
+        if self._optimizer is None or all(self._states()):
+            return
+        kept = [part.master.clone() for part in self._owned]
+        rates = [(group["lr"], group.get("weight_decay")) for group in self._optimizer.param_groups]
+        for part in self._owned:
+            part.master.grad = torch.zeros_like(part.master)
+        for group in self._optimizer.param_groups:
+            group["lr"] = 0.0
+        self._optimizer.step()
+        for group, (lr, _) in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+        for part, before in zip(self._owned, kept, strict=True):
+            part.master.copy_(before)
+        for state in self._states():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        self._forget_grads()
+
+    def _forget_grads(self) -> None:
+        for part in self._owned:
+            part.master.grad = None

@@ -1,0 +1,96 @@
+"""The dull twin of the engine: every rank holds everything, gradients are summed by one plain all-reduce.
+
+The reference that `engine.Sharded` is tested against, with the same interface. Not for use on thin networks.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from thinwire.comm.collectives import all_reduce
+from thinwire.comm.world import World
+from thinwire.partition.optimizer import Owned
+from thinwire.partition.pieces import Piece
+from thinwire.partition.dtypes import COMPUTE_DTYPES
+from thinwire.plan import Plan
+
+
+class Replicated:
+    """`replicate(model, plan, world)`: fp32 (or fp64) masters and gradients of every parameter, on every rank."""
+
+    def __init__(self, module: nn.Module, plan: Plan, world: World) -> None:
+        self.module, self.plan, self.world = module, plan, world
+        self._parameters = dict(module.named_parameters())
+        self._masters = {
+            name: p.detach().to(torch.float64 if p.dtype == torch.float64 else torch.float32).flatten().clone()
+            for name, p in self._parameters.items()
+        }
+        self._grads = {name: torch.zeros_like(m) for name, m in self._masters.items() if self._parameters[name].requires_grad}
+        for p in self._parameters.values():
+            p.data = p.data.to(COMPUTE_DTYPES[plan.compute_dtype])
+        self.loaded()
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Forward and backward happen inside; the gradient is added to the fp32 sum."""
+        yield
+        for name, grad in self._grads.items():
+            parameter = self._parameters[name]
+            if parameter.grad is not None:
+                grad.add_(parameter.grad.flatten())
+                parameter.grad = None
+
+    def finish_reduce(self) -> None:
+        """Sum over all ranks, level by level, inner to outer."""
+        for level in range(len(self.world.cluster.levels)):
+            for grad in self._grads.values():
+                all_reduce(grad, world=self.world, level=level, purpose="G-reduce")
+
+    def grad_norm(self) -> float:
+        """2-norm of the summed gradient."""
+        return math.sqrt(sum(float(grad.double().square().sum()) for grad in self._grads.values()))
+
+    def owned(self) -> list[Owned]:
+        return [
+            Owned(name, tuple(self._parameters[name].shape), 0, self._masters[name], grad) for name, grad in self._grads.items()
+        ]
+
+    def updated(self) -> None:
+        """The masters changed: bring the model's weights up to date, forget the gradients."""
+        self.loaded()
+        self.dropped()
+
+    def dropped(self) -> None:
+        """Forget the gradients."""
+        for grad in self._grads.values():
+            grad.zero_()
+
+    def drain(self) -> None:
+        """Nothing is ever in flight."""
+
+    def for_save(self) -> list[Piece]:
+        return self.for_load() if self.world.rank == 0 else []
+
+    def for_load(self) -> list[Piece]:
+        return [
+            Piece(f"params/{name}", tuple(self._parameters[name].shape), 0, master) for name, master in self._masters.items()
+        ]
+
+    def saves(self, owned: Owned) -> bool:
+        """Whether this rank is the one that writes what it owns."""
+        return self.world.rank == 0
+
+    def loaded(self) -> None:
+        """The masters were written from outside: bring the model's weights up to date."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(self._masters[name].view_as(parameter))
+
+
+def replicate(module: nn.Module, plan: Plan, world: World) -> Replicated:
+    """Every state on every rank. `module`'s weights must be equal on all ranks already."""
+    return Replicated(module, plan, world)
+

@@ -1,0 +1,136 @@
+"""From a job and a world to the parts of a run: model, engine, optimizer, data feed, checkpoints, telemetry."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from thinwire.checkpoint.store import Checkpoints
+from thinwire.comm.world import World
+from thinwire.data.loader import Loader, Packing, Prefetcher
+from thinwire.model.transformer import Transformer
+from thinwire.parallel.apply import apply_plan
+from thinwire.partition.replicated import Replicated as Sharded
+from thinwire.partition.dtypes import COMPUTE_DTYPES
+from thinwire.partition.optimizer import ShardedOptimizer
+from thinwire.train.folder import CHECKPOINTS
+from thinwire.train.job import Job
+from thinwire.train.numbers import peak_flops_per_s
+from thinwire.train.telemetry import Telemetry, Totals
+
+
+
+
+@dataclass
+class Parts:
+    """What the loop works with. Telemetry exists on rank 0 only."""
+
+    job: Job
+    world: World
+    model: Transformer
+    sharded: Sharded
+    optimizer: ShardedOptimizer
+    feed: Prefetcher
+    checkpoints: Checkpoints
+    nominal_tokens: int
+    """Tokens of a full global batch: the constant by which every rank scales its loss."""
+    cross_documents: bool
+    peak_flops_per_s: float
+    peak_origin: str
+    telemetry: Telemetry | None = None
+    totals: Totals = field(default_factory=Totals)
+
+    def begin(self, step: int) -> None:
+        """Start feeding from `step` and, on rank 0, say that the run starts."""
+        self.feed.start(step)
+        if self.world.rank == 0:
+            run = self.job.config.run
+            self.telemetry = Telemetry(
+                self.job.folder, total_steps=run.steps, first_step=step, log_every=run.log_every
+            )
+            self.telemetry.event(
+                "run_start",
+                step=step,
+                ranks=self.world.size,
+                parameters=self.job.spec.parameters,
+                plan=self.job.plan.digest,
+                corpus=self.job.corpus.digest,
+                peak_flops_per_s=self.peak_flops_per_s,
+                peak_origin=self.peak_origin,
+            )
+
+    def publish(self, record: dict[str, Any]) -> None:
+        if self.telemetry is not None:
+            self.totals.add(record)
+            self.telemetry.step(record)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        if self.telemetry is not None:
+            self.telemetry.event(kind, **fields)
+
+    def say(self, text: str, style: str = "") -> None:
+        if self.telemetry is not None:
+            self.telemetry.say(text, style)
+
+    def warn(self, text: str) -> None:
+        if self.telemetry is not None:
+            self.telemetry.warn(text)
+
+    def close(self) -> None:
+        self.feed.close()
+        if self.telemetry is not None:
+            self.telemetry.close()
+
+
+def assemble(job: Job, world: World) -> Parts:
+    """Build every part. All ranks draw the same initial weights from `run.seed`, whatever the world's size."""
+    config = job.config
+    model = build_model(job, world)
+    sharded = apply_plan(model, job.plan, world, compile_blocks=config.run.compile)
+    optimizer = adamw(sharded, job)
+    loader = Loader(
+        Packing(job.corpus.train, config.batch.tokens, cross_documents=config.data.cross_documents),
+        batch_sequences=config.batch.sequences,
+        seed=config.run.seed,
+    )
+    feed = Prefetcher(loader, rank=world.rank, ranks=world.size, micro_batch=job.plan.micro_batch)
+    kept = config.checkpoint
+    checkpoints = Checkpoints(
+        job.folder / CHECKPOINTS, keep_last=kept.keep_last, keep_every=kept.keep_every, world=world
+    )
+    peak, origin = peak_flops_per_s(job.cluster.device, COMPUTE_DTYPES[job.plan.compute_dtype])
+    return Parts(
+        job=job,
+        world=world,
+        model=model,
+        sharded=sharded,
+        optimizer=optimizer,
+        feed=feed,
+        checkpoints=checkpoints,
+        nominal_tokens=config.batch.sequences * config.batch.tokens,
+        cross_documents=config.data.cross_documents,
+        peak_flops_per_s=peak,
+        peak_origin=origin,
+    )
+
+
+def build_model(job: Job, world: World) -> Transformer:
+    """The model of the job with its initial weights: fp32 masters, or fp64 for an fp64 run."""
+    torch.manual_seed(job.config.run.seed)
+    model = Transformer(job.spec).to(world.device)
+    return model.double() if job.plan.compute_dtype == "fp64" else model
+
+
+def adamw(sharded: Sharded, job: Job) -> ShardedOptimizer:
+    """AdamW over the owned shards, fused where the device has it; vectors are not decayed."""
+    options = job.config.optimizer
+
+    def build(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
+        )
+
+    def group_of(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        return {"weight_decay": options.weight_decay if len(shape) >= 2 else 0.0}
+
+    return ShardedOptimizer(sharded, build, group_of=group_of)

@@ -1,0 +1,125 @@
+"""The run file: one TOML document with a section for each room that reads it. No torch here."""
+
+import math
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from thinwire.checkpoint.config import CheckpointConfig
+from thinwire.cluster.cluster import ClusterConfig
+from thinwire.config import Frozen
+from thinwire.data.config import DataConfig
+from thinwire.model.config import ModelConfig
+from thinwire.plan import PlanConfig
+from thinwire.units import Seconds
+
+
+class BatchConfig(Frozen):
+    """`[batch]`: how many tokens make one optimizer step."""
+
+    sequences: int = Field(default=16, ge=1)
+    """Sequences in one optimizer step, over all ranks."""
+    tokens: int = Field(default=256, ge=2)
+    """Tokens in one sequence."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Sequences per rank in one forward and backward; default: all of a rank's share at once."""
+
+    def split(self, ranks: int) -> tuple[int, int]:
+        """`(micro_batch, accumulate)` for `ranks` data-parallel ranks. Raises ValueError with what would divide."""
+        if self.sequences % ranks:
+            nearest = max(1, round(self.sequences / ranks)) * ranks
+            raise ValueError(
+                f"batch.sequences = {self.sequences} is not divisible by {ranks} ranks; try sequences = {nearest}"
+            )
+        share = self.sequences // ranks
+        micro = self.micro_batch or share
+        if share % micro:
+            fitting = max(size for size in range(1, micro + 1) if share % size == 0)
+            raise ValueError(
+                f"batch.sequences = {self.sequences} over {ranks} ranks is {share} a rank, which micro_batch = {micro} "
+                f"does not divide; try micro_batch = {fitting}"
+            )
+        return micro, share // micro
+
+
+class OptimizerConfig(Frozen):
+    """`[optimizer]`: AdamW (arXiv 1711.05101) and gradient clipping by global norm."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Applied to matrices; vectors (norms, biases) are not decayed."""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+class ScheduleConfig(Frozen):
+    """`[schedule]`: the learning rate over the run."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(default=20, ge=0)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """`wsd`: the share of the run that the final decay takes."""
+    final_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+
+
+class RunSection(Frozen):
+    """`[run]`: how long, where to, and what to say meanwhile."""
+
+    folder: Path | None = None
+    """The run folder; default `runs/` and the run file's name."""
+    steps: int = Field(default=300, ge=1)
+    seed: int = Field(default=1234, ge=0)
+    log_every: int = Field(default=10, ge=1)
+    """Steps between the plain progress lines of a run without a terminal. Every step is in `events.jsonl`."""
+    eval_every: int = Field(default=100, ge=0)
+    """Steps between validations; 0: only before the first and after the last step."""
+    eval_sequences: int = Field(default=64, ge=0)
+    """Held-out sequences in one validation; 0: all of them."""
+    sample_tokens: int = Field(default=200, ge=0)
+    """Tokens of the text shown at the end; 0: none."""
+    sample_prompt: str = "def "
+    max_bad_steps: int = Field(default=5, ge=1)
+    """Stop after this many steps in a row whose loss or gradient norm is not finite."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile."""
+    timeout: Seconds = Field(default=600.0, gt=0)
+    """A collective that takes longer than this ends the run."""
+
+
+class RunConfig(Frozen):
+    """A whole run file."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    plan: PlanConfig = PlanConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.schedule.warmup_steps >= self.run.steps and self.schedule.warmup_steps > 0:
+            raise ValueError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps} leaves nothing of run.steps = {self.run.steps}; "
+                f"try warmup_steps = {max(0, math.ceil(self.run.steps / 20))}"
+            )
+        return self
+
+
+MAY_CHANGE = ("run.steps", "run.folder", "run.log_every", "run.eval_every", "run.eval_sequences", "run.sample_tokens",
+              "run.sample_prompt", "run.max_bad_steps", "run.timeout", "run.compile", "checkpoint.", "cluster.", "plan.",
+              "batch.micro_batch", "data.path", "data.sources", "data.tokenizer")  # fmt: skip
+"""Keys (or sections) in which a resumed run may differ from the run it goes on with.
+
+Where and how the same numbers are computed may change; what is computed may not. The corpus itself is compared by its
+digest, so its path may change.
+"""

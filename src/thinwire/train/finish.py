@@ -1,0 +1,49 @@
+"""The end of a start of a run: what it did in a table, a sample of what the model writes, how to go on."""
+
+from thinwire.data.tokenizer import Tokenizer
+from thinwire.model.generate import generate
+from thinwire.train.assemble import Parts
+from thinwire.train.folder import EVENTS_FILE
+from thinwire.train.job import Job
+from thinwire.train.saving import Saver
+
+
+def finish(job: Job, parts: Parts, saver: Saver, *, step: int, stopped: bool, by: str) -> None:
+    """Show the summary; after a finished run a sample of text too, after a stop how to resume."""
+    parts.sharded.drain()
+    text = None if stopped else sample(job, parts)
+    parts.event("run_end", step=step, reason=f"stopped by {by or 'another rank'}" if stopped else "finished")
+    if parts.telemetry is None:
+        return
+    rows = {"run folder": str(job.folder), "step": f"{step} of {job.config.run.steps}"}
+    if saver.newest_name():
+        rows["checkpoint"] = str(saver.newest_name())
+    rows["steps and causes"] = str(job.folder / EVENTS_FILE)
+    parts.telemetry.stop_line()
+    parts.telemetry.console.print(parts.totals.table(rows))
+    if text is not None:
+        parts.telemetry.console.rule("sample", align="left")
+        parts.telemetry.console.print(text, markup=False, highlight=False)
+        parts.telemetry.console.rule()
+    if stopped:
+        parts.say(f"stopped after step {step}; the same command goes on from there")
+
+
+def sample(job: Job, parts: Parts) -> str | None:
+    """Text the model writes after `run.sample_prompt`; None without a tokenizer. All ranks generate in step."""
+    tokenizer, run = job.corpus.tokenizer, job.config.run
+    if tokenizer is None or run.sample_tokens == 0:
+        return None
+    prompt = _fit(tokenizer, run.sample_prompt)
+    count = min(run.sample_tokens, job.spec.max_tokens - len(prompt))
+    parts.model.eval()
+    made = generate(
+        parts.model, prompt, max_new_tokens=count, max_tokens=job.spec.max_tokens, temperature=0.8, top_p=0.95, seed=run.seed, stop_ids=(tokenizer.eot,)
+    )
+    ids = list(made)
+    parts.model.train()
+    return tokenizer.decode([*prompt, *ids])
+
+
+def _fit(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    return tokenizer.encode(prompt) or [tokenizer.eot]

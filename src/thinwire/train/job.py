@@ -1,0 +1,80 @@
+"""From a run file to everything a run needs to know before it starts. No torch: wrong input is answered at once."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinwire.cluster.cluster import Cluster
+from thinwire.config import load
+from thinwire.data.corpus import Corpus
+from thinwire.errors import ConfigError, DataError
+from thinwire.model.spec import ModelSpec
+from thinwire.plan import Plan
+from thinwire.train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """A resolved run file: what will be trained, on what, where, how."""
+
+    config: RunConfig
+    folder: Path
+    cluster: Cluster
+    plan: Plan
+    spec: ModelSpec
+    corpus: Corpus
+
+
+def read_config(run_file: Path, settings: Sequence[str] = ()) -> RunConfig:
+    """The run file with its overrides. Raises ConfigError."""
+    return load(RunConfig, run_file, settings)
+
+
+def resolve(run_file: Path, config: RunConfig) -> Job:
+    """Check every section against every other. Raises ConfigError, DataError or PlanError with one sentence."""
+    cluster = config.cluster.resolve(run_file.parent)
+    try:
+        micro_batch, accumulate = config.batch.split(cluster.ranks)
+    except ValueError as error:
+        raise ConfigError(f"{run_file}: {error}") from None
+    plan = config.plan.resolve(cluster, micro_batch=micro_batch, accumulate=accumulate)
+    corpus = Corpus.open(config.data)
+    spec = config.model.resolve(corpus.vocab_size)
+    _check_lengths(run_file, config, spec, corpus)
+    folder = config.run.folder or Path("runs") / run_file.stem
+    return Job(config, folder, cluster, plan, spec, corpus)
+
+
+def _check_lengths(run_file: Path, config: RunConfig, spec: ModelSpec, corpus: Corpus) -> None:
+    if config.batch.tokens > spec.max_tokens:
+        raise ConfigError(
+            f"{run_file}: batch.tokens = {config.batch.tokens} is longer than the model's {spec.max_tokens} positions; "
+            f"lower batch.tokens or set model.max_tokens = {config.batch.tokens}"
+        )
+    if corpus.train.tokens <= config.batch.tokens:
+        raise DataError(
+            f"the corpus at {config.data.path} has {corpus.train.tokens:,} training tokens, fewer than one sequence of "
+            f"{config.batch.tokens}; prepare more text or lower batch.tokens"
+        )
+
+
+def crowding(ranks: int) -> str | None:
+    """A warning if `ranks` local ranks have to share this machine's cores, else None."""
+    cores = os.cpu_count() or 1
+    if ranks <= cores:
+        return None
+    return f"{ranks} ranks share {cores} cores of this machine: they will take turns, and timings mean little"
+
+
+def corpus_for(config: RunConfig) -> None:
+    """Prepare `data.path` from `data.sources` if nothing is there yet. Raises DataError."""
+    from thinwire.data.corpus import exists
+    from thinwire.data.prepare import Options
+    from thinwire.data.progress import prepare_shown
+
+    data = config.data
+    if not data.sources or exists(data):
+        return
+    options = Options(data.sources, data.tokenizer, data.include, data.exclude, data.field, data.heldout_fraction)
+    prepare_shown(options, data.path)

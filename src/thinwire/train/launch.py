@@ -1,0 +1,156 @@
+"""Start the ranks of a run on this machine, pass stop signals on, and tell whose fault an end was. No torch here.
+
+Each rank is a process of its own session, so that a Ctrl-C in the terminal reaches only this launcher. A rank that fails
+leaves a report; the launcher stops the rest within seconds and shows the root cause first, not the collectives that
+broke because of it. A rank whose launcher vanishes notices the closed pipe and leaves.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinwire.errors import ConfigError
+from thinwire.train.folder import LOGS
+from thinwire.train.report import FailureReport, root_cause
+from thinwire.train.stop import INTERRUPTED_STATUS, STOP_SIGNALS
+
+_POLL_S, _GRACE_S, _KILL_S = 0.05, 2.0, 5.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the ranks ended: an exit status, and whose failure it was if it was one."""
+
+    status: int
+    failure: FailureReport | None = None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(arguments: Sequence[str], *, ranks: int, folder: Path, port: int | None = None) -> Ending:
+    """Run `python -m thinwire.train.worker ARGUMENTS` as `ranks` local ranks and wait for their end.
+
+    Rank 0 shares this process's output; the others write to `folder/logs/rank-N.log`.
+    """
+    with tempfile.TemporaryDirectory(prefix="thinwire-") as reports:
+        crew = Crew(arguments, ranks=ranks, folder=folder, reports=Path(reports), port=port or free_port())
+        with crew:
+            return crew.wait()
+
+
+class Crew:
+    """The processes of one launch. A context: leaving it leaves no process behind."""
+
+    def __init__(self, arguments: Sequence[str], *, ranks: int, folder: Path, reports: Path, port: int) -> None:
+        self._arguments, self._ranks, self._reports, self._port = list(arguments), ranks, reports, port
+        self._logs = folder / LOGS
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._stops = 0
+
+    def __enter__(self) -> "Crew":
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._before = {number: signal.signal(number, self._on_stop) for number in STOP_SIGNALS}
+        watched, self._alive = os.pipe()
+        for rank in range(self._ranks):
+            self._processes.append(self._start(rank, watched))
+        os.close(watched)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._signal(signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+        os.close(self._alive)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wait(self) -> Ending:
+        """Until all ranks ended, or one failed and the others were stopped."""
+        while self._running():
+            if any(process.poll() not in (None, 0) for process in self._processes):
+                return self._stop_rest()
+            time.sleep(_POLL_S)
+        if any(process.returncode for process in self._processes):
+            return self._stop_rest()
+        return Ending(0)
+
+    def _start(self, rank: int, watched: int) -> subprocess.Popen[bytes]:
+        place = {"rank": rank, "size": self._ranks, "local_rank": rank, "host": "127.0.0.1", "port": self._port}
+        own = {"place": place, "report": str(self._reports / f"{rank}.json"), "launcher_pipe": watched}
+        command = [sys.executable, "-m", "thinwire.train.worker", json.dumps(own), *self._arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._threads()))}
+        output = None if rank == 0 else (self._logs / f"rank-{rank}.log").open("ab")
+        try:
+            return subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(watched,),
+                start_new_session=True,
+            )
+        finally:
+            if output is not None:
+                output.close()
+
+    def _threads(self) -> int:
+        return max(1, (os.cpu_count() or 1) // self._ranks)
+
+    def _on_stop(self, number: int, frame: object) -> None:
+        self._stops += 1
+        if self._stops > 1 and number == signal.SIGINT:
+            self._signal(signal.SIGKILL)
+            os._exit(INTERRUPTED_STATUS)
+        self._signal(signal.Signals(number))
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    def _running(self) -> bool:
+        return any(process.poll() is None for process in self._processes)
+
+    def _stop_rest(self) -> Ending:
+        """One rank failed: give the others a moment to say what they saw, then end them and name the culprit."""
+        self._wait_at_most(_GRACE_S)
+        died = {
+            rank: -process.returncode
+            for rank, process in enumerate(self._processes)
+            if process.returncode is not None and process.returncode < 0
+        }
+        self._signal(signal.SIGTERM)
+        self._wait_at_most(_KILL_S if not died else 1.0)
+        self._signal(signal.SIGKILL)
+        failure = root_cause(self._reports, died, self._logs)
+        return Ending(failure.exit_status, failure)
+
+    def _wait_at_most(self, seconds: float) -> None:
+        end_s = time.monotonic() + seconds
+        while self._running() and time.monotonic() < end_s:
+            time.sleep(_POLL_S)
+
+
+def refuse_taken(port: int) -> None:
+    """Raise ConfigError if somebody listens on `port` already."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"port {port} cannot be used: {reason}; choose another with --port, or leave it out") from None

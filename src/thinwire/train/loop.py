@@ -1,0 +1,162 @@
+"""The training loop. It reads as a story; communication is called by name.
+
+The loss of a step is the sum of token losses over the global count of valid tokens, so any split of the batch over ranks
+and micro-batches gives the same gradient: every rank back-propagates its sum over a constant (the nominal token count),
+the engine sums over ranks, and the ratio of nominal to counted tokens scales the result once.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from thinwire.comm.collectives import all_reduce_small
+from thinwire.comm.world import World
+from thinwire.data.loader import Batch
+from thinwire.errors import DivergenceError
+from thinwire.model.loss import token_loss
+from thinwire.train.assemble import Parts, assemble
+from thinwire.train.clock import StepClock
+from thinwire.train.finish import finish
+from thinwire.train.job import Job
+from thinwire.train.numbers import mfu
+from thinwire.train.saving import Saver
+from thinwire.train.schedule import lr_at
+from thinwire.train.stop import StopRequest
+from thinwire.train.validate import validate
+
+# B batch, T tokens, V vocabulary
+
+
+def train(job: Job, world: World, stop: StopRequest) -> None:
+    """Train `job` to its last step, or until a stop is asked for; resumes what its folder holds.
+
+    Raises DivergenceError after `run.max_bad_steps` non-finite steps in a row, and whatever a rank raises.
+    """
+    parts = assemble(job, world)
+    try:
+        _train(job, parts, stop)
+    finally:
+        parts.close()
+
+
+def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
+    saver = Saver(job, parts)
+    step = saver.resume()
+    total = job.config.run.steps
+    parts.begin(step)
+    saver.announce()
+    if step == 0:
+        validate(job, parts, step)
+    bad_in_a_row, stopping = 0, False
+    clock = StepClock(parts.world.device)
+    while step < total and not stopping:
+        clock.start()
+        record, stopping = train_step(job, parts, step, clock, stop)
+        step += 1
+        bad_in_a_row = bad_in_a_row + 1 if record["skipped"] else 0
+        _give_up_if_diverged(job, saver, bad_in_a_row, step)
+        saver.after_step(step, last=stopping or step == total)
+        clock.lap("checkpoint")
+        _close_record(job, parts, record, clock)
+        if _due(job.config.run.eval_every, step) or step == total:
+            validate(job, parts, step)
+    saver.finish()
+    finish(job, parts, saver, step=step, stopped=stopping and step < total, by=stop.by)
+
+
+def train_step(
+    job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRequest
+) -> tuple[dict[str, Any], bool]:
+    """One optimizer step: `(its record without timings, whether a stop is agreed on)`."""
+    torch.manual_seed(job.config.run.seed + step)
+    micro_batches = parts.feed.next()
+    clock.lap("data")
+    summed, valid_tokens = torch.zeros((), dtype=torch.float64, device=parts.world.device), 0
+    for i, batch in enumerate(micro_batches):
+        with parts.sharded.micro_batch(last=i == len(micro_batches) - 1):
+            loss, valid = forward(parts, batch)
+            clock.lap("forward")
+            (loss / parts.nominal_tokens).backward()  # type: ignore[no-untyped-call]
+            clock.lap("backward")
+        summed += loss.detach().double()
+        valid_tokens += valid
+    parts.sharded.finish_reduce()
+    agreed = torch.tensor([summed.item(), valid_tokens, stop.asked], dtype=torch.float64)
+    all_reduce_small(agreed, world=parts.world, op="sum")
+    loss_sum, tokens, stops = agreed.tolist()
+    scale = parts.nominal_tokens / max(1.0, tokens)
+    grad_norm = parts.sharded.grad_norm() * scale
+    clock.lap("comm")
+    lr = lr_at(step, peak=job.config.optimizer.lr, total_steps=job.config.run.steps, schedule=job.config.schedule)
+    loss_mean = loss_sum / max(1.0, tokens)
+    skipped = not (math.isfinite(loss_mean) and math.isfinite(grad_norm))
+    if skipped:
+        parts.optimizer.skip()
+    else:
+        parts.optimizer.set_lr(lr)
+        parts.optimizer.step(grad_scale=scale * clip_factor(grad_norm, job.config.optimizer.clip_norm))
+    clock.lap("optimizer")
+    record = {
+        "step": step + 1, "loss": loss_mean, "lr": lr, "grad_norm": grad_norm, "tokens": int(tokens), "skipped": skipped,
+    }  # fmt: skip
+    return record, stops > 0
+
+
+def forward(parts: Parts, batch: Batch) -> tuple[torch.Tensor, int]:
+    """`(sum of token losses, count of valid tokens)` of one micro-batch on this rank."""
+    device = parts.world.device
+    tokens_BT = torch.from_numpy(batch.tokens_BT).to(device, non_blocking=True)
+    targets_BT = torch.from_numpy(batch.targets_BT).to(device, non_blocking=True)
+    if parts.cross_documents:
+        logits_BTV = parts.model(tokens_BT)
+    else:
+        positions_BT = torch.from_numpy(batch.positions_BT).to(device, non_blocking=True)
+        documents_BT = torch.from_numpy(batch.documents_BT).to(device, non_blocking=True)
+        logits_BTV = parts.model(tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT)
+    return token_loss(logits_BTV, targets_BT), int((batch.targets_BT >= 0).sum())
+
+
+def clip_factor(grad_norm: float, clip_norm: float) -> float:
+    """What the gradient is multiplied with so that its norm is at most `clip_norm` (0: never clip)."""
+    return min(1.0, clip_norm / (grad_norm + 1e-6)) if clip_norm > 0 else 1.0
+
+
+def _give_up_if_diverged(job: Job, saver: Saver, bad_in_a_row: int, step: int) -> None:
+    if bad_in_a_row >= job.config.run.max_bad_steps:
+        saver.finish()
+        good = saver.newest_name()
+        raise DivergenceError(
+            f"the loss or gradient norm was not finite in {bad_in_a_row} steps in a row, up to step {step}; "
+            + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
+            + "; try a lower optimizer.lr or a longer schedule.warmup_steps"
+        )
+
+
+def _close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepClock) -> None:
+    """Add timings and wire bytes to the step's record and publish it."""
+    wire = parts.world.ledger.drain()
+    seconds = clock.stop(exposed_comm_s=wire.exposed_s)
+    step_s = sum(seconds.values())
+    tokens_per_s = record["tokens"] / step_s
+    record.update(
+        step_s=round(step_s, 6),
+        tokens_per_s=round(tokens_per_s, 1),
+        mfu=round(
+            mfu(
+                job.spec,
+                tokens_per_sequence=job.config.batch.tokens,
+                tokens_per_s=tokens_per_s,
+                ranks=parts.world.size,
+                peak=parts.peak_flops_per_s,
+            ),
+            5,
+        ),
+        seconds=seconds,
+        wire=wire.sent_bytes(),
+    )
+    parts.publish(record)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

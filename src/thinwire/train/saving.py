@@ -1,0 +1,96 @@
+"""When a run saves and what: logical tensors and the step. Data order, schedule and RNG are functions of the step."""
+
+from thinwire import __version__
+from thinwire.checkpoint.store import SaveFailed, Saving
+from thinwire.errors import CheckpointError
+from thinwire.train.assemble import Parts
+from thinwire.train.folder import CHECKPOINTS
+from thinwire.train.job import Job
+from thinwire.units import show_seconds
+
+
+class Saver:
+    """Saves every `checkpoint.every_steps` and at the end, in the background; resumes from the newest good one."""
+
+    def __init__(self, job: Job, parts: Parts) -> None:
+        self._job, self._parts = job, parts
+        self._saving: Saving | None = None
+        self._last_asked = 0
+        self._newest: str | None = None
+
+    def resume(self) -> int:
+        """Load the newest good checkpoint, if there is one: the step to go on from. Raises CheckpointError."""
+        found = self._parts.checkpoints.newest()
+        self._warnings = list(self._parts.checkpoints.warnings)
+        if found is None:
+            return 0
+        pieces = [*self._parts.sharded.for_load(), *self._parts.optimizer.for_load()]
+        meta = self._parts.checkpoints.load(found, pieces)
+        if meta["corpus"] != self._job.corpus.digest:
+            raise CheckpointError(
+                f"{found.path} was trained on another corpus (digest {meta['corpus'][:12]}, now "
+                f"{self._job.corpus.digest[:12]}); point data.path at that one, or use --fresh"
+            )
+        self._parts.sharded.loaded()
+        self._parts.optimizer.loaded(int(meta["updates"]))
+        self._last_asked, self._newest = found.step, found.path.name
+        return found.step
+
+    def after_step(self, step: int, *, last: bool) -> None:
+        """Save if it is time; look after a save in flight."""
+        self._collect(wait=False)
+        every = self._job.config.checkpoint.every_steps
+        if (last or (every > 0 and step % every == 0)) and step != self._last_asked:
+            self._collect(wait=True)
+            self._save(step)
+
+    def finish(self) -> None:
+        """Wait for a save in flight."""
+        self._collect(wait=True)
+
+    def newest_name(self) -> str | None:
+        """Path of the newest checkpoint that is whole, relative to the run folder's parent."""
+        return None if self._newest is None else str(self._job.folder / CHECKPOINTS / self._newest)
+
+    def announce(self) -> None:
+        """Tell what was wrong with checkpoints that were passed over, once there is a console."""
+        for warning in self._warnings:
+            self._parts.warn(warning)
+
+    def _save(self, step: int) -> None:
+        self._parts.sharded.drain()
+        pieces = [*self._parts.sharded.for_save(), *self._parts.optimizer.for_save()]
+        meta = {
+            "step": step,
+            "updates": self._parts.optimizer.updates,
+            "corpus": self._job.corpus.digest,
+            "spec": self._job.spec.model_dump(mode="json"),
+            "plan": self._job.plan.model_dump(mode="json"),
+            "thinwire": __version__,
+        }
+        self._saving = self._parts.checkpoints.save(step, pieces, meta)
+        self._last_asked = step
+
+    def _collect(self, *, wait: bool) -> None:
+        saving = self._saving
+        if saving is None or not (wait or saving.done()):
+            return
+        self._saving = None
+        outcome = saving.result()
+        if isinstance(outcome, SaveFailed):
+            self._parts.warn(
+                f"the checkpoint of step {outcome.step} could not be saved: {outcome.reason}; training goes on, the last "
+                f"good checkpoint is {self.newest_name() or 'none'}"
+            )
+            return
+        self._newest = outcome.path.name
+        self._parts.event(
+            "checkpoint",
+            step=outcome.step,
+            path=str(outcome.path),
+            stall_s=saving.stall_s,
+            save_s=outcome.save_s,
+            bytes=outcome.bytes,
+        )
+        if self._parts.telemetry is not None and outcome.step == self._job.config.run.steps:
+            self._parts.say(f"saved {outcome.path} in {show_seconds(outcome.save_s)}")

@@ -1,0 +1,27 @@
+"""Stopping on request: the first signal finishes the step and saves, the second one leaves at once."""
+
+import os
+import signal
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+INTERRUPTED_STATUS = 130
+
+
+class StopRequest:
+    """Remembers that a stop was asked for. The loop reads `asked`; all ranks agree on it before they act."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.by = ""
+
+    def listen(self) -> None:
+        """Take over the stop signals of this process. Call from the main thread."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            os._exit(INTERRUPTED_STATUS)
+        self.asked = True
+        self.by = signal.Signals(number).name

@@ -1,0 +1,125 @@
+"""What one sees of a run: a progress line, `events.jsonl`, TensorBoard, and a table at the end. Rank 0 only."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from thinwire.events import EventLog
+from thinwire.train.folder import EVENTS_FILE, TENSORBOARD
+from thinwire.units import show_bytes, show_count, show_seconds
+
+_SMOOTHING = 0.9
+
+
+class Telemetry:
+    """Writes every step to the log and TensorBoard; shows a live line on a terminal, a plain line elsewhere."""
+
+    def __init__(self, folder: Path, *, total_steps: int, first_step: int, log_every: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.console = Console(highlight=False)
+        self.log = EventLog(folder / EVENTS_FILE)
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step, flush_secs=30)  # type: ignore[no-untyped-call]
+        self._total_steps, self._log_every = total_steps, log_every
+        self._step_s: float | None = None
+        self._live = self.console.is_terminal
+        self._progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=self.console,
+            auto_refresh=False,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, line="")
+        self._progress.start()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Say what step `record["step"]` (1 is the first) did."""
+        self.log.write("step", **record)
+        number = record["step"]
+        for name in ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s"):
+            if record[name] is not None:
+                self._board.add_scalar(f"train/{name}", record[name], number)  # type: ignore[no-untyped-call]
+        for cause, seconds in record["seconds"].items():
+            self._board.add_scalar(f"seconds/{cause}", seconds, number)  # type: ignore[no-untyped-call]
+        smooth = self._step_s
+        self._step_s = record["step_s"] if smooth is None else _SMOOTHING * smooth + (1 - _SMOOTHING) * record["step_s"]
+        line = self._line(record)
+        self._progress.update(self._task, completed=number, line=line, refresh=self._live)
+        if not self._live and (number % self._log_every == 0 or number == self._total_steps):
+            self.console.print(f"step {number}/{self._total_steps}  {line}", soft_wrap=True)
+
+    def _line(self, record: dict[str, Any]) -> str:
+        exposed = record["seconds"]["comm"] / max(record["step_s"], 1e-9)
+        left_s = (self._total_steps - record["step"]) * (self._step_s or 0.0)
+        mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
+        return (
+            f"loss {record['loss']:.4f}  {show_count(record['tokens_per_s'])} tokens/s{mfu}  "
+            f"exposed comm {exposed:.1%}  ETA {show_seconds(left_s)}"
+        )
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """A record of another kind in the log; validation losses go to TensorBoard too."""
+        self.log.write(kind, **fields)
+        if kind == "eval":
+            for name in ("loss", "bits_per_byte"):
+                if fields.get(name) is not None:
+                    self._board.add_scalar(f"eval/{name}", fields[name], fields["step"])  # type: ignore[no-untyped-call]
+
+    def say(self, text: str, style: str = "") -> None:
+        """A line above the progress line."""
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Something that does not end the run but that a person should see, and find again in the log."""
+        self.log.write("fault", message=text)
+        self.say(f"warning: {text}", "yellow")
+
+    def stop_line(self) -> None:
+        """Leave the progress line as it stands; what follows is printed below it."""
+        self._progress.stop()
+
+    def close(self) -> None:
+        self._progress.stop()
+        self._board.close()  # type: ignore[no-untyped-call]
+        self.log.close()
+
+
+class Totals:
+    """Sums over the steps of this start of a run, for the table at its end."""
+
+    def __init__(self) -> None:
+        self.steps, self.tokens, self.seconds, self.wire_bytes = 0, 0, 0.0, 0
+        self.causes: dict[str, float] = {}
+        self.started_s = time.perf_counter()
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.steps += 1
+        self.tokens += record["tokens"]
+        self.seconds += record["step_s"]
+        self.wire_bytes += sum(sum(purposes.values()) for purposes in record["wire"].values())
+        for cause, seconds in record["seconds"].items():
+            self.causes[cause] = self.causes.get(cause, 0.0) + seconds
+
+    def table(self, rows: dict[str, str]) -> Table:
+        """The summary: `rows` first, then what was counted."""
+        table = Table(show_header=False, title="summary", title_justify="left")
+        counted = {
+            "steps in this start": f"{self.steps:,}",
+            "tokens": f"{self.tokens:,}",
+            "training time": show_seconds(self.seconds),
+            "tokens per second": f"{self.tokens / max(self.seconds, 1e-9):,.0f}",
+            "sent by rank 0": f"{show_bytes(self.wire_bytes)} ({show_bytes(self.wire_bytes / max(1, self.steps))} a step)",
+            "time by cause": "  ".join(
+                f"{cause} {seconds / max(self.seconds, 1e-9):.1%}" for cause, seconds in self.causes.items() if seconds > 0
+            ),
+        }
+        for name, value in {**rows, **counted}.items():
+            table.add_row(name, value)
+        return table

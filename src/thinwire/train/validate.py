@@ -1,0 +1,72 @@
+"""Validation during training: every rank scores its share of the held-out text, then sums are added."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from thinwire.comm.collectives import all_reduce_small
+from thinwire.data.loader import Batch, evaluation_batches, ignored_like
+from thinwire.evaluate.loss import Score, score
+from thinwire.train.assemble import Parts
+from thinwire.train.job import Job
+from thinwire.units import show_seconds
+
+
+def validate(job: Job, parts: Parts, step: int) -> Score | None:
+    """Score the first `run.eval_sequences` held-out sequences and say the result; None if there is no held-out text."""
+    if job.corpus.heldout is None or job.corpus.heldout.tokens == 0:
+        return None
+    start_s = time.perf_counter()
+    parts.sharded.drain()
+    own = score(
+        parts.model,
+        _share(job, parts),
+        token_bytes=job.corpus.token_bytes,
+        device=parts.world.device,
+        cross_documents=job.config.data.cross_documents,
+    )
+    sums = torch.tensor([own.loss_sum, own.tokens, own.text_bytes], dtype=torch.float64)
+    all_reduce_small(sums, world=parts.world, op="sum")
+    total = Score(float(sums[0]), int(sums[1]), int(sums[2]))
+    parts.world.ledger.drain()
+    _tell(parts, step, total, time.perf_counter() - start_s)
+    return total
+
+
+def _share(job: Job, parts: Parts) -> Iterator[Batch]:
+    """This rank's batches. All ranks take the same number of forwards: a rank without text scores an empty batch."""
+    assert job.corpus.heldout is not None
+    limit = job.config.run.eval_sequences
+    size, ranks = job.plan.micro_batch, parts.world.size
+    batches = list(
+        evaluation_batches(
+            job.corpus.heldout,
+            job.config.batch.tokens,
+            size,
+            limit=limit or None,
+            cross_documents=job.config.data.cross_documents,
+        )
+    )
+    rounds = -(-len(batches) // ranks)
+    for index in range(rounds):
+        mine = index * ranks + parts.world.rank
+        yield batches[mine] if mine < len(batches) else ignored_like(batches[0])
+
+
+def _tell(parts: Parts, step: int, total: Score, seconds: float) -> None:
+    bits = total.bits_per_byte
+    parts.event(
+        "eval",
+        step=step,
+        loss=total.loss,
+        perplexity=total.perplexity,
+        bits_per_byte=bits,
+        tokens=total.tokens,
+        seconds=round(seconds, 3),
+    )
+    shown = "" if bits is None else f", {bits:.4f} bits per byte"
+    parts.say(
+        f"validation at step {step}: loss {total.loss:.4f}, perplexity {total.perplexity:.2f}{shown} "
+        f"({total.tokens:,} held-out tokens, {show_seconds(seconds)})"
+    )

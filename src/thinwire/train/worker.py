@@ -1,0 +1,76 @@
+"""One rank of a run: `python -m thinwire.train.worker PLACE RUN_FILE [SETTING ...]`, or called under torchrun or Slurm."""
+
+import json
+import os
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from thinwire.comm.place import Place
+from thinwire.train.job import Job, read_config, resolve
+from thinwire.train.report import describe
+from thinwire.train.stop import StopRequest
+
+
+def run_rank(job: Job, place: Place, stop: StopRequest) -> None:
+    """Join the world, train, leave it. Raises what training raises."""
+    import torch
+
+    from thinwire.comm.world import World
+    from thinwire.train.loop import train
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    world = World.join(
+        job.cluster,
+        rank=place.rank,
+        size=place.size,
+        local_rank=place.local_rank,
+        host=place.host,
+        port=place.port,
+        timeout_s=job.config.run.timeout,
+    )
+    train(job, world, stop)
+    world.leave()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """A rank started by the local launcher. Returns the exit status; a failure is written to the report file."""
+    own = json.loads(arguments[0])
+    _leave_with_launcher(own["launcher_pipe"])
+    stop = StopRequest()
+    stop.listen()
+    place = Place(**own["place"])
+    try:
+        run_file = Path(arguments[1])
+        run_rank(resolve(run_file, read_config(run_file, arguments[2:])), place, stop)
+    except BaseException as error:
+        describe(place.rank, error).write(Path(own["report"]))
+        if place.rank != 0:
+            traceback.print_exception(error)
+        _leave_now(1)
+    return 0
+
+
+def _leave_now(status: int) -> None:
+    """Leave without waiting for communicators whose peers may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _leave_with_launcher(pipe: int) -> None:
+    """Leave at once when the launcher's end of `pipe` closes: no rank outlives it."""
+
+    def watch() -> None:
+        os.read(pipe, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", FutureWarning)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,95 @@
+"""Real worlds of gloo ranks for tests: processes, one thread each, forked from a server that has torch loaded."""
+
+import multiprocessing as mp
+import socket
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from thinwire.cluster.cluster import Cluster, Level
+
+_PRELOADED = ["torch.distributed", "thinwire.comm.collectives", "thinwire.model.transformer"]
+"""Installed modules only: the server does not see the tests' folder."""
+
+Levels = Sequence[int | tuple[str, int]]
+
+
+def cluster_of(levels: Levels) -> Cluster:
+    """A CPU cluster; plain numbers are named node, cluster, site, inner first."""
+    names = ("node", "cluster", "site")
+    pairs = [(names[i], level) if isinstance(level, int) else level for i, level in enumerate(levels)]
+    return Cluster(levels=tuple(Level(name=name, fanout=fanout) for name, fanout in pairs))
+
+
+def run_world(levels: int | Levels, fn: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+    """`fn(world, *args)` on every rank of a new world: the results by rank. Raises what a rank raised, or TimeoutError.
+
+    Leaving the world checks that no handle was dropped.
+    """
+    cluster = cluster_of([levels] if isinstance(levels, int) else levels)
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(cluster.ranks):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(theirs, cluster, rank, port, fn, args), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return _results(pipes, timeout_s)
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+
+
+def _results(pipes: list[Connection], timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    end_s = time.monotonic() + timeout_s
+    while len(results) < len(pipes):
+        ready = wait([pipe for rank, pipe in enumerate(pipes) if rank not in results], end_s - time.monotonic())
+        if not ready:
+            raise TimeoutError(f"ranks {sorted(set(range(len(pipes))) - set(results))} said nothing in {timeout_s} s")
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                ok, value = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died without a word") from None
+            if not ok:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(pipe: Connection, cluster: Cluster, rank: int, port: int, fn: Callable[..., Any], args: Any) -> None:
+    import torch
+
+    from thinwire.comm.world import World
+
+    torch.set_num_threads(1)
+    try:
+        world = World.join(
+            cluster, rank=rank, size=cluster.ranks, local_rank=rank, host="127.0.0.1", port=port, timeout_s=60
+        )
+        result = fn(world, *args)
+        world.leave()
+        pipe.send((True, result))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
