@@ -10,7 +10,7 @@ from typing import Any
 
 from thinwire.cluster.cluster import Cluster, Level
 
-_PRELOADED = ["torch.distributed", "thinwire.comm.collectives", "thinwire.model.transformer"]
+_PRELOADED = ["torch.distributed", "thinwire.checkpoint.store", "thinwire.train.loop", "torch.utils.tensorboard"]
 """Installed modules only: the server does not see the tests' folder."""
 
 Levels = Sequence[int | tuple[str, int]]

@@ -78,12 +78,14 @@ FlopsPerS = Annotated[float, BeforeValidator(parse_flops)]
 
 
 def _scaled(value: float, prefixes: dict[str, float], unit: str) -> str:
+    """Three significant digits with the largest prefix that leaves at least 1 before the point (else the smallest)."""
+    smallest = min(prefixes.values())
     for prefix, factor in sorted(prefixes.items(), key=lambda item: -item[1]):
-        if abs(value) >= factor or factor == 1.0:
+        if abs(value) >= factor or factor == smallest:
             scaled = value / factor
             digits = 0 if scaled >= 100 or scaled == int(scaled) else 1 if scaled >= 10 else 2
             return f"{scaled:.{digits}f} {prefix}{unit}"
-    return f"{value:.2g} {unit}"
+    raise AssertionError("prefixes is empty")
 
 
 def show_bytes(value: float) -> str:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from worlds import run_world
 
 from thinwire.comm import dull
 from thinwire.comm.collectives import all_gather, all_reduce, all_reduce_small, reduce_scatter
 from thinwire.comm.world import World
+from worlds import run_world
 
 
 def _against_twins(world: World) -> dict[str, dict[str, int]]:

@@ -98,15 +98,17 @@ class _LoadPieces(DefaultLoadPlanner):
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
         assert metadata is not None
-        self.metadata, self.is_coordinator = metadata, is_coordinator
+        self._stored = metadata.state_dict_metadata
 
     def create_local_plan(self) -> LoadPlan:
         return LoadPlan([item for piece in self._pieces.values() for item in self._reads(piece)])
 
     def _reads(self, piece: Piece) -> list[ReadItem]:
-        stored = self.metadata.state_dict_metadata.get(piece.name)
+        stored = self._stored.get(piece.name)
         if not isinstance(stored, TensorStorageMetadata):
-            raise CheckpointError(f"{self._folder} has no tensor {piece.name!r}; it was saved by another model or optimizer")
+            raise CheckpointError(
+                f"{self._folder} has no tensor {piece.name!r}; it was saved by another model or optimizer"
+            )
         if stored.size.numel() != _numel(piece) or stored.properties.dtype != piece.tensor.dtype:
             raise CheckpointError(
                 f"{self._folder}: {piece.name!r} has {stored.size.numel():,} elements of {stored.properties.dtype}, here it "
@@ -134,8 +136,25 @@ class _LoadPieces(DefaultLoadPlanner):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DCP warns that no process group is there even when it was told so."""
+    """DCP's own words kept short: no warning that no process group is there when it was told so, and of a failure that
+    it wraps the first cause itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
         warnings.filterwarnings("ignore", message=".*(TypedStorage|torch.distributed is disabled).*")
-        yield
+        try:
+            yield
+        except dcp.api.CheckpointException as error:
+            rank, (cause, _) = min(error.failures.items())
+            if isinstance(cause, CheckpointError):
+                raise cause from None
+            raise CheckpointError(f"rank {rank}: {_sentence(cause)}") from error
+
+
+def _sentence(error: BaseException) -> str:
+    """What the operating system said, if an error in the chain came from it; else the error's first line."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.strerror:
+            return chain.strerror
+        chain = chain.__cause__ or chain.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]

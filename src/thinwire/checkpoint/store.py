@@ -100,7 +100,8 @@ class Checkpoints:
 
     def newest(self) -> Found | None:
         """The newest checkpoint that is whole. Torn ones are put aside as NAME.torn, with a warning that says why."""
-        found, self.warnings = self._agree(self._search) if self._rank == 0 else self._agree(None)
+        decided: tuple[Found | None, list[str]] = self._agree(self._search if self._rank == 0 else None)
+        found, self.warnings = decided
         return found
 
     def load(self, found: Found, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -138,11 +139,10 @@ class Checkpoints:
         start_s = time.perf_counter()
         final = self._folder / f"{_PREFIX}{step:0{_DIGITS}d}"
         partial = self._folder / f".{final.name}.partial"
-        own = {"files": f"__{self._rank}_*", "pieces": pieces}
         try:
             self._stage(lambda: _make_empty(partial) if self._rank == 0 else None)
-            self._stage(lambda: write_pieces(partial, own["pieces"], self._group))
-            described = self._stage(lambda: _describe(partial, own["files"], pieces))
+            self._stage(lambda: write_pieces(partial, pieces, self._group))
+            described = self._stage(lambda: _describe(partial, f"__{self._rank}_*", pieces))
             if self._rank == 0:
                 size = self._stage(lambda: self._commit(step, partial, final, described, meta))[0]
             else:
@@ -168,9 +168,7 @@ class Checkpoints:
             raise CheckpointError(failed[0])
         return [value for value, _ in results]
 
-    def _commit(
-        self, step: int, partial: Path, final: Path, described: list[Any], meta: dict[str, Any]
-    ) -> int:
+    def _commit(self, step: int, partial: Path, final: Path, described: list[Any], meta: dict[str, Any]) -> int:
         """Rank 0: check that every element is there once, write the manifest, rename, prune. The size in bytes."""
         files: dict[str, FileInfo] = describe_files(partial, [".metadata"])
         for of_rank, _ in described:
@@ -208,7 +206,9 @@ def complete(spans_by_rank: Sequence[Spans]) -> dict[str, TensorInfo]:
         end = 0
         for offset, length in sorted(parts[name]):
             if offset != end:
-                raise CheckpointError(f"{name!r}: elements {min(end, offset):,} to {max(end, offset):,} are not written once")
+                raise CheckpointError(
+                    f"{name!r}: elements {min(end, offset):,} to {max(end, offset):,} are not written once"
+                )
             end += length
         if end != torch.Size(info.shape).numel():
             raise CheckpointError(f"{name!r}: {end:,} of {torch.Size(info.shape).numel():,} elements were written")
@@ -263,9 +263,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _reason(error: BaseException) -> str:
-    """The sentence in an exception: the operating system's own words if there are any in its causes."""
-    text = str(error)
-    for line in text.splitlines():
-        if "[Errno" in line or "No space left" in line or "quota" in line:
-            return line.strip().removeprefix("OSError: ")
-    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    """The sentence in an exception."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,6 @@ import importlib
 import sys
 from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -18,30 +17,28 @@ _VERBS = {
     "data": "Prepare token files from text, and look at them.",
     "eval": "Loss, perplexity and bits per byte of a run on held-out text.",
     "generate": "Continue a prompt with a run's model.",
-    "plan": "Choose where states live and what it costs, for a model and a cluster.",
-    "simulate": "Play a plan through an event simulator; print or write its timeline.",
-    "lab": "An emulated cluster with slow links on this machine.",
 }
 
 
 class LazyGroup(TyperGroup):
-    """A group whose verbs live in `thinwire.cli.VERB`: a function of that name, or a typer `app`."""
+    """A group whose verbs live in `thinwire.cli.VERB`: a typer `app`, or a function `run`."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(_VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _VERBS:
             return None
         module = importlib.import_module(f"thinwire.cli.{cmd_name}")
-        verb = typer.Typer(help=_VERBS[cmd_name]) if not hasattr(module, "app") else module.app
-        if not hasattr(module, "app"):
+        verb = getattr(module, "app", None)
+        if verb is None:
+            verb = typer.Typer(rich_markup_mode=None)
             verb.command(name=cmd_name)(module.run)
         command = typer.main.get_command(verb)
         command.name = cmd_name
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(_VERBS.items()))
 
@@ -65,14 +62,16 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version.")) -> None:
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
     """Options of the program itself."""
 
 
 def main(arguments: list[str] | None = None) -> Any:
     """The console script."""
     try:
-        return app(arguments)
+        return app(arguments, prog_name="thinwire")
     except ThinwireError as error:
         typer.echo(f"thinwire: {error}", err=True)
         sys.exit(error.exit_status)

@@ -34,9 +34,7 @@ def prepare(
         raise ConfigError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers} must be at least 1")
-    options = Options(
-        tuple(sources), tokenizer, tuple(include or ()), tuple(exclude or ()), field, heldout_fraction
-    )
+    options = Options(tuple(sources), tokenizer, tuple(include or ()), tuple(exclude or ()), field, heldout_fraction)
     manifest = prepare_shown(options, out, workers=workers, force=force)
     if as_json:
         typer.echo(json.dumps(manifest))

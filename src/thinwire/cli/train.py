@@ -3,9 +3,13 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from thinwire.comm.place import Place
+    from thinwire.train.job import Job
 
 SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the run file; may be repeated.")
 
@@ -53,14 +57,14 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     sys.exit(ending.status)
 
 
-def _train_as(place: "Place", run_file: Path, settings: list[str], *, fresh: bool) -> None:  # noqa: F821
+def _train_as(place: "Place", run_file: Path, settings: list[str], *, fresh: bool) -> None:
     """Be one rank of a world that torchrun or Slurm started."""
     from thinwire.train.worker import run_external
 
     run_external(place, run_file, settings, fresh=fresh)
 
 
-def _greet(job: "Job", resuming: bool) -> None:  # noqa: F821
+def _greet(job: "Job", resuming: bool) -> None:
     from thinwire.units import show_count
 
     levels = " x ".join(f"{level.name}={level.fanout}" for level in job.cluster.levels)

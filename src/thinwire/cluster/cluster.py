@@ -144,3 +144,13 @@ def read_cluster(path: Path) -> Cluster:
     if tree.get("version", 1) != 1:
         raise ConfigError(f"{path} is a cluster file of version {tree['version']}; this thinwire reads version 1")
     return build(Cluster, tree, str(path))
+
+
+def check_size(cluster: Cluster, size: int) -> None:
+    """Raise ConfigError, in one sentence, if the launcher's world is not the cluster's."""
+    if cluster.ranks != size:
+        product = " x ".join(f"{level.name}={level.fanout}" for level in cluster.levels)
+        raise ConfigError(
+            f"the levels {product} make {cluster.ranks} ranks, but the launcher started {size}; change cluster.levels, "
+            f"or start {cluster.ranks} processes"
+        )

@@ -17,27 +17,47 @@ DEVICES: Mapping[str, Device] = {
     "cpu": Device(name="cpu", kind="cpu", origin="default"),
     # NVIDIA A100 80GB SXM data sheet (2021): 312 TFLOP/s bf16 dense, 80 GB HBM2e at 2,039 GB/s.
     "a100-80g": Device(
-        name="a100-80g", kind="cuda", peak_flops_per_s=312e12, memory_bytes=80 * _GIB, memory_bytes_per_s=2.039e12,
+        name="a100-80g",
+        kind="cuda",
+        peak_flops_per_s=312e12,
+        memory_bytes=80 * _GIB,
+        memory_bytes_per_s=2.039e12,
         origin="default",
     ),
     # NVIDIA A100 40GB SXM data sheet (2020): 312 TFLOP/s bf16 dense, 40 GB HBM2 at 1,555 GB/s.
     "a100-40g": Device(
-        name="a100-40g", kind="cuda", peak_flops_per_s=312e12, memory_bytes=40 * _GIB, memory_bytes_per_s=1.555e12,
+        name="a100-40g",
+        kind="cuda",
+        peak_flops_per_s=312e12,
+        memory_bytes=40 * _GIB,
+        memory_bytes_per_s=1.555e12,
         origin="default",
     ),
     # NVIDIA H100 SXM data sheet (2022): 989 TFLOP/s bf16 dense, 80 GB HBM3 at 3.35 TB/s.
     "h100": Device(
-        name="h100", kind="cuda", peak_flops_per_s=989e12, memory_bytes=80 * _GIB, memory_bytes_per_s=3.35e12,
+        name="h100",
+        kind="cuda",
+        peak_flops_per_s=989e12,
+        memory_bytes=80 * _GIB,
+        memory_bytes_per_s=3.35e12,
         origin="default",
     ),
     # NVIDIA H200 data sheet (2023): 989 TFLOP/s bf16 dense, 141 GB HBM3e at 4.8 TB/s.
     "h200": Device(
-        name="h200", kind="cuda", peak_flops_per_s=989e12, memory_bytes=141 * 10**9, memory_bytes_per_s=4.8e12,
+        name="h200",
+        kind="cuda",
+        peak_flops_per_s=989e12,
+        memory_bytes=141 * 10**9,
+        memory_bytes_per_s=4.8e12,
         origin="default",
     ),
     # AMD MI250X data sheet (2021), one of its two dies (GCD): 191.5 TFLOP/s bf16, 64 GB HBM2e at 1.6 TB/s.
     "mi250x-gcd": Device(
-        name="mi250x-gcd", kind="cuda", peak_flops_per_s=191.5e12, memory_bytes=64 * _GIB, memory_bytes_per_s=1.6e12,
+        name="mi250x-gcd",
+        kind="cuda",
+        peak_flops_per_s=191.5e12,
+        memory_bytes=64 * _GIB,
+        memory_bytes_per_s=1.6e12,
         origin="default",
     ),
 }

@@ -133,9 +133,7 @@ def _alone(world: World, out: Tensor, source: Tensor) -> Handle:
     return Handle(world.outstanding, None, [])
 
 
-def _entry(
-    world: World, level: int, kind: str, purpose: str, payload: Tensor, sent_bytes: int, codec: Codec
-) -> Entry:
+def _entry(world: World, level: int, kind: str, purpose: str, payload: Tensor, sent_bytes: int, codec: Codec) -> Entry:
     return world.ledger.open(
         level=world.level_name(level),
         kind=kind,

@@ -51,9 +51,7 @@ class Ledger:
     _entries: list[Entry] = field(default_factory=list)
     fallbacks: dict[str, int] = field(default_factory=dict)
 
-    def open(
-        self, *, level: str, kind: str, purpose: str, payload_bytes: int, sent_bytes: int, codec: str
-    ) -> Entry:
+    def open(self, *, level: str, kind: str, purpose: str, payload_bytes: int, sent_bytes: int, codec: str) -> Entry:
         """Record a collective that is being issued now."""
         entry = Entry(level, kind, purpose, payload_bytes, sent_bytes, codec, queued_s=time.perf_counter())
         self._entries.append(entry)

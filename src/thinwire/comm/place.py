@@ -37,7 +37,9 @@ class Place:
 def _torchrun(environment: Mapping[str, str]) -> Place:
     missing = [name for name in _TORCHRUN if name not in environment]
     if missing:
-        raise ConfigError(f"RANK and WORLD_SIZE are set but {', '.join(missing)} is not; start with torchrun, or unset them")
+        raise ConfigError(
+            f"RANK and WORLD_SIZE are set but {', '.join(missing)} is not; start with torchrun, or unset them"
+        )
     return _checked(
         Place(
             rank=_number(environment, "RANK"),

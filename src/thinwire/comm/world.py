@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 import torch.distributed as dist
 
-from thinwire.cluster.cluster import Cluster
+from thinwire.cluster.cluster import Cluster, check_size
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Ledger
 from thinwire.errors import ConfigError, LinkError
@@ -45,7 +45,7 @@ class World:
         check_size(cluster, size)
         cuda = cluster.device.kind == "cuda"
         if cuda and not torch.cuda.is_available():
-            raise ConfigError("the cluster's device is a GPU, but torch sees none here; set cluster.device = \"cpu\"")
+            raise ConfigError('the cluster\'s device is a GPU, but torch sees none here; set cluster.device = "cpu"')
         device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
         world = World(rank, size, local_rank, cluster, device)
         if size > 1:
@@ -91,13 +91,3 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
         assert not dropped, f"{len(dropped)} handles were never waited for, the first is {dropped[0]}"
-
-
-def check_size(cluster: Cluster, size: int) -> None:
-    """Raise ConfigError, in one sentence, if the launcher's world is not the cluster's."""
-    if cluster.ranks != size:
-        product = " x ".join(f"{level.name}={level.fanout}" for level in cluster.levels)
-        raise ConfigError(
-            f"the levels {product} make {cluster.ranks} ranks, but the launcher started {size}; change cluster.levels, "
-            f"or start {cluster.ranks} processes"
-        )

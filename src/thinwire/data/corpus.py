@@ -75,7 +75,9 @@ def _open_folder(config: DataConfig) -> Corpus:
         splits[name] = IndexedTokens(config.path / name)
         expected = manifest["splits"][name]["tokens"]
         if splits[name].tokens != expected:
-            raise DataError(f"{config.path / name}.bin holds {splits[name].tokens:,} tokens, its manifest says {expected:,}")
+            raise DataError(
+                f"{config.path / name}.bin holds {splits[name].tokens:,} tokens, its manifest says {expected:,}"
+            )
     file = manifest["tokenizer"]["file"]
     tokenizer: Tokenizer = ByteTokenizer() if file == "bytes" else load_file(config.path / file)
     if tokenizer.vocab_size != manifest["tokenizer"]["vocab_size"]:

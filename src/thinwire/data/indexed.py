@@ -74,7 +74,9 @@ class IndexedTokens:
         expected = int(sizes.sum(dtype=np.int64)) * dtype.itemsize
         found = bin_path.stat().st_size
         if found != expected:
-            raise DataError(f"{bin_path} has {found:,} bytes where its index says {expected:,}; it is damaged, make it anew")
+            raise DataError(
+                f"{bin_path} has {found:,} bytes where its index says {expected:,}; it is damaged, make it anew"
+            )
         ends = np.cumsum(sizes, dtype=np.int64)
         begins = ends - sizes
         if not np.array_equal(offsets, begins * dtype.itemsize):
@@ -103,7 +105,9 @@ def _read_index(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArr
         raise DataError(f"{path} holds {dtype.name} numbers, not token ids")
     expected = _HEADER.size + sequences * 12 + marks * 8
     if len(raw) < expected:
-        raise DataError(f"{path} has {len(raw):,} bytes where {sequences:,} sequences need {expected:,}; it is truncated")
+        raise DataError(
+            f"{path} has {len(raw):,} bytes where {sequences:,} sequences need {expected:,}; it is truncated"
+        )
     sizes = np.frombuffer(raw, "<i4", sequences, _HEADER.size)
     offsets = np.frombuffer(raw, "<i8", sequences, _HEADER.size + 4 * sequences)
     return sizes, offsets, np.frombuffer(raw, "<i8", marks, _HEADER.size + 12 * sequences), dtype

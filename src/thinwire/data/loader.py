@@ -137,7 +137,11 @@ class Prefetcher:
     """Prepares the next steps' micro-batches in a thread. `waited_s` is how long `next` stood still in all."""
 
     def __init__(self, loader: Loader, *, rank: int, ranks: int, micro_batch: int, depth: int = 2) -> None:
-        self._loader, self._place, self._depth = loader, {"rank": rank, "ranks": ranks, "micro_batch": micro_batch}, depth
+        self._loader, self._place, self._depth = (
+            loader,
+            {"rank": rank, "ranks": ranks, "micro_batch": micro_batch},
+            depth,
+        )
         self._thread: threading.Thread | None = None
         self.waited_s = 0.0
 

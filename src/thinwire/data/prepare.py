@@ -130,7 +130,7 @@ def _tokenizer(
 def held_out(text: bytes, fraction: float) -> bool:
     """Whether a document belongs to the held-out split: decided by its content alone, so copies stay together."""
     digest = hashlib.blake2b(text, digest_size=_HASH_BYTES).digest()
-    return int.from_bytes(digest, "little") < fraction * 2 ** (8 * _HASH_BYTES)
+    return int.from_bytes(digest, "little") < int(fraction * 2.0 ** (8 * _HASH_BYTES))
 
 
 def _chunks(files: Sequence[Path], field: str) -> Iterator[tuple[list[str], int]]:
@@ -215,7 +215,13 @@ def _start_worker(spec: str) -> None:
     _Worker.tokenizer = _open(spec)
     parent = mp.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: Any) -> None:
+    """No worker outlives the process that started it."""
+    parent.join()
+    os._exit(1)
 
 
 def _work(texts: list[str], fraction: float) -> dict[str, _Part]:

@@ -11,7 +11,13 @@ from thinwire.data.prepare import Options, prepare
 
 def prepare_shown(options: Options, out: Path, *, workers: int | None = None, force: bool = False) -> dict[str, Any]:
     """`prepare` with a bar on standard error. Raises DataError as `prepare` does."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, Any] = {}
 

@@ -7,8 +7,9 @@ import fnmatch
 import gzip
 import io
 import json
+import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,25 +32,29 @@ def files_of(source: str, *, include: Sequence[str] = (), exclude: Sequence[str]
         return [root]
     if not root.is_dir():
         raise DataError(f"{source} does not exist; give a file, a folder or {STDLIB!r}")
-    found = [path for path in sorted(root.rglob("*")) if path.is_file() and _passes(path, root, include, exclude)]
+    found = [path for path in _walk(root) if _passes(path.relative_to(root).as_posix(), include, exclude)]
     if not found:
         globs = f" that match {', '.join(include)}" if include else ""
         raise DataError(f"the folder {source} holds no files{globs}; change --include or --exclude")
     return found
 
 
-def _passes(path: Path, root: Path, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    relative = path.relative_to(root).as_posix()
-    names = (relative, path.name)
-    if any(part.startswith(".") for part in path.relative_to(root).parts):
-        return False
+def _walk(root: Path, without: Collection[str] = ()) -> Iterator[Path]:
+    """The files below `root` in one fixed order; hidden folders and files, and folders named in `without`, left out."""
+    for folder, below, names in os.walk(root):
+        below[:] = sorted(name for name in below if name not in without and not name.startswith("."))
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _passes(relative: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    names = (relative, relative.rpartition("/")[2])
     wanted = not include or any(fnmatch.fnmatch(name, glob) for glob in include for name in names)
     return wanted and not any(fnmatch.fnmatch(name, glob) for glob in exclude for name in names)
 
 
 def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = [p for p in sorted(root.rglob("*.py")) if not _NOT_LIBRARY.intersection(p.relative_to(root).parts)]
+    found = [path for path in _walk(root, _NOT_LIBRARY) if path.suffix == ".py"]
     if not found:
         raise DataError(f"this Python keeps no library source in {root}; give a folder of text instead")
     return found

@@ -52,7 +52,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]  # type: ignore[misc]
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -76,7 +76,7 @@ class FileTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return 1 + max(self._library.get_vocab(with_added_tokens=True).values())
+        return 1 + int(max(self._library.get_vocab(with_added_tokens=True).values()))
 
     def encode(self, text: str) -> list[int]:
         return list(self._library.encode(text, add_special_tokens=False).ids)
@@ -131,8 +131,8 @@ def train_bpe(size: int, texts: Iterable[str]) -> FileTokenizer:
     if size < 257:
         raise DataError(f"bpe:{size} is too small: 256 bytes and the end of text need 257; try bpe:4096")
     library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    library.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=[END_OF_TEXT],

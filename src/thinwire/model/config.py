@@ -58,5 +58,7 @@ class ModelConfig(Frozen):
 
 def _head_size(hidden: int, heads: int) -> int:
     if hidden % heads:
-        raise ConfigError(f"model.hidden = {hidden} is not divisible by model.heads = {heads}; give model.head_size too")
+        raise ConfigError(
+            f"model.hidden = {hidden} is not divisible by model.heads = {heads}; give model.head_size too"
+        )
     return hidden // heads

@@ -70,10 +70,10 @@ def stream_text(ids: Iterator[int], decode: Callable[[list[int]], str]) -> Itera
 def _check(prompt: Sequence[int], new: int, longest: int, temperature: float, top_p: float) -> None:
     if not prompt:
         raise ConfigError("the prompt is empty; give at least one token of text")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ConfigError(f"temperature = {temperature} must be at least 0 and top_p = {top_p} in (0, 1]")
     if len(prompt) + new > longest:
         raise ConfigError(
             f"a prompt of {len(prompt)} tokens and {new} new ones do not fit the model's {longest} positions; ask for at "
             f"most {max(0, longest - len(prompt))} new tokens"
         )
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ConfigError(f"temperature = {temperature} must be at least 0 and top_p = {top_p} in (0, 1]")

@@ -19,8 +19,8 @@ def token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     if logits_NV.dtype == exact:
         return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum")
     chunk = max(1, _CHUNK_LOGITS // vocabulary)
-    parts = [
-        F.cross_entropy(logits_CV.to(exact), targets_C, ignore_index=IGNORED, reduction="sum")
-        for logits_CV, targets_C in zip(logits_NV.split(chunk), targets_N.split(chunk), strict=True)
-    ]
-    return torch.stack(parts).sum()
+    total = torch.zeros((), dtype=exact, device=logits_NV.device)
+    for first in range(0, targets_N.numel(), chunk):
+        logits_CV, targets_C = logits_NV[first : first + chunk].to(exact), targets_N[first : first + chunk]
+        total = total + F.cross_entropy(logits_CV, targets_C, ignore_index=IGNORED, reduction="sum")
+    return total

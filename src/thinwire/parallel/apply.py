@@ -4,7 +4,8 @@ from torch import nn
 
 from thinwire.comm.world import World
 from thinwire.parallel.recompute import apply_recompute
-from thinwire.partition.replicated import Replicated as Sharded, replicate as shard
+from thinwire.partition.replicated import Replicated as Sharded
+from thinwire.partition.replicated import replicate as shard
 from thinwire.plan import Plan
 
 

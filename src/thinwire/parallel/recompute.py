@@ -1,5 +1,7 @@
 """Activation recompute (arXiv 1604.06174): keep only each block's input, run the block again in backward."""
 
+from typing import Any
+
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,9 +19,9 @@ def apply_recompute(blocks: nn.ModuleList) -> None:
 def _wrap(block: nn.Module) -> None:
     plain = block.forward
 
-    def forward(*args: object, **kwargs: object) -> object:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         if not block.training:
             return plain(*args, **kwargs)
         return checkpoint(plain, *args, use_reentrant=False, **kwargs)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward

@@ -12,9 +12,9 @@ from torch import nn
 
 from thinwire.comm.collectives import all_reduce
 from thinwire.comm.world import World
+from thinwire.partition.dtypes import COMPUTE_DTYPES
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
-from thinwire.partition.dtypes import COMPUTE_DTYPES
 from thinwire.plan import Plan
 
 
@@ -28,7 +28,9 @@ class Replicated:
             name: p.detach().to(torch.float64 if p.dtype == torch.float64 else torch.float32).flatten().clone()
             for name, p in self._parameters.items()
         }
-        self._grads = {name: torch.zeros_like(m) for name, m in self._masters.items() if self._parameters[name].requires_grad}
+        self._grads = {
+            name: torch.zeros_like(m) for name, m in self._masters.items() if self._parameters[name].requires_grad
+        }
         for p in self._parameters.values():
             p.data = p.data.to(COMPUTE_DTYPES[plan.compute_dtype])
         self.loaded()
@@ -55,7 +57,8 @@ class Replicated:
 
     def owned(self) -> list[Owned]:
         return [
-            Owned(name, tuple(self._parameters[name].shape), 0, self._masters[name], grad) for name, grad in self._grads.items()
+            Owned(name, tuple(self._parameters[name].shape), 0, self._masters[name], grad)
+            for name, grad in self._grads.items()
         ]
 
     def updated(self) -> None:
@@ -76,7 +79,8 @@ class Replicated:
 
     def for_load(self) -> list[Piece]:
         return [
-            Piece(f"params/{name}", tuple(self._parameters[name].shape), 0, master) for name, master in self._masters.items()
+            Piece(f"params/{name}", tuple(self._parameters[name].shape), 0, master)
+            for name, master in self._masters.items()
         ]
 
     def saves(self, owned: Owned) -> bool:
@@ -93,4 +97,3 @@ class Replicated:
 def replicate(module: nn.Module, plan: Plan, world: World) -> Replicated:
     """Every state on every rank. `module`'s weights must be equal on all ranks already."""
     return Replicated(module, plan, world)
-

@@ -10,15 +10,13 @@ from thinwire.comm.world import World
 from thinwire.data.loader import Loader, Packing, Prefetcher
 from thinwire.model.transformer import Transformer
 from thinwire.parallel.apply import apply_plan
-from thinwire.partition.replicated import Replicated as Sharded
 from thinwire.partition.dtypes import COMPUTE_DTYPES
 from thinwire.partition.optimizer import ShardedOptimizer
+from thinwire.partition.replicated import Replicated as Sharded
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
 from thinwire.train.numbers import peak_flops_per_s
 from thinwire.train.telemetry import Telemetry, Totals
-
-
 
 
 @dataclass
@@ -45,9 +43,7 @@ class Parts:
         self.feed.start(step)
         if self.world.rank == 0:
             run = self.job.config.run
-            self.telemetry = Telemetry(
-                self.job.folder, total_steps=run.steps, first_step=step, log_every=run.log_every
-            )
+            self.telemetry = Telemetry(self.job.folder, total_steps=run.steps, first_step=step, log_every=run.log_every)
             self.telemetry.event(
                 "run_start",
                 step=step,

@@ -49,6 +49,6 @@ class StepClock:
     def _event(self) -> torch.cuda.Event | None:
         if not self._cuda:
             return None
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event

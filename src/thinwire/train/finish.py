@@ -38,7 +38,14 @@ def sample(job: Job, parts: Parts) -> str | None:
     count = min(run.sample_tokens, job.spec.max_tokens - len(prompt))
     parts.model.eval()
     made = generate(
-        parts.model, prompt, max_new_tokens=count, max_tokens=job.spec.max_tokens, temperature=0.8, top_p=0.95, seed=run.seed, stop_ids=(tokenizer.eot,)
+        parts.model,
+        prompt,
+        max_new_tokens=count,
+        max_tokens=job.spec.max_tokens,
+        temperature=0.8,
+        top_p=0.95,
+        seed=run.seed,
+        stop_ids=(tokenizer.eot,),
     )
     ids = list(made)
     parts.model.train()

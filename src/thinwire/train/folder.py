@@ -35,7 +35,9 @@ def open_folder(job: Job, *, fresh: bool) -> bool:
         _write_whole(folder / CLUSTER_FILE, job.cluster.model_dump_json(indent=2) + "\n")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"the run folder {folder} cannot be written: {reason}; choose another with --set run.folder=PATH") from None
+        raise ConfigError(
+            f"the run folder {folder} cannot be written: {reason}; choose another with --set run.folder=PATH"
+        ) from None
     return resuming
 
 

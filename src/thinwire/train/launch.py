@@ -153,4 +153,6 @@ def refuse_taken(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             reason = error.strerror or str(error)
-            raise ConfigError(f"port {port} cannot be used: {reason}; choose another with --port, or leave it out") from None
+            raise ConfigError(
+                f"port {port} cannot be used: {reason}; choose another with --port, or leave it out"
+            ) from None

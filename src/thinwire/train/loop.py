@@ -58,16 +58,14 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
         _give_up_if_diverged(job, saver, bad_in_a_row, step)
         saver.after_step(step, last=stopping or step == total)
         clock.lap("checkpoint")
-        _close_record(job, parts, record, clock)
+        close_record(job, parts, record, clock)
         if _due(job.config.run.eval_every, step) or step == total:
             validate(job, parts, step)
     saver.finish()
     finish(job, parts, saver, step=step, stopped=stopping and step < total, by=stop.by)
 
 
-def train_step(
-    job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRequest
-) -> tuple[dict[str, Any], bool]:
+def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     """One optimizer step: `(its record without timings, whether a stop is agreed on)`."""
     torch.manual_seed(job.config.run.seed + step)
     micro_batches = parts.feed.next()
@@ -133,7 +131,7 @@ def _give_up_if_diverged(job: Job, saver: Saver, bad_in_a_row: int, step: int) -
         )
 
 
-def _close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepClock) -> None:
+def close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepClock) -> None:
     """Add timings and wire bytes to the step's record and publish it."""
     wire = parts.world.ledger.drain()
     seconds = clock.stop(exposed_comm_s=wire.exposed_s)

@@ -23,7 +23,7 @@ class Telemetry:
 
         self.console = Console(highlight=False)
         self.log = EventLog(folder / EVENTS_FILE)
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step, flush_secs=30)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step, flush_secs=30)
         self._total_steps, self._log_every = total_steps, log_every
         self._step_s: float | None = None
         self._live = self.console.is_terminal
@@ -45,9 +45,9 @@ class Telemetry:
         number = record["step"]
         for name in ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s"):
             if record[name] is not None:
-                self._board.add_scalar(f"train/{name}", record[name], number)  # type: ignore[no-untyped-call]
+                self._board.add_scalar(f"train/{name}", record[name], number)
         for cause, seconds in record["seconds"].items():
-            self._board.add_scalar(f"seconds/{cause}", seconds, number)  # type: ignore[no-untyped-call]
+            self._board.add_scalar(f"seconds/{cause}", seconds, number)
         smooth = self._step_s
         self._step_s = record["step_s"] if smooth is None else _SMOOTHING * smooth + (1 - _SMOOTHING) * record["step_s"]
         line = self._line(record)
@@ -70,7 +70,7 @@ class Telemetry:
         if kind == "eval":
             for name in ("loss", "bits_per_byte"):
                 if fields.get(name) is not None:
-                    self._board.add_scalar(f"eval/{name}", fields[name], fields["step"])  # type: ignore[no-untyped-call]
+                    self._board.add_scalar(f"eval/{name}", fields[name], fields["step"])
 
     def say(self, text: str, style: str = "") -> None:
         """A line above the progress line."""
@@ -87,7 +87,7 @@ class Telemetry:
 
     def close(self) -> None:
         self._progress.stop()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
         self.log.close()
 
 
@@ -117,7 +117,9 @@ class Totals:
             "tokens per second": f"{self.tokens / max(self.seconds, 1e-9):,.0f}",
             "sent by rank 0": f"{show_bytes(self.wire_bytes)} ({show_bytes(self.wire_bytes / max(1, self.steps))} a step)",
             "time by cause": "  ".join(
-                f"{cause} {seconds / max(self.seconds, 1e-9):.1%}" for cause, seconds in self.causes.items() if seconds > 0
+                f"{cause} {seconds / max(self.seconds, 1e-9):.1%}"
+                for cause, seconds in self.causes.items()
+                if seconds > 0
             ),
         }
         for name, value in {**rows, **counted}.items():

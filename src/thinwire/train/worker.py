@@ -9,7 +9,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from thinwire.cluster.cluster import check_size
 from thinwire.comm.place import Place
+from thinwire.errors import ThinwireError
+from thinwire.train.folder import open_folder
 from thinwire.train.job import Job, read_config, resolve
 from thinwire.train.report import describe
 from thinwire.train.stop import StopRequest
@@ -52,6 +55,31 @@ def main(arguments: Sequence[str]) -> int:
             traceback.print_exception(error)
         _leave_now(1)
     return 0
+
+
+def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh: bool) -> None:
+    """Be one rank that torchrun or Slurm started: rank 0 makes the run folder, the others wait for it in the world.
+
+    Raises ThinwireError for wrong input. Any other failure is told in one line if it is the echo of another rank's, else
+    with its traceback, and ends this process at once so that the launcher sees it.
+    """
+    stop = StopRequest()
+    stop.listen()
+    config = read_config(run_file, settings)
+    job = resolve(run_file, config)
+    check_size(job.cluster, place.size)
+    if place.rank == 0:
+        open_folder(job, fresh=fresh)
+    try:
+        run_rank(job, place, stop)
+    except ThinwireError:
+        raise
+    except BaseException as error:
+        report = describe(place.rank, error)
+        print(f"thinwire: rank {place.rank}: {report.sentence}", file=sys.stderr)
+        if not report.cascade:
+            traceback.print_exception(error)
+        _leave_now(1)
 
 
 def _leave_now(status: int) -> None:

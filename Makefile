@@ -1,0 +1,37 @@
+# Everything runs in .venv, made on first use from constraints.txt.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := examples/stdlib.toml
+
+.PHONY: demo test check bench clean setup
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "thinwire needs Python 3.11 or newer; set PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# Train a small model on the interpreter's own source, on two local ranks; again: shows or resumes that run.
+# `make demo FRESH=1` puts the old run aside and starts anew.
+demo: $(READY)
+	$(BIN)/thinwire train $(DEMO) $(if $(FRESH),--fresh)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop_overhead.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data_prepare.py
+
+clean:
+	rm -rf $(VENV) runs build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,64 @@
+"""`thinwire eval RUN`: how well a run's model predicts held-out text."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    data: Annotated[Path | None, typer.Option(help="A prepared corpus; default: the run's own.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences to score; 0: all.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Sequences in one forward.", min=1)] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Loss, perplexity and bits per byte on the held-out split of a corpus.
+
+    Example: thinwire eval runs/stdlib --data corpora/stdlib
+    """
+    import torch
+
+    from thinwire.data.loader import evaluation_batches
+    from thinwire.errors import DataError
+    from thinwire.evaluate.load import load_run
+    from thinwire.evaluate.loss import score
+
+    loaded = load_run(folder, step=step)
+    corpus = loaded.corpus(data)
+    if corpus.heldout is None or corpus.heldout.tokens < 2:
+        raise DataError(
+            f"{data or loaded.data.path} has no held-out text; prepare it with a --heldout-fraction above 0"
+        )
+    batches = evaluation_batches(
+        corpus.heldout,
+        loaded.tokens,
+        batch,
+        limit=sequences or None,
+        cross_documents=loaded.data.cross_documents,
+        vocab_size=loaded.spec.vocab_size,
+    )
+    result = score(
+        loaded.model,
+        batches,
+        token_bytes=corpus.token_bytes,
+        device=torch.device("cpu"),
+        cross_documents=loaded.data.cross_documents,
+    )
+    figures = {
+        "step": loaded.step,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+    }
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    bits = "unknown (no tokenizer)" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+    typer.echo(
+        f"step {loaded.step}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, bits per byte {bits} "
+        f"({result.tokens:,} tokens)"
+    )

@@ -1,0 +1,184 @@
+"""The command line: quick without torch, one sentence and status 2 for wrong input, nothing half-written."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runs import make_corpus, make_text, thinwire, write_run
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("data"), tokenizer="bpe:300")
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a finished run."""
+    folder = tmp_path_factory.mktemp("done")
+    done = thinwire("train", write_run(folder, corpus, run={"steps": 8, "sample_tokens": 10}))
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout
+    assert "sample" in done.stdout
+    return folder / "run"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["data", "prepare", "--help"]])
+def test_help_answers_without_torch(arguments: list[str]) -> None:
+    code = (
+        f"import sys, contextlib\nfrom thinwire.cli import main\n"
+        f"with contextlib.suppress(SystemExit): main({arguments!r})\n"
+        f"assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "thinwire" in done.stdout
+
+
+def test_every_verb_shows_a_worked_example() -> None:
+    for verb in (["train"], ["data", "prepare"], ["data", "show"], ["eval"], ["generate"]):
+        assert "Example: thinwire" in " ".join(thinwire(*verb, "--help").stdout.split()), verb
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["optimizer.lrr=1"], "did you mean 'lr'"),
+        (["data.path=nowhere"], "there is no corpus at nowhere"),
+        (["batch.sequences=15", "cluster.levels=[2]"], "batch.sequences = 15 is not divisible by 2 ranks"),
+        (["batch.micro_batch=3"], "micro_batch = 3 does not divide"),
+        (["batch.tokens=65"], "batch.tokens = 65 is longer than the model's 64 positions"),
+        (["batch.tokens=1000000", "model.max_tokens=1000000"], "fewer than one sequence"),
+        (["model.vocab_size=10"], "smaller than the tokenizer's 300"),
+        (["model.preset=llama-9m"], "there is no model preset 'llama-9m'; did you mean"),
+        (["optimizer.lr=-1"], "greater than 0"),
+        (["optimizer.lr=nan"], "finite number"),
+        (["schedule.warmup_steps=500"], "leaves nothing"),
+        (["run.folder=/proc/nothing/run"], "cannot be written"),
+        (["cluster={preset='nope'}"], "there is no cluster preset"),
+    ],
+)
+def test_wrong_settings_get_one_sentence_and_status_2(
+    corpus: Path, tmp_path: Path, settings: list[str], says: str
+) -> None:
+    path = write_run(tmp_path, corpus)
+    done = thinwire("train", path, *[argument for setting in settings for argument in ("--set", setting)])
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_taken_port_is_named(corpus: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = thinwire("train", write_run(tmp_path, corpus), "--port", str(port))
+    assert done.returncode == 2
+    assert f"port {port} cannot be used" in done.stderr
+
+
+def test_a_folder_of_something_else_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+    path = write_run(tmp_path, corpus)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    done = thinwire("train", path)
+    assert done.returncode == 2
+    assert "is not empty and holds no run.toml" in done.stderr
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_more_ranks_than_cores_are_warned_about(corpus: Path, tmp_path: Path) -> None:
+    import os
+
+    ranks = (os.cpu_count() or 1) + 1
+    sections = {
+        "cluster": {"levels": [ranks]},
+        "batch": {"sequences": ranks, "micro_batch": 1},
+        "run": {"steps": 1, "sample_tokens": 0},
+    }
+    done = thinwire("train", write_run(tmp_path, corpus, schedule={"warmup_steps": 0}, **sections))
+    assert done.returncode == 0, done.stderr
+    assert f"{ranks} ranks share" in done.stderr
+
+
+def test_a_corpus_is_prepared_on_first_use(tmp_path: Path) -> None:
+    text = make_text(tmp_path / "text")
+    path = write_run(
+        tmp_path, tmp_path / "new", data={"sources": [str(text)], "tokenizer": "bpe:280"}, run={"steps": 2},
+        schedule={"warmup_steps": 1},
+    )  # fmt: skip
+    done = thinwire("train", path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "new" / "corpus.json").exists()
+
+
+def test_a_damaged_corpus_is_named_before_anything_starts(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    raw = (corpus / "train.bin").read_bytes()
+    (corpus / "train.bin").write_bytes(raw[:-1])
+    done = thinwire("train", write_run(tmp_path, corpus))
+    assert done.returncode == 2
+    assert "it is damaged" in done.stderr
+
+
+def test_another_corpus_is_refused_on_resume(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "corpus"
+    done = thinwire("data", "prepare", make_text(tmp_path / "text", seed=9), "-o", other, "--tokenizer", "bpe:300")
+    assert done.returncode == 0
+    again = thinwire("train", finished.parent / "run.toml", "--set", f"data.path={other}", "--set", "run.steps=9")
+    assert again.returncode == 2, again.stderr
+    assert "was trained on another corpus" in again.stderr
+
+
+def test_eval_and_generate_read_a_run(finished: Path) -> None:
+    scored = thinwire("eval", finished, "--json")
+    assert scored.returncode == 0, scored.stderr
+    figures = json.loads(scored.stdout)
+    assert figures["step"] == 8
+    assert 0 < figures["bits_per_byte"] < 8
+    texts = [
+        thinwire("generate", finished, "--prompt", "def", "--tokens", "12", "--seed", "3").stdout for _ in range(2)
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("def")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["eval", "nowhere"], "is no run folder"),
+        (["generate", "nowhere"], "is no run folder"),
+        (["generate", "RUN", "--step", "3"], "no checkpoint of step 3; there are: 5, 8"),
+        (["generate", "RUN", "--prompt", ""], "the prompt is empty"),
+        (["generate", "RUN", "--tokens", "1000"], "do not fit the model's 64 positions"),
+        (["generate", "RUN", "--top-p", "0"], "top_p = 0.0 in (0, 1]"),
+        (["eval", "RUN", "--data", "nowhere"], "there is no corpus at nowhere"),
+        (["data", "show", "nowhere"], "cannot be read"),
+        (["data", "prepare", "nowhere", "-o", "x"], "does not exist"),
+        (["data", "prepare", "stdlib", "-o", "x", "--heldout-fraction", "2"], "must be at least 0 and below 1"),
+    ],
+)
+def test_wrong_arguments_get_one_sentence(finished: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
+    done = thinwire(*[str(finished) if argument == "RUN" else argument for argument in arguments], cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(finished: Path) -> None:
+    before = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    start_s = time.monotonic()
+    again = thinwire("train", finished.parent / "run.toml")
+    assert again.returncode == 0, again.stderr
+    assert "8 of 8" in again.stdout
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == before
+    assert time.monotonic() - start_s < 60

@@ -1,0 +1,91 @@
+"""Small runs for tests: a corpus of made-up text, run files, the command line in a process of its own."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from thinwire.data.prepare import Options, prepare
+
+_WORDS = (
+    *("def", "return", "class", "import", "self", "value", "for", "in", "if", "else", "while", "yield"),
+    *("raise", "assert", "with", "as", "not", "and", "or"),
+)
+
+
+def make_text(folder: Path, documents: int = 60, *, seed: int = 0) -> Path:
+    """`documents` files of a few hundred bytes of random words."""
+    draw = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(documents):
+        words = [draw.choice(_WORDS) for _ in range(draw.randint(20, 120))]
+        (folder / f"{number:04d}.txt").write_text(" ".join(words) + "\n")
+    return folder
+
+
+def make_corpus(folder: Path, *, tokenizer: str = "bytes") -> Path:
+    """A prepared corpus of about 20 kB."""
+    options = Options((str(make_text(folder / "text")),), tokenizer, heldout_fraction=0.1)
+    prepare(options, folder / "corpus", workers=1)
+    return folder / "corpus"
+
+
+def run_tree(folder: Path, corpus: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A run file's contents for a model of some 20 thousand parameters."""
+    tree: dict[str, Any] = {
+        "model": {
+            "preset": "llama-1m",
+            "hidden": 32,
+            "layers": 2,
+            "heads": 2,
+            "kv_heads": 1,
+            "ffn": 64,
+            "max_tokens": 64,
+        },
+        "data": {"path": str(corpus)},
+        "batch": {"sequences": 16, "tokens": 32, "micro_batch": 4},
+        "optimizer": {"lr": 3e-3},
+        "schedule": {"warmup_steps": 2},
+        "cluster": {"levels": [1]},
+        "checkpoint": {"every_steps": 5},
+        "run": {"folder": str(folder), "steps": 20, "eval_every": 0, "sample_tokens": 0},
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return tree
+
+
+def write_run(folder: Path, corpus: Path, name: str = "run", **sections: dict[str, Any]) -> Path:
+    """The run file `folder/NAME.toml`, whose run folder is `folder/NAME`."""
+    path = folder / f"{name}.toml"
+    path.write_text(tomli_w.dumps(run_tree(folder / name, corpus, **sections)))
+    return path
+
+
+def thinwire(
+    *arguments: str | Path, cwd: Path | None = None, timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, cwd=cwd, timeout=timeout_s, env=environment(), check=False
+    )
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    """Start the command line and return at once."""
+    return subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-c", "from thinwire.cli import main; main()", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1"}
