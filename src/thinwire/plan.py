@@ -1,22 +1,32 @@
 """The frozen decision: where every state lives, how often and how precisely replicas agree. Both wings read it.
 
-A plan is the same on every rank: `plan.digest` is compared when a world forms. Names resolve to points of one space
-(`resolve_partition`): there is no code path of its own for DDP, ZeRO, HSDP, MiCS or ZeRO++.
+A plan is the same on every rank: its digest is compared when a world forms. Names such as `zero3` or `hsdp` resolve to
+points of one space; there is no code path of its own for any of them.
+
+The three states are cut over levels lp (parameters), lg (gradients) and lo (optimizer states), each with everything
+inside it; legal is lp <= lg <= lo from inner to outer, as in AMSP (arXiv 2311.00257): a rank never holds gradients or
+optimizer states of parameters that it does not own. With frozen weights lg < lp is sensible too (PaRO, 2310.06003).
 """
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from thinwire.cluster.cluster import Cluster
-from thinwire.config import Frozen
+from thinwire.config import Frozen, explain
+from thinwire.errors import PlanError
 
 Direction = Literal["weights", "grads"]
 Recompute = Literal["none", "full"]
 ComputeDtype = Literal["fp64", "fp32", "bf16"]
-REPLICA = "replica"
+CodecName = Literal["fp32", "bf16", "fp16", "int8", "int4", "int4-hadamard", "e3m0", "delta-int8", "delta-int4"]
+Rounding = Literal["nearest", "stochastic"]
+REPLICA, ALL = "replica", "all"
+NAMES = ("auto", "ddp", "zero1", "zero2", "zero3", "hsdp", "mics", "zero++", "frontier")
 
 
 class Partition(Frozen):
@@ -27,6 +37,63 @@ class Partition(Frozen):
     optimizer: str = REPLICA
     keep_gathered: bool = False
     """Keep a unit's gathered weights from forward to backward: more memory, one all-gather less."""
+    frozen_weights: bool = False
+    """Most weights are frozen: gradients may be cut less than parameters; trained weights then live with them."""
+
+    def depths(self, levels: Sequence[str]) -> tuple[int, int, int]:
+        """(lp, lg, lo) as indices into `levels`, inner to outer; -1 is `replica`. Raises PlanError if illegal."""
+        lp, lg, lo = (_depth(getattr(self, name), levels, name) for name in ("params", "grads", "optimizer"))
+        if lg > lo or (lp > lg and not self.frozen_weights) or lp > lo:
+            fixed = (lp, max(lp, lg), max(lp, lg, lo))
+            nearest = "; ".join(_named(depth, levels) for depth in fixed)
+            raise PlanError(
+                f"partition ({self.params}; {self.grads}; {self.optimizer}) is illegal: parameters may not be cut further "
+                f"out than gradients, nor gradients than optimizer states; the nearest legal one is ({nearest})"
+            )
+        return lp, lg, lo
+
+    def __str__(self) -> str:
+        return f"({self.params}; {self.grads}; {self.optimizer})"
+
+
+def _named(depth: int, levels: Sequence[str]) -> str:
+    return REPLICA if depth < 0 else levels[depth]
+
+
+def _depth(name: str, levels: Sequence[str], state: str) -> int:
+    if name == REPLICA:
+        return -1
+    if name == ALL:
+        return len(levels) - 1
+    if name not in levels:
+        raise PlanError(f"partition.{state} = {name!r} is no level; there are {REPLICA}, {', '.join(levels)} and {ALL}")
+    return list(levels).index(name)
+
+
+class Wire(Frozen):
+    """How numbers travel: a codec per level and direction; what is not named travels as it is."""
+
+    weights: Mapping[str, CodecName] = Field(default_factory=dict)
+    grads: Mapping[str, CodecName] = Field(default_factory=dict)
+    block: Literal[64, 128, 256] = 128
+    """Numbers that share a scale."""
+    rounding: Rounding = "nearest"
+    error_feedback: bool = False
+    """Carry what the outermost coded gradient hop loses over to the next step."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        for level, codec in self.grads.items():
+            if codec.startswith("delta-"):
+                raise ValueError(
+                    f"grads.{level} = {codec!r}: a delta needs something the receiver holds; use it for weights"
+                )
+        return self
+
+    @property
+    def coded(self) -> bool:
+        """Whether any level has a codec that needs whole blocks."""
+        return any(codec not in ("fp32", "bf16", "fp16") for codec in (*self.weights.values(), *self.grads.values()))
 
 
 class Plan(Frozen):
@@ -35,6 +102,7 @@ class Plan(Frozen):
     version: Literal[1] = 1
     levels: tuple[tuple[str, int], ...] = Field(min_length=1)
     partition: Partition = Partition()
+    wire: Wire = Wire()
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
     micro_batch: int = Field(default=1, ge=1)
@@ -43,20 +111,40 @@ class Plan(Frozen):
     """Micro-batches per rank and optimizer step."""
 
     @model_validator(mode="after")
-    def _known_levels(self) -> Self:
-        names = [name for name, _ in self.levels]
-        for state in ("params", "grads", "optimizer"):
-            level = getattr(self.partition, state)
-            if level != REPLICA and level not in names:
-                raise ValueError(f"partition.{state} = {level!r} is no level; there are replica, {', '.join(names)}")
+    def _possible(self) -> Self:
+        names = self.level_names
+        try:
+            self.partition.depths(names)
+        except PlanError as error:
+            raise ValueError(str(error)) from None
+        for direction in ("weights", "grads"):
+            for level in getattr(self.wire, direction):
+                if level not in names:
+                    raise ValueError(f"wire.{direction} names the level {level!r}; there are {', '.join(names)}")
+        lp, _, lo = self.depths
+        for level, codec in self.wire.weights.items():
+            if codec.startswith("delta-") and not lp < names.index(level) <= lo:
+                raise ValueError(
+                    f"wire.weights.{level} = {codec!r} needs a copy at the receiver between steps: {level} must lie outside "
+                    f"the parameters' level and inside the optimizer's; partition is {self.partition}"
+                )
+        if self.wire.error_feedback:
+            _, lg, _ = self.depths
+            if not any(names.index(level) > lg for level in self.wire.grads):
+                raise ValueError(
+                    "wire.error_feedback needs a coded gradient hop that runs once a step, outside the gradients' level; "
+                    f"partition is {self.partition}, coded gradient levels are {', '.join(self.wire.grads) or 'none'}"
+                )
         return self
 
     @property
-    def ranks(self) -> int:
-        size = 1
-        for _, fanout in self.levels:
-            size *= fanout
-        return size
+    def level_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.levels)
+
+    @property
+    def depths(self) -> tuple[int, int, int]:
+        """(lp, lg, lo): -1 for a replica, else an index into `levels`."""
+        return self.partition.depths(self.level_names)
 
     @property
     def digest(self) -> str:
@@ -65,18 +153,90 @@ class Plan(Frozen):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def wire_bytes(codec: str, n: int, *, block: int, element_bytes: int) -> int:
+    """Bytes of n numbers on the wire: their codes, packed, and a 16-bit scale for each block of the block codecs."""
+    name = codec.removeprefix("delta-")
+    if name in ("bf16", "fp16"):
+        return 2 * n
+    if name == "int8":
+        return n + 2 * -(-n // block)
+    if name in ("int4", "int4-hadamard", "e3m0"):
+        return -(-n // 2) + 2 * -(-n // block)
+    return element_bytes * n
+
+
 class PlanConfig(Frozen):
     """`[plan]` of a run file: what the user decides about it."""
 
+    partition: Partition | str = "auto"
+    """A name (auto, ddp, zero1, zero2, zero3, hsdp, mics, zero++, frontier, `amsp(P;G;O)`) or the three levels."""
+    keep_gathered: bool = False
+    wire: Wire | None = None
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
 
+    @field_validator("partition", mode="before")
+    @classmethod
+    def _text_or_table(cls, value: object) -> object:
+        return Partition.model_validate(value) if isinstance(value, dict) else value
+
     def resolve(self, cluster: Cluster, *, micro_batch: int, accumulate: int) -> Plan:
-        """The plan for `cluster`."""
-        return Plan(
-            levels=tuple((level.name, level.fanout) for level in cluster.levels),
-            recompute=self.recompute,
-            compute_dtype=self.compute_dtype,
-            micro_batch=micro_batch,
-            accumulate=accumulate,
-        )
+        """The plan for `cluster`. Raises PlanError with one sentence."""
+        named = self.partition
+        partition, wire = resolve_partition(named, cluster.level_names) if isinstance(named, str) else (named, Wire())
+        if self.keep_gathered:
+            partition = partition.model_copy(update={"keep_gathered": True})
+        try:
+            return Plan(
+                levels=tuple((level.name, level.fanout) for level in cluster.levels),
+                partition=partition,
+                wire=wire if self.wire is None else self.wire,
+                recompute=self.recompute,
+                compute_dtype=self.compute_dtype,
+                micro_batch=micro_batch,
+                accumulate=accumulate,
+            )
+        except ValidationError as error:
+            raise PlanError(f"plan: {explain(error)}") from None
+
+
+def resolve_partition(name: str, levels: Sequence[str]) -> tuple[Partition, Wire]:
+    """The point that a name means on `levels` (inner to outer), and the codecs that belong to it.
+
+    `node` below is the level of that name, else the outermost but one, else the only one. Raises PlanError.
+
+    ddp: everything replicated. zero1/2/3 (arXiv 1910.02054): optimizer states, also gradients, also parameters cut over
+    all. hsdp, mics (2205.00119): all three cut over the node. zero++ (2306.10209): parameters over the node, the rest
+    over all, int8 weights and int4 gradients between nodes. frontier (2501.04266): parameters over the innermost level,
+    gradients over the node, optimizer states over all. auto: parameters and gradients over the node, optimizer states
+    over all. amsp(P;G;O) (2311.00257): spelled out.
+    """
+    everything = levels[-1]
+    node = "node" if "node" in levels else levels[max(0, len(levels) - 2)]
+    points = {
+        "auto": (node, node, everything),
+        "ddp": (REPLICA, REPLICA, REPLICA),
+        "zero1": (REPLICA, REPLICA, everything),
+        "zero2": (REPLICA, everything, everything),
+        "zero3": (everything, everything, everything),
+        "hsdp": (node, node, node),
+        "mics": (node, node, node),
+        "zero++": (node, everything, everything),
+        "frontier": (levels[0], node, everything),
+    }
+    spelled = re.fullmatch(r"amsp\(([^;]+);([^;]+);([^;]+)\)", name.replace(" ", ""))
+    if spelled is None and name not in points:
+        raise PlanError(f"partition {name!r} is unknown; there are {', '.join(points)} and amsp(P;G;O)")
+    params, grads, optimizer = spelled.groups() if spelled else points[name]
+    partition = Partition(
+        params=_outer(params, everything), grads=_outer(grads, everything), optimizer=_outer(optimizer, everything)
+    )
+    partition.depths(levels)
+    between_nodes = [level for level in levels if list(levels).index(level) > list(levels).index(node)]
+    if name == "zero++" and between_nodes:
+        return partition, Wire(weights=dict.fromkeys(between_nodes, "int8"), grads=dict.fromkeys(between_nodes, "int4"))
+    return partition, Wire()
+
+
+def _outer(name: str, everything: str) -> str:
+    return everything if name == ALL else name

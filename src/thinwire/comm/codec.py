@@ -9,6 +9,9 @@ from torch import Tensor
 class Codec(Protocol):
     """Flat tensors to bytes and back. The same input gives the same bytes on every device."""
 
+    salt: int
+    """What stochastic rounding draws from, besides the position; the engine sets it each step."""
+
     @property
     def name(self) -> str: ...
 
@@ -28,7 +31,7 @@ class Codec(Protocol):
 class Identity:
     """Numbers travel as they are; collectives take a shortcut around `encode` and `decode`."""
 
-    name = "identity"
+    name, salt = "identity", 0
 
     def encode(self, x_n: Tensor) -> Tensor:
         return x_n.contiguous().view(torch.uint8)

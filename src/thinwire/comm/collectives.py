@@ -8,6 +8,7 @@ accelerators. `thinwire.comm.dull` has the plain twins that tests compare with.
 Shapes: k ranks of the group, n elements of one rank's chunk
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -95,13 +96,20 @@ def all_reduce(x: Tensor, *, world: World, level: int, purpose: str, codec: Code
     x.copy_(padded[: x.numel()].view_as(x))
 
 
-def all_reduce_small(x: Tensor, *, world: World, op: Literal["sum", "max"] = "sum", purpose: str = "control") -> None:
-    """Sum or maximum of a small CPU tensor over all ranks, in place; the same bits on every rank.
+def all_reduce_small(
+    x: Tensor,
+    *,
+    world: World,
+    op: Literal["sum", "max"] = "sum",
+    purpose: str = "control",
+    levels: Sequence[int] | None = None,
+) -> None:
+    """Sum or maximum of a small CPU tensor over all ranks (or the given `levels`), in place; the same bits on all of them.
 
     Level by level, inner to outer, each in the form that the level's latency and rate make cheaper: everybody gathers
     everything in one round and reduces locally in rank order, or (for larger tensors) reduce-scatter and all-gather.
     """
-    for level in range(len(world.cluster.levels)):
+    for level in range(len(world.cluster.levels)) if levels is None else levels:
         group, k = world.group(level, "small"), world.fanout(level)
         if group is None:
             continue

@@ -4,8 +4,7 @@ from torch import nn
 
 from thinwire.comm.world import World
 from thinwire.parallel.recompute import apply_recompute
-from thinwire.partition.replicated import Replicated as Sharded
-from thinwire.partition.replicated import replicate as shard
+from thinwire.partition.engine import Sharded, shard
 from thinwire.plan import Plan
 
 

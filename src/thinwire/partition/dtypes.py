@@ -1,6 +1,7 @@
 """Names of precisions in plans, as torch's."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -10,3 +11,9 @@ COMPUTE_DTYPES: Mapping[str, torch.dtype] = {"fp64": torch.float64, "fp32": torc
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
     """Masters, gradient sums and optimizer states: fp64 for fp64 weights, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def norm_of(sum_of_squares: float, dtypes: Collection[torch.dtype]) -> float:
+    """The 2-norm, rounded to fp32 unless gradients are finer, so that the order of summing does not show; NaN stays."""
+    norm = math.sqrt(sum_of_squares) if sum_of_squares >= 0 else math.nan
+    return norm if torch.float64 in dtypes else float(torch.tensor(norm, dtype=torch.float32))

@@ -17,13 +17,14 @@ from thinwire.partition.pieces import Piece
 
 @dataclass(frozen=True)
 class Owned:
-    """Elements offset .. offset + len(master) of parameter `name` of shape `shape`: master weights and summed gradient."""
+    """Elements offset .. offset + len(master) of parameter `name` of shape `shape`: master weights and their gradient."""
 
     name: str
     shape: tuple[int, ...]
     offset: int
     master: Tensor
-    grad: Tensor
+    grad: Callable[[], Tensor]
+    """The summed gradient of these elements, once it is complete."""
 
 
 class Engine(Protocol):
@@ -36,6 +37,8 @@ class Engine(Protocol):
     def dropped(self) -> None: ...
 
     def saves(self, owned: Owned) -> bool: ...
+
+    def at_step(self, step: int) -> None: ...
 
 
 Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -69,7 +72,7 @@ class ShardedOptimizer:
     def step(self, *, grad_scale: float = 1.0) -> None:
         """Multiply the gradients by `grad_scale`, update the masters, and start bringing the weights up to date."""
         for part in self._owned:
-            part.master.grad = part.grad.mul_(grad_scale)
+            part.master.grad = part.grad().mul_(grad_scale)
         if self._optimizer is not None:
             self._optimizer.step()
             self._forget_grads()
@@ -92,6 +95,7 @@ class ShardedOptimizer:
     def loaded(self, updates: int) -> None:
         """The states were filled from a checkpoint taken after `updates` steps."""
         self.updates = updates
+        self._engine.at_step(updates)
         for state in self._states():
             if "step" in state:
                 state["step"].fill_(float(updates))

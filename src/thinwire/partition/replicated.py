@@ -3,16 +3,16 @@
 The reference that `engine.Sharded` is tested against, with the same interface. Not for use on thin networks.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
 from thinwire.comm.collectives import all_reduce
 from thinwire.comm.world import World
-from thinwire.partition.dtypes import COMPUTE_DTYPES
+from thinwire.partition.dtypes import COMPUTE_DTYPES, master_dtype, norm_of
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
 from thinwire.plan import Plan
@@ -25,8 +25,7 @@ class Replicated:
         self.module, self.plan, self.world = module, plan, world
         self._parameters = dict(module.named_parameters())
         self._masters = {
-            name: p.detach().to(torch.float64 if p.dtype == torch.float64 else torch.float32).flatten().clone()
-            for name, p in self._parameters.items()
+            name: p.detach().to(master_dtype(p.dtype)).flatten().clone() for name, p in self._parameters.items()
         }
         self._grads = {
             name: torch.zeros_like(m) for name, m in self._masters.items() if self._parameters[name].requires_grad
@@ -53,12 +52,19 @@ class Replicated:
 
     def grad_norm(self) -> float:
         """2-norm of the summed gradient."""
-        return math.sqrt(sum(float(grad.double().square().sum()) for grad in self._grads.values()))
+        total = sum(float(grad.double().square().sum()) for grad in self._grads.values())
+        return norm_of(total, {grad.dtype for grad in self._grads.values()})
 
     def owned(self) -> list[Owned]:
         return [
-            Owned(name, tuple(self._parameters[name].shape), 0, self._masters[name], grad)
-            for name, grad in self._grads.items()
+            Owned(
+                name,
+                tuple(self._parameters[name].shape),
+                0,
+                self._masters[name],
+                partial(self._grads.__getitem__, name),
+            )
+            for name in self._grads
         ]
 
     def updated(self) -> None:
@@ -70,6 +76,9 @@ class Replicated:
         """Forget the gradients."""
         for grad in self._grads.values():
             grad.zero_()
+
+    def at_step(self, step: int) -> None:
+        """Nothing here depends on the step."""
 
     def drain(self) -> None:
         """Nothing is ever in flight."""

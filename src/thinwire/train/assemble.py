@@ -11,8 +11,8 @@ from thinwire.data.loader import Loader, Packing, Prefetcher
 from thinwire.model.transformer import Transformer
 from thinwire.parallel.apply import apply_plan
 from thinwire.partition.dtypes import COMPUTE_DTYPES
+from thinwire.partition.engine import Sharded
 from thinwire.partition.optimizer import ShardedOptimizer
-from thinwire.partition.replicated import Replicated as Sharded
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
 from thinwire.train.numbers import peak_flops_per_s

@@ -1,0 +1,385 @@
+"""The partition engine: keeps parameters, gradients and optimizer states each at its level; gathers, reduces, updates.
+
+One story for every setting. Forward and backward of a micro-batch run inside `micro_batch`; before a unit is used its
+weights are gathered (the next unit's are already on their way), and as soon as its gradients are complete their
+reduction starts behind the rest of backward. `finish_reduce` lands what is still in flight. After the optimizer's step
+the new weights set out over the outer levels in forward order, and are awaited by their first use.
+
+All collectives are issued from the thread that runs forward and backward, in an order that is the same on all ranks:
+gathers in the order of use, reductions in an order recorded on rank 0 in the first micro-batch. `timeline` has it.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.comm.collectives import all_reduce_small
+from thinwire.comm.handle import Handle
+from thinwire.comm.world import World
+from thinwire.errors import PlanError
+from thinwire.partition.dtypes import COMPUTE_DTYPES, master_dtype, norm_of
+from thinwire.partition.flat import Cut, Flat
+from thinwire.partition.flight import Flight
+from thinwire.partition.optimizer import Owned
+from thinwire.partition.pieces import Piece
+from thinwire.partition.units import UnitModules, find_units
+from thinwire.partition.wire import codecs_of
+from thinwire.plan import Plan
+
+
+class Unit:
+    """A unit's flat buffers (one for each kind of parameter in it) and what of them is in flight."""
+
+    def __init__(self, found: UnitModules, flats: list[Flat], *, keep: bool) -> None:
+        self.name, self.entries, self.flats = found.name, found.entries, flats
+        self.resident = found.resident
+        self.keep = keep or found.resident
+        """Gathered once a micro-batch, not twice."""
+        self.gathering: Flight | None = None
+        self.refreshing: Flight | None = None
+        self.waiting = 0
+        """Trained parameters whose gradient has not come yet in this micro-batch."""
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [p for flat in self.flats if flat.trained for p in flat.parameters.values()]
+
+    @property
+    def gathered(self) -> bool:
+        return all(flat.gathered for flat in self.flats)
+
+
+class Sharded:
+    """A module whose states are cut as a plan says. Make it with `shard`."""
+
+    def __init__(self, module: nn.Module, plan: Plan, world: World, units: Sequence[str] | None = None) -> None:
+        self.module, self.plan, self.world = module, plan, world
+        self.timeline: list[str] = []
+        """What was issued in the latest micro-batch and step, in order."""
+        self._keep = plan.partition.keep_gathered
+        self.units = [self._unit(found) for found in find_units(module, units)]
+        self._order: list[Unit] = []
+        """Units in order of first use in forward."""
+        self._reductions: list[int] | None = None
+        self._complete: list[int] = []
+        self._issued = 0
+        self._flights: deque[Flight] = deque()
+        """Reductions in flight, oldest first."""
+        self._inside, self._last, self._backward = False, False, False
+        self._step = 0
+        module.register_forward_pre_hook(lambda module, args: self._before_root())
+        for index, unit in enumerate(self.units):
+            self._hook(index, unit)
+
+    # -- making it -----------------------------------------------------------------------------------------------------
+
+    def _unit(self, found: UnitModules) -> Unit:
+        kinds: dict[tuple[bool, torch.dtype], dict[str, nn.Parameter]] = {}
+        for name, parameter in found.parameters.items():
+            kinds.setdefault((parameter.requires_grad, self._compute_dtype(parameter)), {})[name] = parameter
+        flats = [self._flat(parameters, trained, compute) for (trained, compute), parameters in kinds.items()]
+        return Unit(found, flats, keep=self._keep)
+
+    def _compute_dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """fp32 parameters are computed with in the plan's precision; others keep the one they were given in."""
+        return COMPUTE_DTYPES[self.plan.compute_dtype] if parameter.dtype == torch.float32 else parameter.dtype
+
+    def _flat(self, parameters: dict[str, nn.Parameter], trained: bool, compute: torch.dtype) -> Flat:
+        lp, lg, lo = self.plan.depths
+        master = master_dtype(next(iter(parameters.values())).dtype)
+        weights, grads, deltas = codecs_of(self.plan, master)
+        outer = [level for level in grads if level > lg]
+        cut = Cut(
+            lp=min(lp, lg) if trained else lp,
+            lg=lg,
+            lo=lo,
+            weights=weights,
+            grads=grads,
+            delta_levels=deltas,
+            feedback_level=max(outer) if self.plan.wire.error_feedback and outer else None,
+        )
+        multiple = self.world.size * (self.plan.wire.block if self.plan.wire.coded else 1)
+        return Flat(parameters, compute=compute, master=master, multiple=multiple, cut=cut, world=self.world)
+
+    def _hook(self, index: int, unit: Unit) -> None:
+        for entry in unit.entries:
+            entry.register_forward_pre_hook(lambda module, args: self._before_forward(unit), prepend=True)
+            entry.register_forward_hook(lambda module, args, out: self._after_forward(unit, out))
+        for parameter in unit.trained:
+            parameter.register_post_accumulate_grad_hook(lambda _: self._grad_came(index))  # type: ignore[no-untyped-call]
+
+    # -- a micro-batch -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Forward and backward of one micro-batch happen inside; `last` is the one before the optimizer's step."""
+        assert not self._inside, "micro-batches do not nest"
+        self._inside, self._last, self._issued, self._complete = True, last, 0, []
+        self.timeline = []
+        for unit in self.units:
+            unit.waiting = len(unit.trained)
+            for flat in unit.flats:
+                flat.absorb_edits()
+        try:
+            yield
+        finally:
+            self._inside = False
+        self._end_backward()
+
+    def _before_forward(self, unit: Unit) -> None:
+        self._use(unit)
+        if self._backward:  # a recomputed forward: the weights are here already, and stay
+            return
+        if unit not in self._order:
+            self._order.append(unit)
+        self._prefetch(unit, +1)
+
+    def _after_forward(self, unit: Unit, out: Any) -> None:
+        if self._backward:
+            return
+        if self._inside and torch.is_grad_enabled():
+            for tensor in _tensors(out):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda _: self._before_backward(unit))  # type: ignore[no-untyped-call]
+        if not (self._inside and unit.keep):
+            self._release(unit)
+
+    def _before_backward(self, unit: Unit) -> None:
+        """The unit's backward begins, so those of all units after it are over."""
+        self._backward = True
+        position = self._order.index(unit)
+        for done in self._order[position + 1 :]:
+            if not done.resident:
+                self._release(done)
+        self._use(unit)
+        self._prefetch(unit, -1)
+
+    def _before_root(self) -> None:
+        """Units that no forward has been seen to use may be used in other ways: their weights are brought up to date."""
+        for unit in self.units:
+            if unit not in self._order:
+                self._land_refresh(unit)
+
+    def _grad_came(self, index: int) -> None:
+        unit = self.units[index]
+        unit.waiting -= 1
+        if unit.waiting == 0 and self._inside:
+            self._complete.append(index)
+            self._reduce_ready()
+
+    def _end_backward(self) -> None:
+        """Reduce what has not been, in order, and record that order the first time. No unit stays gathered."""
+        if self._reductions is None:
+            self._reductions = self._agreed_order()
+        rest = [index for index in self._reductions if index not in self._complete]
+        self._complete += rest
+        self._reduce_ready()
+        for unit in self.units:
+            self._land_gather(unit)
+            self._release(unit)
+        self._backward = False
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def _use(self, unit: Unit) -> None:
+        """The unit's weights are whole when this returns."""
+        if not unit.gathered and unit.gathering is None:
+            self._start_gather(unit)
+        self._land_refresh(unit)
+        self._land_gather(unit)
+
+    def _prefetch(self, unit: Unit, direction: int) -> None:
+        """Start gathering the unit that comes next in this direction."""
+        position = self._order.index(unit) + direction
+        if not 0 <= position < len(self._order):
+            return
+        following = self._order[position]
+        if not following.gathered and following.gathering is None:
+            self._start_gather(following)
+
+    def _start_gather(self, unit: Unit) -> None:
+        self._land_refresh(unit)
+        self._note("gather", unit)
+        unit.gathering = Flight(_chained([flat.gather_chain() for flat in unit.flats]))
+
+    def _land_gather(self, unit: Unit) -> None:
+        if unit.gathering is not None:
+            unit.gathering.land()
+            unit.gathering = None
+
+    def _land_refresh(self, unit: Unit) -> None:
+        if unit.refreshing is not None:
+            unit.refreshing.land()
+            unit.refreshing = None
+
+    def _release(self, unit: Unit) -> None:
+        if unit.gathering is None:
+            for flat in unit.flats:
+                if flat.gathered:
+                    flat.release()
+
+    def updated(self) -> None:
+        """The masters have changed: send the new weights out, outermost level first, in forward order."""
+        for unit in self._forward_order():
+            for flat in unit.flats:
+                flat.applied()
+            self._refresh(unit, exact=False)
+        self.at_step(self._step + 1)
+
+    def at_step(self, step: int) -> None:
+        """Steps taken so far: what stochastic rounding draws its numbers from, besides rank and position."""
+        self._step = step
+        for unit in self.units:
+            for flat in unit.flats:
+                flat.salt(step * self.world.size + self.world.rank)
+
+    def loaded(self) -> None:
+        """The masters were written from outside: everything derived from them is stale, and is made anew exactly."""
+        for unit in self.units:
+            self._refresh(unit, exact=True)
+        self.drain()
+
+    def _refresh(self, unit: Unit, *, exact: bool) -> None:
+        self._land_refresh(unit)
+        self._note("refresh", unit)
+        chains = [flat.refresh_chain(exact=exact) for flat in unit.flats if exact or flat.trained]
+        unit.refreshing = Flight(_chained(chains))
+
+    def drain(self) -> None:
+        """Land everything in flight; call it before reading state or evaluating."""
+        self._land_all()
+        for unit in self.units:
+            self._land_refresh(unit)
+            for flat in unit.flats:
+                flat.absorb_edits()
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def _reduce_ready(self) -> None:
+        """Start the reductions whose turn it is: in the recorded order, as far as the units are complete."""
+        if self._reductions is None:
+            return
+        while self._issued < len(self._reductions) and self._reductions[self._issued] in self._complete:
+            unit = self.units[self._reductions[self._issued]]
+            self._issued += 1
+            for flight in self._flights:
+                flight.advance()
+            self._note("reduce", unit)
+            chains = [flat.reduce_chain(last=self._last) for flat in unit.flats if flat.trained]
+            self._flights.append(Flight(_chained(chains)))
+            while self._flights and self._flights[0].landed:
+                self._flights.popleft()
+
+    def _agreed_order(self) -> list[int]:
+        """The order in which gradients came on rank 0, then the units that got none."""
+        trained = [index for index, unit in enumerate(self.units) if unit.trained]
+        seen = self._complete + [index for index in reversed(trained) if index not in self._complete]
+        places = torch.tensor(seen if self.world.rank == 0 else [0] * len(seen), dtype=torch.float64)
+        all_reduce_small(places, world=self.world, op="max", purpose="control")
+        return [int(place) for place in places]
+
+    def _land_all(self) -> None:
+        """Hop by hop over all reductions in flight, so that they go on overlapping each other."""
+        while self._flights:
+            for flight in self._flights:
+                flight.advance()
+            while self._flights and self._flights[0].landed:
+                self._flights.popleft()
+
+    def finish_reduce(self) -> None:
+        """Wait for the reductions in flight: the owned gradients are the sums over all ranks and micro-batches."""
+        self._land_all()
+
+    def grad_norm(self) -> float:
+        """Global 2-norm of the summed gradient, every logical element counted once; the same on all ranks.
+
+        Rounded to the gradients' precision, so that it does not depend on how the sum was cut.
+        """
+        own = sum(
+            float(flat.reduced.double().square().sum()) for unit in self.units for flat in unit.flats if flat.trained
+        )
+        total = torch.tensor([own], dtype=torch.float64)
+        all_reduce_small(total, world=self.world, op="sum", levels=range(self.plan.depths[2] + 1))
+        return norm_of(total.item(), {flat.grads.dtype for unit in self.units for flat in unit.flats if flat.trained})
+
+    def dropped(self) -> None:
+        """Forget the gradients of a step that is not taken."""
+        for unit in self.units:
+            for flat in unit.flats:
+                flat.dropped()
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def owned(self) -> list[Owned]:
+        """This rank's trained masters, for the optimizer."""
+        return [part for unit in self.units for flat in unit.flats for part in flat.owned()]
+
+    def saves(self, owned: Owned) -> bool:
+        """Whether this rank writes what it owns: of equal replicas only the first does."""
+        return self._first_replica()
+
+    def for_save(self) -> list[Piece]:
+        """The pieces of the model's parameters that this rank is to write. Lands what is in flight."""
+        self.drain()
+        return self.for_load() if self._first_replica() else []
+
+    def for_load(self) -> list[Piece]:
+        """Every piece that this rank holds; fill them, then call `loaded`."""
+        return [piece for unit in self.units for flat in unit.flats for piece in flat.pieces()]
+
+    def _first_replica(self) -> bool:
+        outer = self.world.cluster.coordinates(self.world.rank)[self.plan.depths[2] + 1 :]
+        return not any(outer)
+
+    @contextmanager
+    def full_parameters(self) -> Iterator[None]:
+        """Inside, every parameter of the module is whole. All ranks enter together; reading only."""
+        self.drain()
+        for unit in self.units:
+            self._use(unit)
+        try:
+            yield
+        finally:
+            for unit in self.units:
+                self._release(unit)
+
+    # -- small things --------------------------------------------------------------------------------------------------
+
+    def _forward_order(self) -> list[Unit]:
+        return self._order + [unit for unit in self.units if unit not in self._order]
+
+    def _note(self, what: str, unit: Unit) -> None:
+        self.timeline.append(f"{what} {unit.name or 'root'}")
+
+
+def shard(module: nn.Module, plan: Plan, world: World, units: Sequence[str] | None = None) -> Sharded:
+    """Cut the states of `module` as `plan` says. Its weights must be equal on all ranks; it is changed in place.
+
+    `units` names submodules whose states move together; the default is every ModuleList entry, and each other child.
+    Raises PlanError if the plan's levels are not the world's, or a unit's name is wrong.
+    """
+    levels = tuple((level.name, level.fanout) for level in world.cluster.levels)
+    if plan.levels != levels:
+        raise PlanError(f"the plan is for levels {plan.levels}, this world has {levels}; make the plan anew")
+    return Sharded(module, plan, world, units)
+
+
+def _chained(chains: list[Iterator[Handle]]) -> Iterator[Handle]:
+    for chain in chains:
+        yield from chain
+
+
+def _tensors(out: Any) -> Iterator[Tensor]:
+    """The tensors in a module's output, whatever it is made of."""
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, dict):
+        for value in out.values():
+            yield from _tensors(value)
+    elif isinstance(out, list | tuple):
+        for value in out:
+            yield from _tensors(value)

@@ -1,0 +1,313 @@
+"""The states of one flat buffer: weights at depth lp, gradient sums at lg, masters at lo, and the chains that move them.
+
+A chain is a generator: it issues a collective, yields its handle, and goes on when that has arrived. The engine decides
+when; this file decides what. All numbers are those of `layout`: N elements whole, N / S_d at depth d.
+
+Exactness: the sums of every partition nest in the same order (inner level first, ranks in order), and every rank,
+the owner too, uses what was decoded from the wire, so replicas hold the same bits.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.comm.codec import IDENTITY, Codec
+from thinwire.comm.collectives import all_gather, reduce_scatter
+from thinwire.comm.handle import Handle
+from thinwire.comm.world import World
+from thinwire.partition.layout import Interval, Layout, interval
+from thinwire.partition.optimizer import Owned
+from thinwire.partition.pieces import Piece
+from thinwire.partition.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, Flow
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the states of a flat buffer are cut, and how they travel: depths lp, lg, lo and a codec per level."""
+
+    lp: int
+    lg: int
+    lo: int
+    weights: Mapping[int, Codec]
+    grads: Mapping[int, Codec]
+    delta_levels: frozenset[int]
+    """Levels whose weights travel as differences from what the receiver holds."""
+    feedback_level: int | None
+    """The gradient hop whose coding error is carried over to the next step."""
+
+
+class Flat:
+    """One flat buffer of a unit. `parameters` become views of it while they are gathered."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        *,
+        compute: torch.dtype,
+        master: torch.dtype,
+        multiple: int,
+        cut: Cut,
+        world: World,
+    ) -> None:
+        self.parameters, self.cut, self.world = parameters, cut, world
+        self.trained = next(iter(parameters.values())).requires_grad
+        self.layout = Layout.of([(name, tuple(p.shape)) for name, p in parameters.items()], multiple=multiple)
+        self._device = next(iter(parameters.values())).device
+        self._compute, self._master_dtype = compute, master
+        whole = torch.zeros(self.layout.numel, dtype=master, device=self._device)
+        for slot, parameter in zip(self.layout.slots, parameters.values(), strict=True):
+            whole[slot.offset : slot.offset + slot.numel] = parameter.detach().flatten()
+        self.master = whole[self._slice(cut.lo)].clone()
+        self._shared = compute == master and cut.lp == cut.lo
+        self.weights = self.master if self._shared else whole[self._slice(cut.lp)].to(compute, copy=True)
+        self.grads = torch.zeros(len(self.at(cut.lg)) if self.trained else 0, dtype=master, device=self._device)
+        self._reduced: Tensor | None = None
+        self._residual: Tensor | None = None
+        self._new_residual: Tensor | None = None
+        self._make_whole()
+        self._nothing = torch.empty(0, dtype=compute, device=self._device)
+        self.gathered = cut.lp < 0
+        self._point(self._views)
+        if not self.gathered:
+            self.release()
+        self._seen = self._versions()
+
+    def _make_whole(self) -> None:
+        """The whole weights, of which parameters are views while gathered: the weights themselves if they are not cut."""
+        lp = self.cut.lp
+        self._whole = (
+            self.weights if lp < 0 else torch.empty(self.layout.numel, dtype=self._compute, device=self._device)
+        )
+        self._views = [self._whole[s.offset : s.offset + s.numel].view(s.shape) for s in self.layout.slots]
+
+    # -- where things are ----------------------------------------------------------------------------------------------
+
+    def at(self, depth: int) -> Interval:
+        """The interval that this rank holds of a state that is cut at `depth`."""
+        fanouts = [level.fanout for level in self.world.cluster.levels]
+        return interval(self.layout.numel, fanouts, self.world.cluster.coordinates(self.world.rank), depth)
+
+    def _slice(self, depth: int) -> slice:
+        part = self.at(depth)
+        return slice(part.start, part.end)
+
+    def _levels(self, first: int, last: int) -> list[int]:
+        """Levels first..last that join more than one member."""
+        return [level for level in range(first, last + 1) if self.world.fanout(level) > 1]
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a weight as it is computed with."""
+        return self._whole.element_size()
+
+    def salt(self, number: int) -> None:
+        """What the codecs' stochastic rounding draws from until the next call."""
+        for codec in (*self.cut.weights.values(), *self.cut.grads.values()):
+            codec.salt = number
+
+    def flow(self, gathers: int) -> Flow:
+        """What the traffic formula needs to know of this buffer."""
+        return Flow(self.layout.numel, self.cut.lp, self.cut.lg, self.cut.lo, gathers, self.trained)
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def gather_chain(self) -> Iterator[Handle]:
+        """Weights from depth lp to whole; the parameters are views of them afterwards."""
+        if self.gathered:
+            return
+        self._whole.untyped_storage().resize_(self._whole.numel() * self._whole.element_size())
+        levels = self._levels(0, self.cut.lp)
+        part = self.weights
+        if not levels:
+            self._whole.data.copy_(part)
+        for level in reversed(levels):
+            out = self._whole.data if level == levels[0] else self._like(part, self.at(level - 1))
+            yield all_gather(
+                out, part, world=self.world, level=level, purpose=P_GATHER, codec=self.cut.weights.get(level, IDENTITY)
+            )
+            part = out
+        self._point(self._views)
+        self.gathered = True
+
+    def release(self) -> None:
+        """Give the whole weights' memory back; the parameters have no elements until they are gathered again."""
+        if self.cut.lp < 0:
+            return
+        self._point([self._nothing] * len(self._views))
+        if (
+            not self._whole.untyped_storage().resizable()
+        ):  # somebody looked at it as a numpy array and may still hold it
+            self._make_whole()
+        self._whole.untyped_storage().resize_(0)
+        self.gathered = False
+
+    def refresh_chain(self, *, exact: bool = False) -> Iterator[Handle]:
+        """Weights at depth lp from the masters at lo: after a step, or (`exact`, nothing coded) after a load."""
+        if self._shared:
+            return
+        held, part = self.weights, self.master
+        for level in reversed(self._levels(self.cut.lp + 1, self.cut.lo)):
+            codec = IDENTITY if exact else self.cut.weights.get(level, IDENTITY)
+            if level in self.cut.delta_levels and not exact:
+                reference = held[self.at(level).inside(self.at(self.cut.lp))]
+                change = self._empty(self.at(level - 1), part.dtype)
+                yield all_gather(
+                    change, part - reference, world=self.world, level=level, purpose=P_REFRESH, codec=codec
+                )
+                part = held[self.at(level - 1).inside(self.at(self.cut.lp))] + change
+            else:
+                sent = part.to(self._compute) if codec is IDENTITY else part
+                out = self._empty(self.at(level - 1), sent.dtype)
+                yield all_gather(out, sent, world=self.world, level=level, purpose=P_REFRESH, codec=codec)
+                part = out
+        held.data.copy_(part)
+
+    def _empty(self, part: Interval, dtype: torch.dtype) -> Tensor:
+        return torch.empty(len(part), dtype=dtype, device=self._device)
+
+    def _like(self, tensor: Tensor, part: Interval) -> Tensor:
+        return self._empty(part, tensor.dtype)
+
+    def _point(self, views: list[Tensor]) -> None:
+        for parameter, view in zip(self.parameters.values(), views, strict=True):
+            parameter.data = view
+
+    def _versions(self) -> list[int]:
+        return [parameter._version for parameter in self.parameters.values()]
+
+    def absorb_edits(self) -> bool:
+        """Take writes into replicated parameters (load_state_dict, a manual edit) over into the masters."""
+        if self.cut.lp >= 0 or self._versions() == self._seen:
+            return False
+        mine, now = self.at(self.cut.lo), self._versions()
+        for slot, before, after in zip(self.layout.slots, self._seen, now, strict=True):
+            met = mine.meet(slot)
+            if before != after and len(met) and not self._shared:
+                self.master[met.inside(mine)] = self._whole.detach()[met.start : met.end].to(self._master_dtype)
+        self._seen = now
+        return True
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def _add_grads(self) -> None:
+        """Add the parameters' gradients to the sums, which are whole."""
+        for slot, parameter in zip(self.layout.slots, self.parameters.values(), strict=True):
+            if parameter.grad is not None:
+                self.grads[slot.offset : slot.offset + slot.numel].add_(parameter.grad.flatten())
+                parameter.grad = None
+
+    def _take_grads(self) -> Tensor:
+        """Move the parameters' gradients into one flat tensor of N elements; a parameter without one counts as zero."""
+        flat = self._empty(self.at(-1), self._master_dtype)
+        end = 0
+        for slot, parameter in zip(self.layout.slots, self.parameters.values(), strict=True):
+            end = slot.offset + slot.numel
+            if parameter.grad is None:
+                flat[slot.offset : end].zero_()
+            else:
+                flat[slot.offset : end] = parameter.grad.flatten()
+                parameter.grad = None
+        flat[end:].zero_()
+        return flat
+
+    def reduce_chain(self, *, last: bool) -> Iterator[Handle]:
+        """This micro-batch's gradients into the sum at depth lg; after the last one on to depth lo, replicas included."""
+        if self.cut.lg < 0:
+            self._add_grads()
+        else:
+            part = self._take_grads()
+            for level in self._levels(0, self.cut.lg):
+                out = self._like(part, self.at(level))
+                yield self._reduce(out, part, level)
+                part = out
+            self.grads.add_(part)
+        if not last:
+            return
+        part = self.grads
+        for level in self._levels(self.cut.lg + 1, self.cut.lo):
+            out = self._like(part, self.at(level))
+            yield self._reduce(out, part, level)
+            part = out
+        yield from self._all_reduce(part, self.cut.lo + 1)
+
+    def _all_reduce(self, part: Tensor, first: int) -> Iterator[Handle]:
+        """Sum over the replicas: reduce-scatter outwards, gather back inwards, each with the level's codec."""
+        levels = self._levels(first, len(self.world.cluster.levels) - 1)
+        parts = [part]
+        for level in levels:
+            out = self._like(part, self.at(level))
+            yield self._reduce(out, parts[-1], level)
+            parts.append(out)
+        for level in reversed(levels):
+            inner = parts.pop()
+            codec = self.cut.grads.get(level, IDENTITY)
+            yield all_gather(parts[-1], inner, world=self.world, level=level, purpose=G_GATHER, codec=codec)
+        self._reduced = parts[0]
+
+    def _reduce(self, out: Tensor, part: Tensor, level: int) -> Handle:
+        codec = self.cut.grads.get(level, IDENTITY)
+        if level == self.cut.feedback_level:
+            part = self._with_residual(part, codec, self.world.fanout(level))
+        return reduce_scatter(out, part, world=self.world, level=level, purpose=G_REDUCE, codec=codec)
+
+    def _with_residual(self, part: Tensor, codec: Codec, chunks: int) -> Tensor:
+        """Add what earlier steps lost to coding; what this one loses counts once the step is applied."""
+        compensated = part if self._residual is None else part + self._residual
+        n = compensated.numel() // chunks
+        sent = torch.cat([codec.decode(codec.encode(chunk), n, chunk.dtype) for chunk in compensated.view(chunks, n)])
+        self._new_residual = compensated - sent
+        return compensated
+
+    @property
+    def reduced(self) -> Tensor:
+        """The summed gradient of this rank's masters; complete after the last micro-batch's chain has landed."""
+        assert self._reduced is not None, "gradients are not reduced yet"
+        return self._reduced
+
+    def applied(self) -> None:
+        """The step was taken: keep what error feedback lost, start new sums."""
+        if self._new_residual is not None:
+            self._residual = self._new_residual
+        self.dropped()
+
+    def dropped(self) -> None:
+        """Forget the gradients and what this step would have lost."""
+        self._new_residual = self._reduced = None
+        self.grads.zero_()
+
+    # -- what others see -----------------------------------------------------------------------------------------------
+
+    def parts(self, make: Callable[[str, tuple[int, ...], int, slice], None]) -> None:
+        """Call make(name, shape, offset in the parameter, slice of the masters) for each parameter met by this rank."""
+        mine = self.at(self.cut.lo)
+        for slot in self.layout.slots:
+            met = mine.meet(slot)
+            if len(met):
+                make(slot.name, slot.shape, met.start - slot.offset, met.inside(mine))
+
+    def owned(self) -> list[Owned]:
+        """The masters of this rank that are trained; their gradient is looked up when a step is taken."""
+        made: list[Owned] = []
+        if self.trained:
+            self.parts(lambda name, shape, offset, where: made.append(
+                Owned(name, shape, offset, self.master[where], lambda: self.reduced[where])
+            ))  # fmt: skip
+        return made
+
+    def pieces(self) -> list[Piece]:
+        """The masters of this rank as pieces of logical tensors."""
+        made: list[Piece] = []
+        self.parts(
+            lambda name, shape, offset, where: made.append(Piece(f"params/{name}", shape, offset, self.master[where]))
+        )
+        return made
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of each state on this rank; masters that are the weights themselves count as optimizer state."""
+        return {
+            "params": 0 if self._shared else self.weights.nbytes,
+            "grads": self.grads.nbytes,
+            "master": self.master.nbytes,
+        }

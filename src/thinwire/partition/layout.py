@@ -1,0 +1,73 @@
+"""Where parameters lie in a unit's flat buffer, and which interval of it a rank holds at each depth. Pure.
+
+Shards are inner-major: at depth d (cut over levels 0..d) a rank with coordinates c holds the interval that starts at
+sum over l <= d of c_l N / S_l and has N / S_d elements, where S_d is the product of the fanouts up to d. So a
+reduce-scatter of level d takes the interval of depth d - 1 to that of depth d, an all-gather takes it back, and no
+element is ever moved to another place. Depth -1 is the whole buffer.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter in the buffer: elements offset .. offset + numel."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parameters back to back, padded so that every rank's interval has the same length."""
+
+    slots: tuple[Slot, ...]
+    numel: int
+    """Elements with padding: a multiple of the world's ranks and of the codecs' block."""
+
+    @staticmethod
+    def of(named_shapes: Sequence[tuple[str, tuple[int, ...]]], *, multiple: int) -> "Layout":
+        """Lay `named_shapes` out in order; the length is rounded up to a multiple of `multiple`."""
+        slots, offset = [], 0
+        for name, shape in named_shapes:
+            slots.append(Slot(name, shape, offset))
+            offset += slots[-1].numel
+        return Layout(tuple(slots), -(-offset // multiple) * multiple)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Elements start .. end of a flat buffer."""
+
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def meet(self, slot: Slot) -> "Interval":
+        """The part of `slot` inside this interval, in the buffer's own count; empty intervals have start == end."""
+        start = min(max(self.start, slot.offset), self.end)
+        return Interval(start, max(start, min(self.end, slot.offset + slot.numel)))
+
+    def inside(self, outer: "Interval") -> slice:
+        """This interval as a slice of the buffer that holds `outer`."""
+        assert outer.start <= self.start <= self.end <= outer.end
+        return slice(self.start - outer.start, self.end - outer.start)
+
+
+def interval(numel: int, fanouts: Sequence[int], coordinates: Sequence[int], depth: int) -> Interval:
+    """What the rank at `coordinates` holds of `numel` elements when they are cut over levels 0..`depth`."""
+    start, size = 0, numel
+    for fanout, coordinate in zip(fanouts[: depth + 1], coordinates[: depth + 1], strict=True):
+        assert size % fanout == 0, (numel, fanouts)
+        size //= fanout
+        start += coordinate * size
+    return Interval(start, start + size)

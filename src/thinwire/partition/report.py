@@ -1,0 +1,43 @@
+"""What a cut costs, said before the first step: state -> level -> bytes per rank, level -> bytes sent per step."""
+
+from thinwire.comm.codec import IDENTITY, Codec
+from thinwire.partition.engine import Sharded
+from thinwire.partition.flat import Flat
+from thinwire.partition.traffic import step_bytes, total
+
+
+def predicted_bytes(sharded: Sharded) -> dict[str, dict[str, int]]:
+    """level name -> purpose -> bytes this rank sends in one optimizer step, by the formula of `traffic`."""
+    names = sharded.world.cluster.level_names
+    flows = [_flow_bytes(sharded, flat, unit.keep) for unit in sharded.units for flat in unit.flats]
+    return {names[level]: purposes for level, purposes in sorted(total(flows).items()) if purposes}
+
+
+def _flow_bytes(sharded: Sharded, flat: Flat, keep: bool) -> dict[int, dict[str, int]]:
+    fanouts = [level.fanout for level in sharded.world.cluster.levels]
+    gathers = 0 if flat.cut.lp < 0 else 1 if keep else 2
+
+    def bytes_of(codec: Codec, element_bytes: int, n: int) -> int:
+        return element_bytes * n if codec is IDENTITY else codec.wire_bytes(n)
+
+    weights = [
+        lambda n, codec=flat.cut.weights.get(level, IDENTITY): bytes_of(codec, flat.compute_bytes, n)
+        for level in range(len(fanouts))
+    ]
+    grads = [
+        lambda n, codec=flat.cut.grads.get(level, IDENTITY): bytes_of(codec, flat.master.element_size(), n)
+        for level in range(len(fanouts))
+    ]
+    return step_bytes(flat.flow(gathers), fanouts, accumulate=sharded.plan.accumulate, weights=weights, grads=grads)
+
+
+def held_bytes(sharded: Sharded) -> dict[str, int]:
+    """state -> bytes on this rank, AdamW's two moments counted with the masters as optimizer states."""
+    sums = {"params": 0, "grads": 0, "master": 0}
+    trained = 0
+    for unit in sharded.units:
+        for flat in unit.flats:
+            for state, count in flat.held_bytes().items():
+                sums[state] += count
+            trained += flat.master.nbytes if flat.trained else 0
+    return {"params": sums["params"], "grads": sums["grads"], "optimizer": sums["master"] + 2 * trained}

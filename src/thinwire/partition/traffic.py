@@ -1,0 +1,69 @@
+"""Bytes that a rank sends per optimizer step, by level and purpose, from the cut alone. Pure, no torch.
+
+With s the fanout of a level, S the product of the fanouts up to it and N elements (padding included), an all-gather or
+a reduce-scatter of the level sends b N (s-1)/S bytes from each rank, b bytes an element on the wire. Per step:
+
+    level <= lp        gathers b_w each micro-batch, one reduction b_g each micro-batch
+    lp < level <= lg   one reduction b_g each micro-batch, one gather b_w after the optimizer
+    lg < level <= lo   one reduction b_g at the end of accumulation, one gather b_w after the optimizer
+    level > lo         one reduction and one gather b_g at the end of accumulation
+
+A unit is gathered twice a micro-batch (forward and backward), once if it stays gathered in between.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+P_GATHER, P_REFRESH, G_REDUCE, G_GATHER = "P-gather", "P-refresh", "G-reduce", "G-gather"
+
+WireBytes = Callable[[int], int]
+"""Elements of a message -> its bytes on the wire."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One flat buffer: its size, how its states are cut, and how often it is gathered in a micro-batch."""
+
+    numel: int
+    lp: int
+    lg: int
+    lo: int
+    gathers: int
+    trained: bool
+
+
+def step_bytes(
+    flow: Flow,
+    fanouts: Sequence[int],
+    *,
+    accumulate: int,
+    weights: Sequence[WireBytes],
+    grads: Sequence[WireBytes],
+) -> dict[int, dict[str, int]]:
+    """level -> purpose -> bytes. `weights` and `grads` have a function for each level."""
+    out: dict[int, dict[str, int]] = {}
+    cumulative = 1
+    for level, fanout in enumerate(fanouts):
+        cumulative *= fanout
+        if fanout == 1:
+            continue
+        n = flow.numel // cumulative
+        sent = {
+            P_GATHER: flow.gathers * accumulate * (fanout - 1) * weights[level](n) if level <= flow.lp else 0,
+            P_REFRESH: (fanout - 1) * weights[level](n) if flow.trained and flow.lp < level <= flow.lo else 0,
+            G_REDUCE: (fanout - 1) * grads[level](n) * (accumulate if level <= flow.lg else 1) if flow.trained else 0,
+            G_GATHER: (fanout - 1) * grads[level](n) if flow.trained and level > flow.lo else 0,
+        }
+        out[level] = {purpose: count for purpose, count in sent.items() if count}
+    return out
+
+
+def total(flows: Sequence[dict[int, dict[str, int]]]) -> dict[int, dict[str, int]]:
+    """Sums over flat buffers."""
+    out: dict[int, dict[str, int]] = {}
+    for flow in flows:
+        for level, purposes in flow.items():
+            for purpose, count in purposes.items():
+                of_level = out.setdefault(level, {})
+                of_level[purpose] = of_level.get(purpose, 0) + count
+    return out

@@ -1,0 +1,78 @@
+"""Which parameters of a module move together: its units.
+
+By default every entry of a ModuleList is a unit (the transformer blocks), and so is every other child of the root that
+holds parameters (embedding, final norm, head). A parameter belongs to the first unit that meets it; tied parameters are
+counted once. What hangs on the root itself, or is shared by several units, stays gathered from its first use in forward
+to the end of backward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from thinwire.errors import PlanError
+
+
+@dataclass
+class UnitModules:
+    """A unit before it has storage: its parameters by name, and the modules whose forward uses them."""
+
+    name: str
+    entries: list[nn.Module]
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def resident(self) -> bool:
+        """Whether its weights are kept from forward to backward because no single module spans all their uses."""
+        return len(self.entries) > 1 or self.name == ""
+
+
+def find_units(root: nn.Module, chosen: Sequence[str] | None = None) -> list[UnitModules]:
+    """The units of `root` in module order; `chosen` names the submodules that are to be units instead of the default.
+
+    Raises PlanError for a name that is no submodule or holds no parameters, or one unit inside another.
+    """
+    heads = _chosen(root, chosen) if chosen is not None else _default(root)
+    units = [UnitModules(name, [module]) for name, module in heads.items()]
+    owner: dict[nn.Parameter, UnitModules] = {}
+    names = {parameter: name for name, parameter in root.named_parameters()}
+    for unit in units:
+        for parameter in unit.entries[0].parameters():
+            if parameter not in owner:
+                owner[parameter] = unit
+                unit.parameters[names[parameter]] = parameter
+            elif owner[parameter] is not unit and unit.entries[0] not in owner[parameter].entries:
+                owner[parameter].entries.append(unit.entries[0])
+    rest = {name: parameter for parameter, name in names.items() if parameter not in owner}
+    found = [unit for unit in units if unit.parameters]
+    return [UnitModules("", [root], rest), *found] if rest else found
+
+
+def _default(root: nn.Module) -> dict[str, nn.Module]:
+    lists = {name: module for name, module in root.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists if other != n)}
+    heads = {f"{name}.{i}": entry for name, entries in outer.items() for i, entry in enumerate(entries)}
+    covered = {id(module) for entry in heads.values() for module in entry.modules()}
+    for name, module in root.named_modules():
+        inside = any(name.startswith(head + ".") for head in heads)
+        holds_units = any(head.startswith(name + ".") for head in heads) or name == ""
+        if id(module) not in covered and not inside and not holds_units and any(True for _ in module.parameters()):
+            heads[name] = module
+    order = {name: position for position, (name, _) in enumerate(root.named_modules())}
+    return dict(sorted(heads.items(), key=lambda item: order[item[0]]))
+
+
+def _chosen(root: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    modules = dict(root.named_modules())
+    for name in names:
+        if name not in modules:
+            raise PlanError(
+                f"unit {name!r} is no submodule of the model; names look like {', '.join(list(modules)[1:4])}"
+            )
+        if not any(True for _ in modules[name].parameters()):
+            raise PlanError(f"unit {name!r} holds no parameters; leave it out")
+        inside = [other for other in names if other != name and name.startswith(other + ".")]
+        if inside:
+            raise PlanError(f"unit {name!r} lies inside unit {inside[0]!r}; name one of them")
+    return {name: modules[name] for name in names}

@@ -1,0 +1,32 @@
+"""The codecs of a plan, per level index and direction."""
+
+import torch
+
+from thinwire.comm.codec import Codec
+from thinwire.comm.codecs import make_codec
+from thinwire.errors import PlanError
+from thinwire.plan import Plan
+
+Codecs = dict[int, Codec]
+
+
+def codecs_of(plan: Plan, master: torch.dtype) -> tuple[Codecs, Codecs, frozenset[int]]:
+    """(weights by level, gradients by level, levels whose weights travel as differences).
+
+    Raises PlanError where a codec cannot carry `master` numbers without saying so (fp64).
+    """
+    if master == torch.float64 and (plan.wire.weights or plan.wire.grads):
+        raise PlanError("codecs carry fp32 numbers, this model is fp64; leave plan.wire out, or train in fp32")
+    names = list(plan.level_names)
+    sides: list[Codecs] = []
+    for direction in (plan.wire.weights, plan.wire.grads):
+        made = {
+            names.index(level): make_codec(
+                name.removeprefix("delta-"), block=plan.wire.block, rounding=plan.wire.rounding
+            )
+            for level, name in direction.items()
+            if name != "fp32"
+        }
+        sides.append(made)
+    deltas = frozenset(names.index(level) for level, name in plan.wire.weights.items() if name.startswith("delta-"))
+    return sides[0], sides[1], deltas

@@ -1,0 +1,395 @@
+"""Every legal cut trains like the plain all-reduce: the same sums, the same bytes as the formula, equal replicas."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thinwire.comm.world import World
+from thinwire.partition.engine import Sharded, shard
+from thinwire.partition.optimizer import ShardedOptimizer
+from thinwire.partition.replicated import Replicated, replicate
+from thinwire.partition.report import predicted_bytes
+from thinwire.plan import Partition, Plan
+from worlds import run_world
+
+STEPS = 3
+
+
+class Toy(nn.Module):
+    """Blocks of odd sizes, a tied head, an unused and a frozen parameter, one smaller than the world."""
+
+    def __init__(self, exact: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.embedding = nn.Embedding(11, 6)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 13), nn.Identity() if exact else nn.GELU(), nn.Linear(13, 6)) for _ in range(3)
+        )
+        self.norm = nn.Identity() if exact else nn.LayerNorm(6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+        self.scale = nn.Parameter(torch.ones(1))
+        self.unused = nn.Parameter(torch.ones(5))
+        self.frozen = nn.Parameter(torch.full((3,), 2.0), requires_grad=False)
+        if exact:
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.copy_(torch.randint(-1, 2, parameter.shape).float())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x)) * self.scale * self.frozen.sum()
+
+
+def legal_cuts(levels: int) -> Iterator[tuple[int, int, int]]:
+    for lp, lg, lo in itertools.product(range(-1, levels), repeat=3):
+        if lp <= lg <= lo:
+            yield lp, lg, lo
+
+
+def plan_of(world: World, cut: tuple[int, int, int], accumulate: int = 1, **more: Any) -> Plan:
+    names = world.cluster.level_names
+    params, grads, optimizer = ("replica" if depth < 0 else names[depth] for depth in cut)
+    levels = tuple((level.name, level.fanout) for level in world.cluster.levels)
+    keep = more.pop("keep_gathered", False)
+    partition = Partition(params=params, grads=grads, optimizer=optimizer, keep_gathered=keep)
+    return Plan(levels=levels, partition=partition, accumulate=accumulate, **more)
+
+
+def adamw(engine: Sharded | Replicated) -> ShardedOptimizer:
+    def group_of(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        return {"weight_decay": 0.1 if len(shape) >= 2 else 0.0}
+
+    return ShardedOptimizer(engine, lambda groups: torch.optim.AdamW(groups, lr=1e-2), group_of=group_of)
+
+
+def batches(world: World, step: int, accumulate: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for number in range(accumulate):
+        generator = torch.Generator().manual_seed(1000 * step + 10 * world.rank + number)
+        yield torch.randint(0, 11, (4, 5), generator=generator), torch.randint(0, 11, (4, 5), generator=generator)
+
+
+def train(engine: Sharded | Replicated, world: World, accumulate: int, steps: int = STEPS) -> list[tuple[float, float]]:
+    """(sum of this rank's losses, global gradient norm) per step."""
+    optimizer, seen = adamw(engine), []
+    for step in range(steps):
+        total = 0.0
+        pairs = list(batches(world, step, accumulate))
+        for number, (tokens, targets) in enumerate(pairs):
+            with engine.micro_batch(last=number == len(pairs) - 1):
+                loss = F.cross_entropy(engine.module(tokens).view(-1, 11), targets.view(-1), reduction="sum")
+                loss.backward()
+            total += loss.item()
+        engine.finish_reduce()
+        seen.append((total, engine.grad_norm()))
+        optimizer.step(grad_scale=1 / (world.size * accumulate * 20))
+    engine.drain()
+    return seen
+
+
+def weights(engine: Sharded | Replicated) -> bytes:
+    """A hash of the module's whole weights as this rank computes with them."""
+    digest = hashlib.sha256()
+    if isinstance(engine, Sharded):
+        with engine.full_parameters():
+            for parameter in engine.module.parameters():
+                digest.update(parameter.detach().float().numpy().tobytes())
+    else:
+        for parameter in engine.module.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+    return digest.digest()
+
+
+def _all_cuts(world: World, accumulate: int) -> dict[tuple[int, int, int], Any]:
+    out = {}
+    world.ledger.drain()
+    for cut in legal_cuts(len(world.cluster.levels)):
+        engine = shard(Toy(), plan_of(world, cut, accumulate), world)
+        train(engine, world, accumulate, steps=1)  # the first step also agrees on an order
+        world.ledger.drain()
+        engine = shard(Toy(), plan_of(world, cut, accumulate), world)
+        seen = train(engine, world, accumulate)
+        sent = world.ledger.drain().sent_bytes()
+        predicted = predicted_bytes(engine)
+        for level, purposes in predicted.items():
+            for purpose, count in purposes.items():
+                assert sent[level][purpose] == STEPS * count, (cut, level, purpose)
+            assert set(sent[level]) <= {*purposes, "control"}, (cut, sent)
+        out[cut] = (seen, weights(engine))
+    twin = replicate(Toy(), plan_of(world, (-1, -1, -1), accumulate), world)
+    out["twin"] = (train(twin, world, accumulate), weights(twin))  # type: ignore[index]
+    return out
+
+
+@pytest.mark.parametrize("levels", [(2,), (2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_every_cut_sends_the_formulas_bytes_and_trains_like_the_twin(levels: tuple[int, ...], accumulate: int) -> None:
+    results = run_world(levels, _all_cuts, accumulate)
+    for result in results:
+        seen, digest = result["twin"]
+        for cut, (got, got_digest) in result.items():
+            if accumulate == 1 or (cut != "twin" and cut[1] == -1):
+                assert (got, got_digest) == (seen, digest), cut
+            assert torch.allclose(torch.tensor(got), torch.tensor(seen), rtol=1e-5), cut
+    for cut in results[0]:
+        assert len({result[cut][1] for result in results}) == 1, f"replicas differ under {cut}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", [(2, 2, 2), (2, 4)])
+def test_every_cut_of_eight_ranks_sends_the_formulas_bytes_and_trains_like_the_twin(levels: tuple[int, ...]) -> None:
+    for result in run_world(levels, _all_cuts, 1, timeout_s=280):
+        for cut, got in result.items():
+            assert got == result["twin"], cut
+
+
+def _exact(world: World) -> list[bytes]:
+    """Gradients that are small whole numbers: any order of summing gives the same bits, torch's DDP too."""
+    digests = []
+    for cut in [None, *legal_cuts(len(world.cluster.levels))]:
+        module = Toy(exact=True)
+        tokens, targets = next(batches(world, 0, 1))
+        chosen = F.one_hot(targets, 11).float()
+        if cut is None:
+            replica = (
+                nn.parallel.DistributedDataParallel(module, find_unused_parameters=True) if world.size > 1 else module
+            )
+            (replica(tokens) * chosen).sum().backward()
+            grads = {n: p.grad * world.size for n, p in module.named_parameters() if p.grad is not None}
+        else:
+            engine = shard(module, plan_of(world, cut), world)
+            with engine.micro_batch(last=True):
+                (module(tokens) * chosen).sum().backward()
+            engine.finish_reduce()
+            for part in engine.owned():
+                expected = grads.get(part.name, torch.zeros(part.shape)).flatten()
+                assert torch.equal(part.grad(), expected[part.offset : part.offset + part.master.numel()]), (
+                    cut,
+                    part.name,
+                )
+            engine.dropped()
+            engine.drain()
+    return digests
+
+
+@pytest.mark.parametrize("levels", [(2,), (2, 2)])
+def test_exactly_representable_gradients_are_torch_ddps_bit_for_bit(levels: tuple[int, ...]) -> None:
+    run_world(levels, _exact)
+
+
+def _variants(world: World) -> dict[str, Any]:
+    """Settings that must not change a bit against the same cut without them."""
+    cut = (0, 1, 1)
+    out: dict[str, Any] = {}
+    for name, more in (
+        ("plain", {}),
+        ("kept", {"keep_gathered": True}),
+        ("fp32 named", {"wire": {"grads": {"cluster": "fp32"}}}),
+    ):
+        engine = shard(Toy(), plan_of(world, cut, **more), world)
+        out[name] = (train(engine, world, 1), weights(engine))
+        assert not any(flat.gathered for unit in engine.units for flat in unit.flats)
+    engine = shard(Toy(), plan_of(world, cut), world, units=["blocks.0", "blocks.2"])
+    out["other units"] = (train(engine, world, 1), weights(engine))
+    module = Toy()
+    for block in module.blocks:
+        _recompute_inside(block)
+    engine = shard(module, plan_of(world, cut), world)
+    out["recomputed"] = (train(engine, world, 1), weights(engine))
+    module = Toy()
+    plain = module.forward
+    module.forward = lambda tokens: _recompute_outside(module, tokens)  # type: ignore[method-assign]
+    engine = shard(module, plan_of(world, cut), world)
+    out["recomputed around units"] = (train(engine, world, 1), weights(engine))
+    assert plain is not None
+    module = Toy()
+    for block in module.blocks:
+        block.forward = torch.compile(block.forward, backend="eager")  # type: ignore[method-assign]
+    engine = shard(module, plan_of(world, cut), world)
+    out["compiled"] = (train(engine, world, 1), weights(engine))
+    return out
+
+
+def _recompute_inside(block: nn.Module) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    plain = block.forward
+    block.forward = lambda x: checkpoint(plain, x, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def _recompute_outside(module: Any, tokens: Tensor) -> Tensor:
+    from torch.utils.checkpoint import checkpoint
+
+    x = module.embedding(tokens)
+    for block in module.blocks:
+        x = x + checkpoint(block, x, use_reentrant=False)
+    return module.head(module.norm(x)) * module.scale * module.frozen.sum()
+
+
+def test_units_keeping_recompute_and_compile_change_no_bit() -> None:
+    for result in run_world((2, 2), _variants):
+        for name, got in result.items():
+            assert got == result["plain"], name
+
+
+def _delayed(world: World, delay_every: int) -> Any:
+    """The same training with one rank late at every n-th collective."""
+    import time
+
+    from thinwire.comm import handle
+
+    plain, calls = handle.Handle.wait, itertools.count()
+
+    def wait(self: Any) -> None:
+        if delay_every and (next(calls) + world.rank) % delay_every == 0:
+            time.sleep(0.01)
+        plain(self)
+
+    handle.Handle.wait = wait  # type: ignore[method-assign]
+    try:
+        engine = shard(Toy(), plan_of(world, (0, 1, 1), 2), world)
+        return train(engine, world, 2), weights(engine), engine.timeline
+    finally:
+        handle.Handle.wait = plain  # type: ignore[method-assign]
+
+
+def test_late_collectives_change_nothing_and_all_ranks_issue_in_the_same_order() -> None:
+    runs = [run_world((2, 2), _delayed, every) for every in (0, 3, 5)]
+    for ranks in zip(*runs, strict=True):
+        assert all(result == ranks[0] for result in ranks)
+    timelines = [result[2] for result in runs[0]]
+    assert timelines[0] == timelines[1] == timelines[2] == timelines[3]
+    assert any(line.startswith("reduce") for line in timelines[0])
+
+
+def _edits(world: World, cut: tuple[int, int, int]) -> None:
+    """Writes from outside reach every copy: through pieces under any cut, in place where weights are replicated."""
+    engine = shard(Toy(), plan_of(world, cut), world)
+    train(engine, world, 1, steps=1)
+    for piece in engine.for_load():
+        piece.tensor.fill_(0.25)
+    engine.loaded()
+    with engine.full_parameters():
+        assert all(bool((p == 0.25).all()) for p in engine.module.parameters())
+    if cut[0] < 0:
+        with torch.no_grad():
+            engine.module.head.weight.fill_(0.5)  # type: ignore[union-attr]
+        engine.drain()
+        for piece in engine.for_load():
+            assert bool((piece.tensor == (0.5 if "embedding" in piece.name else 0.25)).all()), piece.name
+
+
+@pytest.mark.parametrize("cut", [(-1, -1, -1), (-1, -1, 1), (0, 0, 1), (1, 1, 1)])
+def test_a_write_to_the_weights_makes_every_copy_stale(cut: tuple[int, int, int]) -> None:
+    run_world((2, 2), _edits, cut)
+
+
+def _cross_load(world: World) -> None:
+    """State saved under one cut, loaded under another, gives the identical next step."""
+    cuts = [(-1, -1, -1), (-1, -1, 1), (-1, 1, 1), (0, 0, 0), (0, 0, 1), (1, 1, 1)]
+    saved = {}
+    for cut in cuts:
+        engine = shard(Toy(), plan_of(world, cut), world)
+        optimizer = adamw(engine)
+        _one_step(engine, optimizer, world, 0)
+        whole: dict[str, Tensor] = {}
+        for piece in [*engine.for_save(), *optimizer.for_save()]:
+            size = torch.Size(piece.shape).numel()
+            whole.setdefault(piece.name, torch.zeros(size))[piece.offset : piece.offset + piece.tensor.numel()] = (
+                piece.tensor
+            )
+        merged: list[Any] = [None] * world.size
+        torch.distributed.all_gather_object(merged, whole)
+        names = sorted({name for part in merged for name in part})
+        saved[cut] = {name: sum(part[name] for part in merged if name in part) for name in names}
+        reference = _one_step(engine, optimizer, world, 1)
+        for other in cuts:
+            engine = shard(Toy(), plan_of(world, other), world)
+            optimizer = adamw(engine)
+            for piece in [*engine.for_load(), *optimizer.for_load()]:
+                piece.tensor.copy_(saved[cut][piece.name][piece.offset : piece.offset + piece.tensor.numel()])
+            engine.loaded()
+            optimizer.loaded(1)
+            assert _one_step(engine, optimizer, world, 1) == reference, (cut, other)
+
+
+def _one_step(engine: Sharded, optimizer: ShardedOptimizer, world: World, step: int) -> tuple[float, float, bytes]:
+    tokens, targets = next(batches(world, step, 1))
+    with engine.micro_batch(last=True):
+        loss = F.cross_entropy(engine.module(tokens).view(-1, 11), targets.view(-1), reduction="sum")
+        loss.backward()
+    engine.finish_reduce()
+    norm = engine.grad_norm()
+    optimizer.step(grad_scale=0.01)
+    engine.drain()
+    return loss.item(), norm, weights(engine)
+
+
+def test_what_one_cut_saved_any_other_goes_on_with_identically() -> None:
+    run_world((2, 2), _cross_load)
+
+
+def _skip(world: World) -> None:
+    engine = shard(Toy(), plan_of(world, (0, 0, 1), wire={"grads": {"cluster": "int4"}, "error_feedback": True}), world)
+    optimizer = adamw(engine)
+    _one_step(engine, optimizer, world, 0)
+    before = weights(engine)
+    residuals = [flat._residual.clone() for unit in engine.units for flat in unit.flats if flat._residual is not None]
+    assert residuals
+    tokens, targets = next(batches(world, 1, 1))
+    with engine.micro_batch(last=True):
+        F.cross_entropy(engine.module(tokens).view(-1, 11), targets.view(-1)).backward()
+    engine.finish_reduce()
+    optimizer.skip()
+    engine.drain()
+    assert optimizer.updates == 1
+    assert weights(engine) == before
+    after = [flat._residual for unit in engine.units for flat in unit.flats if flat._residual is not None]
+    assert all(torch.equal(a, b) for a, b in zip(residuals, after, strict=True))
+
+
+def test_a_skipped_step_advances_nothing() -> None:
+    run_world((2, 2), _skip)
+
+
+def _memory(world: World, blocks: int) -> tuple[int, int]:
+    """(most bytes of whole weights at once in forward and backward, bytes of one block's)."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(blocks))  # type: ignore[assignment]
+
+    def forward(x: Tensor) -> Tensor:
+        for block in module.blocks:  # type: ignore[union-attr]
+            x = block(x)
+        return x
+
+    module.forward = forward  # type: ignore[method-assign]
+    engine = shard(module, plan_of(world, (0, 0, 0)), world)
+    seen = [0]
+
+    def watch(*_: Any) -> None:
+        seen.append(sum(flat._whole.untyped_storage().nbytes() for unit in engine.units for flat in unit.flats))
+
+    for unit in engine.units:
+        unit.entries[0].register_forward_hook(watch)
+        unit.entries[0].register_full_backward_hook(watch)
+    for step in range(2):
+        with engine.micro_batch(last=step == 1):
+            module(torch.ones(2, 64, requires_grad=True)).sum().backward()
+    engine.finish_reduce()
+    engine.dropped()
+    return max(seen), 4 * engine.units[0].flats[0].layout.numel
+
+
+@pytest.mark.parametrize("blocks", [3, 9])
+def test_at_most_two_units_are_whole_at_once_at_any_depth(blocks: int) -> None:
+    for most, one in run_world(2, _memory, blocks):
+        assert most == 2 * one
