@@ -209,12 +209,12 @@ def resolve_partition(name: str, levels: Sequence[str]) -> tuple[Partition, Wire
     all. hsdp, mics (2205.00119): all three cut over the node. zero++ (2306.10209): parameters over the node, the rest
     over all, int8 weights and int4 gradients between nodes. frontier (2501.04266): parameters over the innermost level,
     gradients over the node, optimizer states over all. auto: parameters and gradients over the node, optimizer states
-    over all. amsp(P;G;O) (2311.00257): spelled out.
+    over all; on a single level, where a node is one rank, that is zero1. amsp(P;G;O) (2311.00257): spelled out.
     """
     everything = levels[-1]
     node = "node" if "node" in levels else levels[max(0, len(levels) - 2)]
     points = {
-        "auto": (node, node, everything),
+        "auto": (node, node, everything) if node != everything else (REPLICA, REPLICA, everything),
         "ddp": (REPLICA, REPLICA, REPLICA),
         "zero1": (REPLICA, REPLICA, everything),
         "zero2": (REPLICA, everything, everything),

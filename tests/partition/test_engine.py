@@ -337,6 +337,24 @@ def test_what_one_cut_saved_any_other_goes_on_with_identically() -> None:
     run_world((2, 2), _cross_load)
 
 
+def _evaluates(world: World) -> None:
+    """Forwards without backward, between steps and before the first one."""
+    for cut in ((0, 0, 1), (1, 1, 1), (-1, -1, 1)):
+        engine = shard(Toy(), plan_of(world, cut), world)
+        twin = replicate(Toy(), plan_of(world, cut), world)
+        tokens = next(batches(world, 0, 1))[0]
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(engine.module(tokens), twin.module(tokens))
+            assert all(unit.gathering is None for unit in engine.units)
+            train(engine, world, 1, steps=1)
+            train(twin, world, 1, steps=1)
+
+
+def test_evaluation_between_steps_sees_the_newest_weights_and_leaves_nothing_gathered() -> None:
+    run_world((2, 2), _evaluates)
+
+
 def _skip(world: World) -> None:
     engine = shard(Toy(), plan_of(world, (0, 0, 1), wire={"grads": {"cluster": "int4"}, "error_feedback": True}), world)
     optimizer = adamw(engine)

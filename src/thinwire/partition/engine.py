@@ -72,6 +72,7 @@ class Sharded:
         self._inside, self._last, self._backward = False, False, False
         self._step = 0
         module.register_forward_pre_hook(lambda module, args: self._before_root())
+        module.register_forward_hook(lambda module, args, out: self._after_root())
         for index, unit in enumerate(self.units):
             self._hook(index, unit)
 
@@ -107,7 +108,7 @@ class Sharded:
 
     def _hook(self, index: int, unit: Unit) -> None:
         for entry in unit.entries:
-            entry.register_forward_pre_hook(lambda module, args: self._before_forward(unit), prepend=True)
+            entry.register_forward_pre_hook(lambda module, args: self._before_forward(unit, module), prepend=True)
             entry.register_forward_hook(lambda module, args, out: self._after_forward(unit, out))
         for parameter in unit.trained:
             parameter.register_post_accumulate_grad_hook(lambda _: self._grad_came(index))  # type: ignore[no-untyped-call]
@@ -130,13 +131,14 @@ class Sharded:
             self._inside = False
         self._end_backward()
 
-    def _before_forward(self, unit: Unit) -> None:
+    def _before_forward(self, unit: Unit, entry: nn.Module) -> None:
         self._use(unit)
         if self._backward:  # a recomputed forward: the weights are here already, and stay
             return
         if unit not in self._order:
             self._order.append(unit)
-        self._prefetch(unit, +1)
+        if entry is unit.entries[0]:
+            self._prefetch(unit, +1)
 
     def _after_forward(self, unit: Unit, out: Any) -> None:
         if self._backward:
@@ -163,6 +165,13 @@ class Sharded:
         for unit in self.units:
             if unit not in self._order:
                 self._land_refresh(unit)
+
+    def _after_root(self) -> None:
+        """A forward without backward (evaluation) leaves nothing gathered and nothing in flight."""
+        if not self._inside:
+            for unit in self.units:
+                self._land_gather(unit)
+                self._release(unit)
 
     def _grad_came(self, index: int) -> None:
         unit = self.units[index]

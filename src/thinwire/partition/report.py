@@ -1,5 +1,7 @@
 """What a cut costs, said before the first step: state -> level -> bytes per rank, level -> bytes sent per step."""
 
+from functools import partial
+
 from thinwire.comm.codec import IDENTITY, Codec
 from thinwire.partition.engine import Sharded
 from thinwire.partition.flat import Flat
@@ -20,14 +22,9 @@ def _flow_bytes(sharded: Sharded, flat: Flat, keep: bool) -> dict[int, dict[str,
     def bytes_of(codec: Codec, element_bytes: int, n: int) -> int:
         return element_bytes * n if codec is IDENTITY else codec.wire_bytes(n)
 
-    weights = [
-        lambda n, codec=flat.cut.weights.get(level, IDENTITY): bytes_of(codec, flat.compute_bytes, n)
-        for level in range(len(fanouts))
-    ]
-    grads = [
-        lambda n, codec=flat.cut.grads.get(level, IDENTITY): bytes_of(codec, flat.master.element_size(), n)
-        for level in range(len(fanouts))
-    ]
+    levels = range(len(fanouts))
+    weights = [partial(bytes_of, flat.cut.weights.get(level, IDENTITY), flat.compute_bytes) for level in levels]
+    grads = [partial(bytes_of, flat.cut.grads.get(level, IDENTITY), flat.master.element_size()) for level in levels]
     return step_bytes(flat.flow(gathers), fanouts, accumulate=sharded.plan.accumulate, weights=weights, grads=grads)
 
 

@@ -13,6 +13,8 @@ from thinwire.parallel.apply import apply_plan
 from thinwire.partition.dtypes import COMPUTE_DTYPES
 from thinwire.partition.engine import Sharded
 from thinwire.partition.optimizer import ShardedOptimizer
+from thinwire.partition.report import held_bytes, predicted_bytes
+from thinwire.train.announce import plan_table
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
 from thinwire.train.numbers import peak_flops_per_s
@@ -53,7 +55,10 @@ class Parts:
                 corpus=self.job.corpus.digest,
                 peak_flops_per_s=self.peak_flops_per_s,
                 peak_origin=self.peak_origin,
+                wire_predicted=predicted_bytes(self.sharded),
+                held=held_bytes(self.sharded),
             )
+            self.telemetry.show(plan_table(self.sharded))
 
     def publish(self, record: dict[str, Any]) -> None:
         if self.telemetry is not None:

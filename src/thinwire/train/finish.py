@@ -2,6 +2,8 @@
 
 from thinwire.data.tokenizer import Tokenizer
 from thinwire.model.generate import generate
+from thinwire.partition.report import predicted_bytes
+from thinwire.train.announce import compare
 from thinwire.train.assemble import Parts
 from thinwire.train.folder import EVENTS_FILE
 from thinwire.train.job import Job
@@ -20,7 +22,9 @@ def finish(job: Job, parts: Parts, saver: Saver, *, step: int, stopped: bool, by
         rows["checkpoint"] = str(saver.newest_name())
     rows["steps and causes"] = str(job.folder / EVENTS_FILE)
     parts.telemetry.stop_line()
-    parts.telemetry.console.print(parts.totals.table(rows))
+    parts.telemetry.show(parts.totals.table(rows))
+    if parts.totals.wire:
+        parts.telemetry.show(compare(predicted_bytes(parts.sharded), parts.totals.wire, parts.totals.steps))
     if text is not None:
         parts.telemetry.console.rule("sample", align="left")
         parts.telemetry.console.print(text, markup=False, highlight=False)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from thinwire.events import EventLog
 from thinwire.train.folder import EVENTS_FILE, TENSORBOARD
-from thinwire.units import show_bytes, show_count, show_seconds
+from thinwire.units import show_count, show_seconds
 
 _SMOOTHING = 0.9
 
@@ -76,6 +76,10 @@ class Telemetry:
         """A line above the progress line."""
         self.console.print(text, style=style, markup=False, soft_wrap=True)
 
+    def show(self, table: Table) -> None:
+        """A table above the progress line."""
+        self.console.print(table)
+
     def warn(self, text: str) -> None:
         """Something that does not end the run but that a person should see, and find again in the log."""
         self.log.write("fault", message=text)
@@ -95,7 +99,8 @@ class Totals:
     """Sums over the steps of this start of a run, for the table at its end."""
 
     def __init__(self) -> None:
-        self.steps, self.tokens, self.seconds, self.wire_bytes = 0, 0, 0.0, 0
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.wire: dict[str, dict[str, int]] = {}
         self.causes: dict[str, float] = {}
         self.started_s = time.perf_counter()
 
@@ -103,7 +108,10 @@ class Totals:
         self.steps += 1
         self.tokens += record["tokens"]
         self.seconds += record["step_s"]
-        self.wire_bytes += sum(sum(purposes.values()) for purposes in record["wire"].values())
+        for level, purposes in record["wire"].items():
+            of_level = self.wire.setdefault(level, {})
+            for purpose, count in purposes.items():
+                of_level[purpose] = of_level.get(purpose, 0) + count
         for cause, seconds in record["seconds"].items():
             self.causes[cause] = self.causes.get(cause, 0.0) + seconds
 
@@ -115,7 +123,6 @@ class Totals:
             "tokens": f"{self.tokens:,}",
             "training time": show_seconds(self.seconds),
             "tokens per second": f"{self.tokens / max(self.seconds, 1e-9):,.0f}",
-            "sent by rank 0": f"{show_bytes(self.wire_bytes)} ({show_bytes(self.wire_bytes / max(1, self.steps))} a step)",
             "time by cause": "  ".join(
                 f"{cause} {seconds / max(self.seconds, 1e-9):.1%}"
                 for cause, seconds in self.causes.items()

@@ -1,0 +1,37 @@
+"""The table before step 0: where each state lives, and what the plan will send; after the run, what it did send."""
+
+from rich.table import Table
+
+from thinwire.partition.engine import Sharded
+from thinwire.partition.report import held_bytes, predicted_bytes
+from thinwire.units import show_bytes
+
+
+def plan_table(sharded: Sharded) -> Table:
+    """state -> level -> bytes on this rank; level -> purpose -> bytes per step by the formula."""
+    partition, held = sharded.plan.partition, held_bytes(sharded)
+    table = Table("what", "where", "bytes on rank 0", title=f"plan {partition}", title_justify="left")
+    for state in ("params", "grads", "optimizer"):
+        table.add_row(state, getattr(partition, state), show_bytes(held[state]))
+    table.add_section()
+    for level, purposes in predicted_bytes(sharded).items():
+        for purpose, count in purposes.items():
+            codec = _codec(sharded, level, purpose)
+            table.add_row(f"{purpose} a step", f"{level}{codec}", show_bytes(count))
+    return table
+
+
+def _codec(sharded: Sharded, level: str, purpose: str) -> str:
+    side = sharded.plan.wire.weights if purpose.startswith("P-") else sharded.plan.wire.grads
+    return f" ({side[level]})" if level in side else ""
+
+
+def compare(predicted: dict[str, dict[str, int]], measured: dict[str, dict[str, int]], steps: int) -> Table:
+    """Predicted bytes of `steps` steps beside what the ledger counted; `control` and other purposes are shown too."""
+    table = Table("level", "purpose", "predicted", "measured", title="bytes sent by rank 0", title_justify="left")
+    for level in dict.fromkeys([*predicted, *measured]):
+        of_level, counted = predicted.get(level, {}), measured.get(level, {})
+        for purpose in dict.fromkeys([*of_level, *counted]):
+            said = show_bytes(of_level[purpose] * steps) if purpose in of_level else "-"
+            table.add_row(level, purpose, said, show_bytes(counted.get(purpose, 0)))
+    return table
