@@ -1,6 +1,5 @@
 """Every legal cut trains like the plain all-reduce: the same sums, the same bytes as the formula, equal replicas."""
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -10,102 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from partition_toy import STEPS, Toy, adamw, batches, one_step, plan_of, train, weights
 from thinwire.comm.world import World
-from thinwire.partition.engine import Sharded, shard
-from thinwire.partition.optimizer import ShardedOptimizer
-from thinwire.partition.replicated import Replicated, replicate
+from thinwire.partition.engine import shard
+from thinwire.partition.replicated import replicate
 from thinwire.partition.report import predicted_bytes
-from thinwire.plan import Partition, Plan
 from worlds import run_world
-
-STEPS = 3
-
-
-class Toy(nn.Module):
-    """Blocks of odd sizes, a tied head, an unused and a frozen parameter, one smaller than the world."""
-
-    def __init__(self, exact: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(7)
-        self.embedding = nn.Embedding(11, 6)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(6, 13), nn.Identity() if exact else nn.GELU(), nn.Linear(13, 6)) for _ in range(3)
-        )
-        self.norm = nn.Identity() if exact else nn.LayerNorm(6)
-        self.head = nn.Linear(6, 11, bias=False)
-        self.head.weight = self.embedding.weight
-        self.scale = nn.Parameter(torch.ones(1))
-        self.unused = nn.Parameter(torch.ones(5))
-        self.frozen = nn.Parameter(torch.full((3,), 2.0), requires_grad=False)
-        if exact:
-            with torch.no_grad():
-                for parameter in self.parameters():
-                    parameter.copy_(torch.randint(-1, 2, parameter.shape).float())
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.head(self.norm(x)) * self.scale * self.frozen.sum()
 
 
 def legal_cuts(levels: int) -> Iterator[tuple[int, int, int]]:
     for lp, lg, lo in itertools.product(range(-1, levels), repeat=3):
         if lp <= lg <= lo:
             yield lp, lg, lo
-
-
-def plan_of(world: World, cut: tuple[int, int, int], accumulate: int = 1, **more: Any) -> Plan:
-    names = world.cluster.level_names
-    params, grads, optimizer = ("replica" if depth < 0 else names[depth] for depth in cut)
-    levels = tuple((level.name, level.fanout) for level in world.cluster.levels)
-    keep = more.pop("keep_gathered", False)
-    partition = Partition(params=params, grads=grads, optimizer=optimizer, keep_gathered=keep)
-    return Plan(levels=levels, partition=partition, accumulate=accumulate, **more)
-
-
-def adamw(engine: Sharded | Replicated) -> ShardedOptimizer:
-    def group_of(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-        return {"weight_decay": 0.1 if len(shape) >= 2 else 0.0}
-
-    return ShardedOptimizer(engine, lambda groups: torch.optim.AdamW(groups, lr=1e-2), group_of=group_of)
-
-
-def batches(world: World, step: int, accumulate: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for number in range(accumulate):
-        generator = torch.Generator().manual_seed(1000 * step + 10 * world.rank + number)
-        yield torch.randint(0, 11, (4, 5), generator=generator), torch.randint(0, 11, (4, 5), generator=generator)
-
-
-def train(engine: Sharded | Replicated, world: World, accumulate: int, steps: int = STEPS) -> list[tuple[float, float]]:
-    """(sum of this rank's losses, global gradient norm) per step."""
-    optimizer, seen = adamw(engine), []
-    for step in range(steps):
-        total = 0.0
-        pairs = list(batches(world, step, accumulate))
-        for number, (tokens, targets) in enumerate(pairs):
-            with engine.micro_batch(last=number == len(pairs) - 1):
-                loss = F.cross_entropy(engine.module(tokens).view(-1, 11), targets.view(-1), reduction="sum")
-                loss.backward()
-            total += loss.item()
-        engine.finish_reduce()
-        seen.append((total, engine.grad_norm()))
-        optimizer.step(grad_scale=1 / (world.size * accumulate * 20))
-    engine.drain()
-    return seen
-
-
-def weights(engine: Sharded | Replicated) -> bytes:
-    """A hash of the module's whole weights as this rank computes with them."""
-    digest = hashlib.sha256()
-    if isinstance(engine, Sharded):
-        with engine.full_parameters():
-            for parameter in engine.module.parameters():
-                digest.update(parameter.detach().float().numpy().tobytes())
-    else:
-        for parameter in engine.module.parameters():
-            digest.update(parameter.detach().numpy().tobytes())
-    return digest.digest()
 
 
 def _all_cuts(world: World, accumulate: int) -> dict[tuple[int, int, int], Any]:
@@ -299,7 +214,7 @@ def _cross_load(world: World) -> None:
     for cut in cuts:
         engine = shard(Toy(), plan_of(world, cut), world)
         optimizer = adamw(engine)
-        _one_step(engine, optimizer, world, 0)
+        one_step(engine, optimizer, world, 0)
         whole: dict[str, Tensor] = {}
         for piece in [*engine.for_save(), *optimizer.for_save()]:
             size = torch.Size(piece.shape).numel()
@@ -310,7 +225,7 @@ def _cross_load(world: World) -> None:
         torch.distributed.all_gather_object(merged, whole)
         names = sorted({name for part in merged for name in part})
         saved[cut] = {name: sum(part[name] for part in merged if name in part) for name in names}
-        reference = _one_step(engine, optimizer, world, 1)
+        reference = one_step(engine, optimizer, world, 1)
         for other in cuts:
             engine = shard(Toy(), plan_of(world, other), world)
             optimizer = adamw(engine)
@@ -318,19 +233,7 @@ def _cross_load(world: World) -> None:
                 piece.tensor.copy_(saved[cut][piece.name][piece.offset : piece.offset + piece.tensor.numel()])
             engine.loaded()
             optimizer.loaded(1)
-            assert _one_step(engine, optimizer, world, 1) == reference, (cut, other)
-
-
-def _one_step(engine: Sharded, optimizer: ShardedOptimizer, world: World, step: int) -> tuple[float, float, bytes]:
-    tokens, targets = next(batches(world, step, 1))
-    with engine.micro_batch(last=True):
-        loss = F.cross_entropy(engine.module(tokens).view(-1, 11), targets.view(-1), reduction="sum")
-        loss.backward()
-    engine.finish_reduce()
-    norm = engine.grad_norm()
-    optimizer.step(grad_scale=0.01)
-    engine.drain()
-    return loss.item(), norm, weights(engine)
+            assert one_step(engine, optimizer, world, 1) == reference, (cut, other)
 
 
 def test_what_one_cut_saved_any_other_goes_on_with_identically() -> None:
@@ -358,7 +261,7 @@ def test_evaluation_between_steps_sees_the_newest_weights_and_leaves_nothing_gat
 def _skip(world: World) -> None:
     engine = shard(Toy(), plan_of(world, (0, 0, 1), wire={"grads": {"cluster": "int4"}, "error_feedback": True}), world)
     optimizer = adamw(engine)
-    _one_step(engine, optimizer, world, 0)
+    one_step(engine, optimizer, world, 0)
     before = weights(engine)
     residuals = [flat._residual.clone() for unit in engine.units for flat in unit.flats if flat._residual is not None]
     assert residuals

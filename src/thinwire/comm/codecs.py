@@ -142,7 +142,7 @@ def _to_e3m0(units: Tensor, noise: Tensor | None) -> Tensor:
     """Codes -7..7: 0, or the sign and 1 + the exponent above 2^-6. Between two values the nearer one, or by chance."""
     magnitude = units.abs()
     exponent = torch.frexp(magnitude).exponent  # magnitude = m x 2^exponent, m in [0.5, 1)
-    lower = (exponent + 6).clamp(0, 7)  # the code whose value is just below
+    lower = torch.where(magnitude > 0, exponent + 6, 0).clamp(0, 7)  # the code whose value is just below
     low_value = torch.where(lower > 0, torch.ldexp(torch.ones_like(magnitude), lower - 7), 0.0)
     high_value = torch.ldexp(torch.ones_like(magnitude), lower - 6)
     share = (magnitude - low_value) / (high_value - low_value)

@@ -1,0 +1,167 @@
+"""Codecs: error bounds, honest non-finite numbers, unbiased chance, exact sizes, nothing lost with error feedback."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from thinwire.comm.codecs import hadamard, make_codec, pack, round_up_bf16, uniform, unpack
+from thinwire.errors import PlanError
+from thinwire.plan import wire_bytes
+
+NAMES = ["bf16", "fp16", "int8", "int4", "int4-hadamard", "e3m0"]
+BLOCKED = NAMES[2:]
+STEP = {"int8": 1 / 127, "int4": 1 / 7}
+"""Distance of two codes as a share of the block's largest magnitude."""
+
+sizes = st.integers(1, 700)
+seeds = st.integers(0, 2**31)
+
+
+def numbers(n: int, seed: int, spread: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=generator) * torch.exp(spread * torch.randn(n, generator=generator))
+    x[torch.rand(n, generator=generator) < 0.05] = 0.0
+    return x
+
+
+def there_and_back(codec: object, x: Tensor) -> Tensor:
+    return codec.decode(codec.encode(x), x.numel(), x.dtype)  # type: ignore[attr-defined]
+
+
+@given(st.sampled_from(NAMES), sizes, seeds, st.sampled_from([64, 128, 256]))
+@settings(max_examples=150, deadline=None)
+def test_bytes_on_the_wire_are_the_formulas(name: str, n: int, seed: int, block: int) -> None:
+    coded = make_codec(name, block=block).encode(numbers(n, seed))
+    bits = {"bf16": 16, "fp16": 16, "int8": 8}.get(name, 4)
+    scales = 2 * math.ceil(n / block) if name in BLOCKED else 0
+    assert coded.dtype == torch.uint8
+    assert coded.numel() == math.ceil(n * bits / 8) + scales == wire_bytes(name, n, block=block, element_bytes=4)
+    assert make_codec(name, block=block).wire_bytes(n) == coded.numel()
+
+
+@given(st.sampled_from(["int8", "int4"]), sizes, seeds, st.sampled_from(["nearest", "stochastic"]))
+@settings(max_examples=150, deadline=None)
+def test_linear_codes_are_within_half_a_step_or_a_whole_one_by_chance(
+    name: str, n: int, seed: int, rounding: str
+) -> None:
+    x = numbers(n, seed)
+    error = (there_and_back(make_codec(name, rounding=rounding), x) - x).abs()  # type: ignore[arg-type]
+    for first in range(0, n, 128):
+        block = slice(first, first + 128)
+        step = x[block].abs().max() * STEP[name] * (1 + 2**-7)  # the scale is rounded up to 8 bits
+        assert error[block].max() <= step * (0.5 if rounding == "nearest" else 1.0) * (1 + 1e-5)
+
+
+@given(sizes, seeds)
+@settings(max_examples=100, deadline=None)
+def test_e3m0_rounds_to_the_nearest_power_of_its_scale(n: int, seed: int) -> None:
+    x = numbers(n, seed)
+    back = there_and_back(make_codec("e3m0"), x)
+    for first in range(0, n, 128):
+        block = x[first : first + 128]
+        scale = round_up_bf16(block.abs().max()[None]).float()
+        values = torch.cat([torch.zeros(1), scale * 2.0 ** torch.arange(-6, 1)])
+        nearest = values[(block.abs()[:, None] - values).abs().argmin(dim=1)]
+        got = back[first : first + 128].abs()
+        assert torch.allclose((got - block.abs()).abs(), (nearest - block.abs()).abs(), rtol=1e-5)
+
+
+def test_e3m0_takes_at_most_four_and_a_quarter_bits() -> None:
+    assert 8 * make_codec("e3m0").wire_bytes(1_000_000) / 1_000_000 <= 4.25
+
+
+def test_the_largest_of_an_e3m0_block_is_never_cut_down() -> None:
+    for seed in range(20):
+        x = numbers(128, seed)
+        at = x.abs().argmax()
+        assert x[at].abs() <= there_and_back(make_codec("e3m0"), x)[at].abs() <= x[at].abs() * (1 + 2**-7)
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_block_with_a_number_that_is_not_finite_decodes_to_nan(name: str, bad: float) -> None:
+    x = numbers(300, 1)
+    x[200] = bad
+    back = there_and_back(make_codec(name), x)
+    assert back[128:256].isnan().all()
+    assert back[:128].isfinite().all()
+    assert back[256:].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zeros_stay_zero_and_tiny_numbers_stay_finite(name: str) -> None:
+    assert not there_and_back(make_codec(name), torch.zeros(130)).any()
+    tiny = torch.full((130,), 1e-42)
+    back = there_and_back(make_codec(name), tiny)
+    assert back.isfinite().all()
+    assert back.abs().max() < 1e-38
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_rounding_by_chance_is_unbiased_and_repeats_with_its_salt(name: str) -> None:
+    x = torch.randn(256, generator=torch.Generator().manual_seed(0))
+    codec = make_codec(name, rounding="stochastic")
+    draws = []
+    for salt in range(400):
+        codec.salt = salt
+        draws.append(there_and_back(codec, x))
+    mean, deviation = torch.stack(draws).mean(0), torch.stack(draws).std(0)
+    drawn = deviation > 0
+    assert drawn.float().mean() > 0.8
+    assert ((mean - x).abs() <= 6 * deviation / math.sqrt(400))[drawn].all()
+    bias = (mean - x).sum() / (deviation.square().sum().sqrt() / math.sqrt(400))
+    assert bias.abs() < 5
+    codec.salt = 7
+    assert torch.equal(there_and_back(codec, x), draws[7])
+
+
+def test_the_counter_based_numbers_are_uniform() -> None:
+    drawn = torch.cat([uniform(10_000, salt, torch.device("cpu")) for salt in range(5)])
+    assert drawn.min() >= 0 and drawn.max() < 1
+    assert drawn.mean() == pytest.approx(0.5, abs=0.01)
+    assert torch.histc(drawn, 20, 0, 1).std() / 2500 < 0.05
+
+
+@given(st.lists(st.integers(-8, 7), min_size=1, max_size=99))
+@settings(max_examples=80, deadline=None)
+def test_packing_is_undone_by_unpacking(codes: list[int]) -> None:
+    assert unpack(pack(torch.tensor(codes, dtype=torch.int8)), len(codes)).tolist() == codes
+
+
+def test_the_hadamard_rotation_keeps_lengths_and_undoes_itself() -> None:
+    x = numbers(256, 3).view(2, 128)
+    assert torch.allclose(hadamard(x).norm(dim=1), x.norm(dim=1), rtol=1e-5)
+    assert torch.allclose(hadamard(hadamard(x)), x, rtol=1e-4, atol=1e-3)
+
+
+def test_the_rotation_helps_where_tails_are_heavy() -> None:
+    x = numbers(1 << 16, 0, spread=1.0)
+    plain, turned = (there_and_back(make_codec(name), x) - x for name in ("int4", "int4-hadamard"))
+    assert turned.norm() < 0.8 * plain.norm()
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_error_feedback_loses_nothing_over_time(name: str) -> None:
+    codec, residual, sent, put_in = make_codec(name), torch.zeros(300), torch.zeros(300), torch.zeros(300)
+    for seed in range(12):
+        x = numbers(300, seed, spread=0.5)
+        put_in += x
+        out = there_and_back(codec, x + residual)
+        residual = x + residual - out
+        sent += out
+    assert torch.allclose(sent + residual, put_in, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_integers_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match="codes floating point numbers"):
+        make_codec(name).encode(torch.arange(5))
+
+
+def test_an_unknown_codec_is_named() -> None:
+    with pytest.raises(PlanError, match="there is no codec 'int3'"):
+        make_codec("int3")

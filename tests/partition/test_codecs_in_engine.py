@@ -1,0 +1,108 @@
+"""Codecs at work in the engine: bytes by the formula, replicas equal, delta references exact, training close."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from partition_toy import Toy, adamw, plan_of, train, weights
+from thinwire.comm.world import World
+from thinwire.errors import PlanError
+from thinwire.partition.engine import shard
+from thinwire.partition.report import predicted_bytes
+from worlds import run_world
+
+STEPS = 3
+WIRES: dict[str, tuple[tuple[int, int, int], dict[str, Any], float]] = {
+    "int8 both ways": ((0, 0, 1), {"weights": {"cluster": "int8"}, "grads": {"cluster": "int8"}}, 0.02),
+    "int4 gradients, delta weights": ((0, 0, 1), {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "int4"}}, 0.1),
+    "with error feedback": ((0, 0, 1), {"grads": {"cluster": "int4"}, "error_feedback": True}, 0.1),
+    "zero++": ((0, 1, 1), {"weights": {"cluster": "int8"}, "grads": {"cluster": "int4"}}, 0.1),
+    "two hops": ((-1, -1, 1), {"grads": {"node": "int8", "cluster": "int4"}, "weights": {"cluster": "bf16"}}, 0.1),
+    "replicas above": ((0, 0, 0), {"grads": {"cluster": "int8"}}, 0.02),
+    "everywhere e3m0": ((-1, -1, -1), {"grads": {"node": "int8", "cluster": "e3m0"}}, 0.3),
+    "hadamard by chance": ((0, 0, 1), {"grads": {"cluster": "int4-hadamard"}, "rounding": "stochastic"}, 0.2),
+    "deltas over two hops": ((-1, -1, 1), {"weights": {"node": "delta-int8", "cluster": "delta-int4"}}, 0.1),
+}  # fmt: skip
+
+
+def _run(world: World, cut: tuple[int, int, int], wire: dict[str, Any]) -> Any:
+    exact = train(shard(Toy(), plan_of(world, cut), world), world, 1)
+    train(shard(Toy(), plan_of(world, cut, wire=wire), world), world, 1, steps=1)
+    world.ledger.drain()
+    engine = shard(Toy(), plan_of(world, cut, wire=wire), world)
+    seen = train(engine, world, 1)
+    sent = world.ledger.drain().sent_bytes()
+    for level, purposes in predicted_bytes(engine).items():
+        for purpose, count in purposes.items():
+            assert sent[level][purpose] == STEPS * count, (level, purpose)
+    return exact, seen, weights(engine)
+
+
+@pytest.mark.parametrize("name", WIRES)
+def test_coded_training_sends_the_formulas_bytes_and_stays_close(name: str) -> None:
+    cut, wire, tolerance = WIRES[name]
+    results = run_world((2, 2), _run, cut, wire)
+    for exact, seen, digest in results:
+        assert seen != exact, "the codec did nothing"
+        assert torch.allclose(torch.tensor(seen), torch.tensor(exact), rtol=tolerance)
+        assert digest == results[0][2], "replicas differ"
+
+
+def _references(world: World) -> None:
+    """After every step what the sender thinks a receiver holds is what it holds."""
+    wire = {"weights": {"cluster": "delta-int4"}}
+    engine = shard(Toy(), plan_of(world, (0, 0, 1), wire=wire), world)
+    optimizer = adamw(engine)
+    for _ in range(4):
+        train_one(engine, optimizer, world)
+        for unit in engine.units:
+            for flat in unit.flats:
+                pair = [torch.empty_like(flat.weights) for _ in range(2)]
+                torch.distributed.all_gather(pair, flat.weights, group=world.group(1, "small"))
+                assert torch.equal(pair[0], pair[1])
+                mine = flat.weights[flat.at(1).inside(flat.at(0))]
+                if flat.trained:
+                    assert (
+                        mine - flat.master
+                    ).abs().max() <= 0.02  # noise does not grow: deltas are against what is held
+
+
+def train_one(engine: Any, optimizer: Any, world: World) -> None:
+    from partition_toy import one_step
+
+    one_step(engine, optimizer, world, 0)
+
+
+def test_delta_senders_know_what_receivers_hold() -> None:
+    run_world((2, 2), _references)
+
+
+@pytest.mark.parametrize(
+    ("cut", "wire", "says"),
+    [
+        ((0, 0, 0), {"weights": {"cluster": "delta-int4"}}, "needs a copy at the receiver"),
+        ((0, 0, 1), {"grads": {"cluster": "delta-int4"}}, "a delta needs something the receiver holds"),
+        ((0, 0, 1), {"grads": {"rack": "int8"}}, "names the level 'rack'; there are node, cluster"),
+        ((0, 1, 1), {"grads": {"cluster": "int8"}, "error_feedback": True}, "runs once a step"),
+        ((0, 0, 1), {"grads": {"cluster": "int3"}}, "'int4'"),
+    ],
+)
+def test_impossible_codecs_get_a_sentence(cut: tuple[int, int, int], wire: dict[str, Any], says: str) -> None:
+    from worlds import cluster_of
+
+    class Anywhere:
+        cluster = cluster_of((2, 2))
+
+    with pytest.raises(ValueError, match=says):
+        plan_of(Anywhere(), cut, wire=wire)  # type: ignore[arg-type]
+
+
+def _fp64(world: World) -> str:
+    with pytest.raises(PlanError) as caught:
+        shard(Toy().double(), plan_of(world, (0, 0, 1), wire={"grads": {"cluster": "int8"}}), world)
+    return str(caught.value)
+
+
+def test_codecs_for_fp64_are_refused_not_ignored() -> None:
+    assert "codecs carry fp32 numbers" in run_world((2, 2), _fp64)[0]
