@@ -1,3 +1,34 @@
-"""thinwire: train language models where the network, not the chips, is the bottleneck."""
+"""thinwire: train language models where the network, not the chips, is the bottleneck.
+
+The names below are the library's public surface; torch is imported when the first of them that needs it is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thinwire.cluster.cluster import Cluster
+    from thinwire.comm.world import World
+    from thinwire.partition.engine import Sharded, shard
+    from thinwire.partition.optimizer import ShardedOptimizer
+    from thinwire.plan import Partition, Plan
 
 __version__ = "0.1.0"
+
+__all__ = ["Cluster", "Partition", "Plan", "Sharded", "ShardedOptimizer", "World", "shard"]
+
+_HOMES = {
+    "Cluster": "thinwire.cluster.cluster",
+    "Partition": "thinwire.plan",
+    "Plan": "thinwire.plan",
+    "Sharded": "thinwire.partition.engine",
+    "ShardedOptimizer": "thinwire.partition.optimizer",
+    "World": "thinwire.comm.world",
+    "shard": "thinwire.partition.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'thinwire' has no attribute {name!r}")

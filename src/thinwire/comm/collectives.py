@@ -38,12 +38,12 @@ def all_gather(
     n = shard_n.numel()
     if codec is IDENTITY:
         entry = _entry(world, level, "all_gather", purpose, out_kn, shard_n.nbytes * (k - 1), codec)
-        work = dist.all_gather_into_tensor(out_kn.view(-1), shard_n.reshape(-1), group=group, async_op=True)
+        work = dist.all_gather_single(out_kn.view(-1), shard_n.reshape(-1), group=group, async_op=True)
         return Handle(world.outstanding, entry, [work], keep=(out_kn, shard_n))
     coded = codec.encode(shard_n.reshape(-1))
     received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
     entry = _entry(world, level, "all_gather", purpose, out_kn, coded.nbytes * (k - 1), codec)
-    work = dist.all_gather_into_tensor(received, coded, group=group, async_op=True)
+    work = dist.all_gather_single(received, coded, group=group, async_op=True)
 
     def finish() -> None:
         for part, chunk in zip(out_kn.view(k, n), received.view(k, -1), strict=True):
@@ -67,7 +67,7 @@ def reduce_scatter(
     full = full_kn.reshape(k, n)
     if codec is IDENTITY and world.device.type == "cuda":
         entry = _entry(world, level, "reduce_scatter", purpose, full_kn, full.nbytes // k * (k - 1), codec)
-        work = dist.reduce_scatter_tensor(out_n.view(-1), full.reshape(-1), group=group, async_op=True)
+        work = dist.reduce_scatter_single(out_n.view(-1), full.reshape(-1), group=group, async_op=True)
         return Handle(world.outstanding, entry, [work], keep=(out_n, full))
     sent = full if codec is IDENTITY else torch.stack([codec.encode(chunk) for chunk in full])
     received = torch.empty_like(sent)
@@ -118,7 +118,7 @@ def all_reduce_small(
             continue
         gathered = torch.empty(k, x.numel(), dtype=x.dtype)
         entry = _entry(world, level, "all_reduce", purpose, x, x.nbytes * (k - 1), IDENTITY)
-        work = dist.all_gather_into_tensor(gathered.view(-1), x.reshape(-1), group=group, async_op=True)
+        work = dist.all_gather_single(gathered.view(-1), x.reshape(-1), group=group, async_op=True)
         Handle(world.outstanding, entry, [work]).wait()
         total = gathered[0].clone()
         for other in gathered[1:]:

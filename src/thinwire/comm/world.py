@@ -5,7 +5,8 @@ it in that level's coordinate alone. Different kinds of collective have communic
 never queues behind a reduction (pytorch issue 177011). A world of one rank has no communicator and no process group.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from thinwire.cluster.cluster import Cluster, check_size
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Ledger
+from thinwire.comm.place import Place
 from thinwire.errors import ConfigError, LinkError
 
 Kind = Literal["gather", "reduce", "small"]
@@ -59,6 +61,15 @@ class World:
                 raise LinkError(f"rank {rank} could not meet the others at {host}:{port}: {reason}") from error
             world._make_groups(timeout)
         return world
+
+    @staticmethod
+    def from_environment(cluster: Cluster, environment: Mapping[str, str], *, timeout_s: float = 600.0) -> "World":
+        """`join` at the place that torchrun or Slurm gave this process; a world of one without either.
+
+        Raises what `join` and `Place.from_environment` raise.
+        """
+        place = Place.from_environment(environment) or Place(0, 1, 0, "127.0.0.1", 0)
+        return World.join(cluster, **asdict(place), timeout_s=timeout_s)
 
     def _make_groups(self, timeout: timedelta) -> None:
         for index in range(len(self.cluster.levels)):

@@ -7,6 +7,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from thinwire.cluster.cluster import check_size
@@ -28,11 +29,7 @@ def run_rank(job: Job, place: Place, stop: StopRequest) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     world = World.join(
         job.cluster,
-        rank=place.rank,
-        size=place.size,
-        local_rank=place.local_rank,
-        host=place.host,
-        port=place.port,
+        **asdict(place),
         timeout_s=job.config.run.timeout,
     )
     train(job, world, stop)

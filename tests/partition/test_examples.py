@@ -1,0 +1,30 @@
+"""The examples run as they are printed, and learn."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runs import environment
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("name", ["mlp_loop.py", "huggingface_llama.py"])
+def test_the_example_runs_on_four_ranks_and_learns(name: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        str(EXAMPLES / name),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment())
+    assert done.returncode == 0, done.stderr
+    losses = [float(text) for text in re.findall(r"loss ([0-9.]+)", done.stdout)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert "FutureWarning" not in done.stderr
