@@ -93,6 +93,21 @@ def test_recompute_changes_no_bit(corpus: Path, tmp_path: Path) -> None:
     assert losses([2], tmp_path / "recomputed", corpus, plan={"recompute": "full"}) == plain
 
 
+def test_compiled_blocks_train_to_the_same_losses(corpus: Path, tmp_path: Path) -> None:
+    run = {"steps": 5, "compile": True}
+    plain = losses([2], tmp_path / "plain", corpus, run={"steps": 5})
+    assert losses([2], tmp_path / "compiled", corpus, run=run) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("partition", ["zero3", "hsdp", "auto", "zero1"])
+def test_any_partition_trains_and_resumes_under_any_other(corpus: Path, tmp_path: Path, partition: str) -> None:
+    plain = losses([2, 2], tmp_path / "plain", corpus, plan={"partition": "ddp"}, schedule={"kind": "constant"})
+    run = {"steps": 10}
+    losses([2, 2], tmp_path / "cut", corpus, plan={"partition": partition}, run=run, schedule={"kind": "constant"})
+    both = losses([4], tmp_path / "cut", corpus, plan={"partition": "ddp"}, schedule={"kind": "constant"})
+    assert both == pytest.approx(plain, rel=1e-5)
+
+
 def test_documents_kept_apart_train_to_the_same_losses_on_any_world(corpus: Path, tmp_path: Path) -> None:
     one = losses([1], tmp_path / "1", corpus, data={"cross_documents": False})
     two = losses([2], tmp_path / "2", corpus, data={"cross_documents": False}, batch={"micro_batch": 1})

@@ -172,6 +172,26 @@ def test_a_rank_that_raises_is_named_first_without_the_others_echo(corpus: Path,
     assert "rank 0:" not in process.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_training_goes_on_over_a_full_disk_and_says_so(corpus: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        path = write_run(disk, corpus, run={**RUN, "steps": 20}, checkpoint={"every_steps": 5, "keep_last": 1})
+        done = thinwire("train", path)
+        assert done.returncode == 0, done.stderr
+        assert "could not be saved: rank 0: No space left on device" in done.stdout.replace("\n", " ")
+        assert sorted(losses(disk / "run")) == list(range(1, 21))
+        assert [p.name for p in (disk / "run" / "checkpoints").iterdir()] == ["step-00000005"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_torchrun_starts_the_same_run(corpus: Path, tmp_path: Path, uninterrupted: dict[int, float]) -> None:
     path = write_run(tmp_path, corpus, cluster=CLUSTER, run=RUN)
     script = tmp_path / "main.py"

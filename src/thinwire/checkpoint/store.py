@@ -163,7 +163,11 @@ class Checkpoints:
         if self._group is not None:
             results = [(None, None)] * dist.get_world_size(self._group)
             dist.all_gather_object(results, mine, group=self._group)
-        failed = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(results) if why is not None]
+        failed = [
+            why if why.startswith("rank ") else f"rank {rank}: {why}"
+            for rank, (_, why) in enumerate(results)
+            if why is not None
+        ]
         if failed:
             raise CheckpointError(failed[0])
         return [value for value, _ in results]

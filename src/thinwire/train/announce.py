@@ -12,7 +12,8 @@ def plan_table(sharded: Sharded) -> Table:
     partition, held = sharded.plan.partition, held_bytes(sharded)
     table = Table("what", "where", "bytes on rank 0", title=f"plan {partition}", title_justify="left")
     for state in ("params", "grads", "optimizer"):
-        table.add_row(state, getattr(partition, state), show_bytes(held[state]))
+        shown = show_bytes(held[state]) if held[state] else "they are the fp32 masters"
+        table.add_row(state, getattr(partition, state), shown)
     table.add_section()
     for level, purposes in predicted_bytes(sharded).items():
         for purpose, count in purposes.items():
