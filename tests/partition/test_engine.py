@@ -281,6 +281,40 @@ def test_a_skipped_step_advances_nothing() -> None:
     run_world((2, 2), _skip)
 
 
+def _states(world: World, cut: tuple[int, int, int], dtype: str) -> tuple[float, float]:
+    """(bytes of all states that this rank holds between steps, the formula's)."""
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    elements = sum(parameter.numel() for parameter in module.parameters())
+    engine = shard(module, plan_of(world, cut, compute_dtype=dtype), world)
+    optimizer = adamw(engine)
+    with engine.micro_batch(last=True):
+        module(torch.ones(2, 64).to(next(iter(engine.units[0].flats))._compute)).float().sum().backward()
+    engine.finish_reduce()
+    optimizer.step()
+    engine.drain()
+    tensors = [
+        t for unit in engine.units for flat in unit.flats for t in (flat.weights, flat.grads, flat.master, flat._whole)
+    ]
+    assert optimizer._optimizer is not None
+    tensors += [t for state in optimizer._optimizer.state.values() for t in state.values()]
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.untyped_storage().nbytes()
+    }
+    sizes = [1, *(world.cluster.ranks_within(level) for level in range(len(world.cluster.levels)))]
+    p, g, o = (sizes[depth + 1] for depth in cut)
+    width = 2 if dtype == "bf16" else 4
+    same = width == 4 and p == o  # the masters are the weights then
+    return sum(held.values()), elements * ((0 if same else width / p) + 4 / g + 12 / o)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("cut", [(-1, -1, -1), (-1, -1, 1), (0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1)])
+def test_states_take_the_formulas_memory(cut: tuple[int, int, int], dtype: str) -> None:
+    for held, formula in run_world((2, 2), _states, cut, dtype):
+        assert held == pytest.approx(formula, rel=0.05)
+
+
 def _memory(world: World, blocks: int) -> tuple[int, int]:
     """(most bytes of whole weights at once in forward and backward, bytes of one block's)."""
     torch.manual_seed(0)

@@ -141,20 +141,21 @@ def _from_linear(codes: Tensor) -> Tensor:
 def _to_e3m0(units: Tensor, noise: Tensor | None) -> Tensor:
     """Codes -7..7: 0, or the sign and 1 + the exponent above 2^-6. Between two values the nearer one, or by chance."""
     magnitude = units.abs()
-    exponent = torch.frexp(magnitude).exponent  # magnitude = m x 2^exponent, m in [0.5, 1)
-    lower = torch.where(magnitude > 0, exponent + 6, 0).clamp(0, 7)  # the code whose value is just below
-    low_value = torch.where(lower > 0, torch.ldexp(torch.ones_like(magnitude), lower - 7), 0.0)
-    high_value = torch.ldexp(torch.ones_like(magnitude), lower - 6)
-    share = (magnitude - low_value) / (high_value - low_value)
-    up = (share >= 0.5) if noise is None else (noise < share)
-    code = torch.where(up, lower + 1, lower).clamp(max=7)
-    return torch.where(units < 0, -code, code).to(torch.int8)
+    lower = ((magnitude.view(torch.int32) >> 23) - 120).clamp_(0, 7)  # the code whose value is just below
+    low_value = _power(lower)
+    share = (magnitude - low_value) / (_power(lower + 1) - low_value)
+    up = share >= 0.5 if noise is None else noise < share
+    code = (lower + up).clamp_(max=7).to(torch.int8)
+    return torch.where(units < 0, -code, code)
 
 
 def _from_e3m0(codes: Tensor) -> Tensor:
-    magnitude = codes.abs().int()
-    value = torch.ldexp(torch.ones_like(codes, dtype=torch.float32), magnitude - 7)
-    return torch.where(magnitude == 0, 0.0, value) * codes.sign()
+    return _power(codes.abs().int()) * codes.sign()
+
+
+def _power(code: Tensor) -> Tensor:
+    """The value of an int32 code: 2^(code - 7), 0 for code 0; its exponent bits are put together directly."""
+    return torch.where(code > 0, ((code + 120) << 23).view(torch.float32), 0.0)
 
 
 def pack(codes_n: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ class Handle:
         self._outstanding, self._entry, self._works = outstanding, entry, list(works)
         self._finish, self._keep = finish, tuple(keep)
         self._waited = False
+        if entry is not None:
+            entry.started_s = time.perf_counter()
         outstanding.add(self)
 
     def wait(self) -> None:

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Entry:
-    """One collective of this rank. Times are `time.perf_counter()` seconds; `finished_s` is when it was waited for."""
+    """One collective of this rank.
+
+    Times are `time.perf_counter()` seconds: `queued_s` when it was asked for, `started_s` when the backend had taken it
+    over, `finished_s` when it had been waited for (backends do not tell when the last byte came).
+    """
 
     level: str
     kind: str
