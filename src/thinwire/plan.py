@@ -19,12 +19,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from thinwire.cluster.cluster import Cluster
 from thinwire.config import Frozen, explain
 from thinwire.errors import PlanError
+from thinwire.wire import CodecName, Rounding
 
 Direction = Literal["weights", "grads"]
 Recompute = Literal["none", "full"]
 ComputeDtype = Literal["fp64", "fp32", "bf16"]
-CodecName = Literal["fp32", "bf16", "fp16", "int8", "int4", "int4-hadamard", "e3m0", "delta-int8", "delta-int4"]
-Rounding = Literal["nearest", "stochastic"]
 REPLICA, ALL = "replica", "all"
 NAMES = ("auto", "ddp", "zero1", "zero2", "zero3", "hsdp", "mics", "zero++", "frontier")
 
@@ -151,18 +150,6 @@ class Plan(Frozen):
         """A hash of the whole document; equal digests mean equal plans."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def wire_bytes(codec: str, n: int, *, block: int, element_bytes: int) -> int:
-    """Bytes of n numbers on the wire: their codes, packed, and a 16-bit scale for each block of the block codecs."""
-    name = codec.removeprefix("delta-")
-    if name in ("bf16", "fp16"):
-        return 2 * n
-    if name == "int8":
-        return n + 2 * -(-n // block)
-    if name in ("int4", "int4-hadamard", "e3m0"):
-        return -(-n // 2) + 2 * -(-n // block)
-    return element_bytes * n
 
 
 class PlanConfig(Frozen):

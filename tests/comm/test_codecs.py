@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thinwire.comm.codecs import hadamard, make_codec, pack, round_up_bf16, uniform, unpack
 from thinwire.errors import PlanError
-from thinwire.plan import wire_bytes
+from thinwire.wire import wire_bytes
 
 NAMES = ["bf16", "fp16", "int8", "int4", "int4-hadamard", "e3m0"]
 BLOCKED = NAMES[2:]

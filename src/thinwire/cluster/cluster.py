@@ -134,7 +134,7 @@ class ClusterConfig(Frozen):
             cluster = read_cluster(base / self.file)
         else:
             levels = self.levels or (Level(name="node", fanout=1),)
-            return Cluster(device=device or Device(), levels=levels)
+            return build(Cluster, {"device": device or Device(), "levels": levels}, "cluster")
         return cluster.model_copy(update={"device": device}) if device else cluster
 
 

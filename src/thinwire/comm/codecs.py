@@ -14,16 +14,14 @@ Shapes: n numbers, b blocks, k numbers of a block, c bytes
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from thinwire.comm.codec import Codec
 from thinwire.errors import PlanError
-from thinwire.plan import wire_bytes
+from thinwire.wire import Rounding, wire_bytes
 
-Rounding = Literal["nearest", "stochastic"]
 _GOLDEN, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 """splitmix64's constants (Steele et al. 2014), as signed 64-bit numbers."""
 

@@ -32,13 +32,19 @@ def dtype_for(vocab_size: int) -> type[np.generic]:
 
 
 class IndexedWriter:
-    """Appends documents; `close()` writes the index. One sequence per document."""
+    """Appends documents; `close()` writes the index. One sequence per document. As a context it never leaks its file."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self._dtype = np.dtype(dtype_for(vocab_size))
         self._bin_path, self._idx_path = paths_of(prefix)
         self._bin: IO[bytes] = self._bin_path.open("wb")
         self._sizes: list[NDArray[np.int32]] = []
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bin.close()
 
     def add(self, tokens: NDArray[Any], sizes: NDArray[np.int32]) -> None:
         """Documents back to back in `tokens`, their lengths in `sizes`."""

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,16 +89,16 @@ def _fill(
     tokenizer = _tokenizer(options, files, choice, lambda done: progress("training the tokenizer", done, total))
     tokenizer.save(folder)
     spec = "bytes" if isinstance(tokenizer, ByteTokenizer) else str(folder / "tokenizer.json")
-    writers = {name: IndexedWriter(folder / name, tokenizer.vocab_size) for name in PREFIXES}
     counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in PREFIXES}
-    for chunk, done in _tokenised(_chunks(files, options.field), spec, options.heldout_fraction, workers):
-        for name, part in chunk.items():
-            writers[name].add(part.tokens, part.sizes)
-            for key, more in (("documents", part.sizes.size), ("tokens", part.tokens.size), ("bytes", part.text_bytes)):
-                counts[name][key] += int(more)
-        progress("tokenising", done, total)
-    for writer in writers.values():
-        writer.close()
+    with ExitStack() as open_files:
+        writers = {n: open_files.enter_context(IndexedWriter(folder / n, tokenizer.vocab_size)) for n in PREFIXES}
+        for chunk, done in _tokenised(_chunks(files, options.field), spec, options.heldout_fraction, workers):
+            for name, part in chunk.items():
+                writers[name].add(part.tokens, part.sizes)
+                _count(counts[name], part)
+            progress("tokenising", done, total)
+        for writer in writers.values():
+            writer.close()
     if counts["train"]["tokens"] == 0:
         raise DataError(f"{', '.join(options.sources)}: no text in {len(files)} files; nothing to train on")
     manifest = {
@@ -109,6 +110,12 @@ def _fill(
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def _count(counts: dict[str, int], part: "_Part") -> None:
+    counts["documents"] += part.sizes.size
+    counts["tokens"] += part.tokens.size
+    counts["bytes"] += part.text_bytes
 
 
 def _tokenizer(
