@@ -31,7 +31,7 @@ from thinwire.model.transformer import Transformer
 from thinwire.plan import PlanConfig
 from thinwire.train.launch import free_port
 
-RANKS, ACCUMULATE, SEQUENCES, TOKENS = 4, 2, 2, 128
+RANKS, ACCUMULATE, SEQUENCES, TOKENS = 4, 2, 4, 256
 CLUSTER = Cluster(levels=(Level(name="node", fanout=2), Level(name="cluster", fanout=2)))
 WIRES: dict[str, dict[str, Any]] = {
     "ddp": {"partition": "ddp"},

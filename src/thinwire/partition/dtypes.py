@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 
 import torch
+from torch import Tensor
 
 COMPUTE_DTYPES: Mapping[str, torch.dtype] = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -13,7 +14,12 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def norm_of(sum_of_squares: float, dtypes: Collection[torch.dtype]) -> float:
+def sum_of_squares(x: Tensor) -> float:
+    """Of all elements, accumulated in fp64, without a copy of `x` in fp64."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+
+
+def norm_of(squares: float, dtypes: Collection[torch.dtype]) -> float:
     """The 2-norm, rounded to fp32 unless gradients are finer, so that the order of summing does not show; NaN stays."""
-    norm = math.sqrt(sum_of_squares) if sum_of_squares >= 0 else math.nan
+    norm = math.sqrt(squares) if squares >= 0 else math.nan
     return norm if torch.float64 in dtypes else float(torch.tensor(norm, dtype=torch.float32))

@@ -21,7 +21,7 @@ from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.handle import Handle
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
-from thinwire.partition.dtypes import COMPUTE_DTYPES, master_dtype, norm_of
+from thinwire.partition.dtypes import COMPUTE_DTYPES, master_dtype, norm_of, sum_of_squares
 from thinwire.partition.flat import Cut, Flat
 from thinwire.partition.flight import Flight
 from thinwire.partition.optimizer import Owned
@@ -308,9 +308,7 @@ class Sharded:
 
         Rounded to the gradients' precision, so that it does not depend on how the sum was cut.
         """
-        own = sum(
-            float(flat.reduced.double().square().sum()) for unit in self.units for flat in unit.flats if flat.trained
-        )
+        own = sum(sum_of_squares(flat.reduced) for unit in self.units for flat in unit.flats if flat.trained)
         total = torch.tensor([own], dtype=torch.float64)
         all_reduce_small(total, world=self.world, op="sum", levels=range(self.plan.depths[2] + 1))
         return norm_of(total.item(), {flat.grads.dtype for unit in self.units for flat in unit.flats if flat.trained})

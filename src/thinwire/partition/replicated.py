@@ -12,7 +12,7 @@ from torch import nn
 
 from thinwire.comm.collectives import all_reduce
 from thinwire.comm.world import World
-from thinwire.partition.dtypes import COMPUTE_DTYPES, master_dtype, norm_of
+from thinwire.partition.dtypes import COMPUTE_DTYPES, master_dtype, norm_of, sum_of_squares
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
 from thinwire.plan import Plan
@@ -52,7 +52,7 @@ class Replicated:
 
     def grad_norm(self) -> float:
         """2-norm of the summed gradient."""
-        total = sum(float(grad.double().square().sum()) for grad in self._grads.values())
+        total = sum(sum_of_squares(grad) for grad in self._grads.values())
         return norm_of(total, {grad.dtype for grad in self._grads.values()})
 
     def owned(self) -> list[Owned]:
