@@ -63,6 +63,8 @@ class Flat:
         self._shared = compute == master and cut.lp == cut.lo
         self.weights = self.master if self._shared else whole[self._slice(cut.lp)].to(compute, copy=True)
         self.grads = torch.zeros(len(self.at(cut.lg)) if self.trained else 0, dtype=master, device=self._device)
+        self._begun = False
+        """Whether the sums hold anything of the step under way; what they held before counts for nothing."""
         self._reduced: Tensor | None = None
         self._residual: Tensor | None = None
         self._new_residual: Tensor | None = None
@@ -192,11 +194,15 @@ class Flat:
     # -- gradients -----------------------------------------------------------------------------------------------------
 
     def _add_grads(self) -> None:
-        """Add the parameters' gradients to the sums, which are whole."""
+        """Add the parameters' gradients to the sums, which are whole; the first ones of a step begin them."""
         for slot, parameter in zip(self.layout.slots, self.parameters.values(), strict=True):
+            total = self.grads[slot.offset : slot.offset + slot.numel]
             if parameter.grad is not None:
-                self.grads[slot.offset : slot.offset + slot.numel].add_(parameter.grad.flatten())
+                add = total.add_ if self._begun else total.copy_
+                add(parameter.grad.flatten())
                 parameter.grad = None
+            elif not self._begun:
+                total.zero_()
 
     def _take_grads(self) -> Tensor:
         """Move the parameters' gradients into one flat tensor of N elements; a parameter without one counts as zero."""
@@ -222,7 +228,8 @@ class Flat:
                 out = self._like(part, self.at(level))
                 yield self._reduce(out, part, level)
                 part = out
-            self.grads.add_(part)
+            (self.grads.add_ if self._begun else self.grads.copy_)(part)
+        self._begun = True
         if not last:
             return
         part = self.grads
@@ -275,7 +282,7 @@ class Flat:
     def dropped(self) -> None:
         """Forget the gradients and what this step would have lost."""
         self._new_residual = self._reduced = None
-        self.grads.zero_()
+        self._begun = False
 
     # -- what others see -----------------------------------------------------------------------------------------------
 

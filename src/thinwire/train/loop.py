@@ -67,7 +67,7 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
 
 def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     """One optimizer step: `(its record without timings, whether a stop is agreed on)`."""
-    torch.manual_seed(job.config.run.seed + step)
+    torch.default_generator.manual_seed(job.config.run.seed + step)
     micro_batches = parts.feed.next()
     clock.lap("data")
     summed, valid_tokens = torch.zeros((), dtype=torch.float64, device=parts.world.device), 0
