@@ -90,7 +90,12 @@ def assemble(job: Job, world: World) -> Parts:
     sharded = apply_plan(model, job.plan, world, compile_blocks=config.run.compile)
     optimizer = adamw(sharded, job)
     loader = Loader(
-        Packing(job.corpus.train, config.batch.tokens, cross_documents=config.data.cross_documents),
+        Packing(
+            job.corpus.train,
+            config.batch.tokens,
+            cross_documents=config.data.cross_documents,
+            vocab_size=job.spec.vocab_size,
+        ),
         batch_sequences=config.batch.sequences,
         seed=config.run.seed,
     )

@@ -45,6 +45,7 @@ def _share(job: Job, parts: Parts) -> Iterator[Batch]:
             job.config.batch.tokens,
             size,
             limit=limit or None,
+            vocab_size=job.spec.vocab_size,
             cross_documents=job.config.data.cross_documents,
         )
     )
