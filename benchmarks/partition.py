@@ -38,6 +38,7 @@ WIRES: dict[str, dict[str, Any]] = {
     "zero3": {"partition": "zero3"},
     "hsdp": {"partition": "hsdp"},
     "auto": {"partition": "auto"},
+    "auto, kept": {"partition": "auto", "keep_gathered": True},
     "auto+int8": {"partition": "auto", "wire": {"weights": {"cluster": "int8"}, "grads": {"cluster": "int8"}}},
     "auto+int4": {"partition": "auto", "wire": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "int4"}}},
 }

@@ -35,7 +35,7 @@ class Partition(Frozen):
     grads: str = REPLICA
     optimizer: str = REPLICA
     keep_gathered: bool = False
-    """Keep a unit's gathered weights from forward to backward: more memory, one all-gather less."""
+    """Gather a unit's weights once a step and keep them to its last backward: more memory, fewer bytes."""
     frozen_weights: bool = False
     """Most weights are frozen: gradients may be cut less than parameters; trained weights then live with them."""
 

@@ -26,18 +26,27 @@ def legal_cuts(levels: int) -> Iterator[tuple[int, int, int]]:
 def _all_cuts(world: World, accumulate: int) -> dict[tuple[int, int, int], Any]:
     out = {}
     world.ledger.drain()
-    for cut in legal_cuts(len(world.cluster.levels)):
-        engine = shard(Toy(), plan_of(world, cut, accumulate), world)
+    cuts = list(legal_cuts(len(world.cluster.levels)))
+    for cut, keep in [(cut, False) for cut in cuts] + [(cut, True) for cut in cuts if cut[0] >= 0 and accumulate > 1]:
+        engine = shard(Toy(), plan_of(world, cut, accumulate, keep_gathered=keep), world)
         train(engine, world, accumulate, steps=1)  # the first step also agrees on an order
         world.ledger.drain()
-        engine = shard(Toy(), plan_of(world, cut, accumulate), world)
+        engine = shard(Toy(), plan_of(world, cut, accumulate, keep_gathered=keep), world)
         seen = train(engine, world, accumulate)
         sent = world.ledger.drain().sent_bytes()
         predicted = predicted_bytes(engine)
         for level, purposes in predicted.items():
             for purpose, count in purposes.items():
-                assert sent[level][purpose] == STEPS * count, (cut, level, purpose)
+                assert sent[level][purpose] == STEPS * count, (
+                    cut,
+                    keep,
+                    level,
+                    purpose,
+                    sent[level][purpose],
+                    STEPS * count,
+                )
             assert set(sent[level]) <= {*purposes, "control"}, (cut, sent)
+        assert keep is False or out[cut] == (seen, weights(engine)), cut
         out[cut] = (seen, weights(engine))
     twin = replicate(Toy(), plan_of(world, (-1, -1, -1), accumulate), world)
     out["twin"] = (train(twin, world, accumulate), weights(twin))  # type: ignore[index]

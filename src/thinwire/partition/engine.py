@@ -37,8 +37,8 @@ class Unit:
     def __init__(self, found: UnitModules, flats: list[Flat], *, keep: bool) -> None:
         self.name, self.entries, self.flats = found.name, found.entries, flats
         self.resident = found.resident
-        self.keep = keep or found.resident
-        """Gathered once a micro-batch, not twice."""
+        self.keep = keep
+        """Gathered once a step: from its first use to the backward of the last micro-batch."""
         self.gathering: Flight | None = None
         self.refreshing: Flight | None = None
         self.waiting = 0
@@ -147,16 +147,16 @@ class Sharded:
             for tensor in _tensors(out):
                 if tensor.requires_grad:
                     tensor.register_hook(lambda _: self._before_backward(unit))  # type: ignore[no-untyped-call]
-        if not (self._inside and unit.keep):
+        if not (self._inside and (unit.keep or unit.resident)):
             self._release(unit)
 
     def _before_backward(self, unit: Unit) -> None:
-        """The unit's backward begins, so those of all units after it are over."""
+        """The unit's backward begins, so those of all units after it are over, unless its uses are in several places."""
         self._backward = True
-        position = self._order.index(unit)
-        for done in self._order[position + 1 :]:
-            if not done.resident:
-                self._release(done)
+        if not unit.resident:
+            for done in self._order[self._order.index(unit) + 1 :]:
+                if not (done.resident or self._kept(done)):
+                    self._release(done)
         self._use(unit)
         self._prefetch(unit, -1)
 
@@ -189,8 +189,13 @@ class Sharded:
         self._reduce_ready()
         for unit in self.units:
             self._land_gather(unit)
-            self._release(unit)
+            if not self._kept(unit):
+                self._release(unit)
         self._backward = False
+
+    def _kept(self, unit: Unit) -> bool:
+        """Whether the unit's weights stay whole for the next micro-batch: they do not change before the step."""
+        return unit.keep and not self._last
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -254,6 +259,8 @@ class Sharded:
 
     def _refresh(self, unit: Unit, *, exact: bool) -> None:
         self._land_refresh(unit)
+        self._land_gather(unit)
+        self._release(unit)
         self._note("refresh", unit)
         chains = [flat.refresh_chain(exact=exact) for flat in unit.flats if exact or flat.trained]
         unit.refreshing = Flight(_chained(chains))

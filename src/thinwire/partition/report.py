@@ -3,7 +3,7 @@
 from functools import partial
 
 from thinwire.comm.codec import IDENTITY, Codec
-from thinwire.partition.engine import Sharded
+from thinwire.partition.engine import Sharded, Unit
 from thinwire.partition.flat import Flat
 from thinwire.partition.traffic import step_bytes, total
 
@@ -11,13 +11,23 @@ from thinwire.partition.traffic import step_bytes, total
 def predicted_bytes(sharded: Sharded) -> dict[str, dict[str, int]]:
     """level name -> purpose -> bytes this rank sends in one optimizer step, by the formula of `traffic`."""
     names = sharded.world.cluster.level_names
-    flows = [_flow_bytes(sharded, flat, unit.keep) for unit in sharded.units for flat in unit.flats]
+    flows = [
+        _flow_bytes(sharded, flat, _gathers(unit, sharded.plan.accumulate))
+        for unit in sharded.units
+        for flat in unit.flats
+    ]
     return {names[level]: purposes for level, purposes in sorted(total(flows).items()) if purposes}
 
 
-def _flow_bytes(sharded: Sharded, flat: Flat, keep: bool) -> dict[int, dict[str, int]]:
+def _gathers(unit: Unit, accumulate: int) -> int:
+    """How often a unit's weights are gathered in a step."""
+    if unit.keep:
+        return 1
+    return accumulate if unit.resident else 2 * accumulate
+
+
+def _flow_bytes(sharded: Sharded, flat: Flat, gathers: int) -> dict[int, dict[str, int]]:
     fanouts = [level.fanout for level in sharded.world.cluster.levels]
-    gathers = 0 if flat.cut.lp < 0 else 1 if keep else 2
 
     def bytes_of(codec: Codec, element_bytes: int, n: int) -> int:
         return element_bytes * n if codec is IDENTITY else codec.wire_bytes(n)

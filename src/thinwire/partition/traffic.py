@@ -3,12 +3,13 @@
 With s the fanout of a level, S the product of the fanouts up to it and N elements (padding included), an all-gather or
 a reduce-scatter of the level sends b N (s-1)/S bytes from each rank, b bytes an element on the wire. Per step:
 
-    level <= lp        gathers b_w each micro-batch, one reduction b_g each micro-batch
+    level <= lp        gathers b_w, one reduction b_g each micro-batch
     lp < level <= lg   one reduction b_g each micro-batch, one gather b_w after the optimizer
     lg < level <= lo   one reduction b_g at the end of accumulation, one gather b_w after the optimizer
     level > lo         one reduction and one gather b_g at the end of accumulation
 
-A unit is gathered twice a micro-batch (forward and backward), once if it stays gathered in between.
+A unit is gathered twice a micro-batch (forward and backward); once a micro-batch if no single module spans its uses;
+once a step if it is kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ WireBytes = Callable[[int], int]
 
 @dataclass(frozen=True)
 class Flow:
-    """One flat buffer: its size, how its states are cut, and how often it is gathered in a micro-batch."""
+    """One flat buffer: its size, how its states are cut, and how often it is gathered in a step."""
 
     numel: int
     lp: int
@@ -49,7 +50,7 @@ def step_bytes(
             continue
         n = flow.numel // cumulative
         sent = {
-            P_GATHER: flow.gathers * accumulate * (fanout - 1) * weights[level](n) if level <= flow.lp else 0,
+            P_GATHER: flow.gathers * (fanout - 1) * weights[level](n) if level <= flow.lp else 0,
             P_REFRESH: (fanout - 1) * weights[level](n) if flow.trained and flow.lp < level <= flow.lo else 0,
             G_REDUCE: (fanout - 1) * grads[level](n) * (accumulate if level <= flow.lg else 1) if flow.trained else 0,
             G_GATHER: (fanout - 1) * grads[level](n) if flow.trained and level > flow.lo else 0,
