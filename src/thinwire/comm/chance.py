@@ -16,7 +16,7 @@ class Chance:
 
     def __init__(self, salt: int, most: int, device: torch.device) -> None:
         self._first = salt * SPREAD
-        self._strides = torch.arange(most, device=device).mul_(_signed(GOLDEN))
+        self._strides = torch.arange(most, device=device).mul_(signed(GOLDEN))
         self._x, self._y = (torch.empty(most, dtype=torch.int64, device=device) for _ in range(2))
         self._bits = torch.empty(most, dtype=torch.int32, device=device)
         self._noise = torch.empty(most, device=device)
@@ -25,10 +25,10 @@ class Chance:
         """(n,) fp32 whole numbers in 0 .. 2^24 - 1 for the positions from `start`; good until the next call."""
         x, y, bits = self._x[:n], self._y[:n], self._bits[:n]
         noise: Tensor = self._noise[:n]
-        torch.add(self._strides[:n], _signed((start + self._first) * GOLDEN), out=x)
+        torch.add(self._strides[:n], signed((start + self._first) * GOLDEN), out=x)
         for shift, factor in ((30, MIX1), (27, MIX2)):
             torch.bitwise_right_shift(x, shift, out=y)
-            x.bitwise_xor_(y.bitwise_and_((1 << (64 - shift)) - 1)).mul_(_signed(factor))
+            x.bitwise_xor_(y.bitwise_and_((1 << (64 - shift)) - 1)).mul_(signed(factor))
         bits.copy_(x.bitwise_right_shift_(64 - BITS)).bitwise_and_((1 << BITS) - 1)
         noise.copy_(bits)
         return noise
@@ -39,6 +39,6 @@ def uniform(n: int, salt: int, device: torch.device) -> Tensor:
     return Chance(salt, n, device).whole(0, n) * 2.0**-BITS
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
     """x modulo 2^64 as a signed 64-bit number."""
     return (x + 2**63) % 2**64 - 2**63

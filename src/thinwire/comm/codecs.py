@@ -59,6 +59,7 @@ class Blocks:
 
     def __init__(self, form: BlockFormat) -> None:
         self.name, self.salt, self.form = form.name, 0, form
+        self._arithmetic: dict[torch.device, Arithmetic] = {}
 
     def wire_bytes(self, n: int) -> int:
         return self.form.wire_bytes(n)
@@ -67,7 +68,7 @@ class Blocks:
         """(n,) floating point -> (wire_bytes(n),) uint8. Raises TypeError for integers."""
         if not x_n.is_floating_point():
             raise TypeError(f"{self.name} codes floating point numbers, not {x_n.dtype}")
-        return arithmetic(x_n.device).encode(x_n.detach(), self.form, self.salt)
+        return self._on(x_n.device).encode(x_n.detach(), self.form, self.salt)
 
     def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         """(wire_bytes(n),) uint8 -> (n,) of `dtype`."""
@@ -77,7 +78,12 @@ class Blocks:
 
     def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
         """`out_n` becomes the sum of what the rows of (r, wire_bytes(n)) decode to, each rounded to its type first."""
-        arithmetic(out_n.device).sum_into(coded_rc, out_n, self.form)
+        self._on(out_n.device).sum_into(coded_rc, out_n, self.form)
+
+    def _on(self, device: torch.device) -> Arithmetic:
+        if device not in self._arithmetic:
+            self._arithmetic[device] = arithmetic(device)
+        return self._arithmetic[device]
 
 
 def arithmetic(device: torch.device) -> Arithmetic:
