@@ -21,8 +21,8 @@ from thinwire.comm.chance import BITS, Chance
 from thinwire.comm.rotation import Rotation
 from thinwire.wire import wire_bytes
 
-_CPU_CHUNK, _OTHER_CHUNK = 1 << 16, 1 << 24
-"""Numbers at a time: what stays in a core's cache, and what bounds the memory used elsewhere."""
+_CPU_CHUNK, _OTHER_CHUNK = 1 << 17, 1 << 24
+"""Numbers at a time: what stays in a core's cache (half as many where wider ones are made), and what bounds memory."""
 _NAN_SCALE = 0x7FC0
 
 
@@ -62,12 +62,12 @@ def encode(x_n: Tensor, form: BlockFormat, salt: int) -> Tensor:
     coded = torch.empty(form.wire_bytes(n), dtype=torch.uint8, device=x_n.device)
     codes_c, scales_c = coded[: form.code_bytes(n)], coded[form.code_bytes(n) :]
     x_bk = _whole_blocks(x_n.float(), form.block)
-    chunks = _chunks(len(x_bk), form.block, x_n.device)
+    most = _chunk(form, x_n.device)
     if form.rotate:
-        x_bk = _rotated(x_bk, chunks)
-    scale_b = _scales(x_bk, chunks, form)
+        x_bk = _rotated(x_bk, most)
+    scale_b = _scales(x_bk, most, form)
     scales_c.copy_(scale_b.view(torch.uint8))
-    _fill_codes(codes_c, x_bk, scale_b, chunks, form, salt)
+    _fill_codes(codes_c, x_bk, scale_b, most, form, salt)
     if form.nibbles and n % 2:
         codes_c[-1] &= 0xF
     return coded
@@ -78,14 +78,18 @@ def sum_into(coded_rc: Tensor, out_n: Tensor, form: BlockFormat) -> None:
     n, k, device = out_n.numel(), form.block, out_n.device
     if n == 0:
         return
-    blocks, codes_c = -(-n // k), form.code_bytes(n)
-    scale_rb1 = _as_bf16(coded_rc[:, codes_c:]).float().unsqueeze(2)
-    chunks = _chunks(blocks, k, device)
-    expand = _Expander(form, chunks, device)
-    for first, last in chunks:
-        target_n = out_n[first * k : last * k]
-        for rank, codes in enumerate(coded_rc[:, form.code_bytes(first * k) : form.code_bytes(min(n, last * k))]):
-            units_bk, scale_b1 = expand(codes, last - first), scale_rb1[rank, first:last]
+    most, codes_rc = _chunk(form, device), coded_rc[:, : form.code_bytes(n)]
+    scale_rb1 = _as_bf16(coded_rc[:, codes_rc.shape[1] :]).float().unsqueeze(2)
+    expand = _Expander(form, min(most, scale_rb1.shape[1]), device)
+    of_chunk = zip(
+        torch.split(out_n, most * k),
+        torch.split(codes_rc, form.code_bytes(most * k), dim=1),
+        torch.split(scale_rb1, most, dim=1),
+        strict=True,
+    )
+    for target_n, codes, scales in of_chunk:
+        for rank, (codes_c, scale_b1) in enumerate(zip(codes.unbind(), scales.unbind(), strict=True)):
+            units_bk = expand(codes_c, len(scale_b1))
             _add_product(target_n, units_bk, scale_b1, begin=rank == 0, rotate=expand.rotation)
 
 
@@ -103,10 +107,10 @@ def _add_product(target_n: Tensor, units_bk: Tensor, scale_b1: Tensor, *, begin:
         (target_n.copy_ if begin else target_n.add_)(part_n)
 
 
-def _chunks(blocks: int, k: int, device: torch.device) -> list[tuple[int, int]]:
-    """First and last block of each chunk."""
-    most = (_CPU_CHUNK if device.type == "cpu" else _OTHER_CHUNK) // k
-    return [(first, min(blocks, first + most)) for first in range(0, blocks, most)]
+def _chunk(form: BlockFormat, device: torch.device) -> int:
+    """Blocks to treat at a time."""
+    wide = form.stochastic or form.rotate
+    return (_OTHER_CHUNK if device.type != "cpu" else _CPU_CHUNK // 2 if wide else _CPU_CHUNK) // form.block
 
 
 def _whole_blocks(x_n: Tensor, k: int) -> Tensor:
@@ -120,43 +124,41 @@ def _as_bf16(bytes_rc: Tensor) -> Tensor:
     return torch.empty_like(bytes_rc, memory_format=torch.contiguous_format).copy_(bytes_rc).view(torch.bfloat16)
 
 
-def _rotated(x_bk: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
+def _rotated(x_bk: Tensor, most: int) -> Tensor:
     out_bk = torch.empty_like(x_bk)
     rotation: Rotation | None = None
-    for first, last in chunks:
-        if rotation is None or rotation.blocks != last - first:
-            rotation = Rotation(last - first, x_bk.shape[1], x_bk.device)
-        rotation(x_bk[first:last], out_bk[first:last])
+    for x, out in zip(torch.split(x_bk, most), torch.split(out_bk, most), strict=True):
+        if rotation is None or rotation.blocks != len(x):
+            rotation = Rotation(len(x), x.shape[1], x.device)
+        rotation(x, out)
     return out_bk
 
 
-def _scales(x_bk: Tensor, chunks: list[tuple[int, int]], form: BlockFormat) -> Tensor:
+def _scales(x_bk: Tensor, most: int, form: BlockFormat) -> Tensor:
     """(b,) bf16: the largest magnitude of each block in units of the largest code, rounded up."""
     largest_b = torch.empty(len(x_bk), device=x_bk.device)
-    scratch = torch.empty_like(x_bk[: chunks[0][1]]) if chunks else x_bk
-    for first, last in chunks:
-        torch.amax(torch.abs(x_bk[first:last], out=scratch[: last - first]), dim=1, out=largest_b[first:last])
+    scratch_bk = torch.empty_like(x_bk[:most])
+    for x, largest in zip(torch.split(x_bk, most), torch.split(largest_b, most), strict=True):
+        torch.amax(torch.abs(x, out=scratch_bk[: len(x)]), dim=1, out=largest)
     return round_up_bf16(largest_b.div_(torch.full((), float(form.largest), device=x_bk.device)))
 
 
-def _fill_codes(
-    codes_c: Tensor, x_bk: Tensor, scale_b: Tensor, chunks: list[tuple[int, int]], form: BlockFormat, salt: int
-) -> None:
+def _fill_codes(codes_c: Tensor, x_bk: Tensor, scale_b: Tensor, most: int, form: BlockFormat, salt: int) -> None:
     """The packed codes of all blocks."""
-    k = form.block
     finite_b = scale_b.isfinite()
     divisor_b1 = torch.where(finite_b & (scale_b > 0), scale_b, 1.0).float()[:, None]
     broken_b1 = None if x_bk.device.type == "cpu" and finite_b.all() else ~finite_b[:, None]
     quantise: _Quantiser | None = None
-    for first, last in chunks:
-        if quantise is None or len(quantise.units_bk) != last - first:
-            quantise = _Quantiser(form, salt, last - first, x_bk.device)
-        units_bk = torch.div(x_bk[first:last], divisor_b1[first:last], out=quantise.units_bk)
+    first = 0
+    targets = torch.split(codes_c, form.code_bytes(most * form.block))
+    for x, divisor, target in zip(torch.split(x_bk, most), torch.split(divisor_b1, most), targets, strict=True):
+        if quantise is None or len(quantise.units_bk) != len(x):
+            quantise = _Quantiser(form, salt, len(x), x.device)
+        torch.div(x, divisor, out=quantise.units_bk)
         if broken_b1 is not None:
-            units_bk.masked_fill_(broken_b1[first:last], 0.0)
-        packed_c = quantise(first * k)
-        target_c = codes_c[form.code_bytes(first * k) : form.code_bytes(last * k)]
-        target_c.copy_(packed_c[: len(target_c)])
+            quantise.units_bk.masked_fill_(broken_b1[first : first + len(x)], 0.0)
+        quantise(first * form.block, target)
+        first += len(x)
 
 
 class _Quantiser:
@@ -169,25 +171,28 @@ class _Quantiser:
         """Where the numbers are to be put before a call."""
         self._units = self.units_bk.view(-1)
         self._unit_bits = self._units.view(torch.int32)
-        self._codes = torch.empty(n, dtype=torch.int8, device=device)
+        self._codes = torch.empty(n if form.nibbles else 0, dtype=torch.int8, device=device)
+        self._halves = torch.empty(n // 2 if form.nibbles else 0, dtype=torch.int16, device=device)
         self._scratch = torch.empty(n if form.powers else 0, device=device)
         self._code, self._sign = (torch.empty_like(self._scratch, dtype=torch.int16) for _ in range(2))
 
-    def __call__(self, start: int) -> Tensor:
-        """The bytes of the numbers, of which the first has position `start`. Good until the next call."""
+    def __call__(self, start: int, target_c: Tensor) -> None:
+        """Fill `target_c` with the codes of the numbers, of which the first has position `start`."""
         noise = None if self._chance is None else self._chance.whole(start, self._units.numel())
-        (self._powers if self._form.powers else self._linear)(noise)
-        return pack(self._codes) if self._form.nibbles else self._codes.view(torch.uint8)
+        codes = self._powers(noise) if self._form.powers else self._linear(noise)
+        if self._form.nibbles:
+            target_c.copy_(pack(self._codes.copy_(codes), self._halves)[: len(target_c)])
+        else:
+            target_c.view(torch.int8).copy_(codes[: len(target_c)])
 
-    def _linear(self, noise: Tensor | None) -> None:
+    def _linear(self, noise: Tensor | None) -> Tensor:
         """Whole numbers: the nearest (none is beyond the largest), or by chance the one below or above."""
         if noise is None:
-            self._codes.copy_(self._units.round_())
-        else:
-            whole = self._units.add_(noise, alpha=2.0**-BITS).floor_()
-            self._codes.copy_(whole.clamp_(-self._form.largest, self._form.largest))
+            return self._units.round_()
+        whole = self._units.add_(noise, alpha=2.0**-BITS).floor_()
+        return whole.clamp_(-self._form.largest, self._form.largest)
 
-    def _powers(self, noise: Tensor | None) -> None:
+    def _powers(self, noise: Tensor | None) -> Tensor:
         """0, or the sign and 1 + the exponent above 2^-6. Between two values the nearer one, or by chance."""
         code, sign, bits = self._code, self._sign, self._scratch.view(torch.int32)
         if noise is None:
@@ -199,7 +204,7 @@ class _Quantiser:
             self._up_by_chance(noise, bits)
             sign.copy_(torch.bitwise_right_shift(self._unit_bits, 31, out=bits))
         sign.bitwise_right_shift_(15)
-        self._codes.copy_(code.bitwise_xor_(sign).sub_(sign))
+        return code.bitwise_xor_(sign).sub_(sign)
 
     def _up_by_chance(self, noise: Tensor, bits: Tensor) -> None:
         """The code below, and one more where noise x (distance of the values) < number - value below; all exact."""
@@ -214,12 +219,11 @@ class _Quantiser:
 class _Expander:
     """Turns packed codes into numbers in units of their block's scale, in memory that is used again."""
 
-    def __init__(self, form: BlockFormat, chunks: list[tuple[int, int]], device: torch.device) -> None:
+    def __init__(self, form: BlockFormat, most: int, device: torch.device) -> None:
         self._form, self._device = form, device
-        most = chunks[0][1] * form.block
-        self._units = torch.empty(most, device=device)
+        self._units = torch.empty(most * form.block, device=device)
         self._pairs = form.pairs.to(device) if form.nibbles else None
-        self._index = torch.empty(most // 2 if form.nibbles else 0, dtype=torch.int32, device=device)
+        self._index = torch.empty(most * form.block // 2 if form.nibbles else 0, dtype=torch.int32, device=device)
         self.rotation: Rotation | None = None
         """What turns the latest result back."""
 
@@ -240,10 +244,13 @@ class _Expander:
         return units_n.view(b, self._form.block)
 
 
-def pack(codes_n: Tensor) -> Tensor:
-    """int8 codes -8..7, an even number of them, two in a byte, the first in the low half. Overwrites `codes_n`."""
+def pack(codes_n: Tensor, out_c: Tensor) -> Tensor:
+    """int8 codes -8..7, an even number of them, two in a byte, the first in the low half. Overwrites `codes_n`.
+
+    The bytes are the low ones of `out_c`, int16, which is returned.
+    """
     pairs = codes_n.view(torch.int16).bitwise_and_(0x0F0F)
-    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
+    return torch.bitwise_right_shift(pairs, 4, out=out_c).bitwise_or_(pairs)
 
 
 def unpack(packed_c: Tensor, n: int) -> Tensor:
