@@ -22,6 +22,7 @@ WIRES = {
     "fp32": "{}",
     "int8 both ways": "{weights={cluster='int8'}, grads={cluster='int8'}}",
     "int4 gradients, delta-int4 weights": "{weights={cluster='delta-int4'}, grads={cluster='int4'}}",
+    "low-rank gradients (16), delta-int8 weights": "{weights={cluster='delta-int8'}, grads={cluster='lowrank'}, rank=16}",
     "int4 gradients, direct int4 weights": "{weights={cluster='int4'}, grads={cluster='int4'}}",
 }
 

@@ -76,12 +76,19 @@ class Wire(Frozen):
     grads: Mapping[str, CodecName] = Field(default_factory=dict)
     block: Literal[64, 128, 256] = 128
     """Numbers that share a scale."""
+    rank: int = Field(default=4, ge=1)
+    """Columns of the two matrices that `lowrank` sends for each one."""
     rounding: Rounding = "nearest"
     error_feedback: bool = False
     """Carry what the outermost coded gradient hop loses over to the next step."""
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
+        for level, codec in self.weights.items():
+            if codec == "lowrank":
+                raise ValueError(
+                    f"weights.{level} = 'lowrank': it sums gradients, it cannot carry weights; use it in grads"
+                )
         for level, codec in self.grads.items():
             if codec.startswith("delta-"):
                 raise ValueError(
@@ -92,7 +99,9 @@ class Wire(Frozen):
     @property
     def coded(self) -> bool:
         """Whether any level has a codec that needs whole blocks."""
-        return any(codec not in ("fp32", "bf16", "fp16") for codec in (*self.weights.values(), *self.grads.values()))
+        return any(
+            codec not in ("fp32", "bf16", "fp16", "lowrank") for codec in (*self.weights.values(), *self.grads.values())
+        )
 
 
 class Plan(Frozen):
@@ -127,13 +136,18 @@ class Plan(Frozen):
                     f"wire.weights.{level} = {codec!r} needs a copy at the receiver between steps: {level} must lie outside "
                     f"the parameters' level and inside the optimizer's; partition is {self.partition}"
                 )
-        if self.wire.error_feedback:
-            _, lg, _ = self.depths
-            if not any(names.index(level) > lg for level in self.wire.grads):
+        _, lg, _ = self.depths
+        for level, codec in self.wire.grads.items():
+            if codec == "lowrank" and not lg < names.index(level) == len(names) - 1:
                 raise ValueError(
-                    "wire.error_feedback needs a coded gradient hop that runs once a step, outside the gradients' level; "
-                    f"partition is {self.partition}, coded gradient levels are {', '.join(self.wire.grads) or 'none'}"
+                    f"wire.grads.{level} = 'lowrank' needs the outermost level ({names[-1]}) and gradients cut inside it, "
+                    f"so that it runs once a step; partition is {self.partition}"
                 )
+        if self.wire.error_feedback and not any(names.index(level) > lg for level in self.wire.grads):
+            raise ValueError(
+                "wire.error_feedback needs a coded gradient hop that runs once a step, outside the gradients' level; "
+                f"partition is {self.partition}, coded gradient levels are {', '.join(self.wire.grads) or 'none'}"
+            )
         return self
 
     @property

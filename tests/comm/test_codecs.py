@@ -1,5 +1,6 @@
 """Codecs: error bounds, honest non-finite numbers, unbiased chance, exact sizes, nothing lost with error feedback."""
 
+import hashlib
 import math
 
 import pytest
@@ -8,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thinwire.comm.codecs import hadamard, make_codec, pack, round_up_bf16, uniform, unpack
+from thinwire.comm.blocks import pack, round_up_bf16, unpack
+from thinwire.comm.chance import Chance, uniform
+from thinwire.comm.codecs import make_codec
+from thinwire.comm.rotation import hadamard
 from thinwire.errors import PlanError
 from thinwire.wire import wire_bytes
 
@@ -126,10 +130,98 @@ def test_the_counter_based_numbers_are_uniform() -> None:
     assert torch.histc(drawn, 20, 0, 1).std() / 2500 < 0.05
 
 
+def test_the_counter_based_numbers_depend_on_salt_and_position_alone() -> None:
+    whole = uniform(1000, 5, torch.device("cpu"))
+    pieces = Chance(5, 300, torch.device("cpu"))
+    for start, end in ((0, 300), (300, 450), (450, 451), (900, 1000)):
+        assert torch.equal(pieces.whole(start, end - start) / 2**24, whole[start:end])
+    # splitmix64 by the letter, in Python's whole numbers
+    for position in (0, 1, 999):
+        x = (position + 5 * 1_000_003) * 0x9E3779B97F4A7C15 % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        assert whole[position] == ((x ^ (x >> 31)) >> 40) / 2**24
+
+
+def golden_numbers() -> Tensor:
+    """Numbers that any machine makes alike: ordinary ones, denormals, zeros, a NaN, an infinity, an odd end."""
+    i = torch.arange(1601)
+    x = ((i * 7919) % 2001 - 1000).float() * 2.0 ** ((i * 31) % 19 - 14)
+    x[256:300] = ((i[256:300] * 7919) % 90001).int().view(torch.float32)
+    x[512:768] = 0.0
+    x[800], x[1100] = math.nan, -math.inf
+    return x
+
+
+GOLDEN = {
+    ("int8", "nearest"): "feeef4144a9ce798",
+    ("int8", "stochastic"): "a79dc9625617996d",
+    ("int4", "nearest"): "cd19cbeb877e9137",
+    ("int4", "stochastic"): "38d347570ce52127",
+    ("int4-hadamard", "nearest"): "08a6f9d5db81db11",
+    ("int4-hadamard", "stochastic"): "248e520db697e64d",
+    ("e3m0", "nearest"): "43da0841478a7739",
+    ("e3m0", "stochastic"): "29fb27c8c9d42360",
+}
+
+
+@pytest.mark.parametrize(("name", "rounding"), GOLDEN)
+def test_the_bytes_never_change(name: str, rounding: str) -> None:
+    digest = hashlib.sha256()
+    for block in (64, 128, 256):
+        codec = make_codec(name, block=block, rounding=rounding)  # type: ignore[arg-type]
+        codec.salt = 3
+        digest.update(bytes(codec.encode(golden_numbers()).tolist()))
+    assert digest.hexdigest()[:16] == GOLDEN[name, rounding]
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_long_tensors_are_coded_as_their_parts_would_be(name: str, rounding: str) -> None:
+    n = 150_001  # more than one chunk
+    x = numbers(n, 4)
+    codec = make_codec(name, rounding=rounding)  # type: ignore[arg-type]
+    back = there_and_back(codec, x)
+    assert torch.equal(back[:128], there_and_back(codec, x[:128]))
+    if rounding == "nearest":
+        for first in (65_536 - 128, 65_536, 131_072, 149_888):
+            assert torch.equal(back[first : first + 128], there_and_back(codec, x[first : first + 128]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_sums_of_coded_rows_are_sums_of_what_they_decode_to(name: str, dtype: torch.dtype) -> None:
+    codec, n = make_codec(name), 70_001
+    coded = torch.stack([codec.encode(numbers(n, seed)) for seed in range(3)])
+    out = torch.full((n,), math.nan, dtype=dtype)
+    codec.sum_into(coded, out)
+    expected = codec.decode(coded[0], n, dtype)
+    for row in coded[1:]:
+        expected += codec.decode(row, n, dtype)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_nothing_is_coded_to_nothing(name: str) -> None:
+    codec = make_codec(name)
+    assert codec.encode(torch.zeros(0)).numel() == 0
+    assert codec.decode(torch.zeros(0, dtype=torch.uint8), 0, torch.float32).numel() == 0
+
+
 @given(st.lists(st.integers(-8, 7), min_size=1, max_size=99))
 @settings(max_examples=80, deadline=None)
 def test_packing_is_undone_by_unpacking(codes: list[int]) -> None:
-    assert unpack(pack(torch.tensor(codes, dtype=torch.int8)), len(codes)).tolist() == codes
+    even = torch.tensor(codes + [0] * (len(codes) % 2), dtype=torch.int8)
+    packed = pack(even, torch.empty(len(even) // 2, dtype=torch.int16)).to(torch.uint8)
+    assert unpack(packed, len(codes)).tolist() == codes
+
+
+def test_the_hadamard_rotation_is_the_matrix() -> None:
+    matrix = torch.ones(1, 1)
+    while len(matrix) < 64:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    x = torch.arange(192.0).view(3, 64).sin()
+    assert torch.allclose(hadamard(x), x @ matrix / 8, atol=1e-5)
 
 
 def test_the_hadamard_rotation_keeps_lengths_and_undoes_itself() -> None:

@@ -22,6 +22,12 @@ WIRES: dict[str, tuple[tuple[int, int, int], dict[str, Any], float]] = {
     "replicas above": ((0, 0, 0), {"grads": {"cluster": "int8"}}, 0.02),
     "everywhere e3m0": ((-1, -1, -1), {"grads": {"node": "int8", "cluster": "e3m0"}}, 0.3),
     "hadamard by chance": ((0, 0, 1), {"grads": {"cluster": "int4-hadamard"}, "rounding": "stochastic"}, 0.2),
+    "low rank to the optimizer's shard": ((0, 0, 1), {"grads": {"cluster": "lowrank"}, "rank": 2}, 0.3),
+    "low rank between replicas": ((0, 0, 0), {"grads": {"node": "int8", "cluster": "lowrank"}, "rank": 2}, 0.3),
+    "low rank, nothing cut": ((-1, -1, -1), {"grads": {"cluster": "lowrank"}, "rank": 1}, 0.5),
+    "low rank from whole to shard": (
+        (-1, -1, 1), {"grads": {"node": "int8", "cluster": "lowrank"}, "weights": {"cluster": "delta-int8"}, "rank": 3}, 0.3
+    ),
     "deltas over two hops": ((-1, -1, 1), {"weights": {"node": "delta-int8", "cluster": "delta-int4"}}, 0.1),
 }  # fmt: skip
 
@@ -47,6 +53,18 @@ def test_coded_training_sends_the_formulas_bytes_and_stays_close(name: str) -> N
         assert seen != exact, "the codec did nothing"
         assert torch.allclose(torch.tensor(seen), torch.tensor(exact), rtol=tolerance)
         assert digest == results[0][2], "replicas differ"
+
+
+def _rank_of_everything(world: World) -> None:
+    for cut in ((0, 0, 1), (0, 0, 0), (-1, -1, -1)):
+        exact = shard(Toy(), plan_of(world, cut), world)
+        coded = shard(Toy(), plan_of(world, cut, wire={"grads": {"cluster": "lowrank"}, "rank": 1000}), world)
+        assert train(coded, world, 1) == train(exact, world, 1), cut
+        assert weights(coded) == weights(exact), cut
+
+
+def test_a_rank_that_no_matrix_gains_by_changes_no_bit() -> None:
+    run_world((2, 2), _rank_of_everything)
 
 
 def _references(world: World) -> None:
@@ -86,6 +104,10 @@ def test_delta_senders_know_what_receivers_hold() -> None:
         ((0, 0, 1), {"grads": {"rack": "int8"}}, "names the level 'rack'; there are node, cluster"),
         ((0, 1, 1), {"grads": {"cluster": "int8"}, "error_feedback": True}, "runs once a step"),
         ((0, 0, 1), {"grads": {"cluster": "int3"}}, "'int4'"),
+        ((0, 0, 1), {"weights": {"cluster": "lowrank"}}, "cannot carry weights"),
+        ((0, 1, 1), {"grads": {"cluster": "lowrank"}}, "so that it runs once a step"),
+        ((-1, -1, 1), {"grads": {"node": "lowrank"}}, "needs the outermost level"),
+        ((0, 0, 1), {"grads": {"cluster": "lowrank"}, "rank": 0}, "rank"),
     ],
 )
 def test_impossible_codecs_get_a_sentence(cut: tuple[int, int, int], wire: dict[str, Any], says: str) -> None:

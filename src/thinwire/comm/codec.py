@@ -23,6 +23,10 @@ class Codec(Protocol):
         """(wire_bytes(n),) uint8 -> (n,) of `dtype`."""
         ...
 
+    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
+        """`out_n` becomes the sum of what the rows of (r, wire_bytes(n)) uint8 decode to, in their order."""
+        ...
+
     def wire_bytes(self, n: int) -> int:
         """Bytes that n elements take on the wire, exactly."""
         ...
@@ -38,6 +42,11 @@ class Identity:
 
     def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         return coded.view(dtype)
+
+    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
+        out_n.copy_(coded_rc[0].view(out_n.dtype))
+        for coded in coded_rc[1:]:
+            out_n.add_(coded.view(out_n.dtype))
 
     def wire_bytes(self, n: int) -> int:
         return 4 * n

@@ -46,8 +46,8 @@ def all_gather(
     work = dist.all_gather_single(received, coded, group=group, async_op=True)
 
     def finish() -> None:
-        for part, chunk in zip(out_kn.view(k, n), received.view(k, -1), strict=True):
-            part.copy_(codec.decode(chunk, n, part.dtype))
+        for part, chunk in zip(out_kn.view(k, n), received.view(k, 1, -1), strict=True):
+            codec.sum_into(chunk, part)
 
     return Handle(world.outstanding, entry, [work], finish=finish, keep=(coded, received))
 
@@ -75,9 +75,12 @@ def reduce_scatter(
     work = dist.all_to_all_single(received, sent.contiguous(), group=group, async_op=True)
 
     def finish() -> None:
-        out_n.copy_(received[0] if codec is IDENTITY else codec.decode(received[0], n, out_n.dtype))
+        if codec is not IDENTITY:
+            codec.sum_into(received, out_n.view(-1))
+            return
+        out_n.copy_(received[0])
         for chunk in received[1:]:
-            out_n.add_(chunk if codec is IDENTITY else codec.decode(chunk, n, out_n.dtype))
+            out_n.add_(chunk)
 
     return Handle(world.outstanding, entry, [work], finish=finish, keep=(sent, received))
 

@@ -27,7 +27,7 @@ from thinwire.partition.flight import Flight
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
 from thinwire.partition.units import UnitModules, find_units
-from thinwire.partition.wire import codecs_of
+from thinwire.partition.wire import codecs_of, low_rank_of
 from thinwire.plan import Plan
 
 
@@ -102,6 +102,7 @@ class Sharded:
             grads=grads,
             delta_levels=deltas,
             feedback_level=max(outer) if self.plan.wire.error_feedback and outer else None,
+            low_rank=low_rank_of(self.plan),
         )
         multiple = self.world.size * (self.plan.wire.block if self.plan.wire.coded else 1)
         return Flat(parameters, compute=compute, master=master, multiple=multiple, cut=cut, world=self.world)

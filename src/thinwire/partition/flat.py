@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from thinwire.comm.codec import IDENTITY, Codec
 from thinwire.comm.collectives import all_gather, reduce_scatter
 from thinwire.comm.handle import Handle
+from thinwire.comm.lowrank import LowRank, Matrix
 from thinwire.comm.world import World
-from thinwire.partition.layout import Interval, Layout, interval
+from thinwire.partition.layout import Interval, Layout, interval, matrices_in
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
 from thinwire.partition.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, Flow
@@ -36,6 +37,8 @@ class Cut:
     """Levels whose weights travel as differences from what the receiver holds."""
     feedback_level: int | None
     """The gradient hop whose coding error is carried over to the next step."""
+    low_rank: tuple[int, int] | None = None
+    """The gradient hop, the last one, that sums matrices of low rank, and that rank."""
 
 
 class Flat:
@@ -68,6 +71,7 @@ class Flat:
         self._reduced: Tensor | None = None
         self._residual: Tensor | None = None
         self._new_residual: Tensor | None = None
+        self._low_rank = self._make_low_rank()
         self._make_whole()
         self._nothing = torch.empty(0, dtype=compute, device=self._device)
         self.gathered = cut.lp < 0
@@ -75,6 +79,23 @@ class Flat:
         if not self.gathered:
             self.release()
         self._seen = self._versions()
+
+    def _make_low_rank(self) -> LowRank | None:
+        """What sums this buffer's gradients at the hop of low rank, if they take that hop."""
+        if self.cut.low_rank is None or not self.trained or self.world.fanout(self.cut.low_rank[0]) == 1:
+            return None
+        level, rank = self.cut.low_rank
+        part = self.at(level - 1)
+        matrices = [Matrix(*found) for found in matrices_in(self.layout, part, rank)]
+        return LowRank(
+            matrices,
+            len(part),
+            rank=rank,
+            world=self.world,
+            level=level,
+            purposes=(G_REDUCE, G_GATHER),
+            device=self._device,
+        )
 
     def _make_whole(self) -> None:
         """The whole weights, of which parameters are views while gathered: the weights themselves if they are not cut."""
@@ -111,7 +132,8 @@ class Flat:
 
     def flow(self, gathers: int) -> Flow:
         """What the traffic formula needs to know of this buffer."""
-        return Flow(self.layout.numel, self.cut.lp, self.cut.lg, self.cut.lo, gathers, self.trained)
+        low_rank = None if self._low_rank is None else (self._low_rank.level, self._low_rank.lengths)
+        return Flow(self.layout.numel, self.cut.lp, self.cut.lg, self.cut.lo, gathers, self.trained, low_rank)
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -235,7 +257,10 @@ class Flat:
         part = self.grads
         for level in self._levels(self.cut.lg + 1, self.cut.lo):
             out = self._like(part, self.at(level))
-            yield self._reduce(out, part, level)
+            if self._low_rank is not None and level == self._low_rank.level:
+                yield from self._low_rank.reduce(out, part, self.at(level).inside(self.at(level - 1)))
+            else:
+                yield self._reduce(out, part, level)
             part = out
         yield from self._all_reduce(part, self.cut.lo + 1)
 
@@ -243,11 +268,16 @@ class Flat:
         """Sum over the replicas: reduce-scatter outwards, gather back inwards, each with the level's codec."""
         levels = self._levels(first, len(self.world.cluster.levels) - 1)
         parts = [part]
-        for level in levels:
+        low_rank = self._low_rank if levels and self._low_rank is not None else None
+        for level in levels if low_rank is None else levels[:-1]:
             out = self._like(part, self.at(level))
             yield self._reduce(out, parts[-1], level)
             parts.append(out)
-        for level in reversed(levels):
+        if low_rank is not None:  # it sums without cutting, and is the last
+            out = torch.empty_like(parts[-1])
+            yield from low_rank.reduce(out, parts[-1], slice(None))
+            parts[-1] = out
+        for level in reversed(levels if low_rank is None else levels[:-1]):
             inner = parts.pop()
             codec = self.cut.grads.get(level, IDENTITY)
             yield all_gather(parts[-1], inner, world=self.world, level=level, purpose=G_GATHER, codec=codec)
@@ -277,12 +307,16 @@ class Flat:
         """The step was taken: keep what error feedback lost, start new sums."""
         if self._new_residual is not None:
             self._residual = self._new_residual
+        if self._low_rank is not None:
+            self._low_rank.applied()
         self.dropped()
 
     def dropped(self) -> None:
         """Forget the gradients and what this step would have lost."""
         self._new_residual = self._reduced = None
         self._begun = False
+        if self._low_rank is not None:
+            self._low_rank.dropped()
 
     # -- what others see -----------------------------------------------------------------------------------------------
 

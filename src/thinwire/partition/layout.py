@@ -63,6 +63,23 @@ class Interval:
         return slice(self.start - outer.start, self.end - outer.start)
 
 
+def matrices_in(layout: Layout, part: Interval, rank: int) -> list[tuple[int, int, int]]:
+    """(start in the part, rows, columns) of whole rows of matrices that rank x (rows + columns) numbers can stand for.
+
+    A parameter's first dimension counts rows, all others columns. Of a matrix that is cut only its whole rows count.
+    """
+    found = []
+    for slot in layout.slots:
+        met, columns = part.meet(slot), math.prod(slot.shape[1:])
+        if len(slot.shape) < 2 or not len(met):
+            continue
+        first, last = -(-(met.start - slot.offset) // columns), (met.end - slot.offset) // columns
+        rows = last - first
+        if rows > 0 and rank * (rows + columns) < rows * columns:
+            found.append((slot.offset + first * columns - part.start, rows, columns))
+    return found
+
+
 def interval(numel: int, fanouts: Sequence[int], coordinates: Sequence[int], depth: int) -> Interval:
     """What the rank at `coordinates` holds of `numel` elements when they are cut over levels 0..`depth`."""
     start, size = 0, numel

@@ -7,6 +7,7 @@ a reduce-scatter of the level sends b N (s-1)/S bytes from each rank, b bytes an
     lp < level <= lg   one reduction b_g each micro-batch, one gather b_w after the optimizer
     lg < level <= lo   one reduction b_g at the end of accumulation, one gather b_w after the optimizer
     level > lo         one reduction and one gather b_g at the end of accumulation
+    a `lowrank` level  one reduction and one gather of each of its two messages, in fp32, at the end of accumulation
 
 A unit is gathered twice a micro-batch (forward and backward); once a micro-batch if no single module spans its uses;
 once a step if it is kept.
@@ -31,6 +32,8 @@ class Flow:
     lo: int
     gathers: int
     trained: bool
+    low_rank: tuple[int, tuple[int, int]] | None = None
+    """The level whose gradient sums are of low rank, and the numbers of its two messages."""
 
 
 def step_bytes(
@@ -55,6 +58,9 @@ def step_bytes(
             G_REDUCE: (fanout - 1) * grads[level](n) * (accumulate if level <= flow.lg else 1) if flow.trained else 0,
             G_GATHER: (fanout - 1) * grads[level](n) if flow.trained and level > flow.lo else 0,
         }
+        if flow.low_rank is not None and flow.low_rank[0] == level:
+            shards = sum(-(-numbers // fanout) for numbers in flow.low_rank[1])
+            sent[G_REDUCE] = sent[G_GATHER] = 4 * (fanout - 1) * shards
         out[level] = {purpose: count for purpose, count in sent.items() if count}
     return out
 

@@ -25,8 +25,14 @@ def codecs_of(plan: Plan, master: torch.dtype) -> tuple[Codecs, Codecs, frozense
                 name.removeprefix("delta-"), block=plan.wire.block, rounding=plan.wire.rounding
             )
             for level, name in direction.items()
-            if name != "fp32"
+            if name not in ("fp32", "lowrank")
         }
         sides.append(made)
     deltas = frozenset(names.index(level) for level, name in plan.wire.weights.items() if name.startswith("delta-"))
     return sides[0], sides[1], deltas
+
+
+def low_rank_of(plan: Plan) -> tuple[int, int] | None:
+    """(level index, rank) of the gradient hop that sums matrices of low rank, if there is one."""
+    levels = [plan.level_names.index(level) for level, name in plan.wire.grads.items() if name == "lowrank"]
+    return (levels[0], plan.wire.rank) if levels else None

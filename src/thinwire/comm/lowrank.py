@@ -1,0 +1,125 @@
+"""Gradient sums of low rank with error feedback (PowerSGD, Vogels et al., arXiv 1905.13727, algorithms 1 and 2).
+
+A rank holds matrices M (its gradients and what earlier steps did not send). With Q from the step before, all of them sum
+P = M Q, make its columns orthonormal, and sum Q' = M^T P; every one then has the sum of the matrices' projections P Q'^T.
+Both sums are linear, so two small all-reduces replace that of M: r (rows + columns) numbers for rows x columns. What is
+no matrix, or too small to gain, travels with P as it is.
+
+Each rank keeps M - P (M^T P)^T, what it did not put into the sum, for the next step: sums sent + residuals = sums put
+in. A matrix of rank r or less passes whole. P's columns stay orthonormal when M is zero, so Q recovers afterwards.
+Nothing is kept of a step that is not taken. All ranks compute P from the same sum: replicas stay equal as far as equal
+devices factorise alike.
+
+Shapes: n numbers of a part, r columns of P and Q
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.collectives import all_gather, reduce_scatter
+from thinwire.comm.handle import Handle
+from thinwire.comm.world import World
+
+_SEED = 1905_13727
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Elements start .. start + rows x columns of a part, row by row."""
+
+    start: int
+    rows: int
+    columns: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.rows * self.columns
+
+
+class LowRank:
+    """Sums parts of n fp32 numbers over the group of a level; the same `matrices` on all its ranks."""
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        n: int,
+        *,
+        rank: int,
+        world: World,
+        level: int,
+        purposes: tuple[str, str],
+        device: torch.device,
+    ) -> None:
+        self.level = level
+        self._matrices, self._n, self._rank = tuple(matrices), n, rank
+        self._world, self._purposes = world, purposes
+        self._rest = _gaps(matrices, n)
+        generator = torch.Generator().manual_seed(_SEED)
+        self._q = [torch.randn(m.columns, rank, generator=generator).to(device) for m in matrices]
+        self.residual: Tensor | None = None
+        """(n,) what this rank has not sent yet, once a step was taken."""
+        self._next: tuple[list[Tensor], Tensor] | None = None
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Numbers of the two all-reduced messages."""
+        rest = sum(end - start for start, end in self._rest)
+        return rest + self._rank * sum(m.rows for m in self._matrices), self._rank * sum(
+            m.columns for m in self._matrices
+        )
+
+    def reduce(self, out: Tensor, part_n: Tensor, where: slice) -> Iterator[Handle]:
+        """`out` becomes the elements `where` of the sum of everybody's `part_n`. Yields each hop that it has issued."""
+        put_n = part_n.clone() if self.residual is None else part_n + self.residual
+        there = [put_n[m.start : m.end].view(m.rows, m.columns) for m in self._matrices]
+        exact = [put_n[start:end] for start, end in self._rest]
+        made = [m @ q for m, q in zip(there, self._q, strict=True)]
+        first = yield from self._sum([*made, *exact])
+        p = [torch.linalg.qr(tall).Q for tall in first[: len(made)]]
+        own_q = [m.t() @ tall for m, tall in zip(there, p, strict=True)]
+        q = yield from self._sum(own_q)
+        sum_n = torch.empty_like(put_n)
+        for (start, end), reduced in zip(self._rest, first[len(made) :], strict=True):
+            sum_n[start:end] = reduced
+            put_n[start:end] = 0.0
+        for m, left, tall, wide, own in zip(self._matrices, there, p, q, own_q, strict=True):
+            torch.mm(tall, wide.t(), out=sum_n[m.start : m.end].view(m.rows, m.columns))
+            left.addmm_(tall, own.t(), alpha=-1)
+        out.copy_(sum_n[where])
+        self._next = [wide / wide.norm().clamp(min=torch.finfo(wide.dtype).tiny) for wide in q], put_n
+
+    def _sum(self, parts: list[Tensor]) -> Generator[Handle, None, list[Tensor]]:
+        """All-reduces the parts as one message; returns them summed."""
+        k = self._world.fanout(self.level)
+        numbers = sum(part.numel() for part in parts)
+        if numbers == 0:
+            return parts
+        message = torch.zeros(-(-numbers // k) * k, dtype=parts[0].dtype, device=parts[0].device)
+        torch.cat([part.reshape(-1) for part in parts], out=message[:numbers])
+        shard = torch.empty(len(message) // k, dtype=message.dtype, device=message.device)
+        reducing, gathering = self._purposes
+        yield reduce_scatter(shard, message, world=self._world, level=self.level, purpose=reducing)
+        yield all_gather(message, shard, world=self._world, level=self.level, purpose=gathering)
+        ends = accumulate(part.numel() for part in parts)
+        return [message[end - part.numel() : end].view_as(part) for end, part in zip(ends, parts, strict=True)]
+
+    def applied(self) -> None:
+        """The step was taken: its Q and its residual count from now on."""
+        if self._next is not None:
+            self._q, self.residual = self._next
+        self.dropped()
+
+    def dropped(self) -> None:
+        """Forget what this step would have left."""
+        self._next = None
+
+
+def _gaps(matrices: Sequence[Matrix], n: int) -> list[tuple[int, int]]:
+    """What of n numbers lies in no matrix."""
+    starts = [0, *(m.end for m in matrices)]
+    ends = [*(m.start for m in matrices), n]
+    return [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]

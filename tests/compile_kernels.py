@@ -1,0 +1,44 @@
+"""Compiles the kernels for GPUs that need not be here, and prints what matters of the code. Run by `test_kernels`."""
+
+import json
+import re
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from thinwire.comm import kernels
+from thinwire.comm.blocks import BlockFormat
+from thinwire.comm.codecs import make_codec
+from thinwire.comm.triton_blocks import encode_blocks, sum_blocks
+
+TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
+COUNTS = dict.fromkeys(("n", "blocks", "codes_c"), "i32")
+
+
+def assembly(form: BlockFormat, target: str) -> str:
+    """Both kernels of a format, as the GPU's assembler gets them."""
+    shape = kernels.constants(form)
+    encoding = {**shape, "LARGEST": form.largest, "STOCHASTIC": form.stochastic}
+    encode = {"x_ptr": "*fp32", "coded_ptr": "*u8", **COUNTS, "first": "i64", "length": "fp32"}
+    sums = {"coded_ptr": "*u8", "out_ptr": "*bf16", **COUNTS, "stride": "i64", "ranks": "i32", "length": "fp32"}
+    made = ""
+    for kernel, arguments, values in ((encode_blocks, encode, encoding), (sum_blocks, sums, shape)):
+        source = ASTSource(kernel, arguments | dict.fromkeys(values, "constexpr"), constexprs=values)
+        compiled = triton.compile(source, target=TARGETS[target], options=kernels.OPTIONS)
+        made += compiled.asm["ptx" if target == "cuda" else "amdgcn"]
+    return made
+
+
+def main() -> None:
+    found = {}
+    for name, rounding in (("int8", "stochastic"), ("e3m0", "stochastic"), ("int4-hadamard", "nearest")):
+        form = make_codec(name, rounding=rounding).form  # type: ignore[arg-type, attr-defined]
+        text = assembly(form, "cuda")
+        found[name] = sorted(set(re.findall(r"\b(?:div|fma|mad|mul|sqrt|ex2)[.\w]*f32\b|\.ftz\b", text)))
+    found["hip"] = ["compiled"] if assembly(form, "hip") else []
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
