@@ -1,0 +1,34 @@
+"""How near a device and its links come to their stated figures: what turns data-sheet numbers into seconds.
+
+A probe measures these; without one the defaults below hold. They were fitted on published runs only (A100 clusters,
+Megatron-DeepSpeed, 109 rows of vTrain's data set, MIT licence); `benchmarks/validate_planner.py` prints how well such a
+fit predicts models that it has not seen.
+"""
+
+from pydantic import Field
+
+from thinwire.cluster.cluster import Origin
+from thinwire.config import Frozen
+from thinwire.units import Bytes, Seconds
+
+
+class Calibration(Frozen):
+    """Shares of stated figures, and what the figures leave out."""
+
+    matmul_efficiency: float = Field(default=0.75, gt=0, le=1)
+    """Share of the device's peak that an endlessly large matmul reaches."""
+    matmul_half: float = Field(default=80.0, ge=0)
+    """Extent of one dimension of a matmul at which half of that is left: efficiency is the product of d / (d + half)."""
+    memory_efficiency: float = Field(default=0.6, gt=0, le=1)
+    """Share of the memory rate that element-wise work reaches."""
+    launch_s: Seconds = Field(default=6e-6, ge=0)
+    """Least time between two kernels of eager code: the floor under small work."""
+    inner_link_efficiency: float = Field(default=0.8, gt=0, le=1)
+    """Share of its stated rate that the innermost level reaches in collectives."""
+    outer_link_efficiency: float = Field(default=0.8, gt=0, le=1)
+    """The same of every other level."""
+    overlap_slowdown: float = Field(default=0.1, ge=0)
+    """By how much computing is slower while a collective is under way."""
+    framework_bytes: Bytes = Field(default=3 * 2**29, ge=0)
+    """Memory of the runtime, its communication buffers and what the allocator cannot use."""
+    origin: Origin = "default"
