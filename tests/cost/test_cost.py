@@ -192,7 +192,7 @@ def test_memory_falls_with_every_cut_and_depends_on_the_stage() -> None:
     axes = place(piped, given.cluster, given.calibration)
     stages = [stage_memory(given, piped, axes, each) for each in kinds(given.spec.layers, 4)]
     assert stages[0].activations > stages[-1].activations
-    assert stages[0].logits == 0 < stages[-1].logits
+    assert stages[0].live == 0 < stages[-1].live
 
 
 def test_fits_is_not_said_of_what_five_percent_more_would_break() -> None:

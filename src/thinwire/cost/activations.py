@@ -2,9 +2,9 @@
 
 Per token and element of the hidden size, in units of the compute precision's bytes (2 in the paper). A GPT block keeps 17
 (34 bytes): 5 outside its matmuls' tensor-parallel region (inputs of the two norms, of qkv and of the first linear, and
-masks), 12 inside. A Llama block keeps both norms' inputs and outputs outside; queries, keys and values before and after
-rotation, the attention's output, gate, up, the gate's activation and their product inside. Scores that are stored add
-5 a s / h bytes (scores, softmax, dropout mask).
+masks), 12 inside. A Llama block keeps both norms' inputs and outputs outside; rotated queries and keys, values, the
+attention's output, gate, up, the gate's activation and their product inside; fused code does not keep the activation.
+Scores that are stored add 5 a s / h bytes (scores, softmax, dropout mask).
 """
 
 from thinwire.cost.candidate import Candidate, Setting
@@ -22,7 +22,7 @@ def kept_inside(setting: Setting) -> float:
     if spec.family == "gpt2":
         return 2.0 * queries + 2.0 * keys + 2.0 * spec.ffn
     elementwise = 0.0 if setting.framework.fused_elementwise else 1.0
-    return (2.0 + elementwise) * queries + (2.0 + elementwise) * keys + (3.0 + elementwise) * spec.ffn
+    return 2.0 * queries + 2.0 * keys + (3.0 + elementwise) * spec.ffn
 
 
 def score_elements(setting: Setting) -> float:

@@ -17,7 +17,7 @@ def gather_hops(whole_bytes: float, hops: Sequence[Hop]) -> list[float]:
     for hop in hops:
         cumulative *= hop.fanout
         sent = whole_bytes * (hop.fanout - 1) / cumulative
-        seconds.append(sent / hop.bytes_per_s + (hop.fanout - 1) * hop.latency_s)
+        seconds.append(sent / hop.bytes_per_s + (hop.fanout - 1) * hop.latency_s + hop.start_s)
     return seconds
 
 
@@ -34,7 +34,7 @@ def all_reduce_s(whole_bytes: float, hops: Sequence[Hop]) -> float:
         part = whole_bytes * hop.fanout / cumulative
         ring = 2 * part * (hop.fanout - 1) / hop.fanout / hop.bytes_per_s + 2 * (hop.fanout - 1) * hop.latency_s
         tree = 2 * part / hop.bytes_per_s + 2 * math.ceil(math.log2(hop.fanout)) * hop.latency_s
-        seconds += min(ring, tree)
+        seconds += min(ring, tree) + hop.start_s
     return seconds
 
 

@@ -31,7 +31,9 @@ class Memory:
     gathered: float
     """Whole units while they compute, and a unit's gradient on its way."""
     activations: float
-    logits: float
+    """What forward leaves for backward, of all micro-batches under way."""
+    live: float
+    """The larger of what the loss needs beside them and of a block that is live again while it is recomputed."""
     outer: float
     """Outer weights and momentum, if they are kept on the device."""
     framework: float
@@ -39,7 +41,7 @@ class Memory:
     @property
     def total(self) -> float:
         return (
-            self.params + self.grads + self.optimizer + self.gathered + self.activations + self.logits + self.outer
+            self.params + self.grads + self.optimizer + self.gathered + self.activations + self.live + self.outer
             + self.framework
         )  # fmt: skip
 
@@ -56,7 +58,7 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
     """Memory of the first stage of this kind (of equal stages the one that holds most)."""
     units = parameters_of(setting.spec, counted.kind, candidate.tensor)
     total = units["block"] * counted.kind.blocks + units.get("embedding", 0.0) + units.get("head", 0.0)
-    cut_p, cut_g, cut_o = cuts(candidate, axes.data)
+    cut_p, cut_g, cut_o = cuts(candidate, axes.states)
     flying = in_flight(counted.index, candidate.pipeline, candidate.accumulate(setting), candidate.chunks)
     kept = block_bytes(setting, candidate) * counted.kind.blocks * flying
     live = whole_block_bytes(setting, candidate) if candidate.recompute == "full" else 0.0
@@ -67,8 +69,8 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
         grads=framework.grad_bytes * total / cut_g,
         optimizer=framework.optimizer_bytes * total / cut_o,
         gathered=_gathered(setting, candidate, units, counted.kind, cut_p, cut_g),
-        activations=kept + live,
-        logits=_logits(setting, candidate, counted.kind),
+        activations=kept,
+        live=max(live, _logits(setting, candidate, counted.kind)),
         outer=8.0 * total / cut_o if candidate.sync else 0.0,
         framework=float(setting.calibration.framework_bytes),
     )
@@ -83,7 +85,7 @@ def peak_memory(setting: Setting, candidate: Candidate, axes: Axes) -> Memory:
 def least_state_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> float:
     """A lower bound of memory that needs neither activations nor logits: states alone."""
     total = setting.spec.parameters / (candidate.tensor * candidate.pipeline)
-    cut_p, cut_g, cut_o = cuts(candidate, axes.data)
+    cut_p, cut_g, cut_o = cuts(candidate, axes.states)
     framework = setting.framework
     return total * (setting.compute_bytes / cut_p + framework.grad_bytes / cut_g + framework.optimizer_bytes / cut_o)
 

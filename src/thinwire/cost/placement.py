@@ -25,6 +25,8 @@ class Hop:
     latency_s: float
     alone: float
     """How many times that it can send when only its own stage of the member sends (point to point)."""
+    start_s: float = 0.0
+    """What starting a collective takes."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Axes:
     data: tuple[Hop, ...]
     pipeline: tuple[Hop, ...]
     groups: tuple[Hop, ...]
+    states: tuple[Hop, ...] = ()
+    """Context and data together: ranks that hold the same parameters, over which states are cut and gradients summed."""
 
 
 def place(candidate: Candidate, cluster: Cluster, calibration: Calibration) -> Axes:
@@ -50,7 +54,17 @@ def place(candidate: Candidate, cluster: Cluster, calibration: Calibration) -> A
     for name, size in order:
         hops[name] = axis_hops(name, size, stride, cluster, calibration)
         stride *= size
-    return Axes(**hops)
+    return Axes(**hops, states=_merged(hops["context"], hops["data"]))
+
+
+def _merged(inner: tuple[Hop, ...], outer: tuple[Hop, ...]) -> tuple[Hop, ...]:
+    """Two axes as one; parts at the same level become one hop."""
+    hops = {hop.level: hop for hop in inner}
+    for hop in outer:
+        known = hops.get(hop.level)
+        fanout = hop.fanout * (known.fanout if known else 1)
+        hops[hop.level] = Hop(hop.level, fanout, hop.bytes_per_s, hop.latency_s, hop.alone, hop.start_s)
+    return tuple(hops[level] for level in sorted(hops))
 
 
 def axis_hops(name: str, size: int, stride: int, cluster: Cluster, calibration: Calibration) -> tuple[Hop, ...]:
@@ -74,7 +88,14 @@ def axis_hops(name: str, size: int, stride: int, cluster: Cluster, calibration: 
 def _hop(index: int, fanout: int, inside: int, cluster: Cluster, calibration: Calibration) -> Hop:
     level = cluster.levels[index]
     rate = rate_of(cluster, index, calibration)
-    return Hop(index, fanout, rate / cluster.ranks_within(index - 1), level.latency_s or 0.0, float(inside))
+    return Hop(
+        index,
+        fanout,
+        rate / cluster.ranks_within(index - 1),
+        level.latency_s or 0.0,
+        float(inside),
+        calibration.collective_s,
+    )
 
 
 def rate_of(cluster: Cluster, index: int, calibration: Calibration) -> float:

@@ -38,7 +38,7 @@ def data_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> dict[int, 
     """level index -> purpose -> bytes of the data axis, for a rank of the first stage."""
     accumulate = candidate.accumulate(setting)
     sizes = list(_unit_sizes(setting, candidate))
-    return total([unit_bytes(n, setting, candidate, axes.data, accumulate=accumulate) for n in sizes])
+    return total([unit_bytes(n, setting, candidate, axes.states, accumulate=accumulate) for n in sizes])
 
 
 def _unit_sizes(setting: Setting, candidate: Candidate) -> Iterator[float]:

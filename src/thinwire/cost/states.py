@@ -74,11 +74,17 @@ def unit_moves(elements: float, setting: Setting, candidate: Candidate, hops: Se
     held = [flow.numel]
     for hop in hops:
         held.append(held[-1] // hop.fanout)
+    # One broadcast for each owner instead of one gather: their starts, spread over the units.
+    owners = held[lp + 1] / held[lo + 1] / (setting.spec.layers + 2)
 
     def seconds(index: int, purpose: str, codecs: Sequence[str | None]) -> float:
         hop, sent = hops[index], once.get(index, {}).get(purpose, 0)
         coding = touch_s(CODING_BYTES * 2 * held[index], setting) if sent and _codec(codecs, hop) else 0.0
-        return sent / hop.bytes_per_s + (hop.fanout - 1) * hop.latency_s + coding if sent else 0.0
+        if not sent:
+            return 0.0
+        broadcast = setting.framework.broadcast_refresh and purpose == P_REFRESH and index == lo
+        starts = owners if broadcast else 1.0
+        return sent / hop.bytes_per_s + (hop.fanout - 1) * hop.latency_s + starts * hop.start_s + coding
 
     def chain(indices: Sequence[int], purpose: str, codecs: Sequence[str | None]) -> Chain:
         return tuple((hops[i].level, s) for i in indices if (s := seconds(i, purpose, codecs)) > 0)

@@ -116,11 +116,11 @@ def habit_of(setting: Setting, candidate: Candidate) -> Habit:
 def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> tuple[StageWork, ...]:
     """Every kind of stage with the moves of its units."""
     parameters = {counted: parameters_of(setting.spec, counted.kind, candidate.tensor) for counted in core.stages}
-    block_moves = unit_moves(parameters[core.stages[0]]["block"], setting, candidate, axes.data)
+    block_moves = unit_moves(parameters[core.stages[0]]["block"], setting, candidate, axes.states)
     found = []
     for counted in core.stages:
         held = parameters[counted]
-        moves = {name: unit_moves(n, setting, candidate, axes.data) for name, n in held.items() if name != "block"}
+        moves = {name: unit_moves(n, setting, candidate, axes.states) for name, n in held.items() if name != "block"}
         units = StageUnits(
             before=(_unit(core.embedding, moves["embedding"]),) if "embedding" in moves else (),
             block=_unit(core.block, block_moves),
@@ -135,7 +135,7 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
         )
         whole = held["block"] * counted.kind.blocks + held.get("embedding", 0.0) + held.get("head", 0.0)
         passes = pass_causes(counted.kind, core.block, core.embedding, core.head)
-        found.append(StageWork(counted, passes, units, beat, whole / cuts(candidate, axes.data)[2]))
+        found.append(StageWork(counted, passes, units, beat, whole / cuts(candidate, axes.states)[2]))
     return tuple(found)
 
 
@@ -156,7 +156,7 @@ def step_time(setting: Setting, candidate: Candidate, axes: Axes, core: Core | N
     )
     ends = max(ends_s(work, core.micro_batches) for work in works)
     optimizer = touch_s(OPTIMIZER_BYTES * max(work.owned for work in works), setting)
-    optimizer += 2 * all_reduce_s(8.0, axes.data)
+    optimizer += 2 * all_reduce_s(8.0, axes.states)
     once = busiest.passes.forward.plus(busiest.passes.backward)
     work_s = once.total * core.micro_batches
     data = pipeline.busiest_s - work_s + ends
