@@ -25,7 +25,7 @@ TORCH_FREE = [
     "thinwire.train.folder", "thinwire.train.launch", "thinwire.train.worker", "thinwire.plan", "thinwire.model.spec",
     "thinwire.model.config", "thinwire.cluster.cluster", "thinwire.data.prepare", "thinwire.data.loader",
     "thinwire.comm.place", "thinwire.cli.eval", "thinwire.cli.generate", "thinwire.cost.step", "thinwire.cost.sent",
-    "thinwire.cost.failures", "thinwire.traffic",
+    "thinwire.cost.failures", "thinwire.traffic", "thinwire.cli.plan", "thinwire.planner.explain",
 ]  # fmt: skip
 
 

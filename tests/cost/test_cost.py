@@ -122,9 +122,10 @@ def test_stages_hold_every_block_and_every_parameter_once(layers: int, stages: i
     assert dealt[0].kind.first
     assert dealt[-1].kind.last
     spec = preset("llama-2-7b").model_copy(update={"layers": layers})
+    given = Setting(spec, cluster(1), 1, 2048)
     held = 0.0
     for item in dealt:
-        sizes = parameters_of(spec, item.kind, 1)
+        sizes = parameters_of(given, item.kind, 1)
         held += item.count * (item.kind.blocks * sizes["block"] + sum(v for k, v in sizes.items() if k != "block"))
     assert held == spec.parameters
 

@@ -5,6 +5,7 @@ synchronise rarely. `data` is what is left of the ranks. Depths of the partition
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from thinwire.cluster.calibration import Calibration
@@ -35,6 +36,14 @@ class Setting:
     @property
     def compute_bytes(self) -> int:
         return COMPUTE_BYTES[self.compute_dtype]
+
+    @cached_property
+    def block_parameters(self) -> int:
+        return self.spec.parameters_per_block
+
+    @cached_property
+    def parameters(self) -> int:
+        return self.spec.parameters
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Memory:
 
 def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Counted) -> Memory:
     """Memory of the first stage of this kind (of equal stages the one that holds most)."""
-    units = parameters_of(setting.spec, counted.kind, candidate.tensor)
+    units = parameters_of(setting, counted.kind, candidate.tensor)
     total = units["block"] * counted.kind.blocks + units.get("embedding", 0.0) + units.get("head", 0.0)
     cut_p, cut_g, cut_o = cuts(candidate, axes.states)
     flying = in_flight(counted.index, candidate.pipeline, candidate.accumulate(setting), candidate.chunks)
@@ -84,7 +84,7 @@ def peak_memory(setting: Setting, candidate: Candidate, axes: Axes) -> Memory:
 
 def least_state_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> float:
     """A lower bound of memory that needs neither activations nor logits: states alone."""
-    total = setting.spec.parameters / (candidate.tensor * candidate.pipeline)
+    total = setting.parameters / (candidate.tensor * candidate.pipeline)
     cut_p, cut_g, cut_o = cuts(candidate, axes.states)
     framework = setting.framework
     return total * (setting.compute_bytes / cut_p + framework.grad_bytes / cut_g + framework.optimizer_bytes / cut_o)

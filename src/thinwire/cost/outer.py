@@ -40,7 +40,7 @@ def fragment_bytes(parameters: float, sync: Sync) -> float:
 def outer_round(setting: Setting, sync: Sync, step_s: float) -> Round:
     """A round when an inner step takes `step_s`. Levels outside the groups follow one another, hop by hop."""
     cluster = setting.cluster
-    whole = fragment_bytes(float(setting.spec.parameters), sync)
+    whole = fragment_bytes(float(setting.parameters), sync)
     travel, sent, cumulative = 0.0, 0.0, 1
     for index in range(sync.level, len(cluster.levels)):
         level = cluster.levels[index]

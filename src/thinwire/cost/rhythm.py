@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from thinwire.cost.lanes import Habit, Lanes, UnitWork, backward, forward, refresh
 
-PLAYED = 5
+PLAYED = 3
 """Blocks played through one by one; more of them add the difference that the last one made."""
 
 

@@ -49,7 +49,7 @@ def _unit_sizes(setting: Setting, candidate: Candidate) -> Iterator[float]:
             yield sum(math.prod(shapes[name]) for name in unit.parameters) / candidate.tensor
         return
     first = kinds(spec.layers, candidate.pipeline)[0].kind
-    held = parameters_of(spec, first, candidate.tensor)
+    held = parameters_of(setting, first, candidate.tensor)
     yield from [held["block"]] * first.blocks
     yield held["embedding"]
 

@@ -4,11 +4,11 @@ Blocks are dealt out as evenly as they go; what is left over goes to the first s
 the last the final norm and the head. Stages of the same kind are counted, not repeated.
 """
 
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from thinwire.cost.block import Causes, Passes
-from thinwire.model.spec import ModelSpec
+from thinwire.cost.candidate import Setting
 
 
 class Kind(NamedTuple):
@@ -19,16 +19,16 @@ class Kind(NamedTuple):
     last: bool
 
 
-@dataclass(frozen=True)
-class Counted:
+class Counted(NamedTuple):
     """A kind of stage, how many of it there are, and the index of the first of them."""
 
     kind: Kind
-    count: int
-    index: int
+    count: int  # type: ignore[assignment]
+    index: int  # type: ignore[assignment]
 
 
-def kinds(layers: int, stages: int) -> list[Counted]:
+@lru_cache(maxsize=1024)
+def kinds(layers: int, stages: int) -> tuple[Counted, ...]:
     """The stages by kind, in order."""
     more, extra = divmod(layers, stages)
     found: list[Counted] = []
@@ -36,14 +36,15 @@ def kinds(layers: int, stages: int) -> list[Counted]:
         kind = Kind(more + (index < extra), index == 0, index == stages - 1)
         found.append(Counted(kind, 1, index))
     ends = [item.index for item in found[1:]] + [stages]
-    return [Counted(item.kind, end - item.index, item.index) for item, end in zip(found, ends, strict=True)]
+    return tuple(Counted(item.kind, end - item.index, item.index) for item, end in zip(found, ends, strict=True))
 
 
-def parameters_of(spec: ModelSpec, kind: Kind, tensor: int) -> dict[str, float]:
+def parameters_of(setting: Setting, kind: Kind, tensor: int) -> dict[str, float]:
     """Unit -> parameters on one of `tensor` ranks of a stage of this kind; `block` is that of one block."""
+    spec = setting.spec
     table = spec.vocab_size * spec.hidden
     positions = spec.max_tokens * spec.hidden if spec.family == "gpt2" else 0
-    found = {"block": spec.parameters_per_block / tensor}
+    found = {"block": setting.block_parameters / tensor}
     if kind.first:
         found["embedding"] = (table + positions) / tensor
     if kind.last and not (spec.tied and kind.first):

@@ -85,20 +85,39 @@ class StageWork:
     """Parameters whose optimizer states one rank has."""
 
 
-def core_of(setting: Setting, candidate: Candidate, axes: Axes) -> Core:
-    """The part of a step that all partitions share."""
-    block = block_passes(setting, candidate, axes)
-    embedding, head = embedding_passes(setting, candidate, axes), head_passes(setting, candidate, axes)
-    stages = tuple(kinds(setting.spec.layers, candidate.pipeline))
+def core_of(
+    setting: Setting, candidate: Candidate, axes: Axes, passes: tuple[Passes, Passes, Passes] | None = None
+) -> Core:
+    """The part of a step that all partitions share; `passes` are those of a block, the embedding and the head."""
+    block, embedding, head = passes or all_passes(setting, candidate, axes)
+    alone = pipeline_alone(setting, candidate, axes, (block, embedding, head))
     message = send_s(message_bytes(setting, candidate), axes.pipeline)
+    stages = kinds(setting.spec.layers, candidate.pipeline)
+    return Core(block, embedding, head, stages, candidate.accumulate(setting), message, alone)
+
+
+def all_passes(setting: Setting, candidate: Candidate, axes: Axes) -> tuple[Passes, Passes, Passes]:
+    """Passes of a block, the embedding and the head."""
+    return (
+        block_passes(setting, candidate, axes),
+        embedding_passes(setting, candidate, axes),
+        head_passes(setting, candidate, axes),
+    )
+
+
+def pipeline_alone(
+    setting: Setting, candidate: Candidate, axes: Axes, passes: tuple[Passes, Passes, Passes]
+) -> PipelineTime:
+    """The pipeline without any communication of the states axis: a lower bound of the step."""
     micro_batches = candidate.accumulate(setting)
     assert micro_batches > 0, "the batch does not divide"
-    totals = []
-    for counted in stages:
-        passes = pass_causes(counted.kind, block, embedding, head)
-        totals.append((passes.forward.total + passes.backward.total, counted.count))
-    alone = pipeline_time(totals, micro_batches=micro_batches, chunks=candidate.chunks, send_s=message)
-    return Core(block, embedding, head, stages, micro_batches, message, alone)
+    block, embedding, head = (each.forward.total + each.backward.total for each in passes)
+    totals = [
+        (kind.blocks * block + kind.first * embedding + kind.last * head, count)
+        for kind, count, _ in kinds(setting.spec.layers, candidate.pipeline)
+    ]
+    message = send_s(message_bytes(setting, candidate), axes.pipeline)
+    return pipeline_time(totals, micro_batches=micro_batches, chunks=candidate.chunks, send_s=message)
 
 
 def message_bytes(setting: Setting, candidate: Candidate) -> float:
@@ -115,7 +134,7 @@ def habit_of(setting: Setting, candidate: Candidate) -> Habit:
 
 def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> tuple[StageWork, ...]:
     """Every kind of stage with the moves of its units."""
-    parameters = {counted: parameters_of(setting.spec, counted.kind, candidate.tensor) for counted in core.stages}
+    parameters = {counted: parameters_of(setting, counted.kind, candidate.tensor) for counted in core.stages}
     block_moves = unit_moves(parameters[core.stages[0]]["block"], setting, candidate, axes.states)
     found = []
     for counted in core.stages:
