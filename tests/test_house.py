@@ -26,6 +26,7 @@ TORCH_FREE = [
     "thinwire.model.config", "thinwire.cluster.cluster", "thinwire.data.prepare", "thinwire.data.loader",
     "thinwire.comm.place", "thinwire.cli.eval", "thinwire.cli.generate", "thinwire.cost.step", "thinwire.cost.sent",
     "thinwire.cost.failures", "thinwire.traffic", "thinwire.cli.plan", "thinwire.planner.explain",
+    "thinwire.cli.simulate", "thinwire.simulate.trace",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ The causes add up to the step: work of the busiest stage by kind, what of each c
 other stages, the optimizer, and what an outer round adds in the mean. What is hidden stands beside it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thinwire.cost.block import Causes, Passes, block_passes, embedding_passes, head_passes
@@ -173,7 +174,7 @@ def step_time(setting: Setting, candidate: Candidate, axes: Axes, core: Core | N
         chunks=candidate.chunks,
         send_s=core.send_s,
     )
-    ends = max(ends_s(work, core.micro_batches) for work in works)
+    ends = ends_s(works, core.micro_batches)
     optimizer = touch_s(OPTIMIZER_BYTES * max(work.owned for work in works), setting)
     optimizer += 2 * all_reduce_s(8.0, axes.states)
     once = busiest.passes.forward.plus(busiest.passes.backward)
@@ -184,10 +185,18 @@ def step_time(setting: Setting, candidate: Candidate, axes: Axes, core: Core | N
     return _named(once, core.micro_batches, pipeline, data, optimizer, outer, busiest.rhythm)
 
 
-def ends_s(work: StageWork, micro_batches: int) -> float:
-    """By how much the first and the last micro-batch of a stage are longer than the others, and the tail."""
-    beat = work.rhythm
-    return beat.step_s(micro_batches) - micro_batches * beat.middle_s
+def ends_s(works: Sequence[StageWork], micro_batches: int) -> float:
+    """By how much the first and the last micro-batch are longer than the others, and the last gradients' way.
+
+    The last backward goes through every stage, one after another, and is longer in each. The first forward is longer in
+    the first stage only: new weights reach the others while they wait for it.
+    """
+    tail = max(work.rhythm.tail_s for work in works)
+    if micro_batches == 1:
+        return tail
+    first = max(work.rhythm.first_s - work.rhythm.middle_s for work in works)
+    last = sum(work.counted.count * (work.rhythm.last_s - work.rhythm.middle_s) for work in works)
+    return first + last + tail
 
 
 def _named(

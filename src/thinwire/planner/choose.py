@@ -13,10 +13,14 @@ from thinwire.errors import PlanError
 from thinwire.planner.search import Found, Ranked, search
 from thinwire.planner.space import Space
 from thinwire.planner.whynot import fits_nowhere
+from thinwire.simulate.step import step_s
 
 Outer = Literal["auto", "never", "always"]
 BUSY_ENOUGH = 0.5
 """Share of compute under which agreeing every step is called too often."""
+FINALISTS = 5
+PLAYED_UNITS = 10_000
+"""Micro-batches times blocks up to which a step is played through."""
 STALL_ALLOWED = 0.05
 INTERVALS = (16, 32, 64, 128, 256, 512)
 
@@ -46,9 +50,27 @@ def choose(setting: Setting, space: Space, *, keep: int = 20, outer: Outer = "au
         raise PlanError(fits_nowhere(setting, space, found))
     possible = not space.runnable and setting.cluster.levels[-1].fanout > 1 and len(setting.cluster.levels) > 1
     wanted = outer == "always" or (outer == "auto" and busy(found.best[0]) < BUSY_ENOUGH)
-    if not (possible and wanted):
-        return Answer(found, None)
-    return Answer(found, rarely(setting, space, keep))
+    rare = rarely(setting, space, keep) if possible and wanted else None
+    for each in (found, rare):
+        if each is not None:
+            each.best[:FINALISTS] = play(setting, each.best[:FINALISTS])
+    return Answer(found, rare)
+
+
+def play(setting: Setting, finalists: list[Ranked]) -> list[Ranked]:
+    """Simulate the finalists and put them in the order that contention and the course of the pipeline give."""
+    played = [
+        replace(ranked, simulated_s=step_s(setting, ranked.candidate, ranked.axes))
+        if worth_playing(setting, ranked)
+        else ranked
+        for ranked in finalists
+    ]
+    return sorted(played, key=lambda ranked: ranked.step_s)
+
+
+def worth_playing(setting: Setting, ranked: Ranked) -> bool:
+    """Whether playing it takes well under a second."""
+    return ranked.candidate.accumulate(setting) * setting.spec.layers <= PLAYED_UNITS
 
 
 def rarely(setting: Setting, space: Space, keep: int) -> Found | None:

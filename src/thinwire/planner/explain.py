@@ -82,7 +82,7 @@ def distinct(best: Sequence[Ranked], top: int) -> list[Ranked]:
 
 
 def _table(best: Sequence[Ranked], setting: Setting, top: int) -> list[str]:
-    rows = [("", "seconds", "MFU", "GiB", "axes", "mb", "recompute", "states (P; G; O) and codecs")]
+    rows = [("", "seconds", "played", "MFU", "GiB", "axes", "mb", "recompute", "states (P; G; O) and codecs")]
     for place, ranked in enumerate(distinct(best, top), 1):
         candidate = ranked.candidate
         mark = "" if candidate.runnable else "*"
@@ -90,6 +90,7 @@ def _table(best: Sequence[Ranked], setting: Setting, top: int) -> list[str]:
             (
                 f"{place}{mark}",
                 f"{ranked.time.total:.4g}",
+                f"{ranked.simulated_s:.4g}" if ranked.simulated_s else "",
                 f"{mfu(setting, ranked.time.total):.1%}",
                 f"{ranked.memory.total / 2**30:.1f}",
                 show_axes(candidate, setting),
@@ -190,6 +191,7 @@ def entry(ranked: Ranked, setting: Setting) -> dict[str, Any]:
     low, high = ranked.memory.interval
     return {
         "step_s": ranked.time.total,
+        "simulated_step_s": ranked.simulated_s,
         "seconds": asdict(ranked.time),
         "mfu": mfu(setting, ranked.time.total),
         "memory_bytes": ranked.memory.total,

@@ -28,6 +28,13 @@ class Ranked:
     axes: Axes
     time: StepTime
     memory: Memory
+    simulated_s: float | None = None
+    """The step played through with an event queue, for finalists."""
+
+    @property
+    def step_s(self) -> float:
+        """The best estimate there is."""
+        return self.time.total if self.simulated_s is None else self.simulated_s
 
 
 @dataclass
