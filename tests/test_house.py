@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "thinwire"
 RANKS = {
-    "units": 0, "errors": 0, "config": 0, "events": 0, "wire": 0,
+    "units": 0, "errors": 0, "config": 0, "events": 0, "wire": 0, "traffic": 0,
     "cluster": 1, "model": 1, "data": 1,
     "plan": 2, "comm": 2,
     "cost": 3, "partition": 3, "sync": 3,
@@ -24,7 +24,9 @@ TORCH_FREE = [
     "thinwire.cli", "thinwire.cli.train", "thinwire.cli.data", "thinwire.train.config", "thinwire.train.job",
     "thinwire.train.folder", "thinwire.train.launch", "thinwire.train.worker", "thinwire.plan", "thinwire.model.spec",
     "thinwire.model.config", "thinwire.cluster.cluster", "thinwire.data.prepare", "thinwire.data.loader",
-    "thinwire.comm.place", "thinwire.cli.eval", "thinwire.cli.generate",
+    "thinwire.comm.place", "thinwire.cli.eval", "thinwire.cli.generate", "thinwire.cost.step", "thinwire.cost.sent",
+    "thinwire.cost.failures", "thinwire.traffic", "thinwire.cli.plan", "thinwire.planner.explain",
+    "thinwire.cli.simulate", "thinwire.simulate.trace",
 ]  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from thinwire.errors import ThinwireError
 
 _VERBS = {
     "train": "Train what a run file describes; resumes a run that was stopped or killed.",
+    "plan": "Find the fastest plan for a model on a cluster, and explain it.",
+    "simulate": "Play one step of a plan through: timeline, trace file, slow ranks, failures.",
     "data": "Prepare token files from text, and look at them.",
     "eval": "Loss, perplexity and bits per byte of a run on held-out text.",
     "generate": "Continue a prompt with a run's model.",

@@ -12,11 +12,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from thinwire.cluster.calibration import Calibration, Origin
 from thinwire.config import Frozen, build, read_toml
 from thinwire.errors import ConfigError
 from thinwire.units import Bytes, BytesPerS, FlopsPerS, Seconds
-
-Origin = Literal["default", "given", "measured"]
 
 
 class Level(Frozen):
@@ -54,6 +53,8 @@ class Cluster(Frozen):
     version: Literal[1] = 1
     device: Device = Device()
     levels: tuple[Level, ...] = Field(min_length=1)
+    calibration: Calibration | None = None
+    """How near device and links come to these figures; none: the device's default."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -6,6 +6,7 @@ Rates are per direction. A node's uplink is what all its network adapters carry 
 import difflib
 from collections.abc import Mapping
 
+from thinwire.cluster.calibration import Calibration
 from thinwire.cluster.cluster import Cluster, Device, Level
 from thinwire.errors import ConfigError
 
@@ -63,6 +64,27 @@ DEVICES: Mapping[str, Device] = {
 }
 
 
+# Fitted on five bf16 runs of torchtitan (its benchmarks/llama3_h100_202412 page and async TP post): element-wise work,
+# casts and copies of sharded parameters take much more of a step there than a count of their bytes says.
+_H100 = Calibration(matmul_efficiency=0.56, memory_efficiency=0.2, source="five H100 runs of torchtitan, 2024")
+CALIBRATIONS: Mapping[str, Calibration] = {
+    "a100-80g": Calibration(),
+    "a100-40g": Calibration(),
+    "h100": _H100,
+    "h200": _H100,
+    # 22B at 38.4% of peak on one die's share (arXiv 2312.12705, abstract), element-wise work as on an A100.
+    "mi250x-gcd": Calibration(matmul_efficiency=0.5, source="38.4% of peak, arXiv 2312.12705"),
+}
+
+
+def calibration_of(cluster: Cluster) -> Calibration:
+    """What the cluster carries, else the default of its device, else that of an A100 with a source that says so."""
+    if cluster.calibration is not None:
+        return cluster.calibration
+    known = CALIBRATIONS.get(cluster.device.name)
+    return known or Calibration(source=f"A100 runs: nothing is known of device {cluster.device.name!r}")
+
+
 def _level(name: str, fanout: int, bytes_per_s: float, latency_s: float) -> Level:
     return Level(name=name, fanout=fanout, bytes_per_s=bytes_per_s, latency_s=latency_s, origin="default")
 
@@ -79,6 +101,32 @@ CLUSTERS: Mapping[str, Cluster] = {
     "h100-25gbe-4": Cluster(
         device=DEVICES["h100"],
         levels=(_level("node", 8, 450e9, 5e-6), _level("cluster", 4, 25 * _GBIT, 50e-6)),
+    ),
+    # Meta's Llama 3 cluster (arXiv 2407.21783, section 3.3): 16,384 H100, 400 Gbit/s RoCE for each GPU, pods of 3,072.
+    # Here a flat network of 2,048 nodes: the paper's 1:7 oversubscription applies between pods only.
+    "h100-400g-2048": Cluster(
+        device=DEVICES["h100"],
+        levels=(_level("node", 8, 450e9, 5e-6), _level("cluster", 2048, 3200 * _GBIT, 10e-6)),
+    ),
+    # DGX A100 data sheet as above; 128 nodes are the 1,024 GPUs of arXiv 2104.04473, figure 11.
+    "dgx-a100-128": Cluster(
+        device=DEVICES["a100-80g"],
+        levels=(_level("node", 8, 300e9, 5e-6), _level("cluster", 128, 1600 * _GBIT, 10e-6)),
+    ),
+    # Rented nodes of eight H100 with one 10 Gbit/s Ethernet port each; latency of TCP in a data centre.
+    "h100-10gbe-16": Cluster(
+        device=DEVICES["h100"],
+        levels=(_level("node", 8, 450e9, 5e-6), _level("cluster", 16, 10 * _GBIT, 50e-6)),
+    ),
+    # Three sites joined by 1 Gbit/s of the public internet, 100 ms there and back (arXiv 2412.01152 reports runs over
+    # such links); in a site four nodes of eight H100 with 200 Gbit/s each.
+    "three-sites": Cluster(
+        device=DEVICES["h100"],
+        levels=(
+            _level("node", 8, 450e9, 5e-6),
+            _level("site", 4, 200 * _GBIT, 20e-6),
+            _level("wan", 3, 1 * _GBIT, 50e-3),
+        ),
     ),
     # Frontier user guide (OLCF): two dies of an MI250X joined by 200 GB/s, packages by 50-100 GB/s,
     # four 25 GB/s Slingshot adapters a node. 48 nodes: the size of the 384-die runs in arXiv 2501.04266.

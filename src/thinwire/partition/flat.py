@@ -21,7 +21,7 @@ from thinwire.comm.world import World
 from thinwire.partition.layout import Interval, Layout, interval, matrices_in
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
-from thinwire.partition.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, Flow
+from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, Flow
 
 
 @dataclass(frozen=True)

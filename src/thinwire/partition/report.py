@@ -5,7 +5,7 @@ from functools import partial
 from thinwire.comm.codec import IDENTITY, Codec
 from thinwire.partition.engine import Sharded, Unit
 from thinwire.partition.flat import Flat
-from thinwire.partition.traffic import step_bytes, total
+from thinwire.traffic import step_bytes, total
 
 
 def predicted_bytes(sharded: Sharded) -> dict[str, dict[str, int]]:

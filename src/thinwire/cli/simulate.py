@@ -1,0 +1,163 @@
+"""`thinwire simulate RUN.toml`: one step of a plan played through with an event queue."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from thinwire.cli.train import SET
+
+if TYPE_CHECKING:
+    from thinwire.cost.candidate import Setting
+    from thinwire.planner.search import Ranked
+    from thinwire.planner.space import Space
+    from thinwire.simulate.step import Simulated
+    from thinwire.simulate.trouble import Trouble
+
+
+def run(
+    run_file: Annotated[
+        Path, typer.Argument(metavar="RUN.toml", help="A run file; [model], [batch] and [cluster] do.")
+    ],
+    settings: Annotated[list[str] | None, SET] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option("--plan", metavar="PLAN", help="What is decided, e.g. tensor=8,pipeline=4; default: the best."),
+    ] = None,
+    runnable: Annotated[bool, typer.Option(help="Only plans that `thinwire train` runs today.")] = False,
+    codecs: Annotated[str, typer.Option(help="Codecs between nodes: none, bf16 or all.")] = "all",
+    slow_rank: Annotated[
+        list[str] | None,
+        typer.Option("--slow-rank", metavar="REPLICA:STAGE:FACTOR", help="A rank that computes slower."),
+    ] = None,
+    slow_level: Annotated[
+        list[str] | None, typer.Option("--slow-level", metavar="LEVEL:FACTOR", help="A level whose links are slower.")
+    ] = None,
+    jitter: Annotated[float, typer.Option(min=0, max=1, help="Spread of compute times, 0.05 is five percent.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of jitter and failures.")] = 0,
+    mtbf_hours: Annotated[
+        float | None, typer.Option(min=1e-6, help="Mean hours between failures of one rank: plays a long run too.")
+    ] = None,
+    width: Annotated[int, typer.Option(min=20, max=400, help="Columns of the timeline.")] = 100,
+    trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
+) -> None:
+    """Show the timeline of a step, and what slow ranks, slow links, jitter and failures do to it.
+
+    Example: thinwire simulate examples/frontier-20b.toml --plan pipeline=4 --trace step.json
+    """
+    from thinwire.cli.planning import space_of, task
+    from thinwire.simulate.step import simulate_step
+
+    found = task(run_file, settings or [])
+    ranked = _ranked(found.setting, space_of(found, runnable=runnable, codecs=codecs), plan)
+    trouble = _trouble(found.setting, ranked, slow_rank or [], slow_level or [], jitter, seed)
+    simulated = simulate_step(found.setting, ranked.candidate, ranked.axes, trouble)
+    if trace is not None:
+        from thinwire.simulate.trace import write_trace
+
+        write_trace(simulated, trace)
+    if as_json:
+        typer.echo(json.dumps(_document(simulated, ranked), indent=1))
+        return
+    _print(simulated, ranked, found.setting, width)
+    if mtbf_hours is not None:
+        _print_failures(simulated, found.setting, mtbf_hours, seed)
+
+
+def _ranked(setting: "Setting", space: "Space", plan: str | None) -> "Ranked":
+    """The best plan of those that `plan` leaves open. Raises PlanError."""
+    from dataclasses import replace
+
+    from thinwire.planner.choose import choose
+    from thinwire.planner.named import check, parse
+
+    if plan is not None:
+        fields = parse(plan, setting)
+        check(fields, setting)
+        space = replace(space, fixed={**space.fixed, **fields})
+    return choose(setting, space, keep=1, outer="never").best
+
+
+def _trouble(
+    setting: "Setting", ranked: "Ranked", ranks: list[str], levels: list[str], jitter: float, seed: int
+) -> "Trouble":
+    from thinwire.simulate.trouble import Trouble
+
+    candidate = ranked.candidate
+    slow_ranks = {}
+    for text in ranks:
+        replica, stage, factor = _numbers(text, 3, "--slow-rank", "REPLICA:STAGE:FACTOR, for example 0:2:1.5")
+        _within("replica", replica, candidate.data(setting.cluster) * candidate.tensor * candidate.context)
+        _within("stage", stage, candidate.pipeline)
+        slow_ranks[int(replica), int(stage)] = factor
+    slow_levels = {}
+    for text in levels:
+        name, _, factor_text = text.partition(":")
+        (factor,) = _numbers(factor_text, 1, "--slow-level", "LEVEL:FACTOR, for example node:2")
+        slow_levels[setting.cluster.index(name)] = factor
+    return Trouble(slow_ranks, slow_levels, jitter, seed)
+
+
+def _within(what: str, number: float, count: int) -> None:
+    from thinwire.errors import ConfigError
+
+    if number != int(number) or not 0 <= number < count:
+        raise ConfigError(f"--slow-rank: there is no {what} {number:g}; they are 0 to {count - 1}")
+
+
+def _numbers(text: str, count: int, option: str, form: str) -> list[float]:
+    from thinwire.errors import ConfigError
+
+    try:
+        numbers = [float(part) for part in text.split(":")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count or not all(0 <= number < 1e9 for number in numbers) or numbers[-1] <= 0:
+        raise ConfigError(f"{option} {text!r} is not {form}")
+    return numbers
+
+
+def _document(simulated: "Simulated", ranked: "Ranked") -> dict[str, object]:
+    return {
+        "step_s": simulated.step_s,
+        "closed_form_s": ranked.time.total,
+        "outer_s": simulated.outer_s,
+        "events": simulated.events,
+        "ranks": list(simulated.ranks),
+        "busy_s": simulated.busy_s,
+    }
+
+
+def _print(simulated: "Simulated", ranked: "Ranked", setting: "Setting", width: int) -> None:
+    from thinwire.planner.named import show_axes, show_states
+    from thinwire.simulate.trace import timeline
+    from thinwire.units import show_seconds
+
+    chosen = ranked.candidate
+    typer.echo(f"{show_axes(chosen, setting)}, micro-batch {chosen.micro_batch}, {show_states(chosen, setting)}")
+    closed = ranked.time.total
+    typer.echo(
+        f"one step played: {show_seconds(simulated.step_s)} ({simulated.events} events); closed form without trouble "
+        f"{show_seconds(closed)} ({simulated.step_s / closed - 1:+.2%})"
+    )
+    typer.echo("\n".join(timeline(simulated, width=width)))
+
+
+def _print_failures(simulated: "Simulated", setting: "Setting", mtbf_hours: float, seed: int) -> None:
+    """A long run with failures, beside the closed form."""
+    from thinwire.cost.failures import goodput
+    from thinwire.simulate.trouble import default_failures, run_with_failures
+    from thinwire.units import show_seconds
+
+    failures = default_failures(mtbf_hours * 3600)
+    ranks = setting.cluster.ranks
+    best = goodput(failures, ranks)
+    steps = max(100, round(200 * best.mtbf_s / simulated.step_s))
+    played = run_with_failures(simulated.step_s, steps, failures, ranks, seed=seed)
+    typer.echo(
+        f"a failure every {show_seconds(best.mtbf_s)}; checkpoints of {show_seconds(failures.checkpoint_s)} every "
+        f"{show_seconds(best.interval_s)}, restarts of {show_seconds(failures.restart_s)}: {best.share:.1%} of the time is "
+        f"progress, {played.goodput:.1%} in a played run of {steps} steps with {played.failures} failures"
+    )

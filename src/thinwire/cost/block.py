@@ -1,0 +1,160 @@
+"""Seconds of one transformer block, of the embedding and of the head for one micro-batch on one rank, by cause."""
+
+from dataclasses import dataclass
+
+from thinwire.cost.activations import block_elements
+from thinwire.cost.candidate import Candidate, Setting
+from thinwire.cost.collectives import all_reduce_s, gather_s
+from thinwire.cost.device import matmul_s, touch_s
+from thinwire.cost.placement import Axes
+
+KERNELS = 30
+"""Kernels of one eager forward of a block; backward launches twice as many. Fused code launches a third."""
+
+
+@dataclass(frozen=True)
+class Causes:
+    """Seconds of one pass, by cause; `total` is their sum."""
+
+    matmul_s: float = 0.0
+    memory_s: float = 0.0
+    """Element-wise work, bound by the device's memory."""
+    launch_s: float = 0.0
+    """What launching kernels takes beyond the work itself."""
+    tensor_s: float = 0.0
+    """Collectives of the tensor axis: nothing hides them."""
+    context_s: float = 0.0
+    """What attention does not hide of the keys and values going round."""
+
+    @property
+    def total(self) -> float:
+        return self.matmul_s + self.memory_s + self.launch_s + self.tensor_s + self.context_s
+
+    @property
+    def compute_s(self) -> float:
+        return self.matmul_s + self.memory_s + self.launch_s
+
+    def plus(self, other: "Causes", times: float = 1.0) -> "Causes":
+        return Causes(
+            self.matmul_s + times * other.matmul_s,
+            self.memory_s + times * other.memory_s,
+            self.launch_s + times * other.launch_s,
+            self.tensor_s + times * other.tensor_s,
+            self.context_s + times * other.context_s,
+        )
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Forward and backward of one thing; backward includes what is recomputed."""
+
+    forward: Causes
+    backward: Causes
+
+
+def block_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
+    """A block's forward and backward. Backward is two matmuls for one, and the recomputation that is asked for."""
+    tokens = candidate.micro_batch * setting.tokens / candidate.context
+    linear = _linear_s(setting, tokens, candidate.tensor)
+    core = _core_s(setting, candidate)
+    memory = _memory_s(setting, candidate)
+    tensor = _tensor_s(setting, candidate, axes)
+    ring = _ring_s(setting, candidate, axes)
+    forward = _with_floor(Causes(linear + core, memory, 0.0, tensor, max(0.0, ring - core)), setting, 1.0)
+    once = Causes(2 * (linear + core), 2 * memory, 0.0, tensor, max(0.0, 2 * ring - 2 * core))
+    backward = _with_floor(once, setting, 2.0)
+    if candidate.recompute == "full":
+        return Passes(forward, backward.plus(forward, 1.0 / candidate.recompute_every))
+    if candidate.recompute == "selective" and not setting.framework.flash_attention:
+        scores = _scores_memory_s(setting, candidate)
+        return Passes(forward, backward.plus(Causes(core, scores)))
+    return Passes(forward, backward)
+
+
+def head_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
+    """Final norm, head and loss."""
+    tokens = candidate.micro_batch * setting.tokens / candidate.context
+    columns = setting.spec.vocab_size / candidate.tensor
+    multiply = matmul_s(tokens, columns, setting.spec.hidden, setting)
+    loss = touch_s(tokens * columns * setting.framework.logits_bytes / 2, setting)
+    tensor = all_reduce_s(tokens * setting.spec.hidden * setting.compute_bytes, axes.tensor)
+    return Passes(Causes(multiply, loss, 0.0, 0.0), Causes(2 * multiply, loss, 0.0, tensor))
+
+
+def embedding_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
+    """The lookup, and adding gradients up into its rows."""
+    tokens = candidate.micro_batch * setting.tokens / candidate.context
+    moved = tokens * setting.spec.hidden * setting.compute_bytes
+    tensor = all_reduce_s(moved, axes.tensor)
+    return Passes(Causes(0.0, touch_s(3 * moved, setting), 0.0, tensor), Causes(0.0, touch_s(6 * moved, setting)))
+
+
+def _linear_s(setting: Setting, tokens: float, tensor: int) -> float:
+    spec = setting.spec
+    queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    up = spec.ffn if spec.family == "gpt2" else 2 * spec.ffn
+    return (
+        matmul_s(tokens, (queries + 2 * keys) / tensor, spec.hidden, setting)
+        + matmul_s(tokens, spec.hidden, queries / tensor, setting)
+        + matmul_s(tokens, up / tensor, spec.hidden, setting)
+        + matmul_s(tokens, spec.hidden, spec.ffn / tensor, setting)
+    )
+
+
+def _core_s(setting: Setting, candidate: Candidate) -> float:
+    """Scores and their product with the values; a causal kernel does half of the square."""
+    spec, rows = setting.spec, setting.tokens / candidate.context
+    heads = candidate.micro_batch * spec.heads / candidate.tensor
+    half = 0.5 if setting.framework.flash_attention else 1.0
+    if setting.framework.flash_attention:
+        assert setting.cluster.device.peak_flops_per_s
+        flops = 4.0 * rows * setting.tokens * spec.head_size * heads * half
+        share = (
+            setting.calibration.matmul_efficiency * spec.head_size / (spec.head_size + setting.calibration.matmul_half)
+        )
+        return flops / (setting.cluster.device.peak_flops_per_s * share)
+    scores = matmul_s(rows, setting.tokens, spec.head_size, setting, batch=heads)
+    values = matmul_s(rows, spec.head_size, setting.tokens, setting, batch=heads)
+    return scores + values
+
+
+def _memory_s(setting: Setting, candidate: Candidate) -> float:
+    """Every kept element is written once and read once."""
+    tokens = candidate.micro_batch * setting.tokens / candidate.context
+    plain, scores = block_elements(setting, candidate.tensor)
+    times = 1.2 if setting.framework.fused_elementwise else 2.0
+    return touch_s(times * tokens * setting.compute_bytes * (plain + scores), setting)
+
+
+def _scores_memory_s(setting: Setting, candidate: Candidate) -> float:
+    tokens = candidate.micro_batch * setting.tokens / candidate.context
+    return touch_s(2.0 * tokens * setting.compute_bytes * block_elements(setting, candidate.tensor)[1], setting)
+
+
+def _tensor_s(setting: Setting, candidate: Candidate, axes: Axes) -> float:
+    """Two all-reduces a pass (Megatron-LM, arXiv 1909.08053); as gathers and reduce-scatters they send the same bytes."""
+    if candidate.tensor == 1:
+        return 0.0
+    moved = candidate.micro_batch * setting.tokens / candidate.context * setting.spec.hidden * setting.compute_bytes
+    if setting.framework.sequence_parallel:
+        return 4 * gather_s(moved, axes.tensor)
+    return 2 * all_reduce_s(moved, axes.tensor)
+
+
+def _ring_s(setting: Setting, candidate: Candidate, axes: Axes) -> float:
+    """Keys and values of every other part of the sequence pass by once (ring attention, arXiv 2310.01889)."""
+    if candidate.context == 1:
+        return 0.0
+    spec = setting.spec
+    width = 2 * spec.kv_heads * spec.head_size / candidate.tensor
+    whole = candidate.micro_batch * setting.tokens * width * setting.compute_bytes
+    slowest = axes.context[-1]
+    part = whole / candidate.context
+    return (candidate.context - 1) * (part / (slowest.bytes_per_s * slowest.alone) + slowest.latency_s)
+
+
+def _with_floor(causes: Causes, setting: Setting, launches: float) -> Causes:
+    kernels = KERNELS * launches / (3 if setting.framework.fused_elementwise else 1)
+    floor = kernels * setting.calibration.launch_s
+    missing = max(0.0, floor - causes.matmul_s - causes.memory_s)
+    return Causes(causes.matmul_s, causes.memory_s, missing, causes.tensor_s, causes.context_s)

@@ -1,0 +1,59 @@
+"""What a training framework does that costs depend on: thinwire itself, and those whose published runs we predict."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Framework:
+    """Habits of a runtime. Bytes are per parameter."""
+
+    name: str
+    grad_bytes: float = 4.0
+    """Gradient sums in memory."""
+    grad_wire_bytes: float = 4.0
+    """Gradients on the wire where no codec is named."""
+    optimizer_bytes: float = 12.0
+    """Master weights and AdamW's two moments."""
+    flash_attention: bool = True
+    """Attention scores are never stored, and a causal kernel does half of the square."""
+    sequence_parallel: bool = True
+    """Outside its matmuls a tensor-parallel block is cut along the sequence (arXiv 2205.05198)."""
+    overlap_reduce: bool = True
+    """Gradients are reduced behind backward."""
+    overlap_refresh: bool = True
+    """New weights are gathered behind the next forward."""
+    broadcast_refresh: bool = False
+    """New weights come by one broadcast from each owner, not by one gather."""
+    prefetch: bool = True
+    """The next unit's weights are gathered behind this unit's compute."""
+    fused_elementwise: bool = False
+    """Chains of element-wise operations run as one kernel (torch.compile)."""
+    logits_bytes: float = 12.0
+    """Per logit at the peak: half-precision logits, fp32 log-softmax and its gradient, the half-precision gradient."""
+
+
+THINWIRE = Framework("thinwire")
+MEGATRON_2021 = Framework(
+    "Megatron-LM and Megatron-DeepSpeed, 2021-23",
+    grad_wire_bytes=2.0,
+    flash_attention=False,
+    sequence_parallel=False,
+    overlap_reduce=False,
+    overlap_refresh=False,
+)
+"""arXiv 2104.04473: scores stored, whole-gradient all-reduce after the last backward."""
+DEEPSPEED_ZERO3 = Framework("DeepSpeed ZeRO-3, 2021", grad_bytes=2.0, grad_wire_bytes=2.0, flash_attention=False)
+"""arXiv 2104.04473, table 2: without model parallelism."""
+TORCHTITAN = Framework(
+    "torchtitan, 2024", optimizer_bytes=10.0, grad_wire_bytes=4.0, fused_elementwise=True, logits_bytes=12.0
+)
+"""FSDP2 keeps fp32 parameters that are their own masters (counted as 2 + 2 bytes) and moments of 8 bytes."""
+INTERNEVO = Framework(
+    "InternEvo, 2024",
+    grad_bytes=2.0,
+    grad_wire_bytes=2.0,
+    optimizer_bytes=16.0,
+    broadcast_refresh=True,
+    overlap_refresh=False,
+)
+"""A hybrid-precision optimizer with an fp32 copy of the gradients."""

@@ -1,0 +1,143 @@
+"""One rank alone: a compute lane and a send lane for each level, and what hides behind what.
+
+The rules are the engine's: a chain's hops follow one another, each waits for its lane; the next unit's weights set out
+when this unit's compute begins; gradients set out when their unit's backward ends. While any lane sends, compute is
+slower by the calibrated factor. Everything that can overlap a piece of compute has been issued when it begins, so its
+end is known at once and no event queue is needed; the simulator plays the same rules with one.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from thinwire.cost.states import Chain, UnitMoves
+
+
+@dataclass(frozen=True)
+class UnitWork:
+    """A unit's compute for one micro-batch and what moves its states."""
+
+    forward_s: float
+    backward_s: float
+    moves: UnitMoves
+
+
+class Lanes:
+    """When lanes are free, and how much compute was stretched by communication beside it."""
+
+    def __init__(self, slowdown: float) -> None:
+        self.rate = 1.0 / (1.0 + slowdown)
+        self.free: dict[int, float] = {}
+        self.busy: list[tuple[float, float]] = []
+        self.sent_s = 0.0
+        self.stretched_s = 0.0
+
+    def send(self, ready: float, hops: Chain) -> float:
+        """Issue a chain at `ready`; when it arrives."""
+        for level, seconds in hops:
+            begin = max(ready, self.free.get(level, 0.0))
+            ready = self.free[level] = begin + seconds
+            self.busy.append((begin, ready))
+            self.sent_s += seconds
+        return ready
+
+    def compute(self, start: float, work: float) -> float:
+        """When `work` seconds of compute that begin at `start` end."""
+        now, left = start, work
+        self.busy = [span for span in self.busy if span[1] > start]
+        for begin, end in _union(self.busy):
+            quiet = max(0.0, begin - now)
+            if left <= quiet:
+                break
+            now, left = max(now, begin), left - quiet
+            if left <= (end - now) * self.rate:
+                now += left / self.rate
+                self.stretched_s += now - start - work
+                return now
+            left -= (end - now) * self.rate
+            now = end
+        self.stretched_s += now + left - start - work
+        return now + left
+
+
+def _union(spans: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """The spans merged where they touch, in order."""
+    ordered = sorted(spans)
+    if not ordered:
+        return
+    begin, end = ordered[0]
+    for b, e in ordered[1:]:
+        if b > end:
+            yield begin, end
+            begin, end = b, e
+        else:
+            end = max(end, e)
+    yield begin, end
+
+
+@dataclass(frozen=True)
+class Habit:
+    """Which of a unit's moves run behind compute."""
+
+    prefetch: bool
+    overlap_reduce: bool
+    overlap_refresh: bool
+    keep_gathered: bool
+
+
+def forward(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *, refreshing: list[float]) -> float:
+    """One forward through `units`; `refreshing` is when each unit's new weights arrive. Returns its end."""
+    now = start
+    arrive = _gather(lanes, max(now, refreshing[0]), units[0])
+    for index, unit in enumerate(units):
+        begin = max(now, arrive, refreshing[index])
+        following = index + 1 < len(units)
+        if following and habit.prefetch:
+            arrive = _gather(lanes, max(begin, refreshing[index + 1]), units[index + 1])
+        now = lanes.compute(begin, unit.forward_s)
+        if following and not habit.prefetch:
+            arrive = _gather(lanes, max(now, refreshing[index + 1]), units[index + 1])
+    return now
+
+
+def backward(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *, last: bool) -> tuple[float, float]:
+    """One backward; returns its end, and when the last of its reductions arrives."""
+    now, landed, backwards = start, start, units[::-1]
+    arrive = start if habit.keep_gathered else _gather(lanes, start, backwards[0])
+    late: list[Chain] = []
+    for index, unit in enumerate(backwards):
+        begin = max(now, arrive)
+        gathers = index + 1 < len(backwards) and not habit.keep_gathered
+        if gathers and habit.prefetch:
+            arrive = _gather(lanes, begin, backwards[index + 1])
+        now = lanes.compute(begin, unit.backward_s)
+        if gathers and not habit.prefetch:
+            arrive = _gather(lanes, now, backwards[index + 1])
+        sent = unit.moves.reduce_last if last else unit.moves.reduce_each
+        if habit.overlap_reduce:
+            landed = max(landed, lanes.send(now, sent))
+        else:
+            late.append(sent)
+    if late:
+        landed = now = lanes.send(now, _added(late))
+    return now, max(now, landed)
+
+
+def refresh(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit) -> list[float]:
+    """Send the new weights in forward order; when each unit's arrive."""
+    if not habit.overlap_refresh:
+        end = lanes.send(start, _added([unit.moves.refresh for unit in units]))
+        return [end] * len(units)
+    return [lanes.send(start, unit.moves.refresh) for unit in units]
+
+
+def _gather(lanes: Lanes, ready: float, unit: UnitWork) -> float:
+    return lanes.send(ready, unit.moves.gather)
+
+
+def _added(chains: list[Chain]) -> Chain:
+    """Many chains as one: the seconds of each level added up."""
+    sums: dict[int, float] = {}
+    for level, seconds in chain.from_iterable(chains):
+        sums[level] = sums.get(level, 0.0) + seconds
+    return tuple(sums.items())

@@ -1,0 +1,118 @@
+"""Device memory of a stage's ranks by cause, and whether it fits.
+
+States lie as the engine keeps them: weights in the compute precision at lp, gradient sums in fp32 at lg, masters and
+AdamW's moments at lo. While a unit computes, it and the next one are whole; a unit's fresh gradient is whole until it
+has been reduced. Activations: `activations.py`, times the micro-batches that a stage has under way.
+"""
+
+from dataclasses import dataclass
+
+from thinwire.cost.activations import block_bytes, whole_block_bytes
+from thinwire.cost.candidate import Candidate, Setting
+from thinwire.cost.placement import Axes, Hop
+from thinwire.cost.schedule import in_flight
+from thinwire.cost.stages import Counted, Kind, kinds, parameters_of
+from thinwire.cost.states import hop_depths
+
+MARGIN = 1.05
+"""A plan is said to fit only if this many times the predicted memory would still fit."""
+SPREAD = 0.08
+"""Half of the interval given around a prediction, as a share of it."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank of a stage, by cause."""
+
+    stage: int
+    params: float
+    grads: float
+    optimizer: float
+    gathered: float
+    """Whole units while they compute, and a unit's gradient on its way."""
+    activations: float
+    """What forward leaves for backward, of all micro-batches under way."""
+    live: float
+    """The larger of what the loss needs beside them and of a block that is live again while it is recomputed."""
+    outer: float
+    """Outer weights and momentum, if they are kept on the device."""
+    framework: float
+
+    @property
+    def total(self) -> float:
+        return (
+            self.params + self.grads + self.optimizer + self.gathered + self.activations + self.live + self.outer
+            + self.framework
+        )  # fmt: skip
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.total * (1 - SPREAD), self.total * (1 + SPREAD)
+
+    def fits(self, capacity: float) -> bool:
+        """Whether a figure larger by 5% would still fit."""
+        return self.total * MARGIN <= capacity
+
+
+def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Counted) -> Memory:
+    """Memory of the first stage of this kind (of equal stages the one that holds most)."""
+    units = parameters_of(setting, counted.kind, candidate.tensor)
+    total = units["block"] * counted.kind.blocks + units.get("embedding", 0.0) + units.get("head", 0.0)
+    cut_p, cut_g, cut_o = cuts(candidate, axes.states)
+    flying = in_flight(counted.index, candidate.pipeline, candidate.accumulate(setting), candidate.chunks)
+    kept = block_bytes(setting, candidate) * counted.kind.blocks * flying
+    live = whole_block_bytes(setting, candidate) if candidate.recompute == "full" else 0.0
+    framework = setting.framework
+    return Memory(
+        stage=counted.index,
+        params=setting.compute_bytes * total / cut_p,
+        grads=framework.grad_bytes * total / cut_g,
+        optimizer=framework.optimizer_bytes * total / cut_o,
+        gathered=_gathered(setting, candidate, units, counted.kind, cut_p, cut_g),
+        activations=kept,
+        live=max(live, _logits(setting, candidate, counted.kind)),
+        outer=8.0 * total / cut_o if candidate.sync else 0.0,
+        framework=float(setting.calibration.framework_bytes),
+    )
+
+
+def peak_memory(setting: Setting, candidate: Candidate, axes: Axes) -> Memory:
+    """Memory of the fullest stage."""
+    stages = kinds(setting.spec.layers, candidate.pipeline)
+    return max((stage_memory(setting, candidate, axes, each) for each in stages), key=lambda memory: memory.total)
+
+
+def least_state_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> float:
+    """A lower bound of memory that needs neither activations nor logits: states alone."""
+    total = setting.parameters / (candidate.tensor * candidate.pipeline)
+    cut_p, cut_g, cut_o = cuts(candidate, axes.states)
+    framework = setting.framework
+    return total * (setting.compute_bytes / cut_p + framework.grad_bytes / cut_g + framework.optimizer_bytes / cut_o)
+
+
+def cuts(candidate: Candidate, hops: tuple[Hop, ...]) -> tuple[int, int, int]:
+    """Into how many parts parameters, gradients and optimizer states are cut."""
+    cumulative = [1]
+    for hop in hops:
+        cumulative.append(cumulative[-1] * hop.fanout)
+    lp, lg, lo = hop_depths(candidate, hops)
+    return cumulative[lp + 1], cumulative[lg + 1], cumulative[lo + 1]
+
+
+def _gathered(
+    setting: Setting, candidate: Candidate, units: dict[str, float], kind: Kind, cut_p: int, cut_g: int
+) -> float:
+    largest = max(units.values())
+    fresh = (setting.compute_bytes + 4.0) * largest if cut_g > 1 or cut_p > 1 else setting.compute_bytes * largest
+    if cut_p == 1:
+        return fresh
+    whole = units["block"] * kind.blocks + units.get("embedding", 0.0) + units.get("head", 0.0)
+    held = whole if candidate.keep_gathered else min(whole, largest + units["block"])
+    return setting.compute_bytes * held + fresh
+
+
+def _logits(setting: Setting, candidate: Candidate, kind: Kind) -> float:
+    if not kind.last:
+        return 0.0
+    tokens = candidate.micro_batch * setting.tokens / candidate.context
+    return tokens * setting.spec.vocab_size / candidate.tensor * setting.framework.logits_bytes

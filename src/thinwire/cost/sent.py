@@ -1,0 +1,83 @@
+"""Bytes that one rank sends in a step, by level and purpose. Those of the data axis equal the ledger of a real run.
+
+Units are the model's own (embedding, positions, blocks, norm, head), padded as the engine pads them.
+"""
+
+import math
+from collections.abc import Iterator
+
+from thinwire.cost.candidate import Candidate, Setting
+from thinwire.cost.outer import outer_round
+from thinwire.cost.placement import Axes, Hop
+from thinwire.cost.stages import kinds, parameters_of
+from thinwire.cost.states import unit_bytes
+from thinwire.cost.step import message_bytes
+from thinwire.traffic import total
+
+Sent = dict[str, dict[str, float]]
+
+
+def sent_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> Sent:
+    """level name -> purpose -> bytes a rank of the first stage sends in one step."""
+    names = setting.cluster.level_names
+    found: Sent = {}
+    for level, purposes in data_bytes(setting, candidate, axes).items():
+        for purpose, count in purposes.items():
+            _add(found, names[level], purpose, count)
+    for level, purpose, each in _axes_bytes(setting, candidate, axes):
+        _add(found, names[level], purpose, each * candidate.accumulate(setting))
+    if candidate.sync is not None:
+        # Seen from one rank: a group's traffic is spread over its ranks.
+        inside = setting.cluster.ranks_within(candidate.sync.level - 1)
+        round_ = outer_round(setting, candidate.sync, 1.0)
+        _add(found, names[-1], "outer", round_.sent_bytes / inside / round_.every_steps)
+    return found
+
+
+def data_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> dict[int, dict[str, int]]:
+    """level index -> purpose -> bytes of the data axis, for a rank of the first stage."""
+    accumulate = candidate.accumulate(setting)
+    sizes = list(_unit_sizes(setting, candidate))
+    return total([unit_bytes(n, setting, candidate, axes.states, accumulate=accumulate) for n in sizes])
+
+
+def _unit_sizes(setting: Setting, candidate: Candidate) -> Iterator[float]:
+    spec = setting.spec
+    if candidate.pipeline == 1:
+        shapes = spec.parameter_shapes()
+        for unit in spec.units():
+            yield sum(math.prod(shapes[name]) for name in unit.parameters) / candidate.tensor
+        return
+    first = kinds(spec.layers, candidate.pipeline)[0].kind
+    held = parameters_of(setting, first, candidate.tensor)
+    yield from [held["block"]] * first.blocks
+    yield held["embedding"]
+
+
+def _axes_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> Iterator[tuple[int, str, float]]:
+    """(level, purpose, bytes per micro-batch) of the axes that the trainer does not run yet."""
+    blocks = kinds(setting.spec.layers, candidate.pipeline)[0].kind.blocks
+    tokens = candidate.micro_batch * setting.tokens / candidate.context
+    moved = tokens * setting.spec.hidden * setting.compute_bytes
+    passes = 6 if candidate.recompute == "full" else 4
+    yield from _reduced(axes.tensor, "tensor", moved * passes * blocks)
+    if candidate.pipeline > 1:
+        hop = axes.pipeline[-1]
+        yield hop.level, "pipeline", message_bytes(setting, candidate) * candidate.chunks
+    if candidate.context > 1:
+        width = 2 * setting.spec.kv_heads * setting.spec.head_size / candidate.tensor * setting.compute_bytes
+        rounds = (4 if candidate.recompute == "full" else 3) * blocks * (candidate.context - 1)
+        yield axes.context[-1].level, "context", tokens * width * rounds
+
+
+def _reduced(hops: tuple[Hop, ...], purpose: str, whole: float) -> Iterator[tuple[int, str, float]]:
+    """An all-reduce of `whole` bytes over hops: a reduce-scatter and its mirror."""
+    cumulative = 1
+    for hop in hops:
+        cumulative *= hop.fanout
+        yield hop.level, purpose, 2 * whole * (hop.fanout - 1) / cumulative
+
+
+def _add(found: Sent, level: str, purpose: str, count: float) -> None:
+    of_level = found.setdefault(level, {})
+    of_level[purpose] = of_level.get(purpose, 0.0) + count

@@ -1,0 +1,227 @@
+"""Branch and bound: cores in the order of their lower bounds, partitions only of those that may still win.
+
+A core's lower bound is its step without any communication of the data axis; a partition's is also that no link can carry
+its bytes in less time. States cut over everything are the lower bound of memory. Nothing that could be among the best
+`keep` is ever left out; a test compares with plain enumeration.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from thinwire.cost.block import Passes
+from thinwire.cost.candidate import Candidate, Setting
+from thinwire.cost.device import check_device
+from thinwire.cost.memory import Memory, peak_memory
+from thinwire.cost.placement import Axes, place
+from thinwire.cost.stages import parameters_of
+from thinwire.cost.states import unit_moves
+from thinwire.cost.step import Core, StepTime, all_passes, core_of, pipeline_alone, step_time
+from thinwire.errors import PlanError
+from thinwire.planner.space import Space, coded, cores, partitions
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A candidate that fits, with its prediction."""
+
+    candidate: Candidate
+    axes: Axes
+    time: StepTime
+    memory: Memory
+    simulated_s: float | None = None
+    """The step played through with an event queue, for finalists."""
+
+    @property
+    def step_s(self) -> float:
+        """The best estimate there is."""
+        return self.time.total if self.simulated_s is None else self.simulated_s
+
+
+@dataclass
+class Found:
+    """What a search came to."""
+
+    best: list[Ranked] = field(default_factory=list)
+    """The fastest candidates that fit, fastest first."""
+    closest: Ranked | None = None
+    """Of those that do not fit, the one that needs least memory."""
+    cores: int = 0
+    costed: int = 0
+
+    def limit(self, keep: int) -> float:
+        """A step has to be shorter than this to be among the best `keep`."""
+        return self.best[-1].time.total if len(self.best) >= keep else float("inf")
+
+
+class Passing:
+    """Passes of blocks and ends, which many cores share."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._known: dict[tuple[object, ...], tuple[Passes, Passes, Passes]] = {}
+
+    def of(self, candidate: Candidate, axes: Axes) -> tuple[Passes, Passes, Passes]:
+        key = (
+            candidate.tensor,
+            candidate.context,
+            candidate.micro_batch,
+            candidate.recompute,
+            candidate.recompute_every,
+        )
+        if key not in self._known:
+            self._known[key] = all_passes(self._setting, candidate, axes)
+        return self._known[key]
+
+
+def search(setting: Setting, space: Space, *, keep: int = 20) -> Found:
+    """The `keep` fastest candidates that fit. Raises ConfigError if figures are missing, PlanError if nothing divides."""
+    check_device(setting.cluster.device)
+    found = Found()
+    waiting = sorted(_bounded(setting, space, found), key=lambda item: item[0])
+    if not waiting:
+        raise PlanError(_nothing_divides(setting, space))
+    too_large: list[tuple[Candidate, Axes]] = []
+    for least, candidate, axes, passes in waiting:
+        limit = found.limit(keep)
+        if least >= limit:
+            break
+        if not _may_fit(setting, candidate, axes):
+            too_large.append((candidate, axes))
+            continue
+        core = core_of(setting, candidate, axes, passes)
+        if _least_traffic(setting, space, candidate, axes, core) < limit:
+            _expand(setting, space, found, keep, candidate, axes, core)
+    if not found.best:
+        found.closest = _closest(setting, too_large)
+    return found
+
+
+def _bounded(
+    setting: Setting, space: Space, found: Found
+) -> Iterator[tuple[float, Candidate, Axes, tuple[Passes, Passes, Passes]]]:
+    """Cores with their lower bounds."""
+    passing = Passing(setting)
+    placed: dict[tuple[tuple[int, int, int], bool], Axes | None] = {}
+    for candidate in cores(setting, space):
+        if not space.allows(candidate):
+            continue
+        found.cores += 1
+        shape = (candidate.tensor, candidate.context, candidate.pipeline)
+        if (shape, candidate.pipeline_outside) not in placed:
+            placed[shape, candidate.pipeline_outside] = _place(setting, candidate)
+        axes = placed[shape, candidate.pipeline_outside]
+        if not candidate.pipeline_outside and axes == placed[shape, True]:
+            continue  # both orders lie on the same levels
+        if axes is not None:
+            passes = passing.of(candidate, axes)
+            yield pipeline_alone(setting, candidate, axes, passes).total, candidate, axes, passes
+
+
+def _place(setting: Setting, candidate: Candidate) -> Axes | None:
+    try:
+        return place(candidate, setting.cluster, setting.calibration)
+    except PlanError:
+        return None
+
+
+def _sparsest(candidate: Candidate, axes: Axes) -> list[Candidate]:
+    """Cuts of which one needs least memory: everything cut, or parameters and gradients whole (no units besides)."""
+    outermost = max((hop.level for hop in axes.states), default=-1)
+    return [replace(candidate, depths=(lp, lp, outermost)) for lp in (outermost, -1)]
+
+
+def _may_fit(setting: Setting, candidate: Candidate, axes: Axes) -> bool:
+    capacity = setting.cluster.device.memory_bytes
+    assert capacity
+    return any(peak_memory(setting, each, axes).fits(capacity) for each in _sparsest(candidate, axes))
+
+
+def _closest(setting: Setting, too_large: list[tuple[Candidate, Axes]]) -> Ranked | None:
+    """What needs least memory of all that does not fit."""
+    pairs = [(each, axes) for candidate, axes in too_large for each in _sparsest(candidate, axes)]
+    if not pairs:
+        return None
+    candidate, axes = min(pairs, key=lambda pair: peak_memory(setting, pair[0], pair[1]).total)
+    return Ranked(candidate, axes, step_time(setting, candidate, axes), peak_memory(setting, candidate, axes))
+
+
+def _expand(
+    setting: Setting, space: Space, found: Found, keep: int, core_candidate: Candidate, axes: Axes, core: Core
+) -> None:
+    capacity = setting.cluster.device.memory_bytes
+    assert capacity
+    hopeful = sorted(
+        (
+            (_least_on_links(setting, each, axes, core), each)
+            for each in partitions(setting, space, core_candidate, axes)
+            if space.allows(each, partition=True)
+        ),
+        key=lambda pair: pair[0],
+    )
+    memories: dict[tuple[object, ...], Memory] = {}
+    for least, candidate in hopeful:
+        limit = found.limit(keep)
+        if least >= limit:
+            break
+        cut = (candidate.depths, candidate.keep_gathered)
+        if cut not in memories:
+            memories[cut] = peak_memory(setting, candidate, axes)
+        memory = memories[cut]
+        if not memory.fits(capacity):
+            continue
+        time = step_time(setting, candidate, axes, core)
+        found.costed += 1
+        if time.total < limit:
+            found.best.append(Ranked(candidate, axes, time, memory))
+            found.best.sort(key=lambda ranked: (ranked.time.total, ranked.memory.total))
+            del found.best[keep:]
+
+
+def _least_traffic(setting: Setting, space: Space, candidate: Candidate, axes: Axes, core: Core) -> float:
+    """No partition sends less than one reduction and one gather at every level, under the smallest codec there is."""
+    outermost = max((hop.level for hop in axes.states), default=-1)
+    cut = replace(candidate, depths=(-1, -1, outermost))
+    return min(_least_on_links(setting, each, axes, core) for each in [cut, *coded(setting, space, cut, axes)])
+
+
+def _least_on_links(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> float:
+    """No lane can be done sooner than the bytes of the fullest stage's blocks take."""
+    busiest = max(core.stages, key=lambda counted: counted.kind.blocks)
+    elements = parameters_of(setting, busiest.kind, candidate.tensor)["block"] * busiest.kind.blocks
+    moves = unit_moves(elements, setting, candidate, axes.states)
+    gathers = 0 if not moves.gather else core.micro_batches * (1 if candidate.keep_gathered else 2)
+    lanes: dict[int, float] = {}
+    for chain, times in (
+        (moves.gather, gathers),
+        (moves.reduce_each, core.micro_batches - 1),
+        (moves.reduce_last, 1),
+        (moves.refresh, 1),
+    ):
+        for level, seconds in chain:
+            lanes[level] = lanes.get(level, 0.0) + times * seconds
+    return max(lanes.values(), default=0.0)
+
+
+def _nothing_divides(setting: Setting, space: Space) -> str:
+    ranks, sequences = setting.cluster.ranks, setting.sequences
+    share = max(1, round(sequences / ranks)) * ranks
+    what = "data-parallel plans" if space.runnable else "plans"
+    return (
+        f"no {what} divide {sequences} sequences of {setting.tokens} tokens over {ranks} ranks; try batch.sequences = "
+        f"{share}"
+    )
+
+
+def cost(setting: Setting, candidate: Candidate) -> Ranked:
+    """One candidate's prediction. Raises PlanError if it does not divide the levels or the batch."""
+    if candidate.accumulate(setting) == 0:
+        share = candidate.data(setting.cluster) * candidate.groups(setting.cluster) * candidate.micro_batch
+        if share == 0:
+            raise PlanError(f"tensor x context x pipeline does not divide the cluster's {setting.cluster.ranks} ranks")
+        raise PlanError(
+            f"{setting.sequences} sequences do not divide into micro-batches of {candidate.micro_batch} on "
+            f"{share // candidate.micro_batch} data-parallel ranks; try batch.sequences = {share}"
+        )
+    axes = place(candidate, setting.cluster, setting.calibration)
+    core = core_of(setting, candidate, axes)
+    return Ranked(candidate, axes, step_time(setting, candidate, axes, core), peak_memory(setting, candidate, axes))

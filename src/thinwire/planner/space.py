@@ -1,0 +1,132 @@
+"""The space: every candidate that divides the model, the batch and the levels. No costs here.
+
+A core fixes the axes, the micro-batch and recomputation; its partitions and codecs are enumerated for the cores that are
+worth it. Axes are enumerated from divisors; an axis that would cut a level askew is left out by `place`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import combinations_with_replacement
+from typing import Literal
+
+from thinwire.cost.candidate import Candidate, Recompute, Setting, Sync
+from thinwire.cost.placement import Axes
+from thinwire.wire import CodecName
+
+Codecs = Literal["none", "bf16", "all"]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be chosen."""
+
+    runnable: bool = False
+    """Only what `thinwire train` runs today."""
+    codecs: Codecs = "all"
+    """Which codecs gradients and weights may travel under outside the innermost level."""
+    sync: Sync | None = None
+    """Outer synchronisation, if the plans are to have it."""
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    """Fields of a candidate that are decided already."""
+    min_tokens: int = 1024
+    """Least part of a sequence that a context rank keeps."""
+    max_tensor: int = 256
+    max_micro_batch: int = 64
+
+    def allows(self, candidate: Candidate, *, partition: bool = False) -> bool:
+        """Whether a core (with `partition`: also its cut and codecs) has every field that is decided."""
+        names = [
+            name for name in self.fixed if partition or name not in ("depths", "keep_gathered", "weights", "grads")
+        ]
+        return all(getattr(candidate, name) == self.fixed[name] for name in names)
+
+
+def divisors(n: int) -> list[int]:
+    """Divisors of n, ascending."""
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def cores(setting: Setting, space: Space) -> Iterator[Candidate]:
+    """Candidates without partition and codecs; a few of them lie askew on the levels."""
+    spec, ranks = setting.spec, setting.cluster.ranks
+    groups = space.sync.groups(setting.cluster) if space.sync else 1
+    inside = ranks // groups
+    for tensor in _tensors(setting, space, inside):
+        for context in _contexts(setting, space, inside // tensor):
+            for pipeline in [1] if space.runnable else divisors(inside // tensor // context):
+                if pipeline > spec.layers:
+                    continue
+                data = inside // (tensor * context * pipeline)
+                if setting.sequences % (data * groups):
+                    continue
+                shape = (tensor, context, pipeline)
+                yield from _details(setting, space, shape, data, setting.sequences // (data * groups))
+
+
+def _tensors(setting: Setting, space: Space, inside: int) -> list[int]:
+    if space.runnable:
+        return [1]
+    spec = setting.spec
+    fits = [t for t in divisors(inside) if spec.heads % t == 0 and spec.ffn % t == 0 and t <= space.max_tensor]
+    return [t for t in fits if spec.kv_heads % t == 0 or t % spec.kv_heads == 0]
+
+
+def _contexts(setting: Setting, space: Space, left: int) -> list[int]:
+    if space.runnable:
+        return [1]
+    most = setting.tokens // space.min_tokens
+    return [c for c in divisors(left) if c == 1 or (c <= most and setting.tokens % (2 * c) == 0)]
+
+
+def _details(setting: Setting, space: Space, shape: tuple[int, int, int], data: int, share: int) -> Iterator[Candidate]:
+    tensor, context, pipeline = shape
+    recomputes: list[Recompute] = ["none", "full"]
+    if not setting.framework.flash_attention:
+        recomputes.insert(1, "selective")
+    orders = [True, False] if pipeline > 1 and data > 1 else [True]
+    for micro_batch in divisors(share):
+        if micro_batch > space.max_micro_batch:
+            break
+        for chunks in _chunks(setting.spec.layers, pipeline, share // micro_batch):
+            for recompute in recomputes:
+                for outside in orders:
+                    yield Candidate(tensor, context, pipeline, chunks, outside, micro_batch, recompute, sync=space.sync)
+
+
+def _chunks(layers: int, pipeline: int, micro_batches: int) -> list[int]:
+    """Interleaving needs equal chunks and micro-batches in whole rounds of the pipeline (arXiv 2104.04473)."""
+    if pipeline == 1 or layers % pipeline or micro_batches % pipeline:
+        return [1]
+    return [v for v in divisors(layers // pipeline) if v <= 8]
+
+
+def partitions(setting: Setting, space: Space, core: Candidate, axes: Axes) -> Iterator[Candidate]:
+    """Every legal cut of `core` over the levels that its states axis crosses, with every set of codecs."""
+    depths = [-1, *(hop.level for hop in axes.states)]
+    for lp, lg, lo in combinations_with_replacement(depths, 3):
+        keeps = [False, True] if lp >= 0 else [False]
+        for keep in keeps:
+            cut = replace(core, depths=(lp, lg, lo), keep_gathered=keep)
+            yield cut
+            yield from coded(setting, space, cut, axes)
+
+
+def coded(setting: Setting, space: Space, cut: Candidate, axes: Axes) -> Iterator[Candidate]:
+    """The cut with codecs on every level but the innermost."""
+    levels = {hop.level for hop in axes.states if hop.level > 0}
+    if not levels or space.codecs == "none":
+        return
+    sets: list[tuple[CodecName | None, CodecName]] = [(None, "bf16")]
+    if space.codecs == "all":
+        sets += [("int8", "int8"), ("int8", "int4")]
+    for weights, grads in sets:
+        yield replace(
+            cut,
+            weights=_per_level(setting, levels, weights) if weights else (),
+            grads=_per_level(setting, levels, grads),
+        )
+
+
+def _per_level(setting: Setting, levels: set[int], codec: CodecName) -> tuple[CodecName | None, ...]:
+    return tuple(codec if index in levels else None for index in range(len(setting.cluster.levels)))

@@ -1,0 +1,83 @@
+"""A step as people see it: a trace file for Perfetto or chrome://tracing, and lines of text for a terminal.
+
+The trace is the Chrome trace event format, complete events ("ph": "X") with times in microseconds; a process is a rank, a
+thread is a lane. The runtime's own traces have the same form, so that both can be opened side by side.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from thinwire.simulate.queue import Span
+from thinwire.simulate.step import Simulated
+
+
+def trace_events(simulated: Simulated) -> list[dict[str, Any]]:
+    """Events of the trace: names of ranks and lanes, then what took place."""
+    lanes: dict[tuple[int, str], int] = {}
+    for span in simulated.spans:
+        lanes.setdefault((span.rank, span.lane), len(lanes))
+    ranks = sorted({rank for rank, _ in lanes})
+    names = [_meta("process_name", rank, 0, simulated.ranks[rank]) for rank in ranks]
+    names += [_meta("thread_name", rank, thread, lane) for (rank, lane), thread in lanes.items()]
+    return names + [_complete(span, lanes[span.rank, span.lane]) for span in simulated.spans]
+
+
+def _meta(what: str, rank: int, thread: int, name: str) -> dict[str, Any]:
+    return {"name": what, "ph": "M", "pid": rank, "tid": thread, "args": {"name": name}}
+
+
+def _complete(span: Span, thread: int) -> dict[str, Any]:
+    return {
+        "name": span.name, "cat": "compute" if span.lane == "compute" else "wire", "ph": "X", "pid": span.rank,
+        "tid": thread, "ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6,
+    }  # fmt: skip
+
+
+def write_trace(simulated: Simulated, path: Path) -> None:
+    """Write the trace file."""
+    path.write_text(
+        json.dumps({"traceEvents": trace_events(simulated), "displayTimeUnit": "ms"}) + "\n", encoding="utf-8"
+    )
+
+
+_SIGNS = {"forward": "F", "backward": "B", "optimizer": "O", "gather": "g", "reduce": "r", "refresh": "w", "send": "s"}
+
+
+def timeline(simulated: Simulated, *, width: int = 100, rows: int = 24) -> list[str]:
+    """A line for each lane that was used: the sign of what filled most of each column, or a dot."""
+    end = max((span.end_s for span in simulated.spans), default=0.0)
+    if end == 0:
+        return []
+    by_lane: dict[tuple[int, str], list[Span]] = {}
+    for span in simulated.spans:
+        by_lane.setdefault((span.rank, span.lane), []).append(span)
+    names = {
+        key: f"{simulated.ranks[key[0]]} {key[1]}"
+        for key in sorted(by_lane, key=lambda key: (key[0], key[1] != "compute"))
+    }
+    shown = list(names)[:rows]
+    indent = max(len(names[key]) for key in shown)
+    lines = [f"{names[key]:<{indent}} |{_row(by_lane[key], end, width)}|" for key in shown]
+    if len(names) > rows:
+        lines.append(f"({len(names) - rows} more lanes)")
+    return [
+        *lines,
+        "F forward  B backward  O optimizer  g gather  r reduce  w new weights  s send between stages  . idle",
+    ]
+
+
+def _row(spans: list[Span], end: float, width: int) -> str:
+    filled: list[dict[str, float]] = [{} for _ in range(width)]
+    for span in spans:
+        sign = _SIGNS.get(span.name.split()[0], "?")
+        first, last = span.start_s / end * width, span.end_s / end * width
+        for column in range(int(first), min(width - 1, int(last)) + 1):
+            share = min(last, column + 1) - max(first, column)
+            filled[column][sign] = filled[column].get(sign, 0.0) + share
+    return "".join(_most(column) for column in filled)
+
+
+def _most(column: dict[str, float]) -> str:
+    sign = max(column, key=lambda key: column[key], default=".")
+    return sign if column and sum(column.values()) >= 0.25 else "."

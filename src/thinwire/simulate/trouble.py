@@ -1,0 +1,78 @@
+"""What does not go as computed: slow ranks, jitter, slow links; and failures over a whole run. All from a seed."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+from thinwire.cost.failures import Failures, goodput
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Everything is as computed by default."""
+
+    slow_ranks: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    """(replica, stage) -> how many times longer its compute takes."""
+    slow_levels: Mapping[int, float] = field(default_factory=dict)
+    """level -> how many times longer its messages take."""
+    jitter: float = 0.0
+    """Spread of compute times: the standard deviation of their logarithm."""
+    seed: int = 0
+
+
+class Jitter:
+    """Factors of compute time. One simulated rank stands for `many` alike: it gets the slowest one's draw."""
+
+    def __init__(self, trouble: Trouble, rank: int, many: int) -> None:
+        self._random = random.Random(f"{trouble.seed}:{rank}")
+        self._spread, self._many = trouble.jitter, many
+
+    def factor(self) -> float:
+        if self._spread == 0:
+            return 1.0
+        share = min(max(self._random.random(), 1e-12), 1 - 1e-12) ** (1 / self._many)
+        return float(pow(2.718281828459045, self._spread * NormalDist().inv_cdf(min(share, 1 - 1e-15))))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A long run with failures."""
+
+    wall_s: float
+    failures: int
+    useful_s: float
+
+    @property
+    def goodput(self) -> float:
+        return self.useful_s / self.wall_s
+
+
+def run_with_failures(
+    step_s: float, steps: int, failures: Failures, ranks: int, *, interval_s: float | None = None, seed: int = 0
+) -> Run:
+    """Play `steps` steps with checkpoints and failures: what was done since the last checkpoint is done again.
+
+    `interval_s` is the time between checkpoints; the default is the best of `goodput`.
+    """
+    rng = random.Random(seed)
+    best = goodput(failures, ranks)
+    every = max(1, round((interval_s or best.interval_s) / step_s))
+    now, done, saved, failed = 0.0, 0, 0, 0
+    fails_at = rng.expovariate(1 / best.mtbf_s)
+    while done < steps:
+        target = min(saved + every, steps)
+        end = now + (target - done) * step_s + failures.checkpoint_s
+        if fails_at < end:
+            failed += 1
+            now = fails_at + failures.restart_s
+            fails_at = now + rng.expovariate(1 / best.mtbf_s)
+            done = saved
+        else:
+            now, done, saved = end, target, target
+    return Run(now, failed, steps * step_s)
+
+
+def default_failures(rank_mtbf_s: float) -> Failures:
+    """Checkpoints of 30 s and restarts of 5 minutes, where nothing is known of them."""
+    return Failures(rank_mtbf_s, checkpoint_s=30.0, restart_s=300.0)

@@ -1,0 +1,274 @@
+"""Costs conserve, never get worse with better hardware, and have the limits that they must have."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from thinwire.cluster.calibration import Calibration
+from thinwire.cluster.cluster import Cluster, Device, Level
+from thinwire.cluster.presets import device_preset
+from thinwire.comm.world import World
+from thinwire.cost.block import block_passes
+from thinwire.cost.candidate import Candidate, Setting, Sync
+from thinwire.cost.collectives import all_reduce_s, gather_s
+from thinwire.cost.device import check_device, efficiency, matmul_s
+from thinwire.cost.failures import Failures, goodput
+from thinwire.cost.memory import peak_memory, stage_memory
+from thinwire.cost.outer import outer_round, rate_for_utilisation, utilisation
+from thinwire.cost.placement import Axes, axis_hops, place
+from thinwire.cost.schedule import in_flight, pipeline_time
+from thinwire.cost.sent import data_bytes, sent_bytes
+from thinwire.cost.stages import Kind, kinds, parameters_of
+from thinwire.cost.step import StepTime, core_of, step_time
+from thinwire.errors import ConfigError, PlanError
+from thinwire.model.presets import preset
+from thinwire.model.spec import ModelSpec
+from thinwire.model.transformer import Transformer
+from thinwire.partition.engine import shard
+from thinwire.partition.report import predicted_bytes
+from worlds import run_world
+
+SPEC = ModelSpec(vocab_size=320, hidden=48, layers=3, heads=4, kv_heads=2, head_size=12, ffn=100, max_tokens=64)
+
+
+def cluster(*fanouts: int, rate: float = 1e10, latency: float = 1e-6, device: str = "a100-80g") -> Cluster:
+    names = ("node", "cluster", "site")
+    levels = [
+        Level(name=names[i], fanout=fanout, bytes_per_s=rate / 4**i, latency_s=latency)
+        for i, fanout in enumerate(fanouts)
+    ]
+    return Cluster(device=device_preset(device), levels=tuple(levels))
+
+
+def setting(*fanouts: int, model: str = "llama-2-7b", sequences: int = 64, **given: Any) -> Setting:
+    return Setting(preset(model), cluster(*fanouts, **given), sequences, 2048)
+
+
+def step_of(given: Setting, candidate: Candidate) -> StepTime:
+    return step_time(given, candidate, place(candidate, given.cluster, given.calibration))
+
+
+CANDIDATES = [
+    Candidate(depths=(-1, -1, -1)),
+    Candidate(depths=(-1, -1, 1), micro_batch=2, recompute="full"),
+    Candidate(depths=(0, 0, 1)),
+    Candidate(depths=(1, 1, 1), recompute="full"),
+    Candidate(depths=(0, 1, 1), weights=(None, "int8"), grads=(None, "int4")),
+    Candidate(tensor=4, depths=(-1, -1, 1)),
+    Candidate(tensor=2, pipeline=4, depths=(-1, -1, 1), recompute="full"),
+    Candidate(tensor=2, pipeline=2, chunks=2, pipeline_outside=False, depths=(-1, -1, 1)),
+    Candidate(context=2, depths=(1, 1, 1)),
+    Candidate(depths=(0, 0, 0), sync=Sync(1, 32, 4, 2, "int4")),
+]
+
+
+def test_axes_fall_onto_levels_and_share_links() -> None:
+    given = cluster(8, 4, rate=8e9)
+    axes = place(Candidate(tensor=2, pipeline=4), given, Calibration(inner_link_efficiency=1, outer_link_efficiency=1))
+    assert [(hop.level, hop.fanout) for hop in axes.tensor] == [(0, 2)]
+    assert [(hop.level, hop.fanout) for hop in axes.data] == [(0, 4)]
+    assert [(hop.level, hop.fanout, hop.alone) for hop in axes.pipeline] == [(1, 4, 1.0)]
+    inside = place(Candidate(tensor=2, pipeline=4, pipeline_outside=False), given, Calibration(outer_link_efficiency=1))
+    assert [(hop.level, hop.fanout) for hop in inside.pipeline] == [(0, 4)]
+    assert inside.data[0].bytes_per_s == 2e9 / 8  # eight ranks share a node's link
+
+
+@pytest.mark.parametrize(("size", "stride"), [(12, 1), (16, 3)])
+def test_an_axis_that_cuts_a_level_askew_is_refused(size: int, stride: int) -> None:
+    with pytest.raises(PlanError, match="does not divide level"):
+        axis_hops("tensor", size, stride, cluster(8, 6), Calibration())
+
+
+def test_a_level_without_figures_is_one_sentence() -> None:
+    bare = Cluster(device=device_preset("h100"), levels=(Level(name="node", fanout=2),))
+    with pytest.raises(ConfigError, match="level 'node' has no bytes_per_s, which planning needs"):
+        place(Candidate(), bare, Calibration())
+    with pytest.raises(ConfigError, match="device 'cpu' has no peak_flops_per_s"):
+        check_device(Device())
+
+
+def test_hierarchy_sends_what_a_flat_ring_sends_and_latency_is_counted_per_hop() -> None:
+    flat = Calibration(inner_link_efficiency=1, outer_link_efficiency=1)
+    one = axis_hops("data", 8, 1, cluster(8, rate=1e9, latency=1e-3), flat)
+    assert gather_s(8e9, one) == pytest.approx(7.0 + 7e-3)
+    assert all_reduce_s(8e9, one) == pytest.approx(14.0 + 14e-3)
+    assert all_reduce_s(8.0, one) == pytest.approx(6e-3, rel=1e-3)  # a tree: log2(8) hops each way
+    two = axis_hops("data", 8, 1, cluster(2, 4, rate=1e9, latency=0), flat)
+    assert gather_s(8e9, two) == pytest.approx(4.0 + 3.0 * 8)  # the link is a quarter as fast, and two ranks share it
+
+
+def test_matmuls_approach_the_calibrated_peak_and_never_pass_it() -> None:
+    given = setting(2)
+    assert efficiency(1e9, 1e9, 1e9, given.calibration) == pytest.approx(given.calibration.matmul_efficiency, rel=1e-5)
+    shapes = [2.0**k for k in range(4, 16)]
+    values = [efficiency(n, n, n, given.calibration) for n in shapes]
+    assert values == sorted(values)
+    big, peak = 65536.0, given.cluster.device.peak_flops_per_s
+    assert peak is not None
+    assert matmul_s(big, big, big, given) > 2 * big**3 / peak
+    thin = matmul_s(1.0, 8192.0, 8192.0, given)
+    assert thin > 2 * 8192**2 / 2.039e12  # one row reads the whole matrix: memory sets the time
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(96, 8), (126, 16), (5, 4), (7, 7), (4, 1), (9, 2)])
+def test_stages_hold_every_block_and_every_parameter_once(layers: int, stages: int) -> None:
+    dealt = kinds(layers, stages)
+    assert sum(item.count for item in dealt) == stages
+    assert sum(item.count * item.kind.blocks for item in dealt) == layers
+    assert dealt[0].kind.first
+    assert dealt[-1].kind.last
+    spec = preset("llama-2-7b").model_copy(update={"layers": layers})
+    given = Setting(spec, cluster(1), 1, 2048)
+    held = 0.0
+    for item in dealt:
+        sizes = parameters_of(given, item.kind, 1)
+        held += item.count * (item.kind.blocks * sizes["block"] + sum(v for k, v in sizes.items() if k != "block"))
+    assert held == spec.parameters
+
+
+def test_bubbles_are_the_published_ones() -> None:
+    even = [(1.0, 8)]
+    assert pipeline_time(even, micro_batches=32, chunks=1, send_s=0).bubble_s == pytest.approx(7.0)
+    assert pipeline_time(even, micro_batches=32, chunks=4, send_s=0).bubble_s == pytest.approx(7.0 / 4)
+    uneven = pipeline_time([(1.0, 7), (1.5, 1)], micro_batches=10, chunks=1, send_s=0)
+    assert uneven.total == pytest.approx(7 * 1.0 + 10 * 1.5)
+    assert [in_flight(i, 4, 8, 1) for i in range(4)] == [4, 3, 2, 1]
+    assert in_flight(0, 4, 8, 2) == pytest.approx(4 * (1 + 3 / 8) + 0.0, abs=0.5)
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_causes_add_up_and_are_never_negative(candidate: Candidate) -> None:
+    got = step_of(setting(8, 4), candidate)
+    parts = dataclasses.asdict(got)
+    hidden = parts.pop("hidden_s")
+    assert all(value >= -1e-12 for value in (*parts.values(), hidden)), parts
+    assert got.total == pytest.approx(sum(parts.values()))
+    assert got.total > 0
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_more_bandwidth_is_never_slower_and_without_latency_tends_to_compute(candidate: Candidate) -> None:
+    totals = [step_of(setting(8, 4, rate=rate, latency=0), candidate).total for rate in (1e8, 1e9, 1e10, 1e11, 1e14)]
+    assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(totals)), totals
+    endless = step_of(setting(8, 4, rate=1e18, latency=0), candidate)
+    assert endless.total == pytest.approx(endless.compute_s + endless.bubble_s + endless.optimizer_s, rel=0.02)
+
+
+def test_a_faster_device_is_never_slower_and_recompute_costs_a_forward() -> None:
+    assert step_of(setting(8, device="h100"), Candidate()).total < step_of(setting(8), Candidate()).total
+    given = setting(1)
+    axes = place(Candidate(), given.cluster, given.calibration)
+    plain = block_passes(given, Candidate(), axes)
+    again = block_passes(given, Candidate(recompute="full"), axes)
+    assert again.backward.total == pytest.approx(plain.backward.total + plain.forward.total)
+
+
+def test_work_equals_the_models_flops_at_a_flat_efficiency() -> None:
+    flat = Calibration(matmul_efficiency=1.0, matmul_half=0.0, launch_s=0.0)
+    base = setting(4, sequences=8)
+    given = Setting(base.spec, base.cluster, 8, 2048, calibration=flat)
+    got = step_of(given, Candidate(micro_batch=2))
+    peak = given.cluster.device.peak_flops_per_s
+    assert peak is not None
+    assert got.matmul_s == pytest.approx(
+        2 * 2048 * given.spec.model_flops_per_token(2048, causal=True) / peak, rel=1e-6
+    )
+
+
+def test_memory_falls_with_every_cut_and_depends_on_the_stage() -> None:
+    given = setting(8, 4, model="llama-2-7b")
+    totals = []
+    for depths in [(-1, -1, -1), (-1, -1, 0), (-1, -1, 1), (0, 0, 1), (0, 1, 1), (1, 1, 1)]:
+        candidate = Candidate(depths=depths, recompute="full")
+        totals.append(peak_memory(given, candidate, place(candidate, given.cluster, given.calibration)))
+    states = [memory.params + memory.grads + memory.optimizer for memory in totals]
+    assert states == sorted(states, reverse=True)
+    assert states[0] == pytest.approx(18 * given.spec.parameters)
+    assert states[-1] == pytest.approx(18 * given.spec.parameters / 32)
+    piped = Candidate(pipeline=4, depths=(-1, -1, 1))
+    axes = place(piped, given.cluster, given.calibration)
+    stages = [stage_memory(given, piped, axes, each) for each in kinds(given.spec.layers, 4)]
+    assert stages[0].activations > stages[-1].activations
+    assert stages[0].live == 0 < stages[-1].live
+
+
+def test_fits_is_not_said_of_what_five_percent_more_would_break() -> None:
+    candidate = Candidate(depths=(1, 1, 1), recompute="full")
+    given = setting(8, 4)
+    memory = peak_memory(given, candidate, place(candidate, given.cluster, given.calibration))
+    assert memory.fits(memory.total * 1.051)
+    assert not memory.fits(memory.total * 1.049)
+    low, high = memory.interval
+    assert low < memory.total < high
+
+
+def test_an_outer_round_stalls_only_for_what_overlap_does_not_hide() -> None:
+    given = setting(8, 4, 2, rate=1e9)
+    plain, streaming = Sync(2, 100), Sync(2, 100, fragments=10, overlap_steps=5)
+    whole, part = outer_round(given, plain, 1.0), outer_round(given, streaming, 1.0)
+    assert part.sent_bytes == pytest.approx(whole.sent_bytes / 10, rel=1e-6)
+    assert whole.stall_s == whole.travel_s
+    assert part.stall_s == pytest.approx(max(0.0, part.travel_s - 5.0))
+    rate = rate_for_utilisation(0.9, parameters=1e9, groups=2, step_s=1.0, sync=plain)
+    travel = 2e9 / rate
+    assert utilisation(step_s=1.0, inner_steps=100, stall=travel) == pytest.approx(0.9)
+    assert rate_for_utilisation(0.99, parameters=1e9, groups=2, step_s=1.0, sync=None) > 50 * rate
+
+
+def test_goodput_is_youngs_optimum_and_islands_lose_less() -> None:
+    given = Failures(rank_mtbf_s=3e9, checkpoint_s=60, restart_s=600)
+    whole = goodput(given, 10_000)
+    assert whole.interval_s == pytest.approx(math.sqrt(2 * 60 * 3e5))
+    for factor in (0.5, 2.0):
+        interval = whole.interval_s * factor
+        assert 1 - (60 / interval + interval / 6e5 + 600 / 3e5) < whole.share
+    assert goodput(given, 10_000, islands=10).share > whole.share
+
+
+def _engine_bytes(world: World, depths: tuple[int, int, int], coded: bool) -> dict[str, dict[str, int]]:
+    torch.manual_seed(0)
+    given = _cpu_setting(tuple(level.fanout for level in world.cluster.levels))
+    candidate = _coded(Candidate(depths=depths, micro_batch=1), coded)
+    return predicted_bytes(shard(Transformer(SPEC), candidate.to_plan(given), world))
+
+
+def _coded(candidate: Candidate, coded: bool) -> Candidate:
+    return dataclasses.replace(candidate, weights=(None, "int8"), grads=(None, "int4")) if coded else candidate
+
+
+def _cpu_setting(fanouts: tuple[int, ...]) -> Setting:
+    return Setting(SPEC, cluster(*fanouts), 8, 32, compute_dtype="fp32")
+
+
+@pytest.mark.parametrize("depths", [(-1, -1, -1), (-1, -1, 1), (0, 0, 1), (0, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("coded", [False, True])
+def test_bytes_of_the_data_axis_are_the_engines(depths: tuple[int, int, int], coded: bool) -> None:
+    engine = run_world((2, 2), _engine_bytes, depths, coded)[0]
+    given = _cpu_setting((2, 2))
+    candidate = _coded(Candidate(depths=depths), coded)
+    found = data_bytes(given, candidate, place(candidate, given.cluster, given.calibration))
+    names = given.cluster.level_names
+    assert {names[level]: purposes for level, purposes in sorted(found.items())} == engine
+
+
+def test_axes_the_trainer_does_not_run_are_named_and_counted() -> None:
+    given = setting(8, 4)
+    candidate = Candidate(tensor=4, pipeline=2, depths=(-1, -1, 1))
+    assert candidate.not_run_yet == ("tensor", "pipeline")
+    assert not candidate.runnable
+    sent = sent_bytes(given, candidate, place(candidate, given.cluster, given.calibration))
+    moved = 2048 * given.spec.hidden * 2
+    assert sent["node"]["tensor"] == pytest.approx(2 * moved * 4 * 16 * 3 / 4 * candidate.accumulate(given))
+    assert Candidate(depths=(0, 0, 1)).runnable
+
+
+def test_the_core_is_a_lower_bound_of_the_step() -> None:
+    given = setting(8, 4)
+    for candidate in CANDIDATES:
+        axes: Axes = place(candidate, given.cluster, given.calibration)
+        assert core_of(given, candidate, axes).least_s <= step_time(given, candidate, axes).total * (1 + 1e-9)
+    assert Kind(3, True, False).blocks == 3
