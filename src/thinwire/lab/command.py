@@ -50,9 +50,13 @@ class Running:
             stale.unlink()
         cwd = str(Path.cwd())
         self._started_s = time.monotonic()
-        for member in members:
-            log, environment = str(self.log(member).absolute()), dict(member.environment)
-            agent.ask("spawn", host=member.host, argv=command, environment=environment, cwd=cwd, log=log)
+        try:
+            for member in members:
+                log, environment = str(self.log(member).absolute()), dict(member.environment)
+                agent.ask("spawn", host=member.host, argv=command, environment=environment, cwd=cwd, log=log)
+        except BaseException:
+            agent.ask("clear")
+            raise
         self._ended_s: float | None = None
 
     @property

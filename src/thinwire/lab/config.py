@@ -1,5 +1,6 @@
 """LAB.toml: how many hosts and ranks, what rate each link has, which faults come when."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -63,6 +64,8 @@ class LabConfig(Frozen):
     """Bytes per second of every site's uplink."""
     delay: Seconds | None = Field(default=None, gt=0)
     """One-way delay of a host's uplink; needs netem in the kernel."""
+    congestion: str | None = None
+    """TCP's congestion control on the links; default: cubic, or reno where the kernel has no cubic."""
     burst: Bytes | None = Field(default=None, ge=20_000)
     """Bytes a link may send at once before its rate holds; default: what the rate needs."""
     memory_per_rank: Bytes = Field(default=300 * 2**20, ge=0)
@@ -149,6 +152,15 @@ def check_memory(config: LabConfig, available_bytes: int) -> None:
             f"{show_bytes(config.memory_per_rank)} each, but this machine has {show_bytes(available_bytes)} available; "
             f"at most {available_bytes // config.memory_per_rank} ranks fit, or lower memory_per_rank"
         )
+
+
+def choose_congestion(config: LabConfig, available: Sequence[str]) -> str:
+    """The congestion control to use, of those the kernel has. Raises ConfigError if the one asked for is not there."""
+    if config.congestion is None:
+        return "cubic" if "cubic" in available else "reno"
+    if config.congestion not in available:
+        raise ConfigError(f"congestion = {config.congestion!r} is not in this kernel, which has {', '.join(available)}")
+    return config.congestion
 
 
 def available_memory_bytes(text: str) -> int:

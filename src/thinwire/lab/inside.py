@@ -6,7 +6,6 @@ machine needs none. No name is left in the file system, and when the owner dies,
 
 import json
 import os
-import secrets
 import select
 import signal
 import socket
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from thinwire.errors import LabError
-from thinwire.lab.tools import check_machine, may_administrate, search_path, why_no_namespaces
+from thinwire.lab.tools import may_administrate, search_path, why_no_namespaces
 
-PREFIX = "thinwire-lab-"
 AGENT = "thinwire.lab.agent"
 _START_S, _END_S = 30.0, 10.0
 
@@ -32,15 +30,13 @@ class Inside:
         self._lines = channel.makefile("rb")
 
     @staticmethod
-    def open(*, rootless: bool | None = None) -> "Inside":
+    def open(name: str, *, rootless: bool | None = None) -> "Inside":
         """Make the namespaces and wait for the agent. `rootless` None: only if this process is no administrator.
 
         Raises LabError that says what this machine lacks.
         """
-        check_machine(os.environ)
         if rootless is None:
             rootless = not may_administrate(Path("/proc/self/status").read_text(encoding="ascii"))
-        name = f"{PREFIX}{os.getpid()}-{start_ticks(os.getpid())}-{secrets.token_hex(3)}"
         ours, theirs = socket.socketpair()
         owner = os.pidfd_open(os.getpid())
         try:
@@ -104,12 +100,3 @@ def _command(name: str, channel: int, owner: int, *, rootless: bool) -> list[str
     spaces = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
     agent = [sys.executable, "-m", AGENT, name, str(channel), str(owner)]
     return ["unshare", *user, *spaces, "--", *agent]
-
-
-def start_ticks(pid: int) -> int | None:
-    """When a process started, in ticks since boot; None if there is none. Tells a process from a later one of its pid."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return int(text.rpartition(")")[2].split()[19])

@@ -16,13 +16,16 @@ from pathlib import Path
 from thinwire.errors import ConfigError, LabError
 from thinwire.lab import network
 from thinwire.lab.command import Running
-from thinwire.lab.config import Fault, LabConfig, available_memory_bytes, check_memory, checked_rate
+from thinwire.lab.config import Fault, LabConfig, available_memory_bytes, check_memory, checked_rate, choose_congestion
 from thinwire.lab.counters import Counters, Traffic
 from thinwire.lab.inside import Inside
+from thinwire.lab.names import new_name
 from thinwire.lab.network import Command
 from thinwire.lab.outcome import Outcome
 from thinwire.lab.place import FIRST_PORT, members
-from thinwire.lab.tools import search_path, why_command_failed
+from thinwire.lab.tools import check_machine, search_path, why_command_failed
+
+_AVAILABLE = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 
 
 class Lab:
@@ -43,15 +46,19 @@ class Lab:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.config, self._given_folder, self._rootless, self._say = config, folder, rootless, say
+        self.name = new_name()
+        """What the lab is called in the list of processes."""
         self._inside: Inside | None = None
         self._running: Running | None = None
         self._commands = 0
 
     def __enter__(self) -> "Lab":
+        check_machine(os.environ)
         check_memory(self.config, available_memory_bytes(Path("/proc/meminfo").read_text(encoding="ascii")))
-        self.folder = self._given_folder or Path(tempfile.mkdtemp(prefix="thinwire-lab-"))
+        self._congestion = choose_congestion(self.config, _AVAILABLE.read_text(encoding="ascii").split())
+        self.folder = self._given_folder or Path(tempfile.gettempdir()) / self.name
         try:
-            self._inside = Inside.open(rootless=self._rootless)
+            self._inside = Inside.open(self.name, rootless=self._rootless)
             self._build()
         except BaseException:
             self.__exit__()
@@ -64,11 +71,6 @@ class Lab:
             self._inside = None
         if self._given_folder is None:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-    @property
-    def name(self) -> str:
-        """What the lab is called in the list of processes."""
-        return self._agent.name
 
     def start(
         self,
@@ -92,6 +94,9 @@ class Lab:
             raise ConfigError(
                 f"there is no program {command[0]!r} to run on the lab" if command else "no command given"
             )
+        chosen = self.config.faults if faults is None else faults
+        if events is None and self.config.events is None and any(fault.at_step is not None for fault in chosen):
+            raise ConfigError("a fault has at_step, but no events.jsonl is given to follow; set events, or use at_s")
         port = FIRST_PORT + self._commands
         self._commands += 1
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +107,7 @@ class Lab:
             self._agent,
             list(members(self.config, own, per_host=per_host, port=port)),
             list(command),
-            faults=self.config.faults if faults is None else faults,
+            faults=chosen,
             events=events or self.config.events,
         )
         return self._running
@@ -201,7 +206,7 @@ class Lab:
         names = [network.host_name(host) for host in range(self.config.hosts)]
         paths = self._agent.ask("make_hosts", names=names, hosts_file=network.hosts_file(self.config))
         try:
-            self._run(network.build(self.config, {int(host): path for host, path in paths.items()}))
+            self._run(network.build(self.config, {int(host): path for host, path in paths.items()}, self._congestion))
         except LabError as error:
             sentence = why_command_failed(str(error))
             if "no netem" in sentence:

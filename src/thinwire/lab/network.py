@@ -46,13 +46,13 @@ def downlink(site: int) -> str:
     return f"s{site}-down"
 
 
-def build(config: LabConfig, host_pids: Mapping[int, str]) -> Iterator[Command]:
-    """Every command, in order. `host_pids`: what `ip link set ... netns` calls the namespace of each host."""
+def build(config: LabConfig, namespaces: Mapping[int, str], congestion: str) -> Iterator[Command]:
+    """Every command, in order. `namespaces`: what `ip link set ... netns` calls each host's; `congestion`: TCP's control."""
     yield from _switch(ROOT_SWITCH)
     for site in range(config.sites):
         yield from _site(config, site)
     for host in range(config.hosts):
-        yield from _host(config, host, host_pids[host])
+        yield from _host(config, host, namespaces[host], congestion)
 
 
 def _ip(*words: str, host: int | None = None) -> Command:
@@ -82,17 +82,19 @@ def _site(config: LabConfig, site: int) -> Iterator[Command]:
         yield from site_rate(site, config.site_rate, config.burst)
 
 
-def _host(config: LabConfig, host: int, pid: str) -> Iterator[Command]:
+def _host(config: LabConfig, host: int, namespace: str, congestion: str) -> Iterator[Command]:
     switch = ROOT_SWITCH if config.hosts_per_site is None else f"s{host // config.hosts_per_site}"
     inside = f"e{host}"
     yield _cable(port(host), inside)
-    yield _ip("link", "set", inside, "netns", pid)
+    yield _ip("link", "set", inside, "netns", namespace)
     yield _plug(port(host), switch)
     yield _ip("link", "set", "lo", "up", host=host)
     yield _ip("link", "set", inside, "name", INTERFACE, host=host)
     yield _ip("link", "set", INTERFACE, "gso_max_size", str(shaping.SEGMENT_BYTES), "addrgenmode", "none", host=host)
     yield _ip("link", "set", INTERFACE, "up", host=host)
-    yield _ip("address", "add", f"{address(host)}/24", "dev", INTERFACE, host=host)
+    yield _ip("address", "add", f"{address(host)}/24", "dev", INTERFACE, "noprefixroute", host=host)
+    route = (f"{NETWORK}.0/24", "dev", INTERFACE, "src", address(host))
+    yield _ip("route", "add", *route, "congctl", congestion, host=host)
     rate = config.rate_of(host)
     if rate is not None:
         yield from host_rate(host, rate, config.burst)

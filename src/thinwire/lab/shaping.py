@@ -11,11 +11,11 @@ SEGMENT_BYTES = 16 * 2**10
 """Largest segment TCP hands to a lab link: small, so that a slow link's bucket can be small too."""
 _HEADERS = 1.06
 """A segment as the bucket counts it, headers included, over its bytes."""
-_BURST_S, _QUEUE_S = 0.002, 0.1
+_BURST_S, _QUEUE_S = 0.004, 0.1
 
 
 def burst_bytes(bytes_per_s: float, given: int | None = None) -> int:
-    """Size of the bucket: 2 ms of the rate, but at least one large segment, lest the kernel cuts it up."""
+    """Size of the bucket: 4 ms of the rate, but at least one large segment, lest the kernel cuts it up."""
     return given or max(round(SEGMENT_BYTES * _HEADERS) + 1514, round(bytes_per_s * _BURST_S))
 
 
