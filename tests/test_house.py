@@ -24,7 +24,8 @@ TORCH_FREE = [
     "thinwire.cli", "thinwire.cli.train", "thinwire.cli.data", "thinwire.train.config", "thinwire.train.job",
     "thinwire.train.folder", "thinwire.train.launch", "thinwire.train.worker", "thinwire.plan", "thinwire.model.spec",
     "thinwire.model.config", "thinwire.cluster.cluster", "thinwire.data.prepare", "thinwire.data.loader",
-    "thinwire.comm.place", "thinwire.cli.eval", "thinwire.cli.generate",
+    "thinwire.comm.place", "thinwire.cli.eval", "thinwire.cli.generate", "thinwire.cli.lab", "thinwire.cli.lab_train",
+    "thinwire.lab.lab", "thinwire.lab.agent", "thinwire.lab.clean",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ _VERBS = {
     "train": "Train what a run file describes; resumes a run that was stopped or killed.",
     "data": "Prepare token files from text, and look at them.",
     "eval": "Loss, perplexity and bits per byte of a run on held-out text.",
+    "lab": "An emulated cluster with slow links on this machine; commands, training runs and faults on it.",
     "generate": "Continue a prompt with a run's model.",
 }
 

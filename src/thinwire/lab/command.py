@@ -67,6 +67,11 @@ class Running:
     def log(self, member: Member) -> Path:
         return self._stage.folder / member.log_name
 
+    @property
+    def first_log(self) -> Path:
+        """The log of rank 0 (or of the first host's launcher)."""
+        return self.log(self._members[0])
+
     def look(self) -> bool:
         """Inject the faults that are due, note who ended; True when all have."""
         elapsed_s = time.monotonic() - self._started_s
@@ -102,6 +107,11 @@ class Running:
         """Pass a signal on to every process."""
         self._blame_rest("lab")
         self._agent.ask("signal", number=int(number))
+
+    def kill(self) -> None:
+        """End every process at once."""
+        self._blame_rest("lab")
+        self._agent.ask("signal", number=int(signal.SIGKILL))
 
     def stop(self, by: str) -> None:
         """End every process that still runs: kindly, then not."""

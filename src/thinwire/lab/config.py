@@ -48,7 +48,7 @@ class Fault(Frozen):
     @field_validator("rate")
     @classmethod
     def _shaped(cls, rate: float | None) -> float | None:
-        return None if rate is None else checked_rate("rate", rate)
+        return None if rate is None else checked_rate(rate)
 
 
 class LabConfig(Frozen):
@@ -83,10 +83,10 @@ class LabConfig(Frozen):
 
     @field_validator("host_rate", "site_rate")
     @classmethod
-    def _shaped(cls, rate: Any, info: Any) -> Any:
+    def _shaped(cls, rate: Any) -> Any:
         for value in rate if isinstance(rate, tuple) else (rate,):
             if value is not None:
-                checked_rate(info.field_name, value)
+                checked_rate(value)
         return rate
 
     @model_validator(mode="after")
@@ -126,13 +126,13 @@ class LabConfig(Frozen):
         return rank // self.ranks_per_host
 
 
-def checked_rate(name: str, bytes_per_s: float) -> float:
+def checked_rate(bytes_per_s: float) -> float:
     """`bytes_per_s`, or ValueError if the lab cannot shape a link to it."""
     if bytes_per_s <= 0:
-        raise ValueError(f"{name} is 0; a link has a rate over 0, and a fault of kind 'cut' takes it away")
+        raise ValueError("0 is no rate for a link; leave it out for an unlimited one, and cut one with a fault of kind 'cut'")
     if not MIN_RATE_BYTES_PER_S <= bytes_per_s <= MAX_RATE_BYTES_PER_S:
         raise ValueError(
-            f"{name} = {show_rate(bytes_per_s)} is outside what the kernel shapes here, "
+            f"{show_rate(bytes_per_s)} is outside what the kernel shapes here, "
             f"{show_rate(MIN_RATE_BYTES_PER_S)} to {show_rate(MAX_RATE_BYTES_PER_S)}; leave it out for an unlimited link"
         )
     return bytes_per_s

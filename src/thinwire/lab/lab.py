@@ -112,15 +112,20 @@ class Lab:
         )
         return self._running
 
+    @property
+    def running(self) -> Running:
+        """The command that was started last. Raises LabError if none was."""
+        if self._running is None:
+            raise LabError("no command was started on the lab")
+        return self._running
+
     def wait(self, *, timeout_s: float | None = None, keep_going: bool = False) -> Outcome:
         """Until every process of the command has ended; faults that are due meanwhile are injected.
 
         If one fails of itself, the others are stopped, unless `keep_going`. Raises LabError after `timeout_s`, with
         everything stopped.
         """
-        if self._running is None:
-            raise LabError("no command was started on the lab")
-        return self._running.wait(timeout_s=timeout_s, keep_going=keep_going)
+        return self.running.wait(timeout_s=timeout_s, keep_going=keep_going)
 
     def run(self, command: Sequence[str], *, timeout_s: float | None = None, per_host: bool = False) -> Outcome:
         """`start` and `wait`."""
@@ -238,4 +243,4 @@ class Lab:
 
     @staticmethod
     def _rate(bytes_per_s: float | None) -> float | None:
-        return None if bytes_per_s is None else checked_rate("rate", bytes_per_s)
+        return None if bytes_per_s is None else checked_rate(bytes_per_s)

@@ -66,5 +66,5 @@ def why_command_failed(said: str) -> str:
     ):
         unknown = "kind is unknown" in said or "Unknown device type" in said
         if mark in said and (unknown or "not supported" in said):
-            return f"this kernel has no {mark} (module {module}), which the lab needs for {thing}: {said}"
+            return f"this kernel has no {mark} (module {module}), which the lab needs for {thing}"
     return f"the lab could not be built: {said}"
