@@ -9,7 +9,7 @@ from typing import Protocol
 from thinwire.errors import LabError
 from thinwire.lab.config import Fault
 from thinwire.lab.counters import Counters
-from thinwire.lab.faults import StepWatch, due
+from thinwire.lab.faults import StepWatch, due, what
 from thinwire.lab.inside import Inside
 from thinwire.lab.outcome import Outcome, RankEnd
 from thinwire.lab.place import Member
@@ -66,6 +66,11 @@ class Running:
 
     def log(self, member: Member) -> Path:
         return self._stage.folder / member.log_name
+
+    @property
+    def statuses(self) -> tuple[int | None, ...]:
+        """Exit status of every process as of the last look, None while it runs."""
+        return tuple(self._statuses)
 
     @property
     def first_log(self) -> Path:
@@ -129,9 +134,8 @@ class Running:
                 self._blamed.setdefault(number, "fault")
 
     def _inject(self, fault: Fault) -> None:
-        what = fault.model_dump(exclude_none=True, exclude={"at_s", "at_step"})
         when = f"at step {fault.at_step}" if fault.at_step is not None else f"at {fault.at_s:g} s"
-        self._stage.say(f"fault {when}: {' '.join(f'{key}={value}' for key, value in what.items())}")
+        self._stage.say(f"fault {when}: {what(fault)}")
         try:
             self._stage.inject(fault)
         except LabError as error:

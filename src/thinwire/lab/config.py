@@ -129,7 +129,9 @@ class LabConfig(Frozen):
 def checked_rate(bytes_per_s: float) -> float:
     """`bytes_per_s`, or ValueError if the lab cannot shape a link to it."""
     if bytes_per_s <= 0:
-        raise ValueError("0 is no rate for a link; leave it out for an unlimited one, and cut one with a fault of kind 'cut'")
+        raise ValueError(
+            "0 is no rate for a link; leave it out for an unlimited one, and cut one with a fault of kind 'cut'"
+        )
     if not MIN_RATE_BYTES_PER_S <= bytes_per_s <= MAX_RATE_BYTES_PER_S:
         raise ValueError(
             f"{show_rate(bytes_per_s)} is outside what the kernel shapes here, "

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from thinwire.lab.config import Fault
+from thinwire.lab.shaping import show_limit
 
 
 class StepWatch:
@@ -40,6 +41,15 @@ def _steps(lines: Sequence[bytes]) -> Iterator[int]:
             continue
         if isinstance(record, dict) and record.get("event") == "step" and isinstance(record.get("step"), int):
             yield record["step"]
+
+
+def what(fault: Fault) -> str:
+    """`"rate of host 1 to 20 Mbit/s"`, `"freeze rank 3"`."""
+    named = ((name, getattr(fault, name)) for name in ("host", "site", "rank"))
+    target = " ".join(f"{name} {index}" for name, index in named if index is not None)
+    if fault.kind == "rate":
+        return f"rate of {target} to {show_limit(fault.rate)}"
+    return f"{fault.kind.replace('_host', '')} {target}"
 
 
 def due(faults: Sequence[Fault], *, elapsed_s: float, step: int | None) -> tuple[list[Fault], list[Fault]]:
