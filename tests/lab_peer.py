@@ -24,6 +24,12 @@ def ring(size: int) -> None:
     after = (rank + 1) % ranks
     with socket.create_server(("0.0.0.0", _PORT + rank)) as door, connect(after // per_host, after) as out:
         before, _ = door.accept()
+        for _ in range(2):  # the first time round says that all are there, the second one that they may begin
+            if rank == 0:
+                out.sendall(b"!")
+            before.recv(1)
+            if rank != 0:
+                out.sendall(b"!")
         start_s = time.monotonic()
         sender = threading.Thread(target=out.sendall, args=(b"x" * size,))
         sender.start()

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -99,7 +99,11 @@ def marked(mark: str) -> list[int]:
 
 
 def command_line(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    """A process's arguments; none if it has just ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return [""]
 
 
 def agents(mark: str) -> list[int]:
@@ -114,16 +118,16 @@ def holders(mark: str) -> list[int]:
 
 def peers(mark: str) -> list[int]:
     """Marked processes on the hosts."""
-    return [pid for pid in marked(mark) if PEER in command_line(pid)]
+    return [pid for pid in marked(mark) if PEER in command_line(pid)[:2]]
 
 
-def network_namespaces() -> set[int]:
-    """Every network namespace that a process of this machine is in."""
+def network_namespaces(pids: Iterable[int] | None = None) -> set[int]:
+    """The network namespaces, other than this process's own, of some processes (None: of all on this machine)."""
+    all_pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                found.add((entry / "ns" / "net").stat().st_ino)
-            except OSError:
-                continue
-    return found
+    for pid in all_pids if pids is None else pids:
+        try:
+            found.add(Path(f"/proc/{pid}/ns/net").stat().st_ino)
+        except OSError:
+            continue
+    return found - {Path("/proc/self/ns/net").stat().st_ino}

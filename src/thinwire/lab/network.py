@@ -110,8 +110,8 @@ def host_rate(host: int, bytes_per_s: float | None, burst: int | None = None) ->
 
 def site_rate(site: int, bytes_per_s: float | None, burst: int | None = None) -> Iterator[Command]:
     """Give a site's uplink a rate both ways, or none."""
-    yield Command(None, shaping.limit(uplink(site), bytes_per_s, burst))
-    yield Command(None, shaping.limit(downlink(site), bytes_per_s, burst))
+    yield Command(None, shaping.limit(uplink(site), bytes_per_s, burst, shared=True))
+    yield Command(None, shaping.limit(downlink(site), bytes_per_s, burst, shared=True))
 
 
 def plug_host(host: int, *, up: bool) -> Command:
