@@ -92,7 +92,7 @@ def test_a_link_has_its_rate_both_ways_at_once() -> None:
     with Lab(LabConfig(hosts=2, host_rate=20 * MBIT)) as lab:
         outcome = lab.run(peer("ring", str(SIZE)), timeout_s=60)
         seconds = [float(end.tail()) for end in outcome.ends]
-    assert max(seconds) / (SIZE / (20 * MBIT)) == pytest.approx(1.05, abs=0.15)
+    assert 0.98 < max(seconds) / (SIZE / (20 * MBIT)) < 1.5
 
 
 def test_ranks_of_a_host_talk_over_its_loopback() -> None:
@@ -136,12 +136,12 @@ def test_a_rate_can_be_changed_while_bytes_flow(streaming: Lab) -> None:
     slow = statistics.median(rate(streaming) for _ in range(3))
     for host in range(2):
         streaming.set_rate(host, None)
-    assert eventually(lambda: rate(streaming) > 2 * fast)
+    assert eventually(lambda: rate(streaming) > 1.5 * fast)
     for host in range(2):
         streaming.set_rate(host, 50 * MBIT)
     assert eventually(lambda: rate(streaming) < 1.3 * fast)
-    assert 40 * MBIT < fast < 52 * MBIT
-    assert 1.4 * MBIT < slow < 2.4 * MBIT
+    assert 25 * MBIT < fast < 52 * MBIT
+    assert 1.0 * MBIT < slow < 2.4 * MBIT
 
 
 def test_a_cut_link_carries_nothing_until_it_is_restored(streaming: Lab) -> None:

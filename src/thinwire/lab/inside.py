@@ -64,7 +64,9 @@ class Inside:
         except OSError:
             line = b""
         if not line:
-            raise LabError(f"the lab {self.name} is gone: its process was killed from outside")
+            raise LabError(
+                f"the lab {self.name} is gone: {self._last_words() or 'its process was killed from outside'}"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise LabError(answer["error"])
@@ -83,6 +85,14 @@ class Inside:
             self._process.wait()
         if self._process.stderr is not None:
             self._process.stderr.close()
+
+    def _last_words(self) -> str:
+        """What the agent or `unshare` said last, if its end is near."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
+            said = self._process.stderr.read().decode(errors="replace").split("\n") if self._process.stderr else []
+            return next((line for line in reversed(said) if line.strip()), "")
+        return ""
 
     def _await_agent(self, rootless: bool) -> None:
         ready, _, _ = select.select([self._channel], [], [], _START_S)
