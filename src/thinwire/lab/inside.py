@@ -87,11 +87,11 @@ class Inside:
             self._process.stderr.close()
 
     def _last_words(self) -> str:
-        """What the agent or `unshare` said last, if its end is near."""
+        """The error that ended the agent, if it was one of its own."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
-            said = self._process.stderr.read().decode(errors="replace").split("\n") if self._process.stderr else []
-            return next((line for line in reversed(said) if line.strip()), "")
+            said = self._process.stderr.read().decode(errors="replace") if self._process.stderr else ""
+            return said.partition("Traceback")[2].strip().rpartition("\n")[2]
         return ""
 
     def _await_agent(self, rootless: bool) -> None:
