@@ -27,6 +27,8 @@ TORCH_FREE = [
     "thinwire.comm.place", "thinwire.cli.eval", "thinwire.cli.generate", "thinwire.cost.step", "thinwire.cost.sent",
     "thinwire.cost.failures", "thinwire.traffic", "thinwire.cli.plan", "thinwire.planner.explain",
     "thinwire.cli.simulate", "thinwire.simulate.trace",
+    "thinwire.cli.lab", "thinwire.cli.lab_train",
+    "thinwire.lab.lab", "thinwire.lab.agent", "thinwire.lab.clean",
 ]  # fmt: skip
 
 

@@ -38,5 +38,9 @@ class LinkError(ThinwireError):
     """Ranks could not meet, or lost each other."""
 
 
+class LabError(ThinwireError):
+    """The emulated cluster could not be built on this machine, or broke."""
+
+
 class DivergenceError(ThinwireError):
     """Training produced non-finite numbers too many times in a row."""

@@ -19,7 +19,7 @@ _QUANTITY = re.compile(r"^\s*([-+]?[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?|[-+
 
 
 def _split(text: str | float, example: str) -> tuple[float, str]:
-    if isinstance(text, bool):
+    if isinstance(text, bool) or not isinstance(text, str | int | float):
         raise ValueError(f"{text} is not a quantity; write for example {example!r}")
     if isinstance(text, int | float):
         number, unit = float(text), ""

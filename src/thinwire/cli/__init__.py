@@ -18,6 +18,7 @@ _VERBS = {
     "simulate": "Play one step of a plan through: timeline, trace file, slow ranks, failures.",
     "data": "Prepare token files from text, and look at them.",
     "eval": "Loss, perplexity and bits per byte of a run on held-out text.",
+    "lab": "An emulated cluster with slow links on this machine; commands, training runs and faults on it.",
     "generate": "Continue a prompt with a run's model.",
 }
 

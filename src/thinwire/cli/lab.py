@@ -1,0 +1,187 @@
+"""`thinwire lab`: an emulated cluster with slow links on this machine; any command, or a training run, on it."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from thinwire.lab.config import LabConfig
+    from thinwire.lab.lab import Lab
+    from thinwire.lab.outcome import Outcome
+
+app = typer.Typer(
+    help="An emulated cluster with slow links on one Linux machine.", no_args_is_help=True, rich_markup_mode=None
+)
+_LAB = typer.Argument(metavar="LAB.toml", help="Hosts, ranks, rates, faults.")
+_JSON = typer.Option("--json", help="Print the result as JSON.")
+_INTERRUPTED_STATUS = 130
+
+
+@app.command()
+def run(
+    lab_file: Annotated[Path, _LAB],
+    command: Annotated[list[str] | None, typer.Argument(metavar="-- COMMAND...", help="What every rank runs.")] = None,
+    train: Annotated[Path | None, typer.Option(metavar="RUN.toml", help="Train this run instead of a command.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of RUN.toml; may be repeated."),
+    ] = None,
+    lab_settings: Annotated[
+        list[str] | None,
+        typer.Option("--lab", metavar="KEY=VALUE", help="Override a key of LAB.toml; may be repeated."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="With --train: put an existing run aside.")] = False,
+    per_host: Annotated[bool, typer.Option("--per-host", help="Run COMMAND once a host, as with torchrun.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the logs; default runs/lab/NAME.")] = None,
+    events: Annotated[Path | None, typer.Option(help="The events.jsonl that faults with at_step follow.")] = None,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Do not stop the others when a rank fails.")] = False,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop everything after this long.")] = None,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Run COMMAND as every rank of the cluster that LAB.toml describes, or train RUN.toml on it.
+
+    Rank 0's output is shown; every rank's is in the logs. Ctrl-C asks the ranks to stop, a second one ends everything.
+
+    Example: thinwire lab run examples/lab/two-hosts.toml -- python train.py
+    """
+    from thinwire.errors import ConfigError
+    from thinwire.lab.config import read_lab
+    from thinwire.lab.lab import Lab
+
+    if (train is None) == (not command):
+        raise ConfigError("give a command after `--`, or --train RUN.toml: one of the two")
+    if train is None and (settings or fresh):
+        raise ConfigError("--set and --fresh belong to --train; override keys of LAB.toml with --lab")
+    config = read_lab(lab_file, tuple(lab_settings or ()))
+    if train is not None:
+        from thinwire.cli.lab_train import Training
+
+        if per_host:
+            raise ConfigError("--per-host is for a COMMAND that starts ranks itself; --train starts every rank")
+        training = Training.check(train, settings or [], config)
+        folder, events = out or training.folder / "lab", events or training.events
+    else:
+        folder = out or Path("runs/lab") / lab_file.stem
+    with Lab(config, folder=folder, say=_note) as lab:
+        if train is not None:
+            command = training.begin(fresh=fresh)
+        _note(f"{_described(config)}; logs in {folder}")
+        lab.start(command or [], per_host=per_host, events=events)
+        outcome, interrupted = _watch(lab, timeout_s=timeout, keep_going=keep_going, echo=not as_json)
+    _report(outcome, as_json=as_json)
+    sys.exit(_INTERRUPTED_STATUS if interrupted else 0 if outcome.ok else 1)
+
+
+@app.command()
+def show(lab_file: Annotated[Path, _LAB], as_json: Annotated[bool, _JSON] = False) -> None:
+    """What `run` would build, down to every command; nothing is built.
+
+    Example: thinwire lab show examples/lab/two-hosts.toml
+    """
+    from thinwire.lab.config import read_lab
+    from thinwire.lab.show import commands, plan
+
+    config = read_lab(lab_file)
+    congestion = config.congestion or "cubic"
+    if as_json:
+        listed = [{"host": command.host, "argv": command.argv} for command in commands(config, congestion)]
+        typer.echo(json.dumps({"lab": config.model_dump(mode="json"), "commands": listed}))
+    else:
+        for line in plan(config, congestion):
+            typer.echo(line)
+
+
+@app.command()
+def clean(
+    everything: Annotated[bool, typer.Option("--all", help="Labs in use too.")] = False,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Remove what labs whose owner is dead left behind: processes, namespaces, temporary logs. Nothing else.
+
+    Example: thinwire lab clean
+    """
+    from thinwire.lab.clean import find, remove
+
+    found = find()
+    doomed = [lab for lab in found if everything or not lab.alive]
+    for lab in doomed:
+        remove(lab)
+    kept = [lab.name for lab in found if lab not in doomed]
+    if as_json:
+        typer.echo(json.dumps({"removed": [lab.name for lab in doomed], "kept": kept}))
+        return
+    for lab in doomed:
+        typer.echo(f"removed {lab.name}")
+    for name in kept:
+        typer.echo(f"kept {name}: in use (--all removes it too)")
+    if not found:
+        typer.echo("no lab is left over")
+
+
+class _Stops:
+    """Counts requests to stop while a command runs."""
+
+    _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __enter__(self) -> "_Stops":
+        self._before = {number: signal.signal(number, self._on_signal) for number in self._NUMBERS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.asked += 1
+
+
+def _watch(lab: "Lab", *, timeout_s: float | None, keep_going: bool, echo: bool) -> tuple["Outcome", bool]:
+    """Wait for the end, show the first process's output meanwhile, pass stops on. The outcome, and if it was stopped."""
+    from thinwire.lab.follow import Follow
+
+    running, passed_on = lab.running, 0
+    follow = Follow(running.first_log, sys.stdout.buffer) if echo else None
+    with _Stops() as stops:
+
+        def each_look() -> None:
+            nonlocal passed_on
+            if follow is not None:
+                follow.look()
+            if stops.asked > passed_on:
+                passed_on = stops.asked
+                if passed_on == 1:
+                    _note("asking the ranks to stop; once more to end them now")
+                    running.interrupt(signal.SIGINT)
+                else:
+                    running.kill()
+
+        return running.wait(timeout_s=timeout_s, keep_going=keep_going, each_look=each_look), stops.asked > 0
+
+
+def _report(outcome: "Outcome", *, as_json: bool) -> None:
+    from thinwire.lab.show import failure, summary
+
+    if as_json:
+        typer.echo(json.dumps(outcome.as_dict()))
+    else:
+        for line in summary(outcome):
+            _note(line)
+    if outcome.first_failure is not None:
+        typer.echo(f"thinwire: {failure(outcome.first_failure)}", err=True)
+
+
+def _described(config: "LabConfig") -> str:
+    from thinwire.lab.show import in_a_line
+
+    return in_a_line(config)
+
+
+def _note(line: str) -> None:
+    typer.echo(f"lab: {line}", err=True)

@@ -1,0 +1,1 @@
+"""The lab: an emulated cluster on one Linux machine. Hosts are network namespaces, links have a rate, faults are data."""

@@ -1,0 +1,173 @@
+"""One command on the lab's hosts, from its first process to its last: watched, sabotaged on schedule, stopped."""
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from thinwire.errors import LabError
+from thinwire.lab.config import Fault
+from thinwire.lab.counters import Counters
+from thinwire.lab.faults import StepWatch, due, what
+from thinwire.lab.inside import Inside
+from thinwire.lab.outcome import Outcome, RankEnd
+from thinwire.lab.place import Member
+
+_POLL_S, _GRACE_S, _TERM_S = 0.02, 2.0, 5.0
+
+
+class Stage(Protocol):
+    """What a running command needs of its lab."""
+
+    @property
+    def folder(self) -> Path: ...
+    def counters(self) -> Counters: ...
+    def inject(self, fault: Fault) -> None: ...
+    def say(self, line: str) -> None: ...
+
+
+class Running:
+    """A command whose processes have been started."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        agent: Inside,
+        members: Sequence[Member],
+        command: list[str],
+        *,
+        faults: Sequence[Fault],
+        events: Path | None,
+    ) -> None:
+        self._stage, self._agent, self._members = stage, agent, members
+        self._pending, self._watch = list(faults), StepWatch(events)
+        self._blamed: dict[int, str] = {}
+        self._first: int | None = None
+        self._statuses: list[int | None] = [None] * len(members)
+        self._before = stage.counters()
+        for stale in stage.folder.glob("*.log"):
+            stale.unlink()
+        cwd = str(Path.cwd())
+        self._started_s = time.monotonic()
+        try:
+            for member in members:
+                log, environment = str(self.log(member).absolute()), dict(member.environment)
+                agent.ask("spawn", host=member.host, argv=command, environment=environment, cwd=cwd, log=log)
+        except BaseException:
+            agent.ask("clear")
+            raise
+        self._ended_s: float | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether every process has ended, as far as was looked."""
+        return all(status is not None for status in self._statuses)
+
+    def log(self, member: Member) -> Path:
+        return self._stage.folder / member.log_name
+
+    @property
+    def statuses(self) -> tuple[int | None, ...]:
+        """Exit status of every process as of the last look, None while it runs."""
+        return tuple(self._statuses)
+
+    @property
+    def first_log(self) -> Path:
+        """The log of rank 0 (or of the first host's launcher)."""
+        return self.log(self._members[0])
+
+    def look(self) -> bool:
+        """Inject the faults that are due, note who ended; True when all have."""
+        elapsed_s = time.monotonic() - self._started_s
+        now, self._pending = due(self._pending, elapsed_s=elapsed_s, step=self._watch.look())
+        for fault in now:
+            self._inject(fault)
+        self._note(self._agent.ask("status"))
+        if self.over and self._ended_s is None:
+            self._ended_s = time.monotonic()
+        return self.over
+
+    def wait(
+        self,
+        *,
+        timeout_s: float | None = None,
+        keep_going: bool = False,
+        each_look: Callable[[], None] = lambda: None,
+    ) -> Outcome:
+        """See `Lab.wait`; `each_look` is called every few hundredths of a second."""
+        while not self.look():
+            each_look()
+            if self._first is not None and not keep_going:
+                self._give_up()
+            elif timeout_s is not None and time.monotonic() - self._started_s > timeout_s:
+                self.stop("lab")
+                raise LabError(f"the command did not end in {timeout_s:g} s and was stopped")
+            else:
+                time.sleep(_POLL_S)
+        each_look()
+        return self._outcome()
+
+    def interrupt(self, number: signal.Signals) -> None:
+        """Pass a signal on to every process."""
+        self._blame_rest("lab")
+        self._agent.ask("signal", number=int(number))
+
+    def kill(self) -> None:
+        """End every process at once."""
+        self._blame_rest("lab")
+        self._agent.ask("signal", number=int(signal.SIGKILL))
+
+    def stop(self, by: str) -> None:
+        """End every process that still runs: kindly, then not."""
+        self._blame_rest(by)
+        self._agent.ask("signal", number=int(signal.SIGTERM))
+        self._agent.ask("signal", number=int(signal.SIGCONT))
+        self._look_for(_TERM_S)
+        self._agent.ask("signal", number=int(signal.SIGKILL))
+        self._look_for(_TERM_S)
+
+    def blame_fault(self, is_meant: Callable[[int, int | None], bool]) -> None:
+        """From now on the ends of these processes (by host and rank) are the fault's doing, not their own."""
+        for number, member in enumerate(self._members):
+            if self._statuses[number] is None and is_meant(member.host, member.rank):
+                self._blamed.setdefault(number, "fault")
+
+    def _inject(self, fault: Fault) -> None:
+        when = f"at step {fault.at_step}" if fault.at_step is not None else f"at {fault.at_s:g} s"
+        self._stage.say(f"fault {when}: {what(fault)}")
+        try:
+            self._stage.inject(fault)
+        except LabError as error:
+            self._stage.say(f"fault {when} had nothing to act on: {error}")
+
+    def _note(self, statuses: list[int | None]) -> None:
+        fresh = [n for n, status in enumerate(statuses) if status is not None and self._statuses[n] is None]
+        self._statuses = list(statuses)
+        failed = [n for n in fresh if statuses[n] and n not in self._blamed]
+        if failed and self._first is None:
+            self._first = failed[0]
+
+    def _give_up(self) -> None:
+        """One failed of itself: let the others say what they saw, then end them."""
+        self._look_for(_GRACE_S)
+        self.stop("lab")
+
+    def _look_for(self, seconds: float) -> None:
+        end_s = time.monotonic() + seconds
+        while not self.look() and time.monotonic() < end_s:
+            time.sleep(_POLL_S)
+
+    def _blame_rest(self, by: str) -> None:
+        for number, status in enumerate(self._statuses):
+            if status is None:
+                self._blamed.setdefault(number, by)
+
+    def _outcome(self) -> Outcome:
+        ends = tuple(
+            RankEnd(member.host, member.rank, status or 0, self._blamed.get(number, "itself"), self.log(member))
+            for number, (member, status) in enumerate(zip(self._members, self._statuses, strict=True))
+        )
+        wall_s = (self._ended_s or time.monotonic()) - self._started_s
+        first = None if self._first is None else ends[self._first]
+        return Outcome(ends, first, wall_s, self._stage.counters() - self._before)
