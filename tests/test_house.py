@@ -10,10 +10,10 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "thinwire"
 RANKS = {
     "units": 0, "errors": 0, "config": 0, "events": 0, "wire": 0, "traffic": 0,
-    "cluster": 1, "model": 1, "data": 1,
+    "cluster": 1, "model": 1, "data": 1, "rounds": 1,
     "plan": 2, "comm": 2,
-    "cost": 3, "partition": 3, "sync": 3,
-    "parallel": 4, "simulate": 4, "checkpoint": 4,
+    "cost": 3, "partition": 3,
+    "parallel": 4, "simulate": 4, "checkpoint": 4, "sync": 4,
     "planner": 5, "evaluate": 5, "resilience": 5,
     "train": 6, "lab": 6, "report": 7, "cli": 8,
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """Real worlds of gloo ranks for tests: processes, one thread each, forked from a server that has torch loaded."""
 
 import multiprocessing as mp
+import pickle
 import socket
 import time
 import traceback
@@ -61,7 +62,7 @@ def _results(pipes: list[Connection], timeout_s: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                ok, value = pipe.recv()  # type: ignore[union-attr]
+                ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 raise RuntimeError(f"rank {rank} died without a word") from None
             if not ok:
@@ -82,9 +83,9 @@ def _rank(pipe: Connection, cluster: Cluster, rank: int, port: int, fn: Callable
         )
         result = fn(world, *args)
         world.leave()
-        pipe.send((True, result))
+        pipe.send_bytes(pickle.dumps((True, result)))
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         pipe.close()
 

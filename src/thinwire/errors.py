@@ -44,3 +44,7 @@ class LabError(ThinwireError):
 
 class DivergenceError(ThinwireError):
     """Training produced non-finite numbers too many times in a row."""
+
+
+class SyncError(ThinwireError):
+    """Worker groups that should hold the same outer state do not."""

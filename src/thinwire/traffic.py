@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 P_GATHER, P_REFRESH, G_REDUCE, G_GATHER = "P-gather", "P-refresh", "G-reduce", "G-gather"
+SPREAD = "P-spread"
+"""Masters written from outside go to their replicas; no part of a plain step."""
 
 WireBytes = Callable[[int], int]
 """Elements of a message -> its bytes on the wire."""

@@ -5,7 +5,7 @@ it in that level's coordinate alone. Different kinds of collective have communic
 never queues behind a reduction (pytorch issue 177011). A world of one rank has no communicator and no process group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 import torch.distributed as dist
 
-from thinwire.cluster.cluster import Cluster, check_size
+from thinwire.cluster.cluster import Cluster, Level, check_size
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Ledger
 from thinwire.comm.place import Place
@@ -35,6 +35,7 @@ class World:
     outstanding: set[Handle] = field(default_factory=set)
     """Handles not waited for yet."""
     _groups: dict[tuple[int, Kind], dist.ProcessGroup] = field(default_factory=dict)
+    timeout: timedelta = timedelta(seconds=600)
 
     @staticmethod
     def join(
@@ -51,7 +52,7 @@ class World:
         device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
         world = World(rank, size, local_rank, cluster, device)
         if size > 1:
-            timeout = timedelta(seconds=timeout_s)
+            timeout = world.timeout = timedelta(seconds=timeout_s)
             try:
                 store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timeout)
                 backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -71,9 +72,10 @@ class World:
         place = Place.from_environment(environment) or Place(0, 1, 0, "127.0.0.1", 0)
         return World.join(cluster, **asdict(place), timeout_s=timeout_s)
 
-    def _make_groups(self, timeout: timedelta) -> None:
+    def _make_groups(self, timeout: timedelta, base: Sequence[int] | None = None) -> None:
         for index in range(len(self.cluster.levels)):
             ranks = self.cluster.group(self.rank, index)
+            ranks = ranks if base is None else tuple(base[rank] for rank in ranks)
             if len(ranks) == 1:
                 continue
             for kind in get_args(Kind):
@@ -81,6 +83,41 @@ class World:
                 self._groups[index, kind] = dist.new_group(
                     list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
                 )
+
+    def inside(self, level: int) -> "World":
+        """The world of one group: the levels below `level` alone, with this world's communicators, ledger and handles.
+
+        Inside the innermost level there is one rank, in a level of fanout 1.
+        """
+        levels = self.cluster.levels[:level] or (Level(name="rank", fanout=1),)
+        cluster = Cluster(device=self.cluster.device, levels=levels)
+        groups = {key: group for key, group in self._groups.items() if key[0] < level}
+        return World(
+            self.rank % cluster.ranks, cluster.ranks, self.local_rank, cluster, self.device, self.ledger,
+            self.outstanding, groups, self.timeout,
+        )  # fmt: skip
+
+    def among(self, ranks: Sequence[int], cluster: Cluster) -> "World":
+        """The world of the given ranks (this one among them), joined as `cluster` says, with communicators of its own."""
+        part = World(
+            list(ranks).index(self.rank), len(ranks), self.local_rank, cluster, self.device, self.ledger,
+            self.outstanding, timeout=self.timeout,
+        )  # fmt: skip
+        part._make_groups(self.timeout, base=ranks)
+        return part
+
+    def communicator(self, ranks: Sequence[int], *, members_only: bool) -> dist.ProcessGroup:
+        """A new communicator of `ranks`.
+
+        Every rank calls this for every communicator, in the same order; or (`members_only`, cheaper in large worlds) only
+        the members do, and only if all of them have made the same number of communicators before: torch 2.13 derives the
+        name under which they meet from that number.
+        """
+        backend = "gloo" if self.device.type == "cpu" else "nccl"
+        made: dist.ProcessGroup = dist.new_group(
+            list(ranks), timeout=self.timeout, backend=backend, use_local_synchronization=members_only
+        )
+        return made
 
     def group(self, level: int, kind: Kind) -> dist.ProcessGroup | None:
         """This rank's communicator at a level; None where the level joins only one member."""

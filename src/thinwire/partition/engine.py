@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.comm.collectives import all_reduce_small
+from thinwire.comm.flight import Flight
 from thinwire.comm.handle import Handle
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.partition.dtypes import COMPUTE_DTYPES, master_dtype, norm_of, sum_of_squares
 from thinwire.partition.flat import Cut, Flat
-from thinwire.partition.flight import Flight
 from thinwire.partition.optimizer import Owned
-from thinwire.partition.pieces import Piece
+from thinwire.partition.pieces import Piece, Share
 from thinwire.partition.units import UnitModules, find_units
 from thinwire.partition.wire import codecs_of, low_rank_of
 from thinwire.plan import Plan
@@ -258,6 +258,20 @@ class Sharded:
             self._refresh(unit, exact=True)
         self.drain()
 
+    @contextmanager
+    def rewriting(self, units: Sequence[int], *, exact: bool = False) -> Iterator[None]:
+        """Inside, this rank's `shares` of these units may be written; all ranks of the group do so together.
+
+        Afterwards the shares are on their way to every copy, coded as after a step, or (`exact`) as they are.
+        """
+        chosen = [self.units[index] for index in units]
+        for unit in chosen:
+            self._land_refresh(unit)
+        yield
+        for unit in chosen:
+            Flight(_chained([flat.spread_chain() for flat in unit.flats if flat.trained])).land()
+            self._refresh(unit, exact=exact)
+
     def _refresh(self, unit: Unit, *, exact: bool) -> None:
         self._land_refresh(unit)
         self._land_gather(unit)
@@ -332,6 +346,18 @@ class Sharded:
     def owned(self) -> list[Owned]:
         """This rank's trained masters, for the optimizer."""
         return [part for unit in self.units for flat in unit.flats for part in flat.owned()]
+
+    def shares(self) -> list[Share]:
+        """What this rank alone stands for of every trained flat buffer, in the canonical order of the model."""
+        found, base = [], 0
+        for index, unit in enumerate(self.units):
+            for flat in (flat for flat in unit.flats if flat.trained):
+                first, view = flat.share()
+                named: list[tuple[str, tuple[int, ...], int, slice]] = []
+                flat.parts(lambda *part: named.append(part), depth=len(self.world.cluster.levels) - 1)  # noqa: B023
+                found.append(Share(index, unit.name or "root", base + first, view, tuple(named)))
+                base += flat.layout.used
+        return found
 
     def saves(self, owned: Owned) -> bool:
         """Whether this rank writes what it owns: of equal replicas only the first does."""

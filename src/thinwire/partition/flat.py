@@ -21,7 +21,7 @@ from thinwire.comm.world import World
 from thinwire.partition.layout import Interval, Layout, interval, matrices_in
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
-from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, Flow
+from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, SPREAD, Flow
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,19 @@ class Flat:
                 part = out
         held.data.copy_(part)
 
+    def spread_chain(self) -> Iterator[Handle]:
+        """This rank's share of the masters to the replicas of these masters, outermost level first."""
+        for level in reversed(self._levels(self.cut.lo + 1, len(self.world.cluster.levels) - 1)):
+            held = self.at(self.cut.lo)
+            part, out = (self.master[self.at(depth).inside(held)] for depth in (level, level - 1))
+            yield all_gather(out, part, world=self.world, level=level, purpose=SPREAD)
+
+    def share(self) -> tuple[int, Tensor]:
+        """(first element, view of the masters): what this rank alone stands for among all ranks, padding left out."""
+        mine, held = self.at(len(self.world.cluster.levels) - 1), self.at(self.cut.lo)
+        end = max(mine.start, min(mine.end, self.layout.used))
+        return mine.start, self.master[Interval(mine.start, end).inside(held)]
+
     def _empty(self, part: Interval, dtype: torch.dtype) -> Tensor:
         return torch.empty(len(part), dtype=dtype, device=self._device)
 
@@ -320,9 +333,12 @@ class Flat:
 
     # -- what others see -----------------------------------------------------------------------------------------------
 
-    def parts(self, make: Callable[[str, tuple[int, ...], int, slice], None]) -> None:
-        """Call make(name, shape, offset in the parameter, slice of the masters) for each parameter met by this rank."""
-        mine = self.at(self.cut.lo)
+    def parts(self, make: Callable[[str, tuple[int, ...], int, slice], None], depth: int | None = None) -> None:
+        """Call make(name, shape, offset in the parameter, slice of what is held) for each parameter met at `depth`.
+
+        The default depth is the masters'.
+        """
+        mine = self.at(self.cut.lo if depth is None else depth)
         for slot in self.layout.slots:
             met = mine.meet(slot)
             if len(met):

@@ -32,6 +32,11 @@ class Layout:
     numel: int
     """Elements with padding: a multiple of the world's ranks and of the codecs' block."""
 
+    @property
+    def used(self) -> int:
+        """Elements without padding."""
+        return self.slots[-1].offset + self.slots[-1].numel if self.slots else 0
+
     @staticmethod
     def of(named_shapes: Sequence[tuple[str, tuple[int, ...]]], *, multiple: int) -> "Layout":
         """Lay `named_shapes` out in order; the length is rounded up to a multiple of `multiple`."""

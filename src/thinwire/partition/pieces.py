@@ -14,3 +14,20 @@ class Piece:
     offset: int
     tensor: Tensor
     """(length,) contiguous; a view into live storage, so that loading fills it in place."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Elements start .. start + len(master) of the canonical order (all trained parameters, back to back)."""
+
+    unit: int
+    unit_name: str
+    start: int
+    master: Tensor
+    """(length,) a view into the live masters."""
+    parts: tuple[tuple[str, tuple[int, ...], int, slice], ...]
+    """The parameters met: name, shape, offset of the first element in the parameter, and where in `master`."""
+
+    def pieces(self, prefix: str, values: Tensor) -> list[Piece]:
+        """`values` (as long as `master`) as pieces of tensors named `prefix` and the parameter's name."""
+        return [Piece(prefix + name, shape, offset, values[where]) for name, shape, offset, where in self.parts]

@@ -1,0 +1,145 @@
+"""`[plan.sync]`: how worker groups that cannot exchange gradients every step agree now and then.
+
+Groups inside `level` agree every step, as the partition says; across `level` they agree once a round. `SyncConfig` is
+what a user writes, `Sync` what it resolves to: every decision spelled out, one space for all kinds. No torch.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from thinwire.config import Frozen, explain
+from thinwire.errors import PlanError
+from thinwire.rounds.fragments import Order
+from thinwire.rounds.schedule import Schedule
+from thinwire.wire import OuterCodecName, Rounding
+
+Kind = Literal["local_sgd", "diloco", "streaming_diloco", "eager", "co2", "sparse"]
+Aggregate = Literal["mean", "tokens", "median", "trimmed"]
+
+PRESETS: dict[Kind, dict[str, Any]] = {
+    "local_sgd": {"outer_lr": 1.0, "outer_momentum": 0.0},
+    "diloco": {},
+    "streaming_diloco": {"fragments": "3 blocks", "delay": 1, "mix": 0.5, "codec": "e3m0"},
+    "eager": {"late": True, "own_fresh": True},
+    "co2": {"late": True, "outer_lr": 1.0, "outer_momentum": 0.5, "nesterov": False, "gap_penalty": True, "clip": 1.0},
+    "sparse": {
+        "codec": "topk", "error_feedback": True, "feedback_decay": 0.95, "outer_lr": 1.0, "outer_momentum": 0.0,
+    },
+}  # fmt: skip
+"""What a kind sets unless the user does.
+
+local_sgd: the average of the groups' weights (arXiv 1805.09767). diloco: outer Nesterov momentum on the groups' mean
+change (2311.08105). streaming_diloco: fragments, 4-bit outer gradients, overlap and mixing (2501.18512). eager: one
+round late, but a group's own part of the change is fresh (2502.12996). co2: one round late, with staleness-gap penalty
+and clipped outer momentum (2401.16265). sparse: top-k per chunk in 2 bits with error feedback instead of momentum
+(SparseLoCo, 2508.15706).
+"""
+
+OUTER_LR = ((1, 0.4), (2, 0.6), (4, 0.6), (8, 0.8))
+"""Tuned outer learning rates by number of groups (2503.09799, figure 7); the nearest smaller entry counts."""
+
+
+class SyncConfig(Frozen):
+    """What a user decides; what is left out, the kind's preset or the default decides."""
+
+    kind: Kind = "diloco"
+    level: str | None = None
+    """The level across which groups agree once a round; default: the outermost, which is the only one possible."""
+    inner_steps: int = Field(default=30, ge=1)
+    fragments: int | str | None = None
+    order: Order = "strided"
+    delay: int | None = Field(default=None, ge=0)
+    mix: float | None = Field(default=None, ge=0, le=1)
+    outer_lr: float | None = Field(default=None, gt=0)
+    outer_momentum: float | None = Field(default=None, ge=0, lt=1)
+    codec: OuterCodecName | None = None
+    block: Literal[64, 128, 256] = 128
+    rounding: Rounding = "nearest"
+    error_feedback: bool | None = None
+    aggregate: Aggregate = "mean"
+    gap_penalty: bool | None = None
+    clip: float | None = Field(default=None, gt=0)
+
+    def resolve(self, levels: Sequence[tuple[str, int]]) -> "Sync":
+        """Every decision for (name, fanout) of each level, inner to outer. Raises PlanError with one sentence."""
+        names = [name for name, _ in levels]
+        level = self.level or names[-1]
+        if level not in names:
+            raise PlanError(f"sync.level = {level!r} is no level; there are {', '.join(names)}")
+        if level != names[-1]:
+            raise PlanError(f"sync.level = {level!r} must be the outermost level; set level = {names[-1]!r}")
+        groups = levels[-1][1]
+        given = self.model_dump(exclude_none=True)
+        default_lr = [lr for least, lr in OUTER_LR if least <= groups][-1]
+        decided = {"outer_lr": default_lr, **PRESETS[self.kind], **given, "level": level, "groups": groups}
+        if decided.get("late"):
+            if self.delay is not None and self.delay != self.inner_steps:
+                raise PlanError(f"sync.delay: kind {self.kind!r} applies one whole round late; leave delay out")
+            decided["delay"] = self.inner_steps
+        try:
+            return Sync.model_validate(decided)
+        except ValidationError as error:
+            raise PlanError(f"sync: {explain(error)}") from None
+
+
+class Sync(Frozen):
+    """A point of the space. The defaults are plain DiLoCo's."""
+
+    kind: Kind
+    level: str
+    groups: int = Field(ge=1)
+    """M, the number of worker groups."""
+    inner_steps: int = Field(ge=1)
+    """H, steps between two rounds of the same fragment."""
+    fragments: int | str = 1
+    """F, or "n blocks": as many fragments as it takes to have n blocks in each."""
+    order: Order = "strided"
+    delay: int = 0
+    """Steps from sending to applying (tau)."""
+    late: bool = False
+    """Applied one whole round later, after that round's own change was taken: CO2 and eager updates."""
+    mix: float = Field(default=0.0, ge=0, le=1)
+    """What is kept of a group's own weights when a round is applied (alpha): 0 takes the outer weights, 1 ignores them."""
+    outer_lr: float
+    outer_momentum: float = 0.9
+    nesterov: bool = True
+    own_fresh: bool = False
+    """A group's own part of the mean change is this round's, the others' the last one's (eager updates)."""
+    gap_penalty: bool = False
+    """Divide a late change, element by element, by how far the weights have moved since (CO2)."""
+    clip: float | None = None
+    """Largest magnitude of an element of the outer momentum."""
+    codec: OuterCodecName = "fp32"
+    block: int = 128
+    rounding: Rounding = "nearest"
+    error_feedback: bool = False
+    feedback_decay: float = 1.0
+    """What is kept of the residual from round to round (SparseLoCo uses 0.95)."""
+    aggregate: Aggregate = "mean"
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if isinstance(self.fragments, int) and not 1 <= self.fragments <= self.inner_steps:
+            raise ValueError(
+                f"fragments = {self.fragments} must be between 1 and inner_steps = {self.inner_steps}: one is sent at a time"
+            )
+        if self.delay >= self.inner_steps and not self.late:
+            raise ValueError(
+                f"delay = {self.delay} must be below inner_steps = {self.inner_steps}; try {self.inner_steps - 1}"
+            )
+        if self.late and self.fragments != 1:
+            raise ValueError(f"kind {self.kind!r} sends the whole model at once; leave fragments out")
+        if self.aggregate == "trimmed" and self.groups < 3:
+            raise ValueError(f"aggregate 'trimmed' needs at least 3 groups, there are {self.groups}; use 'mean'")
+        return self
+
+    def schedule(self, fragments: int) -> Schedule:
+        """The table of sends and applies, for F `fragments`. Raises PlanError if there are more than inner steps."""
+        if fragments > self.inner_steps:
+            raise PlanError(
+                f"sync: {fragments} fragments are more than inner_steps = {self.inner_steps}; raise inner_steps or use "
+                f"fragments = {self.inner_steps}"
+            )
+        return Schedule(self.inner_steps, fragments, self.delay)

@@ -1,0 +1,167 @@
+"""One exchange of a clique: every member's change goes in, the same aggregate comes out for all of them, bit for bit.
+
+Two forms with the bytes of `thinwire.rounds.traffic`. Few groups swap their coded changes whole. More groups send each
+other chunks (all-to-all), aggregate their own chunk in the order of the groups, and send the coded result back to all;
+everybody, the owner too, uses what was decoded. Numbers are never coded again from hop to hop along a ring. The
+aggregation function sees all contributions of a chunk at once, at no extra traffic.
+
+A message begins with 16 bytes: the weight of the contribution, and a hash of the outer state it was taken from.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from thinwire.comm.handle import Handle
+from thinwire.comm.world import World
+from thinwire.rounds.config import Aggregate
+from thinwire.rounds.traffic import HEADER_BYTES, chunk_elements, swaps
+from thinwire.sync.aggregate import aggregate
+from thinwire.sync.identity import strays
+
+SEND, RETURN = "outer-send", "outer-return"
+
+
+class Coder(Protocol):
+    """What of a codec is needed here: the aggregate has to see every contribution by itself."""
+
+    salt: int
+
+    @property
+    def name(self) -> str: ...
+
+    def encode(self, x_n: Tensor) -> Tensor: ...
+
+    def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor: ...
+
+
+class Raw:
+    """Numbers as they are, as bytes."""
+
+    name, salt = "fp32", 0
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def encode(self, x_n: Tensor) -> Tensor:
+        return x_n.to(self._dtype).contiguous().view(torch.uint8)
+
+    def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+        return coded.clone().view(self._dtype)[:n].to(dtype)
+
+
+@dataclass(frozen=True)
+class Clique:
+    """One rank of each group; `me` is this rank's place in it. `communicators` has one for each hop."""
+
+    me: int
+    size: int
+    communicators: dict[str, dist.ProcessGroup]
+
+
+@dataclass
+class Outcome:
+    """What came out, once the chain has run to its end."""
+
+    change: Tensor
+    """The aggregate, n elements."""
+    own: Tensor
+    """This member's contribution as the others decoded it."""
+    weights: list[float] = field(default_factory=list)
+    """Of the contributions that count, by group; 0 for those left out."""
+    astray: list[int] = field(default_factory=list)
+    """Groups that are left out because their outer state is not that of the others."""
+
+
+def exchange(
+    change: Tensor,
+    outcome: Outcome,
+    *,
+    weight: float,
+    digest: int,
+    clique: Clique,
+    codec: Coder,
+    block: int,
+    how: Aggregate,
+    world: World,
+    level: str,
+) -> Iterator[Handle]:
+    """Yields the handle of each hop; fills `outcome` on the way. Weight 0 leaves this member's contribution out."""
+    hop = _Hop(world, level, clique, codec)
+    n, members = change.numel(), clique.size
+    header = _header(weight, digest, change.device)
+    if members == 1:
+        outcome.own.copy_(codec.decode(codec.encode(change), n, change.dtype))
+        outcome.change.copy_(aggregate(outcome.own[None], [weight], how))
+        outcome.weights = [weight]
+    elif swaps(members, codec.name):
+        coded = codec.encode(change)
+        outcome.own.copy_(codec.decode(coded, n, change.dtype))
+        yield from hop.gather(torch.cat([header, coded]), SEND, change.nbytes)
+        parts = hop.read(n, change.dtype, outcome)
+        outcome.change.copy_(aggregate(parts, outcome.weights, how))
+    else:
+        chunk = chunk_elements(n, members, block)
+        chunks = torch.nn.functional.pad(change, (0, members * chunk - n)).view(members, chunk)
+        coded_chunks = [codec.encode(part) for part in chunks]
+        decoded = torch.cat([codec.decode(part, chunk, change.dtype) for part in coded_chunks])
+        outcome.own.copy_(decoded[:n])
+        yield from hop.scatter(torch.stack([torch.cat([header, part]) for part in coded_chunks]), change.nbytes)
+        parts = hop.read(chunk, change.dtype, outcome)
+        mine = aggregate(parts, outcome.weights, how)
+        yield from hop.gather(torch.cat([header, codec.encode(mine)]), RETURN, change.nbytes)
+        outcome.change.copy_(hop.read(chunk, change.dtype, outcome).flatten()[:n])
+
+
+class _Hop:
+    """Messages to and from all members."""
+
+    def __init__(self, world: World, level: str, clique: Clique, codec: Coder) -> None:
+        self._world, self._level, self._clique, self._codec = world, level, clique, codec
+        self._received = torch.empty(0)
+
+    def gather(self, message: Tensor, purpose: str, payload_bytes: int) -> Iterator[Handle]:
+        """Send `message` to all members."""
+        self._received = torch.empty(self._clique.size, message.numel(), dtype=torch.uint8, device=message.device)
+        work = dist.all_gather_single(
+            self._received.view(-1), message, group=self._clique.communicators[purpose], async_op=True
+        )
+        yield self._handle("all_gather", purpose, payload_bytes, message.numel(), work, message)
+
+    def scatter(self, messages: Tensor, payload_bytes: int) -> Iterator[Handle]:
+        """Send message m to member m."""
+        self._received = torch.empty_like(messages)
+        work = dist.all_to_all_single(
+            self._received.view(-1), messages.view(-1), group=self._clique.communicators[SEND], async_op=True
+        )
+        yield self._handle("all_to_all", SEND, payload_bytes, messages.shape[1], work, messages)
+
+    def read(self, n: int, dtype: torch.dtype, outcome: Outcome) -> Tensor:
+        """The decoded numbers (M, n) of what came last; whose count, `outcome` says afterwards."""
+        headers = self._received[:, :HEADER_BYTES].cpu().contiguous()
+        weights = headers.view(torch.float64)[:, 0].tolist()
+        outcome.astray = strays(headers.view(torch.int64)[:, 1].tolist(), weights)
+        outcome.weights = [0.0 if group in outcome.astray else weight for group, weight in enumerate(weights)]
+        return torch.stack([self._codec.decode(message[HEADER_BYTES:], n, dtype) for message in self._received])
+
+    def _handle(
+        self, kind: str, purpose: str, payload_bytes: int, message_bytes: int, work: object, sent: Tensor
+    ) -> Handle:
+        entry = self._world.ledger.open(
+            level=self._level,
+            kind=kind,
+            purpose=purpose,
+            payload_bytes=payload_bytes,
+            sent_bytes=message_bytes * (self._clique.size - 1),
+            codec=self._codec.name,
+        )
+        return Handle(self._world.outstanding, entry, [work], keep=(sent, self._received))  # type: ignore[list-item]
+
+
+def _header(weight: float, digest: int, device: torch.device) -> Tensor:
+    words = [torch.tensor([weight], dtype=torch.float64), torch.tensor([digest], dtype=torch.int64)]
+    return torch.cat([word.view(torch.uint8) for word in words]).to(device)

@@ -1,0 +1,63 @@
+"""Whether all groups are what they should be: compared when they meet, and with every round. Never assumed."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from thinwire.errors import ConfigError
+
+
+def digest(tensors: Sequence[Tensor], *words: int | str) -> int:
+    """63 bits of a hash of the tensors' bits and of `words`."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    hashed.update(repr(words).encode())
+    return int.from_bytes(hashed.digest()) >> 1
+
+
+def fingerprint(values: Tensor, start: int) -> int:
+    """Of elements start .. of a flat tensor: a sum over elements, so that parts of any cut add up to that of the whole.
+
+    Each element counts with 20 bits of a hash of its bits and its position; sums of up to 2^33 elements are exact in fp64.
+    """
+    total, size = 0, 1 << 20
+    bits = torch.int64 if values.element_size() == 8 else torch.int32 if values.element_size() == 4 else torch.int16
+    for first in range(0, values.numel(), size):
+        part = values[first : first + size].detach().cpu()
+        place = torch.arange(start + first + 1, start + first + 1 + part.numel())
+        mixed = (part.view(bits).long() * 0x1E3779B97F4A7C15 + place * 0x3F58476D1CE4E5B9) * 0x14D049BB133111EB
+        total += int(((mixed >> 40) & 0xFFFFF).sum())
+    return total
+
+
+def compare(statements: Sequence[Mapping[str, str]], groups: Sequence[int]) -> None:
+    """`statements[i]`, made by a rank of group `groups[i]`, must all agree with those of group 0, key by key.
+
+    Raises ConfigError naming the group and what differs.
+    """
+    for what in statements[0]:
+        said: dict[int, list[str]] = {}
+        for statement, group in zip(statements, groups, strict=True):
+            said.setdefault(group, []).append(statement.get(what, "nothing"))
+        reference = set(said[0])
+        for group, values in said.items():
+            if set(values) != reference:
+                raise ConfigError(
+                    f"group {group} and group 0 do not start from the same {what} ({sorted(set(values))[0][:60]} and "
+                    f"{sorted(reference)[0][:60]}); give every group the same run file and corpus"
+                )
+
+
+def strays(digests: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """The groups whose digest is not that of most groups that are in; of as many, the one with the lowest group counts."""
+    present = [group for group, weight in enumerate(weights) if weight > 0]
+    counts: dict[int, list[int]] = {}
+    for group in present:
+        counts.setdefault(digests[group], []).append(group)
+    if len(counts) <= 1:
+        return []
+    trusted = max(counts.values(), key=lambda groups: (len(groups), -groups[0]))
+    return [group for group in present if group not in trusted]
