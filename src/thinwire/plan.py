@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -175,6 +176,15 @@ class PlanConfig(Frozen):
     wire: Wire | None = None
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
+    file: Path | None = None
+    """A plan document, as `thinwire plan -o` writes it; it decides everything, so nothing else may be given."""
+
+    @model_validator(mode="after")
+    def _file_alone(self) -> Self:
+        others = sorted(name for name in self.model_fields_set - {"file"} if getattr(self, name) != _DEFAULTS[name])
+        if self.file is not None and others:
+            raise ValueError(f"plan.file decides everything; leave out plan.{others[0]}, or leave out plan.file")
+        return self
 
     @field_validator("partition", mode="before")
     @classmethod
@@ -183,6 +193,8 @@ class PlanConfig(Frozen):
 
     def resolve(self, cluster: Cluster, *, micro_batch: int, accumulate: int) -> Plan:
         """The plan for `cluster`. Raises PlanError with one sentence."""
+        if self.file is not None:
+            return read_plan(self.file, cluster, sequences=micro_batch * accumulate)
         named = self.partition
         partition, wire = resolve_partition(named, cluster.level_names) if isinstance(named, str) else (named, Wire())
         if self.keep_gathered:
@@ -199,6 +211,31 @@ class PlanConfig(Frozen):
             )
         except ValidationError as error:
             raise PlanError(f"plan: {explain(error)}") from None
+
+
+_DEFAULTS: Mapping[str, object] = {name: field.default for name, field in PlanConfig.model_fields.items()}
+
+
+def read_plan(path: Path, cluster: Cluster, *, sequences: int) -> Plan:
+    """The plan document at `path`, for `cluster` and `sequences` sequences a rank and step. Raises PlanError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise PlanError(f"plan.file = {path} cannot be read; write one with thinwire plan RUN.toml -o {path}") from None
+    try:
+        plan = Plan.model_validate_json(text)
+    except ValidationError as error:
+        raise PlanError(f"{path} is no plan of version 1: {explain(error)}") from None
+    levels = tuple((level.name, level.fanout) for level in cluster.levels)
+    if plan.levels != levels:
+        told = (" x ".join(f"{name}={fanout}" for name, fanout in pairs) for pairs in (plan.levels, levels))
+        raise PlanError("{} is for the levels {}, the cluster has {}; make the plan anew".format(path, *told))
+    if plan.micro_batch * plan.accumulate != sequences:
+        raise PlanError(
+            f"{path} gives a rank {plan.micro_batch} x {plan.accumulate} sequences a step, batch.sequences gives it "
+            f"{sequences}; make the plan anew, or set batch.sequences = {plan.micro_batch * plan.accumulate * cluster.ranks}"
+        )
+    return plan
 
 
 def resolve_partition(name: str, levels: Sequence[str]) -> tuple[Partition, Wire]:

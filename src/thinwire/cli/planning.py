@@ -12,7 +12,7 @@ from thinwire.cost.candidate import Setting
 from thinwire.data.config import DataConfig
 from thinwire.errors import ConfigError
 from thinwire.model.config import ModelConfig
-from thinwire.plan import PlanConfig
+from thinwire.plan import PlanConfig, read_plan
 from thinwire.planner.space import Space
 from thinwire.train.config import BatchConfig, OptimizerConfig, RunSection, ScheduleConfig
 
@@ -77,6 +77,8 @@ def _fixed(file: PlanningFile, cluster: Cluster) -> dict[str, object]:
     """Fields of a candidate that the file decides; `partition = "auto"` decides nothing."""
     fixed: dict[str, object] = {}
     given = file.plan.model_fields_set
+    if file.plan.file is not None:
+        return _of_document(file, cluster)
     if file.batch.micro_batch is not None:
         fixed["micro_batch"] = file.batch.micro_batch
     if "recompute" in given:
@@ -87,6 +89,21 @@ def _fixed(file: PlanningFile, cluster: Cluster) -> dict[str, object]:
         plan = file.plan.resolve(cluster, micro_batch=1, accumulate=1)
         fixed["depths"] = plan.depths
     return fixed
+
+
+def _of_document(file: PlanningFile, cluster: Cluster) -> dict[str, object]:
+    """Everything that a plan document decides. Raises PlanError if it is for other levels or another batch."""
+    assert file.plan.file is not None
+    plan = read_plan(file.plan.file, cluster, sequences=file.batch.sequences // cluster.ranks)
+    names = cluster.level_names
+    return {
+        "depths": plan.depths,
+        "keep_gathered": plan.partition.keep_gathered,
+        "recompute": plan.recompute,
+        "micro_batch": plan.micro_batch,
+        "weights": tuple(plan.wire.weights.get(name) for name in names) if plan.wire.weights else (),
+        "grads": tuple(plan.wire.grads.get(name) for name in names) if plan.wire.grads else (),
+    }
 
 
 def space_of(found: Task, *, runnable: bool, codecs: str) -> Space:

@@ -18,6 +18,7 @@ def run(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file.")],
     settings: Annotated[list[str] | None, SET] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Put an existing run aside (NAME.1) and start anew.")] = False,
+    plan: Annotated[Path | None, typer.Option(help="Run this plan, as `thinwire plan -o` writes it.")] = None,
     port: Annotated[int | None, typer.Option(help="Port for the ranks to meet at; default: any free one.")] = None,
 ) -> None:
     """Train what RUN.toml describes; the same command resumes a run that was stopped or killed.
@@ -26,11 +27,12 @@ def run(
     """
     from thinwire.comm.place import Place
 
+    decided = [*(settings or []), *([f"plan.file={plan.resolve()}"] if plan is not None else [])]
     place = Place.from_environment(os.environ)
     if place is None:
-        _train_here(run_file, settings or [], fresh=fresh, port=port)
+        _train_here(run_file, decided, fresh=fresh, port=port)
     else:
-        _train_as(place, run_file, settings or [], fresh=fresh)
+        _train_as(place, run_file, decided, fresh=fresh)
 
 
 def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int | None) -> None:

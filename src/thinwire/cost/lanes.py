@@ -118,8 +118,9 @@ def backward(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *,
             landed = max(landed, lanes.send(now, sent))
         else:
             late.append(sent)
-    if late:
-        landed = now = lanes.send(now, _added(late))
+    if any(late):
+        landed = lanes.send(now, _added(late))
+        now = now if last else landed  # nothing comes after the last one but the optimizer
     return now, max(now, landed)
 
 

@@ -191,7 +191,10 @@ def ends_s(works: Sequence[StageWork], micro_batches: int) -> float:
     The last backward goes through every stage, one after another, and is longer in each. The first forward is longer in
     the first stage only: new weights reach the others while they wait for it.
     """
-    tail = max(work.rhythm.tail_s for work in works)
+    tail, lead = 0.0, 0.0
+    for work in works:  # a later stage ends its backward before the earlier ones begin theirs
+        tail = max(tail, work.rhythm.tail_s - lead)
+        lead += work.counted.count * work.rhythm.middle_s * (1 - work.rhythm.forward_share)
     if micro_batches == 1:
         return tail
     first = max(work.rhythm.first_s - work.rhythm.middle_s for work in works)

@@ -19,8 +19,8 @@ Outer = Literal["auto", "never", "always"]
 BUSY_ENOUGH = 0.5
 """Share of compute under which agreeing every step is called too often."""
 FINALISTS = 5
-PLAYED_UNITS = 10_000
-"""Micro-batches times blocks up to which a step is played through."""
+PLAYED_UNITS = 60_000
+"""Micro-batches times blocks, over all finalists, up to which they are played through: about a second."""
 STALL_ALLOWED = 0.05
 INTERVALS = (16, 32, 64, 128, 256, 512)
 
@@ -59,18 +59,11 @@ def choose(setting: Setting, space: Space, *, keep: int = 20, outer: Outer = "au
 
 def play(setting: Setting, finalists: list[Ranked]) -> list[Ranked]:
     """Simulate the finalists and put them in the order that contention and the course of the pipeline give."""
-    played = [
-        replace(ranked, simulated_s=step_s(setting, ranked.candidate, ranked.axes))
-        if worth_playing(setting, ranked)
-        else ranked
-        for ranked in finalists
-    ]
+    units = sum(ranked.candidate.accumulate(setting) * setting.spec.layers for ranked in finalists)
+    if units > PLAYED_UNITS:
+        return finalists
+    played = [replace(r, simulated_s=step_s(setting, r.candidate, r.axes)) for r in finalists]
     return sorted(played, key=lambda ranked: ranked.step_s)
-
-
-def worth_playing(setting: Setting, ranked: Ranked) -> bool:
-    """Whether playing it takes well under a second."""
-    return ranked.candidate.accumulate(setting) * setting.spec.layers <= PLAYED_UNITS
 
 
 def rarely(setting: Setting, space: Space, keep: int) -> Found | None:

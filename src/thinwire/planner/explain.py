@@ -66,7 +66,7 @@ def report(answer: Answer, setting: Setting, *, top: int) -> list[str]:
         if answer.outer is not None:
             groups = cluster.levels[-1].name
             lines += [
-                slow + f"groups that agree rarely would help, but the model does not fit one member of {groups!r}:"
+                slow + f"groups that agree rarely would help, but the model does not fit into one member of {groups!r}:"
             ]
         lines += _table(answer.every_step.best, setting, top)
     lines += ["", *_causes(best, setting), "", *_memory(best.memory, setting), "", *_traffic(best, setting)]
@@ -149,6 +149,8 @@ def show_needed(rows: Sequence[Needed], setting: Setting) -> list[str]:
     for row in rows:
         cells = "".join(f"{show_rate(rate) if rate else 'never':>13}" for rate in row.bytes_per_s)
         lines.append(f"  {row.scheme:<{len(head) - 13 * len(SHARES) - 2}}{cells}")
+    if any(rate is None for row in rows for rate in row.bytes_per_s):
+        lines.append("  never: latency, or causes that this link has no part in, already take more")
     return lines
 
 

@@ -13,8 +13,8 @@ from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.device import check_device
 from thinwire.cost.memory import Memory, peak_memory
 from thinwire.cost.placement import Axes, place
-from thinwire.cost.stages import parameters_of
-from thinwire.cost.states import unit_moves
+from thinwire.cost.stages import Kind, parameters_of
+from thinwire.cost.states import Chain, unit_moves
 from thinwire.cost.step import Core, StepTime, all_passes, core_of, pipeline_alone, step_time
 from thinwire.errors import PlanError
 from thinwire.planner.space import Space, coded, cores, partitions
@@ -185,7 +185,11 @@ def _least_traffic(setting: Setting, space: Space, candidate: Candidate, axes: A
 
 
 def _least_on_links(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> float:
-    """No lane can be done sooner than the bytes of the fullest stage's blocks take."""
+    """A lower bound from what the fullest stage's blocks send.
+
+    No lane is done sooner than its bytes take. The last reduction hides behind one backward at most, and new weights
+    behind one forward.
+    """
     busiest = max(core.stages, key=lambda counted: counted.kind.blocks)
     elements = parameters_of(setting, busiest.kind, candidate.tensor)["block"] * busiest.kind.blocks
     moves = unit_moves(elements, setting, candidate, axes.states)
@@ -199,7 +203,24 @@ def _least_on_links(setting: Setting, candidate: Candidate, axes: Axes, core: Co
     ):
         for level, seconds in chain:
             lanes[level] = lanes.get(level, 0.0) + times * seconds
+    passes = (core.block, core.embedding, core.head)
+    ends = max(0.0, _slowest(moves.reduce_last) - _alone(busiest.kind, [each.backward.total for each in passes]))
+    ends += max(0.0, _slowest(moves.refresh) - _alone(busiest.kind, [each.forward.total for each in passes]))
+    return max(max(lanes.values(), default=0.0), core.least_s + (ends if core.alone.bubble_s == 0 else 0.0))
+
+
+def _slowest(chain: Chain) -> float:
+    """Seconds of the level that a chain occupies longest."""
+    lanes: dict[int, float] = {}
+    for level, seconds in chain:
+        lanes[level] = lanes.get(level, 0.0) + seconds
     return max(lanes.values(), default=0.0)
+
+
+def _alone(kind: Kind, seconds: list[float]) -> float:
+    """Seconds of a pass through a stage of this kind, from those of a block, the embedding and the head."""
+    block, embedding, head = seconds
+    return kind.blocks * block + kind.first * embedding + kind.last * head
 
 
 def _nothing_divides(setting: Setting, space: Space) -> str:

@@ -211,7 +211,9 @@ class Actor:
                 reduced.append(self._collective(("reduce", *each, index), sent))
             elif sent:
                 late.append(sent)
-        if late:
+        if late and last:
+            reduced.append(self._collective(("reduce", *each), _added(late)))
+        elif late:
             yield self._collective(("reduce", *each), _added(late))
 
     def _sent(self, unit: UnitWork, last: bool) -> Chain:

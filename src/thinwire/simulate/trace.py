@@ -56,11 +56,12 @@ def timeline(simulated: Simulated, *, width: int = 100, rows: int = 24) -> list[
         key: f"{simulated.ranks[key[0]]} {key[1]}"
         for key in sorted(by_lane, key=lambda key: (key[0], key[1] != "compute"))
     }
-    shown = list(names)[:rows]
-    indent = max(len(names[key]) for key in shown)
-    lines = [f"{names[key]:<{indent}} |{_row(by_lane[key], end, width)}|" for key in shown]
-    if len(names) > rows:
-        lines.append(f"({len(names) - rows} more lanes)")
+    drawn = {key: _row(by_lane[key], end, width) for key in names}
+    used = [key for key in names if drawn[key].strip(".")]
+    indent = max(len(names[key]) for key in used)
+    lines = [f"{names[key]:<{indent}} |{drawn[key]}|" for key in used[:rows]]
+    if len(used) > rows:
+        lines.append(f"({len(used) - rows} more lanes)")
     return [
         *lines,
         "F forward  B backward  O optimizer  g gather  r reduce  w new weights  s send between stages  . idle",

@@ -1,0 +1,59 @@
+"""What the planner writes, the trainer runs unchanged; what does not belong together is one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runs import make_corpus, thinwire, write_run
+
+CLUSTER = {
+    "device": {
+        "name": "own", "kind": "cpu", "peak_flops_per_s": 1e11, "memory_bytes": 2**32, "memory_bytes_per_s": 1e10,
+    },
+    "levels": [{"name": "node", "fanout": 2, "bytes_per_s": 1e9, "latency_s": 1e-4}],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planned")
+    return write_run(folder, make_corpus(folder / "data"), cluster=CLUSTER, run={"steps": 3, "sample_tokens": 0})
+
+
+def test_the_written_plan_is_run_unchanged(run_file: Path) -> None:
+    out = run_file.parent / "best.json"
+    planned = thinwire("plan", run_file, "--runnable", "-o", out)
+    assert planned.returncode == 0, planned.stderr
+    assert "links node given" in planned.stdout
+    trained = thinwire("train", run_file, "--plan", out)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads((run_file.parent / "run" / "plan.json").read_text()) == json.loads(out.read_text())
+    again = thinwire("simulate", run_file, "--set", f"plan.file={out}", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["step_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"levels": [["node", 4]]}, "is for the levels node=4, the cluster has node=2"),
+        ({"micro_batch": 64}, "sequences a step, batch.sequences gives it"),
+        ({"version": 2}, "is no plan of version 1"),
+    ],
+)
+def test_a_plan_for_something_else_is_one_sentence(run_file: Path, change: dict[str, object], says: str) -> None:
+    out = run_file.parent / "other.json"
+    assert thinwire("plan", run_file, "--runnable", "-o", out).returncode == 0
+    out.write_text(json.dumps({**json.loads(out.read_text()), **change}))
+    done = thinwire("train", run_file, "--plan", out, "--fresh")
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_plan_and_two_sources_of_decisions_are_refused(run_file: Path) -> None:
+    missing = thinwire("train", run_file, "--plan", run_file.parent / "none.json")
+    assert (missing.returncode, "cannot be read" in missing.stderr) == (2, True)
+    both = thinwire("train", run_file, "--plan", run_file.parent / "none.json", "--set", "plan.partition=zero1")
+    assert (both.returncode, "leave out plan.partition" in both.stderr) == (2, True)

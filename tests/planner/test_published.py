@@ -1,0 +1,55 @@
+"""Published measurements stay predicted as well as they are: what needs no long fit is checked here."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from thinwire.cluster.calibration import Calibration
+from thinwire.planner.fit import predict
+
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+
+
+@pytest.fixture(scope="module")
+def validate() -> ModuleType:
+    sys.path.insert(0, BENCHMARKS)
+    try:
+        import validate_planner
+
+        return validate_planner
+    finally:
+        sys.path.remove(BENCHMARKS)
+
+
+def test_every_file_is_read_whole(validate: ModuleType) -> None:
+    published = validate.published
+    assert [len(rows) for rows in (published.vtrain(), published.table1(), published.table2())] == [109, 10, 12]
+    assert [len(rows) for rows in (published.internevo(), published.internevo_memory())] == [39, 16]
+    assert len(published.torchtitan("peak_memory")) == 13
+
+
+def test_runs_on_the_calibrated_cluster_are_within_ten_percent_of_default_constants(validate: ModuleType) -> None:
+    piped = [row for row in validate.published.table2() if row["shard"] != "zero3"]
+    for rows in (validate.published.table1(), piped):
+        assert validate.score(rows, lambda row: predict(row.measured, Calibration())).mean < 0.05
+
+
+def test_measured_memory_is_within_eight_percent_where_the_targets_are_met(validate: ModuleType) -> None:
+    found = validate.held_out(validate.published.internevo_memory(), "model", validate.internevo_bytes)
+    assert found.mean <= 0.08
+    rows = [row for row in validate.published.torchtitan("peak_memory") if row["precision"] == "bf16"]
+    assert validate.score(rows, validate.memory_of).mean <= 0.08
+
+
+@pytest.mark.parametrize("dataset", ["diloco"])
+def test_the_published_bandwidth_table_is_met(dataset: str, validate: ModuleType) -> None:
+    report = validate.Report()
+    validate.DATASETS[dataset](report)
+    assert report.missed == []
+
+
+def test_a_wrong_data_set_is_one_sentence(validate: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate.main(["vtrian"]) == 2
+    assert "there is no data set 'vtrian'" in capsys.readouterr().err
