@@ -3,7 +3,7 @@
 A group of k ranks; V bytes in the whole tensor. All-gather and reduce-scatter send V (k-1)/k from each rank, the least
 possible. gloo's own reduce-scatter sends twice that (it is an all-reduce inside), so here it is an all-to-all and a
 local sum in the order of the ranks: deterministic, and the same bits whoever owns the result. On CPUs both exchanges are
-those of `thinwire.comm.exchange`, which use both directions of a link at once; NCCL's own are used on accelerators.
+those of `thinwire.comm.duplex`, which use both directions of a link at once; NCCL's own are used on accelerators.
 `thinwire.comm.dull` has the plain twins that tests compare with.
 
 Shapes: k ranks of the group, n elements of one rank's chunk
@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.comm import exchange
+from thinwire.comm import duplex
 from thinwire.comm.codec import IDENTITY, Codec
-from thinwire.comm.handle import Handle, Waitable
+from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
 from thinwire.comm.world import World
 
@@ -40,12 +40,12 @@ def all_gather(
     n = shard_n.numel()
     if codec is IDENTITY:
         entry = _entry(world, level, "all_gather", purpose, out_kn, shard_n.nbytes * (k - 1), codec)
-        works = _gather(out_kn.view(k, n), shard_n.reshape(-1), world, group)
+        works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), group=group)
         return Handle(world.outstanding, entry, works, keep=(out_kn, shard_n))
     coded = codec.encode(shard_n.reshape(-1))
     received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
     entry = _entry(world, level, "all_gather", purpose, out_kn, coded.nbytes * (k - 1), codec)
-    works = _gather(received.view(k, -1), coded, world, group)
+    works = duplex.all_gather(received.view(k, -1), coded, group=group)
 
     def finish() -> None:
         for part, chunk in zip(out_kn.view(k, n), received.view(k, 1, -1), strict=True):
@@ -75,7 +75,7 @@ def reduce_scatter(
     received = torch.empty_like(sent)
     entry = _entry(world, level, "reduce_scatter", purpose, full_kn, sent.nbytes // k * (k - 1), codec)
     sent = sent.contiguous()
-    works = _swap(received, sent, world, group)
+    works = duplex.all_to_all(received, sent, group=group)
 
     def finish() -> None:
         if codec is not IDENTITY:
@@ -138,18 +138,6 @@ def one_round_is_cheaper(size_bytes: int, k: int, world: World, level: int) -> b
     latency_s = _DEFAULT_LATENCY_S if of_level.latency_s is None else of_level.latency_s
     bytes_per_s = of_level.bytes_per_s or _DEFAULT_BYTES_PER_S
     return latency_s + size_bytes / bytes_per_s <= 2 * (latency_s + size_bytes / (k * bytes_per_s))
-
-
-def _gather(received: Tensor, row: Tensor, world: World, group: dist.ProcessGroup) -> list[Waitable]:
-    if world.device.type == "cpu":
-        return exchange.all_gather(received, row, group=group)
-    return [dist.all_gather_single(received.view(-1), row, group=group, async_op=True)]
-
-
-def _swap(received: Tensor, sent: Tensor, world: World, group: dist.ProcessGroup) -> list[Waitable]:
-    if world.device.type == "cpu":
-        return exchange.all_to_all(received, sent, group=group)
-    return [dist.all_to_all_single(received, sent, group=group, async_op=True)]
 
 
 def _alone(world: World, out: Tensor, source: Tensor) -> Handle:

@@ -16,11 +16,6 @@ class Flight:
     def landed(self) -> bool:
         return self._handle is None
 
-    @property
-    def arrived(self) -> bool:
-        """Whether `advance` would not have to wait."""
-        return self._handle is None or self._handle.arrived
-
     def advance(self) -> None:
         """Wait for the hop in flight and issue the next one, if there is one."""
         if self._handle is not None:

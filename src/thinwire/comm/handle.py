@@ -14,8 +14,6 @@ class Waitable(Protocol):
 
     def wait(self) -> object: ...
 
-    def is_completed(self) -> bool: ...
-
 
 class Handle:
     """Wait for `works`, then run `finish` (decode, sum). Holds references to `keep` until then.
@@ -38,11 +36,6 @@ class Handle:
         if entry is not None:
             entry.started_s = time.perf_counter()
         outstanding.add(self)
-
-    @property
-    def arrived(self) -> bool:
-        """Whether `wait` would find the result there already."""
-        return all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:
         """Block until the result is in place. Calling it twice is a bug, and raises AssertionError."""

@@ -8,7 +8,7 @@ aggregation function sees all contributions of a chunk at once, at no extra traf
 A message begins with 16 bytes: the weight of the contribution, and a hash of the outer state it was taken from.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.comm.handle import Handle
+from thinwire.comm import duplex
+from thinwire.comm.handle import Handle, Waitable
 from thinwire.comm.world import World
 from thinwire.rounds.config import Aggregate
 from thinwire.rounds.traffic import HEADER_BYTES, chunk_elements, swaps
@@ -127,18 +128,14 @@ class _Hop:
     def gather(self, message: Tensor, purpose: str, payload_bytes: int) -> Iterator[Handle]:
         """Send `message` to all members."""
         self._received = torch.empty(self._clique.size, message.numel(), dtype=torch.uint8, device=message.device)
-        work = dist.all_gather_single(
-            self._received.view(-1), message, group=self._clique.communicators[purpose], async_op=True
-        )
-        yield self._handle("all_gather", purpose, payload_bytes, message.numel(), work, message)
+        works = duplex.all_gather(self._received, message, group=self._clique.communicators[purpose])
+        yield self._handle("all_gather", purpose, payload_bytes, message.numel(), works, message)
 
     def scatter(self, messages: Tensor, payload_bytes: int) -> Iterator[Handle]:
         """Send message m to member m."""
         self._received = torch.empty_like(messages)
-        work = dist.all_to_all_single(
-            self._received.view(-1), messages.view(-1), group=self._clique.communicators[SEND], async_op=True
-        )
-        yield self._handle("all_to_all", SEND, payload_bytes, messages.shape[1], work, messages)
+        works = duplex.all_to_all(self._received, messages, group=self._clique.communicators[SEND])
+        yield self._handle("all_to_all", SEND, payload_bytes, messages.shape[1], works, messages)
 
     def read(self, n: int, dtype: torch.dtype, outcome: Outcome) -> Tensor:
         """The decoded numbers (M, n) of what came last; whose count, `outcome` says afterwards."""
@@ -149,7 +146,7 @@ class _Hop:
         return torch.stack([self._codec.decode(message[HEADER_BYTES:], n, dtype) for message in self._received])
 
     def _handle(
-        self, kind: str, purpose: str, payload_bytes: int, message_bytes: int, work: object, sent: Tensor
+        self, kind: str, purpose: str, payload_bytes: int, message_bytes: int, works: Sequence[Waitable], sent: Tensor
     ) -> Handle:
         entry = self._world.ledger.open(
             level=self._level,
@@ -159,7 +156,7 @@ class _Hop:
             sent_bytes=message_bytes * (self._clique.size - 1),
             codec=self._codec.name,
         )
-        return Handle(self._world.outstanding, entry, [work], keep=(sent, self._received))  # type: ignore[list-item]
+        return Handle(self._world.outstanding, entry, works, keep=(sent, self._received))
 
 
 def _header(weight: float, digest: int, device: torch.device) -> Tensor:

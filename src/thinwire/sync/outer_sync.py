@@ -29,7 +29,7 @@ from thinwire.partition.engine import Sharded
 from thinwire.rounds.config import Sync
 from thinwire.rounds.fragments import deal, fragment_count
 from thinwire.rounds.schedule import Exchange, Schedule
-from thinwire.rounds.traffic import exchange_bytes
+from thinwire.rounds.traffic import exchange_bytes, swaps
 from thinwire.sync.cliques import Range, find_cliques, meet
 from thinwire.sync.exchange import RETURN, SEND, Clique, Coder, Outcome, Raw, exchange
 from thinwire.sync.fragment import Fragment
@@ -66,17 +66,24 @@ class Pending:
     places: list[list[slice]] = field(default_factory=list)
     sent_bytes: int = 0
     groups: int = 0
+    on_second_hop: bool = False
+    stall_s: float = 0.0
+    """Seconds for which training stood still because it was late."""
 
-    def poll(self) -> bool:
-        """Issue next hops without waiting; whether all has landed."""
+    def advance(self) -> None:
+        """Issue the second hop; waits for the first if it is late."""
+        start_s = time.perf_counter()
         for flight, _ in self.flights:
-            while not flight.landed and flight.arrived:
-                flight.advance()
-        return all(flight.landed for flight, _ in self.flights)
+            flight.advance()
+        self.on_second_hop = True
+        self.stall_s += time.perf_counter() - start_s
 
     def land(self) -> None:
+        """Wait for all of it."""
+        start_s = time.perf_counter()
         for flight, _ in self.flights:
             flight.land()
+        self.stall_s += time.perf_counter() - start_s
 
 
 class OuterSync:
@@ -192,9 +199,7 @@ class OuterSync:
         self.step = step
         for fragment in self.fragments:
             fragment.tokens += tokens
-        for pending in self._pending:
-            if not pending.poll():
-                break
+        self._advance(step)
         applied = []
         sent, due = self.schedule.sent_after(step), self.schedule.applied_after(step)
         if sent is not None:
@@ -205,6 +210,18 @@ class OuterSync:
             applied.append(self._apply(self._take(due)))
         self._fetch_next(step + 1)
         return applied
+
+    def _advance(self, step: int) -> None:
+        """Second hops, where the form has them, set out halfway to applying, on all ranks in the same order.
+
+        Backends do not tell reliably whether something has come (gloo's sends and receives are "not completed" until
+        waited for), so the time is fixed by the schedule instead.
+        """
+        if swaps(self.sync.groups, self.sync.codec):
+            return
+        for pending in self._pending:
+            if not pending.on_second_hop and step >= pending.key.send + (self.schedule.delay + 1) // 2:
+                pending.advance()
 
     def _fetch_next(self, step: int) -> None:
         """Start bringing the outer state that the next step needs to the device."""
@@ -272,11 +289,9 @@ class OuterSync:
         assert pending.key == key, (pending.key, key)
         return pending
 
-    def _land(self, pending: Pending) -> float:
-        """Wait for what has not come; the seconds it took. Raises SyncError if this group's state is astray."""
-        start_s = time.perf_counter()
+    def _land(self, pending: Pending) -> None:
+        """Wait for what has not come. Raises SyncError if this group's state is astray."""
         pending.land()
-        stall_s = time.perf_counter() - start_s
         for (_, outcome), places in zip(pending.flights, pending.places, strict=True):
             _fill(pending.change, places, outcome.change)
             pending.groups = sum(weight > 0 for weight in outcome.weights)
@@ -286,32 +301,42 @@ class OuterSync:
                     f"the other groups before round {pending.key.round}; it stops, start it again from a checkpoint"
                 )
         pending.flights, pending.places = [], []
-        return stall_s
 
-    def _apply(self, pending: Pending, change: Tensor | None = None, stall_s: float | None = None) -> Round:
+    def _apply(self, pending: Pending) -> Round:
         """The outer step of a fragment, and the group's own weights mixed with what comes out."""
-        waited_s = self._land(pending) if stall_s is None else stall_s
+        self._land(pending)
+        return self._step(pending, pending.change)
+
+    def _step(self, pending: Pending, change: Tensor) -> Round:
         fragment = self.fragments[pending.key.fragment]
         weights, momentum = fragment.take()
         rms = self._rms(fragment, momentum) if self.sync.gap_penalty else None
-        outer_step(weights, momentum, pending.change if change is None else change, self.sync, rms=rms)
+        outer_step(weights, momentum, change, self.sync, rms=rms)
         fragment.put(weights, momentum)
         self._write(fragment, weights, self.sync.mix)
         key = pending.key
         return Round(
-            self.epoch, key.round, key.fragment, key.send, self.step, waited_s, pending.sent_bytes, pending.groups
+            self.epoch,
+            key.round,
+            key.fragment,
+            key.send,
+            self.step,
+            pending.stall_s,
+            pending.sent_bytes,
+            pending.groups,
         )
 
     def _apply_fresh(self, key: Exchange) -> Round:
         """Eager updates (arXiv 2502.12996): the last mean change, but this group's own part is its newest."""
         newest = self._pending[-1]
         last = self._pending.popleft() if len(self._pending) > 1 else None
-        stall_s = self._land(last) if last is not None else 0.0
+        if last is not None:
+            self._land(last)
         fragment = self.fragments[key.fragment]
         change = fragment.change().div_(self.sync.groups)
         if last is not None:
             change.add_(last.change).sub_(last.own, alpha=1 / self.sync.groups)
-        return self._apply(last or newest, change, stall_s)
+        return self._step(last or newest, change)
 
     def _rms(self, fragment: Fragment, momentum: Tensor) -> float:
         """Root mean square over the fragment, all ranks of the group together; rounded so that any cut gives the same."""

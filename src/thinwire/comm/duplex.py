@@ -1,4 +1,4 @@
-"""All-to-all and all-gather over gloo that use a link in both directions at once.
+"""All-to-all and all-gather that use a link in both directions at once: NCCL's own on accelerators, ours over gloo.
 
 A gloo receive announces itself to the sender on their one connection, and nothing is sent before that. gloo's own
 all-to-all and ring send first: the announcement then waits behind this rank's own data, and the two directions of a link
@@ -19,6 +19,8 @@ def all_to_all(received: Tensor, sent: Tensor, *, group: dist.ProcessGroup) -> l
 
     This rank's own row is copied at once.
     """
+    if received.is_cuda:
+        return [dist.all_to_all_single(received, sent, group=group, async_op=True)]
     me, k = dist.get_rank(group), dist.get_world_size(group)
     received[me].copy_(sent[me])
     return _post(received, [sent[j] for j in range(k)], group)
@@ -26,6 +28,8 @@ def all_to_all(received: Tensor, sent: Tensor, *, group: dist.ProcessGroup) -> l
 
 def all_gather(received: Tensor, row: Tensor, *, group: dist.ProcessGroup) -> list[Waitable]:
     """Row i of `received` (k rows) becomes rank i's `row`; this rank's own may be that row itself. Wait for all works."""
+    if received.is_cuda:
+        return [dist.all_gather_single(received.view(-1), row, group=group, async_op=True)]
     me, k = dist.get_rank(group), dist.get_world_size(group)
     if received[me].data_ptr() != row.data_ptr():
         received[me].copy_(row)
