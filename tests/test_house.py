@@ -14,17 +14,18 @@ RANKS = {
     "plan": 2, "comm": 2,
     "cost": 3, "partition": 3, "sync": 3,
     "parallel": 4, "simulate": 4, "checkpoint": 4,
-    "planner": 5, "evaluate": 5, "resilience": 5,
+    "planner": 5, "evaluate": 5, "hub": 5, "resilience": 5,
     "train": 6, "lab": 6, "report": 7, "cli": 8,
 }  # fmt: skip
 SAME_RANK_ALLOWED = {("config", "errors"), ("units", "errors"), ("events", "errors")}
 THINKING = {"cost", "simulate", "planner", "report", "lab"}
-DOING = {"comm", "partition", "sync", "parallel", "checkpoint", "evaluate", "resilience", "train"}
+DOING = {"comm", "partition", "sync", "parallel", "checkpoint", "evaluate", "hub", "resilience", "train"}
 TORCH_FREE = [
     "thinwire.cli", "thinwire.cli.train", "thinwire.cli.data", "thinwire.train.config", "thinwire.train.job",
     "thinwire.train.folder", "thinwire.train.launch", "thinwire.train.worker", "thinwire.plan", "thinwire.model.spec",
     "thinwire.model.config", "thinwire.cluster.cluster", "thinwire.data.prepare", "thinwire.data.loader",
     "thinwire.comm.place", "thinwire.cli.eval", "thinwire.cli.generate",
+    "thinwire.cli.export", "thinwire.cli.import_", "thinwire.hub.families", "thinwire.hub.names", "thinwire.hub.init",
 ]  # fmt: skip
 
 

@@ -75,8 +75,13 @@ class FileTokenizer:
         self.eot = int(ends[0])
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, special ones included."""
+        return dict(self._library.get_vocab(with_added_tokens=True))
+
+    @property
     def vocab_size(self) -> int:
-        return 1 + int(max(self._library.get_vocab(with_added_tokens=True).values()))
+        return 1 + max(self.vocabulary.values())
 
     def encode(self, text: str) -> list[int]:
         return list(self._library.encode(text, add_special_tokens=False).ids)

@@ -1,8 +1,9 @@
-"""`[model]` of a run file: a preset, spec fields, or a preset with fields overridden. No torch."""
+"""`[model]` of a run file: a preset, spec fields, a preset with fields overridden, or imported weights. No torch."""
 
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from thinwire.config import Frozen, explain
 from thinwire.errors import ConfigError
@@ -13,6 +14,8 @@ from thinwire.model.spec import Family, ModelSpec, RopeScaling
 class ModelConfig(Frozen):
     """Fields left out come from the preset; `vocab_size` left out comes from the tokenizer."""
 
+    init: Path | None = None
+    """A folder that `thinwire import` made: the shapes and the first weights. No other key goes with it."""
     preset: str | None = "llama-3m"
     family: Family | None = None
     vocab_size: int | None = Field(default=None, ge=1)
@@ -28,13 +31,43 @@ class ModelConfig(Frozen):
     rope_theta: float | None = Field(default=None, gt=0)
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool | None = None
+    out_bias: bool | None = None
     bias: bool | None = None
     qk_norm: bool | None = None
     init_std: float | None = Field(default=None, gt=0)
 
-    def resolve(self, tokenizer_vocab_size: int | None = None) -> ModelSpec:
-        """The spec. Raises ConfigError: unknown preset, impossible shapes, a vocabulary smaller than the tokenizer's."""
-        given = {name: value for name, value in self.model_dump(exclude={"preset"}).items() if value is not None}
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, data: Any) -> Any:
+        """`init` says everything about the model."""
+        if not isinstance(data, dict) or data.get("init") is None:
+            return data
+        others = [key for key, value in data.items() if key != "init" and value is not None]
+        if others:
+            raise ValueError(f"init = {str(data['init'])!r} gives the whole model; leave {others[0]} out")
+        return {"init": data["init"], "preset": None}
+
+    def resolve(self, tokenizer_vocab_size: int | None = None, *, imported: ModelSpec | None = None) -> ModelSpec:
+        """The spec; with `init`, the `imported` one of that folder.
+
+        Raises ConfigError: unknown preset, impossible shapes, a vocabulary smaller than the tokenizer's.
+        """
+        spec = imported or self._spec(tokenizer_vocab_size)
+        if tokenizer_vocab_size is not None and spec.vocab_size < tokenizer_vocab_size:
+            way_out = (
+                "prepare the corpus with the tokenizer of the imported model (INIT/hub/tokenizer.json)"
+                if imported
+                else "leave model.vocab_size out to take the tokenizer's"
+            )
+            raise ConfigError(
+                f"model.vocab_size = {spec.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}; {way_out}"
+            )
+        return spec
+
+    def _spec(self, tokenizer_vocab_size: int | None) -> ModelSpec:
+        given = {
+            name: value for name, value in self.model_dump(exclude={"preset", "init"}).items() if value is not None
+        }
         base: dict[str, Any] = preset(self.preset).model_dump() if self.preset else {}
         if self.vocab_size is None and tokenizer_vocab_size is not None:
             given["vocab_size"] = tokenizer_vocab_size
@@ -45,15 +78,9 @@ class ModelConfig(Frozen):
         if "heads" in given and "kv_heads" not in given:
             given["kv_heads"] = given["heads"]
         try:
-            spec = ModelSpec(**{**base, **given})
+            return ModelSpec(**{**base, **given})
         except ValidationError as error:
             raise ConfigError(f"model.{explain(error)}") from None
-        if tokenizer_vocab_size is not None and spec.vocab_size < tokenizer_vocab_size:
-            raise ConfigError(
-                f"model.vocab_size = {spec.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}; leave "
-                f"model.vocab_size out to take the tokenizer's"
-            )
-        return spec
 
 
 def _head_size(hidden: int, heads: int) -> int:

@@ -73,7 +73,7 @@ class Attention(nn.Module):
         if spec.qk_norm:
             self.query_norm = RMSNorm(spec.head_size, spec.norm_eps)
             self.key_norm = RMSNorm(spec.head_size, spec.norm_eps)
-        self.out = nn.Linear(queries, spec.hidden, bias=spec.bias)
+        self.out = nn.Linear(queries, spec.hidden, bias=spec.out_bias or spec.bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         spec = self.spec

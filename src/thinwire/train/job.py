@@ -9,6 +9,7 @@ from thinwire.cluster.cluster import Cluster
 from thinwire.config import load
 from thinwire.data.corpus import Corpus
 from thinwire.errors import ConfigError, DataError
+from thinwire.hub.init import Init, read_init
 from thinwire.model.spec import ModelSpec
 from thinwire.plan import Plan
 from thinwire.train.config import RunConfig
@@ -24,6 +25,8 @@ class Job:
     plan: Plan
     spec: ModelSpec
     corpus: Corpus
+    init: Init | None = None
+    """Where the first weights come from; None: they are drawn."""
 
 
 def read_config(run_file: Path, settings: Sequence[str] = ()) -> RunConfig:
@@ -40,10 +43,11 @@ def resolve(run_file: Path, config: RunConfig) -> Job:
         raise ConfigError(f"{run_file}: {error}") from None
     plan = config.plan.resolve(cluster, micro_batch=micro_batch, accumulate=accumulate)
     corpus = Corpus.open(config.data)
-    spec = config.model.resolve(corpus.vocab_size)
-    _check_lengths(run_file, config, spec, corpus)
     folder = config.run.folder or Path("runs") / run_file.stem
-    return Job(config, folder, cluster, plan, spec, corpus)
+    init = None if config.model.init is None else read_init(config.model.init, kept=folder)
+    spec = config.model.resolve(corpus.vocab_size, imported=None if init is None else init.spec)
+    _check_lengths(run_file, config, spec, corpus)
+    return Job(config, folder, cluster, plan, spec, corpus, init)
 
 
 def _check_lengths(run_file: Path, config: RunConfig, spec: ModelSpec, corpus: Corpus) -> None:

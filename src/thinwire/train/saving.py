@@ -3,6 +3,7 @@
 from thinwire import __version__
 from thinwire.checkpoint.store import SaveFailed, Saving
 from thinwire.errors import CheckpointError
+from thinwire.hub.init import load_pieces
 from thinwire.train.assemble import Parts
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
@@ -19,10 +20,11 @@ class Saver:
         self._newest: str | None = None
 
     def resume(self) -> int:
-        """Load the newest good checkpoint, if there is one: the step to go on from. Raises CheckpointError."""
+        """Load the newest good checkpoint, else imported weights: the step to go on from. Raises CheckpointError."""
         found = self._parts.checkpoints.newest()
         self._warnings = list(self._parts.checkpoints.warnings)
         if found is None:
+            self._start()
             return 0
         pieces = [*self._parts.sharded.for_load(), *self._parts.optimizer.for_load()]
         meta = self._parts.checkpoints.load(found, pieces)
@@ -35,6 +37,12 @@ class Saver:
         self._parts.optimizer.loaded(int(meta["updates"]))
         self._last_asked, self._newest = found.step, found.path.name
         return found.step
+
+    def _start(self) -> None:
+        """Imported weights in the place of drawn ones, each rank reading what it owns."""
+        if self._job.init is not None:
+            load_pieces(self._job.init.folder, self._parts.sharded.for_load())
+            self._parts.sharded.loaded()
 
     def after_step(self, step: int, *, last: bool) -> None:
         """Save if it is time; look after a save in flight."""
