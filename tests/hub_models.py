@@ -32,7 +32,15 @@ _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+_GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": POSITIONS,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama-2": LlamaConfig(**_SHAPE),

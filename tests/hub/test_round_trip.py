@@ -62,7 +62,7 @@ def test_an_imported_model_has_the_same_logits(name: str, tmp_path: Path) -> Non
     torch.testing.assert_close(own_logits(loaded(tmp_path / "init")), logits(theirs), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama-3", "mistral", "qwen2", "qwen3-biases", "gpt2-untied"])
 def test_a_run_from_it_exports_the_same_model(name: str, corpus: Path, tmp_path: Path) -> None:
     """Import, one step with a learning rate of next to nothing on two ranks, export: transformers gives its logits."""
     theirs = save_model(name, tmp_path / "hf", max_shard_size="20KB")

@@ -23,11 +23,11 @@ def open_folder(job: Job, *, fresh: bool) -> bool:
     folder = job.folder
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file, not a run folder; choose another with --set run.folder=PATH")
+    if job.init is not None and (fresh or not any(folder.glob(f"{CHECKPOINTS}/*"))):
+        verify_init(job.init, digests=job.config.checkpoint.verify)
     if fresh and (folder / RUN_FILE).exists():
         _put_aside(folder)
     resuming = (folder / RUN_FILE).exists()
-    if job.init is not None and not any(folder.glob(f"{CHECKPOINTS}/*")):
-        verify_init(job.init, digests=job.config.checkpoint.verify)
     if resuming:
         refuse_other_run(job)
     elif folder.exists() and any(path.name != LOGS for path in folder.iterdir()):
