@@ -17,7 +17,7 @@ RANKS = {
     "planner": 5, "evaluate": 5, "hub": 5, "resilience": 5,
     "train": 6, "lab": 6, "report": 7, "cli": 8,
 }  # fmt: skip
-SAME_RANK_ALLOWED = {("config", "errors"), ("units", "errors"), ("events", "errors")}
+SAME_RANK_ALLOWED = {("config", "errors"), ("units", "errors"), ("events", "errors"), ("evaluate", "hub")}
 THINKING = {"cost", "simulate", "planner", "report", "lab"}
 DOING = {"comm", "partition", "sync", "parallel", "checkpoint", "evaluate", "hub", "resilience", "train"}
 TORCH_FREE = [

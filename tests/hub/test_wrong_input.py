@@ -238,6 +238,8 @@ def _set_model(run: Path, text: str) -> None:
     [
         ('init = "nowhere"', "nowhere holds no init.json; make it with"),
         ('init = "INIT"\nlayers = 3', "gives the whole model; leave layers out"),
+        ('hf = "nowhere"', "nowhere/config.json does not exist"),
+        ('hf = "INIT"\ninit = "INIT"', "gives the whole model; leave hf out"),
         ('init = "INIT"', "is smaller than the tokenizer's 310; prepare the corpus with the tokenizer of the imported"),
     ],
 )

@@ -16,6 +16,8 @@ class ModelConfig(Frozen):
 
     init: Path | None = None
     """A folder that `thinwire import` made: the shapes and the first weights. No other key goes with it."""
+    hf: Path | None = None
+    """A Hugging Face folder whose model `transformers` builds and that is trained as it is. No other key goes with it."""
     preset: str | None = "llama-3m"
     family: Family | None = None
     vocab_size: int | None = Field(default=None, ge=1)
@@ -39,34 +41,26 @@ class ModelConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _alone(cls, data: Any) -> Any:
-        """`init` says everything about the model."""
-        if not isinstance(data, dict) or data.get("init") is None:
+        """`init` or `hf` says everything about the model."""
+        alone = next((key for key in ("init", "hf") if isinstance(data, dict) and data.get(key) is not None), None)
+        if alone is None:
             return data
-        others = [key for key, value in data.items() if key != "init" and value is not None]
+        others = [key for key, value in data.items() if key != alone and value is not None]
         if others:
-            raise ValueError(f"init = {str(data['init'])!r} gives the whole model; leave {others[0]} out")
-        return {"init": data["init"], "preset": None}
+            raise ValueError(f"{alone} = {str(data[alone])!r} gives the whole model; leave {others[0]} out")
+        return {alone: data[alone], "preset": None}
 
-    def resolve(self, tokenizer_vocab_size: int | None = None, *, imported: ModelSpec | None = None) -> ModelSpec:
-        """The spec; with `init`, the `imported` one of that folder.
-
-        Raises ConfigError: unknown preset, impossible shapes, a vocabulary smaller than the tokenizer's.
-        """
-        spec = imported or self._spec(tokenizer_vocab_size)
-        if tokenizer_vocab_size is not None and spec.vocab_size < tokenizer_vocab_size:
-            way_out = (
-                "prepare the corpus with the tokenizer of the imported model (INIT/hub/tokenizer.json)"
-                if imported
-                else "leave model.vocab_size out to take the tokenizer's"
-            )
-            raise ConfigError(
-                f"model.vocab_size = {spec.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}; {way_out}"
-            )
+    def resolve(self, tokenizer_vocab_size: int | None = None) -> ModelSpec:
+        """The spec. Raises ConfigError: unknown preset, impossible shapes, a vocabulary smaller than the tokenizer's."""
+        spec = self._spec(tokenizer_vocab_size)
+        check_vocabulary(spec.vocab_size, tokenizer_vocab_size, "leave model.vocab_size out to take the tokenizer's")
         return spec
 
     def _spec(self, tokenizer_vocab_size: int | None) -> ModelSpec:
         given = {
-            name: value for name, value in self.model_dump(exclude={"preset", "init"}).items() if value is not None
+            name: value
+            for name, value in self.model_dump(exclude={"preset", "init", "hf"}).items()
+            if value is not None
         }
         base: dict[str, Any] = preset(self.preset).model_dump() if self.preset else {}
         if self.vocab_size is None and tokenizer_vocab_size is not None:
@@ -81,6 +75,14 @@ class ModelConfig(Frozen):
             return ModelSpec(**{**base, **given})
         except ValidationError as error:
             raise ConfigError(f"model.{explain(error)}") from None
+
+
+def check_vocabulary(vocab_size: int, tokenizer_vocab_size: int | None, way_out: str) -> None:
+    """Raise ConfigError if the tokenizer has ids that the model has no embedding for."""
+    if tokenizer_vocab_size is not None and vocab_size < tokenizer_vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}; {way_out}"
+        )
 
 
 def _head_size(hidden: int, heads: int) -> int:

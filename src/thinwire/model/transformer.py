@@ -172,6 +172,10 @@ class Transformer(nn.Module):
             x_BTD = block(x_BTD, context)
         return self.head(self.norm(x_BTD))  # type: ignore[no-any-return]
 
+    def new_cache(self) -> KVCache:
+        """An empty cache for generation."""
+        return KVCache()
+
     def _initialise(self) -> None:
         std, residual_std = self.spec.init_std, self.spec.init_std / math.sqrt(2 * self.spec.layers)
         for name, parameter in self.named_parameters():

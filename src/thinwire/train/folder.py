@@ -5,7 +5,8 @@ from pathlib import Path
 
 from thinwire.config import differences, dump_toml, load
 from thinwire.errors import ConfigError
-from thinwire.hub.init import keep_beside, verify_init
+from thinwire.hub.files import SIDE_FILES, copy_files
+from thinwire.hub.init import HUB, keep_beside, verify_init
 from thinwire.train.config import MAY_CHANGE, RunConfig
 from thinwire.train.job import Job
 
@@ -39,6 +40,8 @@ def open_folder(job: Job, *, fresh: bool) -> bool:
         _write_whole(folder / CLUSTER_FILE, job.cluster.model_dump_json(indent=2) + "\n")
         if job.init is not None:
             keep_beside(job.init, folder)
+        elif job.config.model.hf is not None:
+            copy_files(job.config.model.hf, folder / HUB, SIDE_FILES)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
