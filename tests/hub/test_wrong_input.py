@@ -240,7 +240,7 @@ def _set_model(run: Path, text: str) -> None:
         ('init = "INIT"\nlayers = 3', "gives the whole model; leave layers out"),
         ('hf = "nowhere"', "nowhere/config.json does not exist"),
         ('hf = "INIT"\ninit = "INIT"', "gives the whole model; leave hf out"),
-        ('init = "INIT"', "is smaller than the tokenizer's 310; prepare the corpus with the tokenizer of the imported"),
+        ('init = "INIT"', "is smaller than the tokenizer's 310; prepare the corpus with the tokenizer.json of that"),
     ],
 )
 def test_a_wrong_init_is_answered_before_anything_starts(good: Path, tmp_path: Path, model: str, says: str) -> None:
