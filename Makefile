@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := examples/stdlib.toml
 
-.PHONY: demo test check bench clean setup
+.PHONY: demo test check bench clean setup package
 
 setup: $(READY)
 
@@ -27,6 +27,14 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Build wheel and sdist; install the wheel, with what it depends on, in an empty environment; run the demo there.
+package: $(READY)
+	rm -rf build/package && mkdir -p build/package/empty
+	$(BIN)/python -m build --no-isolation --outdir build/package/dist .
+	$(PYTHON) -m venv build/package/venv
+	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/package/dist/*.whl
+	cd build/package/empty && ../venv/bin/thinwire train ../../../$(DEMO) --set run.steps=20
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop_overhead.py
