@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := examples/stdlib.toml
 
-.PHONY: demo test check bench clean setup package
+.PHONY: demo test test-slurm check bench clean setup package
 
 setup: $(READY)
 
@@ -23,6 +23,10 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
+# Job scripts on a real Slurm, started for the tests on this machine (installed first if need be; needs root).
+test-slurm: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -34,7 +38,7 @@ package: $(READY)
 	$(BIN)/python -m build --no-isolation --outdir build/package/dist .
 	$(PYTHON) -m venv build/package/venv
 	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/package/dist/*.whl
-	cd build/package/empty && ../venv/bin/thinwire train ../../../$(DEMO) --set run.steps=20
+	cd build/package/empty && ../venv/bin/thinwire train ../../../$(DEMO) --set run.steps=30
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop_overhead.py

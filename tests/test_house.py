@@ -15,7 +15,7 @@ RANKS = {
     "cost": 3, "partition": 3, "sync": 3,
     "parallel": 4, "simulate": 4, "checkpoint": 4,
     "planner": 5, "evaluate": 5, "hub": 5, "resilience": 5,
-    "train": 6, "lab": 6, "report": 7, "cli": 8,
+    "train": 6, "lab": 6, "report": 7, "launchers": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 SAME_RANK_ALLOWED = {("config", "errors"), ("units", "errors"), ("events", "errors"), ("evaluate", "hub")}
 THINKING = {"cost", "simulate", "planner", "report", "lab"}
@@ -25,6 +25,7 @@ TORCH_FREE = [
     "thinwire.train.folder", "thinwire.train.launch", "thinwire.train.worker", "thinwire.plan", "thinwire.model.spec",
     "thinwire.model.config", "thinwire.cluster.cluster", "thinwire.data.prepare", "thinwire.data.loader",
     "thinwire.comm.place", "thinwire.cli.eval", "thinwire.cli.generate",
+    "thinwire.cli.launch", "thinwire.launchers.slurm", "thinwire.launchers.kubernetes",
     "thinwire.cli.export", "thinwire.cli.import_", "thinwire.hub.families", "thinwire.hub.names", "thinwire.hub.init",
 ]  # fmt: skip
 

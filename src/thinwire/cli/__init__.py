@@ -19,6 +19,7 @@ _VERBS = {
     "eval": "Loss, perplexity and bits per byte of a run on held-out text.",
     "generate": "Continue a prompt with a run's model.",
     "export": "Write a run's model as a Hugging Face folder.",
+    "launch": "Start a run under Slurm or Kubernetes.",
     "import": "Make the folder that a run starts from out of a Hugging Face folder.",
 }
 
