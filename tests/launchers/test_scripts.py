@@ -235,7 +235,8 @@ def test_launchers_one_a_node_make_one_world(stop: bool, corpus: Path, tmp_path:
     pods = [
         subprocess.Popen(
             thinwire_command("train", run, "--ranks-per-node=2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, env={**environment(), "RANK": str(node), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            text=True,
+            env={**environment(), "RANK": str(node), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": port},
         )
         for node in range(2)

@@ -86,6 +86,11 @@ class FileTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(self._library.encode(text, add_special_tokens=False).ids)
 
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids, and for each the position in `text` of its first character."""
+        coded = self._library.encode(text, add_special_tokens=False)
+        return list(coded.ids), [start for start, _ in coded.offsets]
+
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         coded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, dtype=np.int64) for one in coded]
