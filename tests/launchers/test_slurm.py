@@ -207,12 +207,12 @@ def test_the_tasks_of_an_array_have_run_folders_of_their_own(
 def test_the_levels_follow_the_nodes_that_slurm_gives(
     cluster: Slurm, here: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = write_run(here, corpus, batch={"sequences": 24, "micro_batch": 4}, run={"steps": 3})
-    number = submit(capsys, run, "--nodes", "1-3", "--ranks-per-node", "2", "--time", "5")
+    run = write_run(here, corpus, batch={"sequences": 24, "micro_batch": 2}, run={"steps": 3})
+    number = submit(capsys, run, "--nodes", "2-3", "--ranks-per-node", "2", "--time", "5")
     job = cluster.wait(number, "COMPLETED", "FAILED")
     assert job["JobState"] == "COMPLETED", log(here / "run")
     started = next(read_events(here / "run" / EVENTS_FILE, "run_start"))
-    assert started["ranks"] == 2 * int(job["NumNodes"]) == 6
+    assert started["ranks"] == 2 * int(job["NumNodes"]) >= 4
 
 
 def test_what_slurm_refuses_leaves_nothing_behind(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ def load_run(folder: Path, *, step: int | None = None, dtype: torch.dtype = torc
     path, manifest = newest_whole(folder / "checkpoints", step=step)
     spec = read_any_spec(manifest.meta["spec"], str(path))
     state = {name: tensor.to(dtype) for name, tensor in read_tensors(path, manifest, "params/")}
-    model = _native(spec, state) if isinstance(spec, NativeSpec) else _own(spec, state)
+    model = _native(spec, state, tree) if isinstance(spec, NativeSpec) else _own(spec, state)
     model.eval()
     data = build(DataConfig, tree["data"], str(run_file))
     return LoadedRun(model, spec, manifest.step, data, int(tree["batch"]["tokens"]))
@@ -60,7 +61,9 @@ def _own(spec: ModelSpec, state: dict[str, torch.Tensor]) -> Transformer:
     return model
 
 
-def _native(spec: NativeSpec, state: dict[str, torch.Tensor]) -> LanguageModel:
-    from thinwire.hub.native import filled
+def _native(spec: NativeSpec, state: dict[str, torch.Tensor], tree: dict[str, Any]) -> LanguageModel:
+    from thinwire.hub.native import filled, with_adapters
 
+    if spec.lora is not None:
+        return with_adapters(spec, Path(tree["model"]["hf"]), state.__getitem__)
     return filled(spec, state.__getitem__, next(iter(state.values())).dtype)

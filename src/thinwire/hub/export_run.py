@@ -65,15 +65,20 @@ def export_run(
     with whole_folder(out, force=force) as folder:
         eot = write_tokenizer(folder, run / HUB, data)
         if isinstance(spec, NativeSpec):
-            from thinwire.hub.native import write_native
+            from thinwire.hub.native import write_adapters, write_native
 
-            write_native(folder, spec, lambda name: reader.read(f"params/{name}"), dtype, limit=shard_bytes)
+            if spec.lora is not None:
+                base = Path(read_toml(run_file)["model"]["hf"])
+                write_adapters(folder, spec, base.absolute(), lambda name: reader.read(f"params/{name}").to(dtype))
+            else:
+                write_native(folder, spec, lambda name: reader.read(f"params/{name}"), dtype, limit=shard_bytes)
         else:
             ids = _token_ids(came_from, eot)
             write_json(folder / CONFIG, {**config, **ids, "torch_dtype": str(dtype).removeprefix("torch.")})
             write_json(folder / GENERATION, {"_from_model_config": True, **ids})
             write_shards(folder, _tensors(reader, spec, dtype), _sizes(spec, dtype), limit=shard_bytes)
-        copy_files(run / HUB, folder, (GENERATION,))
+        if not (isinstance(spec, NativeSpec) and spec.lora is not None):
+            copy_files(run / HUB, folder, (GENERATION,))
     return Exported(manifest.step, config["model_type"], spec.parameters, eot is not None)
 
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.hub.files import CONFIG, read_json
 from thinwire.hub.init import HUB
+from thinwire.hub.lora import adapted, identity_of, write_adapter
 from thinwire.hub.native_spec import NativeSpec
 from thinwire.hub.shards import INDEX, SINGLE
+from thinwire.model.lora import LoraOptions
 
 _ENDLESS = 1 << 20
 """Positions of a model whose config sets no limit."""
@@ -31,7 +33,8 @@ class Native:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._positions = "position_ids" in inspect.signature(module.forward).parameters
+        inner = getattr(module, "get_base_model", lambda: module)()
+        self._positions = "position_ids" in inspect.signature(inner.forward).parameters
 
     def __call__(
         self,
@@ -67,11 +70,14 @@ class Native:
         return _transformers().DynamicCache()
 
 
-def describe(folder: Path, *, kept: Path | None = None) -> NativeSpec:
+def describe(folder: Path, *, kept: Path | None = None, lora: LoraOptions | None = None) -> NativeSpec:
     """The spec of the model in `folder`; if that is gone, of what the run folder `kept` remembers of it.
 
-    Raises ConfigError: no transformers, no config, a model type it does not know, no causal language model.
+    Raises ConfigError: no transformers, no config, a model type it does not know, no causal language model, or adapters
+    for layers that it does not have or for weights that are not there.
     """
+    if lora is not None and not _has_weights(folder):
+        raise ConfigError(f"{folder} holds no safetensors weights; adapters need a base to be put on")
     path = folder / CONFIG
     if not path.is_file() and kept is not None and (kept / HUB / CONFIG).is_file():
         path = kept / HUB / CONFIG
@@ -87,28 +93,45 @@ def describe(folder: Path, *, kept: Path | None = None) -> NativeSpec:
         raise ConfigError(
             f"{path}: the model keeps state that is no parameter ({kept_buffers[0]}); it cannot be resumed"
         )
-    text = model.config.get_text_config()
+    text, written = model.config.get_text_config(), json.loads(model.config.to_json_string(use_diff=False))
+    if lora is not None:
+        with torch.device("meta"):
+            model = adapted(model, lora)
     heads = getattr(text, "num_attention_heads", 0) or 0
     hidden = getattr(text, "hidden_size", 0) or 0
     head_size = getattr(text, "head_dim", None) or (hidden // heads if heads else 0)
     return NativeSpec(
-        config=json.loads(model.config.to_json_string(use_diff=False)),
+        config=written,
         vocab_size=text.vocab_size,
         max_tokens=next((limit for name in _LIMITS if (limit := getattr(text, name, None))), _ENDLESS),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         matmul_parameters=_matmul_parameters(model),
         attention_width=heads * head_size * (getattr(text, "num_hidden_layers", 0) or 0),
+        lora=lora,
+        base=None if lora is None else identity_of(folder),
     )
 
 
 def build_native(spec: NativeSpec, folder: Path | None, *, seed: int) -> Native:
-    """The model in fp32: the weights in `folder` if it has any, else drawn from `seed`, equal on every rank.
+    """The model in fp32: the weights in `folder` if it has any, else drawn from `seed`, equal on every rank; adapters drawn.
 
     Raises CheckpointError if the weights there cannot be read or are not those of the model.
     """
     torch.manual_seed(seed)
-    if folder is None or not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+    if folder is None or not _has_weights(folder):
         return Native(_from_config(spec.config, "the model's config"))
+    model = _from_pretrained(folder)
+    if spec.lora is not None:
+        torch.manual_seed(seed)
+        model = adapted(model, spec.lora)
+    return Native(model)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def _from_pretrained(folder: Path) -> nn.Module:
     try:
         with _quiet():
             model, info = _transformers().AutoModelForCausalLM.from_pretrained(
@@ -118,6 +141,18 @@ def build_native(spec: NativeSpec, folder: Path | None, *, seed: int) -> Native:
         raise CheckpointError(f"transformers cannot load the weights in {folder}: {_line(error)}") from None
     if info["missing_keys"]:
         raise CheckpointError(f"the tensor {min(info['missing_keys'])!r} is missing in the weights of {folder}")
+    return model  # type: ignore[no-any-return]
+
+
+def with_adapters(spec: NativeSpec, folder: Path, weights: Callable[[str], Tensor]) -> Native:
+    """The base in `folder` with the adapters of a checkpoint. Raises CheckpointError if it is another base."""
+    if not _has_weights(folder) or identity_of(folder) != spec.base:
+        raise CheckpointError(f"the adapters belong to other weights than those in {folder}; put their base back there")
+    assert spec.lora is not None
+    model = adapted(_from_pretrained(folder), spec.lora)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = weights(name)
     return Native(model)
 
 
@@ -136,6 +171,14 @@ def write_native(
     model = filled(spec, weights, dtype).module
     with _quiet():
         model.save_pretrained(folder, max_shard_size=limit)  # type: ignore[operator]
+
+
+def write_adapters(folder: Path, spec: NativeSpec, base: Path, weights: Callable[[str], Tensor]) -> None:
+    """Write a checkpoint's adapters as a peft folder. The base's weights are neither read nor written."""
+    assert spec.lora is not None
+    with torch.device("meta"):
+        model = adapted(_from_config(spec.config, "the checkpoint's config"), spec.lora)
+    write_adapter(folder, model, base, weights)
 
 
 def _from_config(tree: dict[str, Any], source: str) -> nn.Module:

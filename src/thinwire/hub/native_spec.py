@@ -3,6 +3,7 @@
 from typing import Any
 
 from thinwire.config import Frozen, build
+from thinwire.model.lora import LoraOptions
 from thinwire.model.spec import ModelSpec
 
 
@@ -18,16 +19,23 @@ class NativeSpec(Frozen):
     """Parameters that multiply every token; None if the model has others than linear layers (experts)."""
     attention_width: int
     """heads x head size, summed over layers."""
+    lora: LoraOptions | None = None
+    base: str | None = None
+    """With adapters: which weights they belong to."""
 
     @property
     def tied(self) -> bool:
         return bool(self.config.get("tie_word_embeddings", False))
 
     def model_flops_per_token(self, tokens: int) -> float | None:
-        """FLOPs of forward and backward per token, as `ModelSpec` counts them; None if they are not known."""
+        """FLOPs of forward and backward per token, as `ModelSpec` counts them; None if they are not known.
+
+        Of frozen weights there is no gradient: with adapters backward costs what forward does.
+        """
         if self.matmul_parameters is None:
             return None
-        return 3.0 * (2.0 * self.matmul_parameters + 4.0 * tokens * self.attention_width)
+        forward = 2.0 * self.matmul_parameters + 4.0 * tokens * self.attention_width
+        return forward * (3.0 if self.lora is None else 2.0)
 
 
 AnySpec = ModelSpec | NativeSpec

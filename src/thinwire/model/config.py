@@ -7,6 +7,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from thinwire.config import Frozen, explain
 from thinwire.errors import ConfigError
+from thinwire.model.lora import LoraOptions
 from thinwire.model.presets import preset
 from thinwire.model.spec import Family, ModelSpec, RopeScaling
 
@@ -18,6 +19,8 @@ class ModelConfig(Frozen):
     """A folder that `thinwire import` made: the shapes and the first weights. No other key goes with it."""
     hf: Path | None = None
     """A Hugging Face folder whose model `transformers` builds and that is trained as it is. No other key goes with it."""
+    lora: LoraOptions | None = None
+    """With `hf`: train adapters on the frozen model instead of the model."""
     preset: str | None = "llama-3m"
     family: Family | None = None
     vocab_size: int | None = Field(default=None, ge=1)
@@ -44,11 +47,14 @@ class ModelConfig(Frozen):
         """`init` or `hf` says everything about the model."""
         alone = next((key for key in ("init", "hf") if isinstance(data, dict) and data.get(key) is not None), None)
         if alone is None:
+            if isinstance(data, dict) and data.get("lora") is not None:
+                raise ValueError("lora goes with hf = DIR, the model that the adapters are put on")
             return data
-        others = [key for key, value in data.items() if key != alone and value is not None]
+        kept = ("hf", "lora") if alone == "hf" else (alone,)
+        others = [key for key, value in data.items() if key not in kept and value is not None]
         if others:
             raise ValueError(f"{alone} = {str(data[alone])!r} gives the whole model; leave {others[0]} out")
-        return {alone: data[alone], "preset": None}
+        return {**{key: data[key] for key in kept if key in data}, "preset": None}
 
     def resolve(self, tokenizer_vocab_size: int | None = None) -> ModelSpec:
         """The spec. Raises ConfigError: unknown preset, impossible shapes, a vocabulary smaller than the tokenizer's."""
@@ -59,7 +65,7 @@ class ModelConfig(Frozen):
     def _spec(self, tokenizer_vocab_size: int | None) -> ModelSpec:
         given = {
             name: value
-            for name, value in self.model_dump(exclude={"preset", "init", "hf"}).items()
+            for name, value in self.model_dump(exclude={"preset", "init", "hf", "lora"}).items()
             if value is not None
         }
         base: dict[str, Any] = preset(self.preset).model_dump() if self.preset else {}

@@ -58,7 +58,7 @@ def _spec(config: RunConfig, corpus: Corpus, folder: Path) -> AnySpec:
         return config.model.resolve(corpus.vocab_size)
     from thinwire.hub.native import describe
 
-    return describe(config.model.hf, kept=folder)
+    return describe(config.model.hf, kept=folder, lora=config.model.lora)
 
 
 def _check_lengths(run_file: Path, config: RunConfig, spec: AnySpec, corpus: Corpus) -> None:
