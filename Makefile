@@ -7,7 +7,7 @@ DEMO := examples/stdlib.toml
 # Programs that the lab calls (`ip`, `tc`); nothing else needs them, and its tests are skipped without them.
 DEBIAN_PACKAGES := iproute2
 
-.PHONY: demo test check bench clean setup packages
+.PHONY: demo test test-slurm check bench clean setup package packages
 
 setup: $(READY)
 
@@ -32,10 +32,22 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
+# Job scripts on a real Slurm, started for the tests on this machine (installed first if need be; needs root).
+test-slurm: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Build wheel and sdist; install the wheel, with what it depends on, in an empty environment; run the demo there.
+package: $(READY)
+	rm -rf build/package && mkdir -p build/package/empty
+	$(BIN)/python -m build --no-isolation --outdir build/package/dist .
+	$(PYTHON) -m venv build/package/venv
+	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/package/dist/*.whl
+	cd build/package/empty && ../venv/bin/thinwire train ../../../$(DEMO) --set run.steps=30
 
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop_overhead.py

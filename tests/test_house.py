@@ -14,12 +14,12 @@ RANKS = {
     "plan": 2, "comm": 2,
     "cost": 3, "partition": 3,
     "parallel": 4, "simulate": 4, "checkpoint": 4, "sync": 4,
-    "planner": 5, "evaluate": 5, "resilience": 5,
-    "train": 6, "lab": 6, "report": 7, "cli": 8,
+    "planner": 5, "evaluate": 5, "hub": 5, "resilience": 5,
+    "train": 6, "lab": 6, "report": 7, "launchers": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
-SAME_RANK_ALLOWED = {("config", "errors"), ("units", "errors"), ("events", "errors")}
+SAME_RANK_ALLOWED = {("config", "errors"), ("units", "errors"), ("events", "errors"), ("evaluate", "hub")}
 THINKING = {"cost", "simulate", "planner", "report", "lab"}
-DOING = {"comm", "partition", "sync", "parallel", "checkpoint", "evaluate", "resilience", "train"}
+DOING = {"comm", "partition", "sync", "parallel", "checkpoint", "evaluate", "hub", "resilience", "train"}
 TORCH_FREE = [
     "thinwire.cli", "thinwire.cli.train", "thinwire.cli.data", "thinwire.train.config", "thinwire.train.job",
     "thinwire.train.folder", "thinwire.train.launch", "thinwire.train.worker", "thinwire.plan", "thinwire.model.spec",
@@ -29,6 +29,9 @@ TORCH_FREE = [
     "thinwire.cli.simulate", "thinwire.simulate.trace",
     "thinwire.cli.lab", "thinwire.cli.lab_train",
     "thinwire.lab.lab", "thinwire.lab.agent", "thinwire.lab.clean",
+    "thinwire.cli.launch", "thinwire.launchers.slurm", "thinwire.launchers.kubernetes",
+    "thinwire.rounds.config",
+    "thinwire.cli.export", "thinwire.cli.import_", "thinwire.hub.families", "thinwire.hub.names", "thinwire.hub.init",
 ]  # fmt: skip
 
 

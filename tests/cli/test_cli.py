@@ -41,7 +41,18 @@ def test_help_answers_without_torch(arguments: list[str]) -> None:
 
 
 def test_every_verb_shows_a_worked_example() -> None:
-    for verb in (["train"], ["data", "prepare"], ["data", "show"], ["eval"], ["generate"]):
+    for verb in (
+        ["train"],
+        ["data", "prepare"],
+        ["data", "show"],
+        ["data", "chat"],
+        ["launch", "slurm"],
+        ["launch", "k8s"],
+        ["eval"],
+        ["generate"],
+        ["export"],
+        ["import"],
+    ):
         assert "Example: thinwire" in " ".join(thinwire(*verb, "--help").stdout.split()), verb
 
 

@@ -43,10 +43,26 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], group: dist.ProcessGroup
         dcp.save({}, storage_writer=writer, planner=_SavePieces(pieces), process_group=group, no_dist=group is None)
 
 
-def read_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
-    """Fill the pieces' tensors, each rank for itself. Raises CheckpointError for a tensor that is not there or differs."""
+def read_pieces(folder: Path, pieces: Sequence[Piece], *, reader: "PiecesReader | None" = None) -> None:
+    """Fill the pieces' tensors, each rank for itself. Raises CheckpointError for a tensor that is not there or differs.
+
+    Give the same `reader` to several calls on one folder, and its metadata is read once.
+    """
     with _quiet():
-        dcp.load({}, storage_reader=dcp.FileSystemReader(folder), planner=_LoadPieces(folder, pieces), no_dist=True)
+        dcp.load({}, storage_reader=reader or PiecesReader(folder), planner=_LoadPieces(folder, pieces), no_dist=True)
+
+
+class PiecesReader(dcp.FileSystemReader):
+    """DCP's reader, keeping the metadata: of a large run that is megabytes of pickle."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
 
 
 def _chunk(piece: Piece) -> ChunkStorageMetadata:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from thinwire.checkpoint.manifest import Manifest
-from thinwire.checkpoint.pieces_io import read_pieces
+from thinwire.checkpoint.pieces_io import PiecesReader, read_pieces
 from thinwire.checkpoint.store import list_checkpoints, open_checkpoint
 from thinwire.errors import CheckpointError
 from thinwire.partition.pieces import Piece
@@ -31,11 +31,27 @@ def newest_whole(folder: Path, *, step: int | None = None) -> tuple[Path, Manife
     raise CheckpointError(f"{folder} holds no checkpoint that is whole{wrong}; train first, or give another run folder")
 
 
+class TensorReader:
+    """The logical tensors of a checkpoint, one at a time."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._path, self._tensors = path, manifest.tensors
+        self._reader = PiecesReader(path)
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor `name`. Raises CheckpointError if it is not there."""
+        if name not in self._tensors:
+            raise CheckpointError(f"{self._path} has no tensor {name!r}")
+        info = self._tensors[name]
+        dtype = getattr(torch, info.dtype.removeprefix("torch."))
+        flat = torch.empty(torch.Size(info.shape).numel(), dtype=dtype)
+        read_pieces(self._path, [Piece(name, info.shape, 0, flat)], reader=self._reader)
+        return flat.view(info.shape)
+
+
 def read_tensors(path: Path, manifest: Manifest, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """(name without `prefix`, tensor) for every logical tensor under `prefix`, in the order of saving."""
-    for name, info in manifest.tensors.items():
+    reader = TensorReader(path, manifest)
+    for name in manifest.tensors:
         if name.startswith(prefix):
-            dtype = getattr(torch, info.dtype.removeprefix("torch."))
-            flat = torch.empty(torch.Size(info.shape).numel(), dtype=dtype)
-            read_pieces(path, [Piece(name, info.shape, 0, flat)])
-            yield name.removeprefix(prefix), flat.view(info.shape)
+            yield name.removeprefix(prefix), reader.read(name)

@@ -4,6 +4,7 @@ Exit status: 0 done, 1 the run failed, 2 the input was wrong. An error is one se
 """
 
 import importlib
+import keyword
 import sys
 from typing import Any
 
@@ -20,11 +21,14 @@ _VERBS = {
     "eval": "Loss, perplexity and bits per byte of a run on held-out text.",
     "lab": "An emulated cluster with slow links on this machine; commands, training runs and faults on it.",
     "generate": "Continue a prompt with a run's model.",
+    "export": "Write a run's model as a Hugging Face folder.",
+    "launch": "Start a run under Slurm or Kubernetes.",
+    "import": "Make the folder that a run starts from out of a Hugging Face folder.",
 }
 
 
 class LazyGroup(TyperGroup):
-    """A group whose verbs live in `thinwire.cli.VERB`: a typer `app`, or a function `run`."""
+    """A group whose verbs live in `thinwire.cli.VERB` (`import_` for the keyword): a typer `app`, or a function `run`."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(_VERBS)
@@ -32,7 +36,7 @@ class LazyGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _VERBS:
             return None
-        module = importlib.import_module(f"thinwire.cli.{cmd_name}")
+        module = importlib.import_module(f"thinwire.cli.{cmd_name}{'_' if keyword.iskeyword(cmd_name) else ''}")
         verb = getattr(module, "app", None)
         if verb is None:
             verb = typer.Typer(rich_markup_mode=None)

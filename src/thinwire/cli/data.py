@@ -43,6 +43,31 @@ def prepare(
 
 
 @app.command()
+def chat(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="JSON lines files, or folders of them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to make.")],
+    tokenizer: Annotated[Path, typer.Option(help="A folder with tokenizer.json and a chat template, as INIT/hub.")],
+    field: Annotated[str, typer.Option(help="Field that holds the list of {role, content}.")] = "messages",
+    last_answer_only: Annotated[
+        bool, typer.Option("--last-answer-only", help="Learn only the last answer of each conversation.")
+    ] = False,
+    heldout_fraction: Annotated[float, typer.Option(help="Share of conversations kept for validation.")] = 0.02,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
+) -> None:
+    """Render conversations with the tokenizer's chat template; training then scores the answers only.
+
+    Example: thinwire data chat talks.jsonl -o corpora/talks --tokenizer inits/qwen/hub
+    """
+    from thinwire.data.chat import ChatOptions, prepare_chat
+    from thinwire.errors import ConfigError
+
+    if not 0 <= heldout_fraction < 1:
+        raise ConfigError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
+    options = ChatOptions(tuple(sources), tokenizer, field, last_answer_only, heldout_fraction)
+    _describe(out, prepare_chat(options, out, force=force))
+
+
+@app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="A folder made by `prepare`.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
@@ -70,4 +95,5 @@ def _describe(folder: Path, manifest: dict[str, dict[str, dict[str, int]]]) -> N
         typer.echo(
             f"  {name:8} {split['documents']:>10,} documents  {split['tokens']:>14,} tokens  {split['bytes']:>14,} bytes  "
             f"({each:.2f} bytes a token)"
+            + (f"  {split['answer_tokens']:,} of them answers" if "answer_tokens" in split else "")
         )

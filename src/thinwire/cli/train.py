@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from thinwire.comm.place import Place
     from thinwire.train.job import Job
+    from thinwire.train.launch import Ending
 
 SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the run file; may be repeated.")
 
@@ -20,6 +21,9 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Put an existing run aside (NAME.1) and start anew.")] = False,
     plan: Annotated[Path | None, typer.Option(help="Run this plan, as `thinwire plan -o` writes it.")] = None,
     port: Annotated[int | None, typer.Option(help="Port for the ranks to meet at; default: any free one.")] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(help="Under srun with one task a node: how many ranks each starts.", min=1)
+    ] = None,
 ) -> None:
     """Train what RUN.toml describes; the same command resumes a run that was stopped or killed.
 
@@ -31,6 +35,8 @@ def run(
     place = Place.from_environment(os.environ)
     if place is None:
         _train_here(run_file, decided, fresh=fresh, port=port)
+    elif ranks_per_node is not None:
+        _train_node(place, run_file, decided, ranks_per_node, fresh=fresh)
     else:
         _train_as(place, run_file, decided, fresh=fresh)
 
@@ -39,7 +45,7 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     """Check everything, make the run folder, start the ranks, tell how they ended."""
     from thinwire.train.folder import open_folder
     from thinwire.train.job import corpus_for, crowding, read_config, resolve
-    from thinwire.train.launch import launch, refuse_taken
+    from thinwire.train.launch import Share, launch, refuse_taken
 
     config = read_config(run_file, settings)
     if port is not None:
@@ -50,7 +56,26 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     _greet(job, resuming)
     if warning := crowding(job.cluster.ranks):
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
-    ending = launch([str(run_file), *settings], ranks=job.cluster.ranks, folder=job.folder, port=port)
+    _leave(launch([str(run_file), *settings], share=Share.whole(job.cluster.ranks, port), folder=job.folder))
+
+
+def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_node: int, *, fresh: bool) -> None:
+    """Start the ranks of one node; a launcher like this one does so on every other. The first makes the run folder."""
+    from thinwire.cluster.cluster import check_size
+    from thinwire.train.folder import open_folder
+    from thinwire.train.job import read_config, resolve
+    from thinwire.train.launch import Share, launch
+
+    job = resolve(run_file, read_config(run_file, settings))
+    share = Share.of_node(place, ranks_per_node)
+    check_size(job.cluster, share.size)
+    if place.rank == 0:
+        _greet(job, open_folder(job, fresh=fresh))
+    _leave(launch([str(run_file), *settings], share=share, folder=job.folder))
+
+
+def _leave(ending: "Ending") -> None:
+    """Tell whose fault it was, if it was somebody's, and exit with the run's status."""
     if ending.failure is not None:
         who = f"rank {ending.failure.rank}: " if ending.failure.rank >= 0 else ""
         typer.echo(f"thinwire: {who}{ending.failure.sentence}", err=True)

@@ -26,6 +26,11 @@ def paths_of(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
 
+def answers_path(prefix: Path) -> Path:
+    """PREFIX.answers: a byte per token, 1 where it is to be learned. Only corpora made of conversations have it."""
+    return prefix.with_name(prefix.name + ".answers")
+
+
 def dtype_for(vocab_size: int) -> type[np.generic]:
     """uint16 while ids fit with Megatron's margin, else int32."""
     return np.uint16 if vocab_size < 65500 else np.int32
@@ -67,7 +72,8 @@ class IndexedWriter:
 class IndexedTokens:
     """A memory-mapped dataset as one stream of tokens with document starts.
 
-    Attributes: `stream` (N,) ids; `starts` (documents,) position of each document's first token in the stream.
+    Attributes: `stream` (N,) ids; `starts` (documents,) position of each document's first token in the stream;
+    `answers` (N,) 1 for tokens to be learned, or None if all are.
     Raises DataError for a missing, truncated or foreign file, with the sizes.
     """
 
@@ -89,6 +95,7 @@ class IndexedTokens:
             raise DataError(f"{idx_path}: sequences do not lie back to back in {bin_path.name}; make it anew")
         self.stream: NDArray[Any] = np.memmap(bin_path, dtype, "r") if expected else np.zeros(0, dtype)
         self.starts: NDArray[np.int64] = begins[marks[:-1][marks[:-1] < sizes.size]]
+        self.answers = _read_answers(answers_path(prefix), self.tokens)
 
     @property
     def tokens(self) -> int:
@@ -97,6 +104,16 @@ class IndexedTokens:
     @property
     def documents(self) -> int:
         return int(self.starts.size)
+
+
+def _read_answers(path: Path, tokens: int) -> NDArray[np.uint8] | None:
+    if not path.is_file():
+        return None
+    if path.stat().st_size != tokens:
+        raise DataError(
+            f"{path} marks {path.stat().st_size:,} tokens, there are {tokens:,}; it is damaged, make it anew"
+        )
+    return np.memmap(path, np.uint8, "r") if tokens else np.zeros(0, np.uint8)
 
 
 def _read_index(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64], np.dtype[Any]]:

@@ -37,7 +37,10 @@ class Batch:
 
 
 class Packing:
-    """Documents back to back, cut every `tokens` tokens. Sequence i predicts the stream's tokens i T + 1 .. i T + T."""
+    """Documents back to back, cut every `tokens` tokens. Sequence i predicts the stream's tokens i T + 1 .. i T + T.
+
+    Of conversations only the answers are scored.
+    """
 
     def __init__(
         self, split: IndexedTokens, tokens: int, *, cross_documents: bool = True, vocab_size: int | None = None
@@ -65,6 +68,8 @@ class Packing:
         if not self._cross:
             following_BT = np.searchsorted(self._split.starts, offsets_BT + 1, side="right") - 1
             ignored_BT |= following_BT != documents_BT
+        if self._split.answers is not None:
+            ignored_BT |= self._split.answers[np.minimum(offsets_BT + 1, last)] == 0
         targets_BT[ignored_BT] = IGNORED
         return Batch(tokens_BT, targets_BT, offsets_BT - begins_BT, documents_BT)
 

@@ -106,7 +106,7 @@ def _fill(
         "tokenizer": {"file": "bytes" if spec == "bytes" else "tokenizer.json", "vocab_size": tokenizer.vocab_size},
         "sources": list(options.sources),
         "heldout_fraction": options.heldout_fraction,
-        "splits": {name: {**counts[name], **_digests(folder / name)} for name in PREFIXES},
+        "splits": {name: {**counts[name], **digests(folder / name)} for name in PREFIXES},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
@@ -235,7 +235,8 @@ def _work(texts: list[str], fraction: float) -> dict[str, _Part]:
     return tokenise(texts, _Worker.tokenizer, fraction)
 
 
-def _digests(prefix: Path) -> dict[str, str]:
+def digests(prefix: Path) -> dict[str, str]:
+    """sha256 of the token file and its index."""
     out = {}
     for path in paths_of(prefix):
         with path.open("rb") as file:

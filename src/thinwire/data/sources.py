@@ -79,16 +79,32 @@ def documents(path: Path, *, field: str = "text") -> Iterator[str]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
+def rows(path: Path) -> Iterator[tuple[Any, str]]:
+    """(row, where it stands) of a .jsonl(.gz|.zst) file. Raises DataError for another kind, a damaged line or file."""
+    if not path.name.endswith(_JSON_ENDINGS):
+        raise DataError(f"{path} is not of the kind {', '.join(_JSON_ENDINGS)}; conversations are read from those")
+    try:
+        yield from _json_lines(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def _json_rows(path: Path, field: str) -> Iterator[str]:
+    for row, where in _json_lines(path):
+        yield _text_of(row, field, where)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[Any, str]]:
     with _open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                yield json.loads(line), f"{path} line {number}"
             except json.JSONDecodeError as error:
                 raise DataError(f"{path} line {number} is not JSON: {error.msg}") from None
-            yield _text_of(row, field, f"{path} line {number}")
 
 
 def _text_of(row: Any, field: str, where: str) -> str:

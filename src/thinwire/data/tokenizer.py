@@ -75,11 +75,21 @@ class FileTokenizer:
         self.eot = int(ends[0])
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, special ones included."""
+        return dict(self._library.get_vocab(with_added_tokens=True))
+
+    @property
     def vocab_size(self) -> int:
-        return 1 + int(max(self._library.get_vocab(with_added_tokens=True).values()))
+        return 1 + max(self.vocabulary.values())
 
     def encode(self, text: str) -> list[int]:
         return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids, and for each the position in `text` of its first character."""
+        coded = self._library.encode(text, add_special_tokens=False)
+        return list(coded.ids), [start for start, _ in coded.offsets]
 
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         coded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +11,8 @@ from thinwire.config import build, read_toml
 from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
 from thinwire.errors import CheckpointError
+from thinwire.hub.native_spec import AnySpec, NativeSpec, read_any_spec
+from thinwire.model.language import LanguageModel
 from thinwire.model.spec import ModelSpec
 from thinwire.model.transformer import Transformer
 
@@ -18,8 +21,8 @@ from thinwire.model.transformer import Transformer
 class LoadedRun:
     """The model of a checkpoint, and the data section of its run file."""
 
-    model: Transformer
-    spec: ModelSpec
+    model: LanguageModel
+    spec: AnySpec
     step: int
     data: DataConfig
     tokens: int
@@ -41,12 +44,26 @@ def load_run(folder: Path, *, step: int | None = None, dtype: torch.dtype = torc
         )
     tree = read_toml(run_file)
     path, manifest = newest_whole(folder / "checkpoints", step=step)
-    spec = build(ModelSpec, manifest.meta["spec"], str(path))
+    spec = read_any_spec(manifest.meta["spec"], str(path))
+    state = {name: tensor.to(dtype) for name, tensor in read_tensors(path, manifest, "params/")}
+    model = _native(spec, state, tree) if isinstance(spec, NativeSpec) else _own(spec, state)
+    model.eval()
+    data = build(DataConfig, tree["data"], str(run_file))
+    return LoadedRun(model, spec, manifest.step, data, int(tree["batch"]["tokens"]))
+
+
+def _own(spec: ModelSpec, state: dict[str, torch.Tensor]) -> Transformer:
     with torch.device("meta"):
         model = Transformer(spec)
-    state = {name: tensor.to(dtype) for name, tensor in read_tensors(path, manifest, "params/")}
     if spec.tied:
         state["head.weight"] = state["embedding.weight"]
     model.load_state_dict(state, assign=True)
-    data = build(DataConfig, tree["data"], str(run_file))
-    return LoadedRun(model.eval(), spec, manifest.step, data, int(tree["batch"]["tokens"]))
+    return model
+
+
+def _native(spec: NativeSpec, state: dict[str, torch.Tensor], tree: dict[str, Any]) -> LanguageModel:
+    from thinwire.hub.native import filled, with_adapters
+
+    if spec.lora is not None:
+        return with_adapters(spec, Path(tree["model"]["hf"]), state.__getitem__)
+    return filled(spec, state.__getitem__, next(iter(state.values())).dtype)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from thinwire.data.loader import Batch
+from thinwire.model.language import LanguageModel
 from thinwire.model.loss import token_loss
 
 # B batch, T tokens
@@ -41,7 +41,7 @@ class Score:
 
 
 def score(
-    model: nn.Module,
+    model: LanguageModel,
     batches: Iterable[Batch],
     *,
     token_bytes: NDArray[np.int64] | None,

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from thinwire.errors import ConfigError
-from thinwire.model.transformer import KVCache
+from thinwire.model.language import LanguageModel
 
 
 def generate(
-    model: nn.Module,
+    model: LanguageModel,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -28,7 +28,7 @@ def generate(
     """
     _check(prompt, max_new_tokens, max_tokens, temperature, top_p)
     generator = torch.Generator().manual_seed(seed)
-    cache = KVCache()
+    cache = model.new_cache()
     step = torch.tensor([list(prompt)], device=device)
     for _ in range(max_new_tokens):
         with torch.no_grad():

@@ -51,6 +51,8 @@ class ModelSpec(Frozen):
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
+    out_bias: bool = False
+    """A bias in attention's output projection (Llama and Qwen3 with `attention_bias`)."""
     bias: bool = False
     """Biases in every other linear layer (GPT-2)."""
     qk_norm: bool = False
@@ -95,7 +97,7 @@ class ModelSpec(Frozen):
         if self.qk_norm:
             yield "attention.query_norm.weight", (self.head_size,)
             yield "attention.key_norm.weight", (self.head_size,)
-        yield from self._linear_shapes("attention.out", self.hidden, queries, self.bias)
+        yield from self._linear_shapes("attention.out", self.hidden, queries, self.out_bias or self.bias)
         for name, shape in self._norm_shapes(self.hidden):
             yield f"ffn_norm.{name}", shape
         up = 2 * self.ffn if self.family == "llama" else self.ffn

@@ -73,7 +73,7 @@ class Attention(nn.Module):
         if spec.qk_norm:
             self.query_norm = RMSNorm(spec.head_size, spec.norm_eps)
             self.key_norm = RMSNorm(spec.head_size, spec.norm_eps)
-        self.out = nn.Linear(queries, spec.hidden, bias=spec.bias)
+        self.out = nn.Linear(queries, spec.hidden, bias=spec.out_bias or spec.bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         spec = self.spec
@@ -171,6 +171,10 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_BTD = block(x_BTD, context)
         return self.head(self.norm(x_BTD))  # type: ignore[no-any-return]
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for generation."""
+        return KVCache()
 
     def _initialise(self) -> None:
         std, residual_std = self.spec.init_std, self.spec.init_std / math.sqrt(2 * self.spec.layers)

@@ -4,22 +4,30 @@ import torch
 from torch import nn
 
 from thinwire.comm.world import World
+from thinwire.errors import PlanError
 from thinwire.parallel.recompute import apply_recompute
 from thinwire.partition.engine import Sharded, shard
 from thinwire.plan import Plan
 
 
 def apply_plan(model: nn.Module, plan: Plan, world: World, *, compile_blocks: bool = False) -> Sharded:
-    """recompute -> compile -> partition. `model.blocks` are its transformer blocks.
+    """recompute -> compile -> partition. Raises PlanError if the model has no list of blocks.
 
     Compiling comes after recompute so that the recomputed region is compiled too. Only the blocks' forward is compiled,
     not the hooks around it, so the collectives stay outside the compiled graphs.
     """
-    blocks = model.get_submodule("blocks")
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = blocks_of(model)
     if plan.recompute == "full":
         apply_recompute(blocks)
     if compile_blocks:
         for block in blocks:
             block.forward = torch.compile(block.forward)
     return shard(model, plan, world)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The list of the model's transformer blocks: of all its lists the one that holds the most parameters."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise PlanError(f"{type(model).__name__} has no ModuleList of blocks, so there is nothing to cut it along")
+    return max(lists, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))

@@ -363,14 +363,15 @@ class Sharded:
         """Whether this rank writes what it owns: of equal replicas only the first does."""
         return self._first_replica()
 
-    def for_save(self) -> list[Piece]:
-        """The pieces of the model's parameters that this rank is to write. Lands what is in flight."""
+    def for_save(self, *, trained_only: bool = False) -> list[Piece]:
+        """The pieces of the model's (or only its trained) parameters that this rank is to write. Lands what is in flight."""
         self.drain()
-        return self.for_load() if self._first_replica() else []
+        return self.for_load(trained_only=trained_only) if self._first_replica() else []
 
-    def for_load(self) -> list[Piece]:
+    def for_load(self, *, trained_only: bool = False) -> list[Piece]:
         """Every piece that this rank holds; fill them, then call `loaded`."""
-        return [piece for unit in self.units for flat in unit.flats for piece in flat.pieces()]
+        flats = [flat for unit in self.units for flat in unit.flats]
+        return [piece for flat in flats if flat.trained or not trained_only for piece in flat.pieces()]
 
     def _first_replica(self) -> bool:
         outer = self.world.cluster.coordinates(self.world.rank)[self.plan.depths[2] + 1 :]

@@ -8,6 +8,8 @@ import torch
 from thinwire.checkpoint.store import Checkpoints
 from thinwire.comm.world import World
 from thinwire.data.loader import Loader, Packing, Prefetcher
+from thinwire.hub.native_spec import NativeSpec
+from thinwire.model.language import LanguageModel
 from thinwire.model.transformer import Transformer
 from thinwire.parallel.apply import apply_plan
 from thinwire.partition.dtypes import COMPUTE_DTYPES
@@ -27,7 +29,7 @@ class Parts:
 
     job: Job
     world: World
-    model: Transformer
+    model: LanguageModel
     sharded: Sharded
     optimizer: ShardedOptimizer
     feed: Prefetcher
@@ -86,8 +88,8 @@ class Parts:
 def assemble(job: Job, world: World) -> Parts:
     """Build every part. All ranks draw the same initial weights from `run.seed`, whatever the world's size."""
     config = job.config
-    model = build_model(job, world)
-    sharded = apply_plan(model, job.plan, world, compile_blocks=config.run.compile)
+    model, module = build_model(job, world)
+    sharded = apply_plan(module, job.plan, world, compile_blocks=config.run.compile)
     optimizer = adamw(sharded, job)
     loader = Loader(
         Packing(
@@ -120,11 +122,21 @@ def assemble(job: Job, world: World) -> Parts:
     )
 
 
-def build_model(job: Job, world: World) -> Transformer:
-    """The model of the job with its initial weights: fp32 masters, or fp64 for an fp64 run."""
-    torch.manual_seed(job.config.run.seed)
-    model = Transformer(job.spec).to(world.device)
-    return model.double() if job.plan.compute_dtype == "fp64" else model
+def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module]:
+    """(what the loop calls, the module to cut) with initial weights: fp32 masters, or fp64 for an fp64 run."""
+    model: LanguageModel
+    module: torch.nn.Module
+    if isinstance(job.spec, NativeSpec):
+        from thinwire.hub.native import build_native
+
+        model = build_native(job.spec, job.config.model.hf, seed=job.config.run.seed)
+        module = model.module.to(world.device)
+    else:
+        torch.manual_seed(job.config.run.seed)
+        model = module = Transformer(job.spec).to(world.device)
+    if job.plan.compute_dtype == "fp64":
+        module.double()
+    return model, module
 
 
 def adamw(sharded: Sharded, job: Job) -> ShardedOptimizer:

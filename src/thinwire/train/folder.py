@@ -5,6 +5,8 @@ from pathlib import Path
 
 from thinwire.config import differences, dump_toml, load
 from thinwire.errors import ConfigError
+from thinwire.hub.files import SIDE_FILES, copy_files
+from thinwire.hub.init import HUB, keep_beside, verify_init
 from thinwire.train.config import MAY_CHANGE, RunConfig
 from thinwire.train.job import Job
 
@@ -16,11 +18,14 @@ def open_folder(job: Job, *, fresh: bool) -> bool:
     """Make or re-open `job.folder`; True if there is a run to go on with.
 
     `fresh` puts an existing run aside (`NAME.1`, `NAME.2`, ...) and starts anew. The resolved run file, plan and cluster
-    are written whole or not at all. Raises ConfigError if the folder belongs to another run or cannot be written.
+    are written whole or not at all. Raises ConfigError if the folder belongs to another run or cannot be written,
+    CheckpointError if the weights it is to start from have changed.
     """
     folder = job.folder
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file, not a run folder; choose another with --set run.folder=PATH")
+    if job.init is not None and (fresh or not any(folder.glob(f"{CHECKPOINTS}/*"))):
+        verify_init(job.init, digests=job.config.checkpoint.verify)
     if fresh and (folder / RUN_FILE).exists():
         _put_aside(folder)
     resuming = (folder / RUN_FILE).exists()
@@ -33,6 +38,10 @@ def open_folder(job: Job, *, fresh: bool) -> bool:
         _write_whole(folder / RUN_FILE, dump_toml(job.config))
         _write_whole(folder / PLAN_FILE, job.plan.model_dump_json(indent=2) + "\n")
         _write_whole(folder / CLUSTER_FILE, job.cluster.model_dump_json(indent=2) + "\n")
+        if job.init is not None:
+            keep_beside(job.init, folder)
+        elif job.config.model.hf is not None:
+            copy_files(job.config.model.hf, folder / HUB, SIDE_FILES)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(

@@ -9,7 +9,9 @@ from thinwire.cluster.cluster import Cluster
 from thinwire.config import load
 from thinwire.data.corpus import Corpus
 from thinwire.errors import ConfigError, DataError
-from thinwire.model.spec import ModelSpec
+from thinwire.hub.init import Init, read_init
+from thinwire.hub.native_spec import AnySpec
+from thinwire.model.config import check_vocabulary
 from thinwire.plan import Plan
 from thinwire.train.config import RunConfig
 
@@ -22,8 +24,10 @@ class Job:
     folder: Path
     cluster: Cluster
     plan: Plan
-    spec: ModelSpec
+    spec: AnySpec
     corpus: Corpus
+    init: Init | None = None
+    """Where the first weights come from; None: they are drawn."""
 
 
 def read_config(run_file: Path, settings: Sequence[str] = ()) -> RunConfig:
@@ -40,13 +44,24 @@ def resolve(run_file: Path, config: RunConfig) -> Job:
         raise ConfigError(f"{run_file}: {error}") from None
     plan = config.plan.resolve(cluster, micro_batch=micro_batch, accumulate=accumulate)
     corpus = Corpus.open(config.data)
-    spec = config.model.resolve(corpus.vocab_size)
-    _check_lengths(run_file, config, spec, corpus)
     folder = config.run.folder or Path("runs") / run_file.stem
-    return Job(config, folder, cluster, plan, spec, corpus)
+    init = None if config.model.init is None else read_init(config.model.init, kept=folder)
+    spec = init.spec if init is not None else _spec(config, corpus, folder)
+    if init is not None or config.model.hf is not None:
+        check_vocabulary(spec.vocab_size, corpus.vocab_size, "prepare the corpus with the tokenizer.json of that model")
+    _check_lengths(run_file, config, spec, corpus)
+    return Job(config, folder, cluster, plan, spec, corpus, init)
 
 
-def _check_lengths(run_file: Path, config: RunConfig, spec: ModelSpec, corpus: Corpus) -> None:
+def _spec(config: RunConfig, corpus: Corpus, folder: Path) -> AnySpec:
+    if config.model.hf is None:
+        return config.model.resolve(corpus.vocab_size)
+    from thinwire.hub.native import describe
+
+    return describe(config.model.hf, kept=folder, lora=config.model.lora)
+
+
+def _check_lengths(run_file: Path, config: RunConfig, spec: AnySpec, corpus: Corpus) -> None:
     if config.batch.tokens > spec.max_tokens:
         raise ConfigError(
             f"{run_file}: batch.tokens = {config.batch.tokens} is longer than the model's {spec.max_tokens} positions; "

@@ -15,9 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from thinwire.comm.place import Place
 from thinwire.errors import ConfigError
 from thinwire.train.folder import LOGS
 from thinwire.train.report import FailureReport, root_cause
@@ -41,22 +42,44 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(arguments: Sequence[str], *, ranks: int, folder: Path, port: int | None = None) -> Ending:
-    """Run `python -m thinwire.train.worker ARGUMENTS` as `ranks` local ranks and wait for their end.
+@dataclass(frozen=True)
+class Share:
+    """The ranks of a world that one launcher starts: `first` .. `first + count - 1` of `size`, which meet at host:port."""
+
+    first: int
+    count: int
+    size: int
+    host: str
+    port: int
+
+    @staticmethod
+    def whole(ranks: int, port: int | None = None) -> "Share":
+        """All ranks, on this machine."""
+        return Share(0, ranks, ranks, "127.0.0.1", port or free_port())
+
+    @staticmethod
+    def of_node(place: Place, ranks_per_node: int) -> "Share":
+        """Those of one node, for a launcher that is itself one of `place.size` (one a node)."""
+        return Share(place.rank * ranks_per_node, ranks_per_node, place.size * ranks_per_node, place.host, place.port)
+
+
+def launch(arguments: Sequence[str], *, share: Share, folder: Path) -> Ending:
+    """Run `python -m thinwire.train.worker ARGUMENTS` as the ranks of `share` and wait for their end.
 
     Rank 0 shares this process's output; the others write to `folder/logs/rank-N.log`.
     """
-    with tempfile.TemporaryDirectory(prefix="thinwire-") as reports:
-        crew = Crew(arguments, ranks=ranks, folder=folder, reports=Path(reports), port=port or free_port())
-        with crew:
-            return crew.wait()
+    with (
+        tempfile.TemporaryDirectory(prefix="thinwire-") as reports,
+        Crew(arguments, share=share, folder=folder, reports=Path(reports)) as crew,
+    ):
+        return crew.wait()
 
 
 class Crew:
     """The processes of one launch. A context: leaving it leaves no process behind."""
 
-    def __init__(self, arguments: Sequence[str], *, ranks: int, folder: Path, reports: Path, port: int) -> None:
-        self._arguments, self._ranks, self._reports, self._port = list(arguments), ranks, reports, port
+    def __init__(self, arguments: Sequence[str], *, share: Share, folder: Path, reports: Path) -> None:
+        self._arguments, self._share, self._reports = list(arguments), share, reports
         self._logs = folder / LOGS
         self._processes: list[subprocess.Popen[bytes]] = []
         self._stops = 0
@@ -65,8 +88,8 @@ class Crew:
         self._logs.mkdir(parents=True, exist_ok=True)
         self._before = {number: signal.signal(number, self._on_stop) for number in STOP_SIGNALS}
         watched, self._alive = os.pipe()
-        for rank in range(self._ranks):
-            self._processes.append(self._start(rank, watched))
+        for local_rank in range(self._share.count):
+            self._processes.append(self._start(local_rank, watched))
         os.close(watched)
         return self
 
@@ -88,9 +111,10 @@ class Crew:
             return self._stop_rest()
         return Ending(0)
 
-    def _start(self, rank: int, watched: int) -> subprocess.Popen[bytes]:
-        place = {"rank": rank, "size": self._ranks, "local_rank": rank, "host": "127.0.0.1", "port": self._port}
-        own = {"place": place, "report": str(self._reports / f"{rank}.json"), "launcher_pipe": watched}
+    def _start(self, local_rank: int, watched: int) -> subprocess.Popen[bytes]:
+        share, rank = self._share, self._share.first + local_rank
+        place = Place(rank=rank, size=share.size, local_rank=local_rank, host=share.host, port=share.port)
+        own = {"place": asdict(place), "report": str(self._reports / f"{rank}.json"), "launcher_pipe": watched}
         command = [sys.executable, "-m", "thinwire.train.worker", json.dumps(own), *self._arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._threads()))}
         output = None if rank == 0 else (self._logs / f"rank-{rank}.log").open("ab")
@@ -109,7 +133,7 @@ class Crew:
                 output.close()
 
     def _threads(self) -> int:
-        return max(1, (os.cpu_count() or 1) // self._ranks)
+        return max(1, (os.cpu_count() or 1) // self._share.count)
 
     def _on_stop(self, number: int, frame: object) -> None:
         self._stops += 1
@@ -130,8 +154,8 @@ class Crew:
         """One rank failed: give the others a moment to say what they saw, then end them and name the culprit."""
         self._wait_at_most(_GRACE_S)
         died = {
-            rank: -process.returncode
-            for rank, process in enumerate(self._processes)
+            self._share.first + local_rank: -process.returncode
+            for local_rank, process in enumerate(self._processes)
             if process.returncode is not None and process.returncode < 0
         }
         self._signal(signal.SIGTERM)

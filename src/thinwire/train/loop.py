@@ -140,15 +140,12 @@ def close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepCloc
     record.update(
         step_s=round(step_s, 6),
         tokens_per_s=round(tokens_per_s, 1),
-        mfu=round(
-            mfu(
-                job.spec,
-                tokens_per_sequence=job.config.batch.tokens,
-                tokens_per_s=tokens_per_s,
-                ranks=parts.world.size,
-                peak=parts.peak_flops_per_s,
-            ),
-            5,
+        mfu=mfu(
+            job.spec,
+            tokens_per_sequence=job.config.batch.tokens,
+            tokens_per_s=tokens_per_s,
+            ranks=parts.world.size,
+            peak=parts.peak_flops_per_s,
         ),
         seconds=seconds,
         wire=wire.sent_bytes(),

@@ -1,11 +1,11 @@
 """Small numbers about the machine and the model that the progress line needs."""
 
 import time
+from typing import Protocol
 
 import torch
 
 from thinwire.cluster.cluster import Device
-from thinwire.model.spec import ModelSpec
 
 _PROBE_SIZE, _PROBE_S = 512, 0.15
 
@@ -29,6 +29,16 @@ def peak_flops_per_s(device: Device, dtype: torch.dtype) -> tuple[float, str]:
     return 2 * _PROBE_SIZE**3 / best_s, "measured"
 
 
-def mfu(spec: ModelSpec, *, tokens_per_sequence: int, tokens_per_s: float, ranks: int, peak: float) -> float:
-    """Model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B): recomputed activations do not count."""
-    return spec.model_flops_per_token(tokens_per_sequence) * tokens_per_s / (ranks * peak)
+class CountsFlops(Protocol):
+    """A spec that knows the FLOPs of forward and backward per token in a sequence of `tokens`, or that it does not."""
+
+    def model_flops_per_token(self, tokens: int) -> float | None: ...
+
+
+def mfu(spec: CountsFlops, *, tokens_per_sequence: int, tokens_per_s: float, ranks: int, peak: float) -> float | None:
+    """Model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B): recomputed activations do not count.
+
+    None if the model's FLOPs are not known.
+    """
+    flops = spec.model_flops_per_token(tokens_per_sequence)
+    return None if flops is None else round(flops * tokens_per_s / (ranks * peak), 5)

@@ -3,6 +3,7 @@
 from thinwire import __version__
 from thinwire.checkpoint.store import SaveFailed, Saving
 from thinwire.errors import CheckpointError
+from thinwire.hub.init import load_pieces
 from thinwire.train.assemble import Parts
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
@@ -17,15 +18,23 @@ class Saver:
         self._saving: Saving | None = None
         self._last_asked = 0
         self._newest: str | None = None
+        self._adapters = job.config.model.lora is not None
+        """The frozen base is read from where it came from; only the adapters are saved."""
 
     def resume(self) -> int:
-        """Load the newest good checkpoint, if there is one: the step to go on from. Raises CheckpointError."""
+        """Load the newest good checkpoint, else imported weights: the step to go on from. Raises CheckpointError."""
         found = self._parts.checkpoints.newest()
         self._warnings = list(self._parts.checkpoints.warnings)
         if found is None:
+            self._start()
             return 0
-        pieces = [*self._parts.sharded.for_load(), *self._parts.optimizer.for_load()]
+        pieces = [*self._parts.sharded.for_load(trained_only=self._adapters), *self._parts.optimizer.for_load()]
         meta = self._parts.checkpoints.load(found, pieces)
+        if self._adapters and meta["spec"].get("base") != self._job.spec.model_dump()["base"]:
+            raise CheckpointError(
+                f"{found.path} holds adapters for other weights than those in {self._job.config.model.hf}; put their base "
+                f"back there"
+            )
         if meta["corpus"] != self._job.corpus.digest:
             raise CheckpointError(
                 f"{found.path} was trained on another corpus (digest {meta['corpus'][:12]}, now "
@@ -35,6 +44,12 @@ class Saver:
         self._parts.optimizer.loaded(int(meta["updates"]))
         self._last_asked, self._newest = found.step, found.path.name
         return found.step
+
+    def _start(self) -> None:
+        """Imported weights in the place of drawn ones, each rank reading what it owns."""
+        if self._job.init is not None:
+            load_pieces(self._job.init.folder, self._parts.sharded.for_load())
+            self._parts.sharded.loaded()
 
     def after_step(self, step: int, *, last: bool) -> None:
         """Save if it is time; look after a save in flight."""
@@ -59,7 +74,7 @@ class Saver:
 
     def _save(self, step: int) -> None:
         self._parts.sharded.drain()
-        pieces = [*self._parts.sharded.for_save(), *self._parts.optimizer.for_save()]
+        pieces = [*self._parts.sharded.for_save(trained_only=self._adapters), *self._parts.optimizer.for_save()]
         meta = {
             "step": step,
             "updates": self._parts.optimizer.updates,

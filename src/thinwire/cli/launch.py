@@ -1,0 +1,152 @@
+"""`thinwire launch`: a run on a cluster with a scheduler."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from thinwire.launchers.allocation import Allocation
+    from thinwire.train.job import Job
+
+app = typer.Typer(help="Start a run under a scheduler.", no_args_is_help=True, rich_markup_mode=None)
+
+RUN = typer.Argument(metavar="RUN.toml", help="The run file.")
+SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the run file; may be repeated.")
+NODES = typer.Option(help="Nodes, or a range such as 2-4: the run's levels become [ranks per node, nodes].")
+PER_NODE = typer.Option(help="Default: the ranks inside the run's level called node.", min=1)
+INTERFACE = typer.Option(
+    help="Network interface for the ranks to talk over, such as ib0; default: the libraries' choice."
+)
+
+
+@app.command()
+def slurm(
+    run_file: Annotated[Path, RUN],
+    settings: Annotated[list[str] | None, SET] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand the script to sbatch instead of printing it.")] = False,
+    nodes: Annotated[str | None, NODES] = None,
+    ranks_per_node: Annotated[int | None, PER_NODE] = None,
+    per: Annotated[
+        str, typer.Option(help="rank: one task a rank. node: one task a node, which starts its ranks.")
+    ] = "rank",
+    cpus_per_rank: Annotated[int | None, typer.Option(help="Default: 1, on accelerators 4.", min=1)] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, as sbatch takes it; default: the partition's.")] = None,
+    stop_before: Annotated[str, typer.Option(help="How long before the limit the run stops and saves.")] = "120 s",
+    requeues: Annotated[int, typer.Option(help="Most times the job asks for itself again.", min=0)] = 100,
+    array: Annotated[
+        str | None, typer.Option(help="Array tasks, such as 0-7%2; {task} in --set is the number.")
+    ] = None,
+    interface: Annotated[str | None, INTERFACE] = None,
+    sbatch: Annotated[list[str] | None, typer.Option(help="A further sbatch option, such as partition=gpu.")] = None,
+) -> None:
+    """Print, or submit, an sbatch script that saves before the time limit and goes on after it, preemption or a fault.
+
+    Example: thinwire launch slurm run.toml --time 4:00:00 --sbatch partition=gpu --sbatch account=lab
+    """
+    from thinwire.errors import ConfigError
+    from thinwire.launchers.slurm import SlurmRequest, run_folders, script
+    from thinwire.launchers.submit import submit as hand_over
+    from thinwire.units import parse_seconds
+
+    if per not in ("rank", "node"):
+        raise ConfigError(f"--per {per} is unknown; there are rank and node")
+    try:
+        lead_s = parse_seconds(stop_before)
+    except ValueError as error:
+        raise ConfigError(f"--stop-before: {error}") from None
+    allocation, job = _checked(run_file, settings or [], nodes, ranks_per_node, array)
+    gpus = job.cluster.device.kind == "cuda"
+    run, logs = run_folders(job.folder, array, settings or [])
+    request = SlurmRequest(
+        name=run_file.stem,
+        run_file=run_file.absolute(),
+        settings=tuple(settings or ()),
+        run=run,
+        logs=logs,
+        allocation=allocation,
+        gpus=gpus,
+        python=sys.executable,
+        directory=Path.cwd(),
+        per="node" if per == "node" else "rank",
+        cpus_per_rank=cpus_per_rank or (4 if gpus else 1),
+        time=time,
+        stop_before_s=round(lead_s),
+        requeues=requeues,
+        array=array,
+        interface=interface,
+        more=tuple(option.removeprefix("--") for option in sbatch or ()),
+    )
+    if submit:
+        number = hand_over(script(request), logs)
+        typer.echo(f"submitted job {number}; its output goes to {logs}")
+    else:
+        typer.echo(script(request), nl=False)
+        typer.echo(f"thinwire: before sbatch: mkdir -p {logs}", err=True)
+
+
+@app.command()
+def k8s(
+    run_file: Annotated[Path, RUN],
+    image: Annotated[str, typer.Option(help="Container image with thinwire in it.")],
+    settings: Annotated[list[str] | None, SET] = None,
+    nodes: Annotated[str | None, NODES] = None,
+    ranks_per_node: Annotated[int | None, PER_NODE] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job; default: the run file's.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Kubernetes namespace.")] = None,
+    claim: Annotated[str | None, typer.Option(help="A volume claim and its place in the pod: NAME:/PATH.")] = None,
+    gpu_resource: Annotated[str, typer.Option(help="What the cluster calls its accelerators.")] = "nvidia.com/gpu",
+    interface: Annotated[str | None, INTERFACE] = None,
+) -> None:
+    """Print a Kubeflow PyTorchJob, and the ConfigMap with its run file; pipe it to `kubectl apply -f -`.
+
+    Example: thinwire launch k8s run.toml --image registry/thinwire:0.1 --claim corpora:/data
+    """
+    import yaml
+
+    from thinwire.errors import ConfigError
+    from thinwire.launchers.allocation import allocate
+    from thinwire.launchers.kubernetes import KubernetesRequest, manifest
+    from thinwire.launchers.names import job_name, volume_claim
+    from thinwire.train.job import read_config
+
+    given = settings or []
+    allocation = allocate(run_file, given, nodes=nodes, ranks_per_node=ranks_per_node)
+    if allocation.fewest != allocation.most:
+        raise ConfigError(f"--nodes {nodes}: a PyTorchJob has a fixed number of pods; give one number")
+    levels = [allocation.levels(str(allocation.fewest))] if allocation.from_nodes else []
+    config = read_config(run_file, [*given, *levels])
+    cluster = config.cluster.resolve(run_file.parent)
+    if config.cluster.file is not None:
+        raise ConfigError(f"{run_file}: cluster.file does not travel into the pods; give cluster.levels instead")
+    request = KubernetesRequest(
+        name=job_name(name or run_file.stem),
+        image=image,
+        run_file=run_file.read_text(encoding="utf-8"),
+        settings=tuple(given),
+        allocation=allocation,
+        gpu_resource=gpu_resource if cluster.device.kind == "cuda" else None,
+        namespace=namespace,
+        claim=None if claim is None else volume_claim(claim),
+        interface=interface,
+    )
+    typer.echo(yaml.safe_dump_all(manifest(request), sort_keys=False), nl=False)
+
+
+def _checked(
+    run_file: Path, settings: list[str], nodes: str | None, ranks_per_node: int | None, array: str | None
+) -> "tuple[Allocation, Job]":
+    """What to ask for, and the job for the fewest nodes. Every number of nodes is tried, so that none fails in the queue."""
+    from thinwire.launchers.allocation import allocate
+    from thinwire.launchers.slurm import TASK, check_array, first_task
+    from thinwire.train.job import read_config, resolve
+
+    check_array(settings, array)
+    plain = [setting.replace(TASK, first_task(array or "")) for setting in settings]
+    allocation = allocate(run_file, plain, nodes=nodes, ranks_per_node=ranks_per_node)
+    jobs = []
+    for count in range(allocation.fewest, allocation.most + 1):
+        levels = [allocation.levels(str(count))] if allocation.from_nodes else []
+        jobs.append(resolve(run_file, read_config(run_file, [*plain, *levels])))
+    return allocation, jobs[0]

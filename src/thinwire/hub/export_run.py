@@ -1,0 +1,117 @@
+"""A run's checkpoint to a Hugging Face folder: config, sharded safetensors, tokenizer and generation config."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.checkpoint.read import TensorReader, newest_whole
+from thinwire.config import build, read_toml
+from thinwire.data.config import DataConfig
+from thinwire.errors import CheckpointError, ConfigError
+from thinwire.hub.families import FAMILIES, write_config
+from thinwire.hub.files import CONFIG, GENERATION, Precision, copy_files, read_json, write_json
+from thinwire.hub.folders import whole_folder
+from thinwire.hub.import_folder import split
+from thinwire.hub.init import HUB
+from thinwire.hub.names import recipes
+from thinwire.hub.native_spec import AnySpec, NativeSpec, read_any_spec
+from thinwire.hub.shards import DEFAULT_SHARD_BYTES, write_shards
+from thinwire.hub.tokenizer_out import write_tokenizer
+from thinwire.model.spec import ModelSpec
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    step: int
+    model_type: str
+    parameters: int
+    tokenizer: bool
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    precision: Precision = "fp32",
+    model_type: str | None = None,
+    force: bool = False,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Exported:
+    """Write the newest whole checkpoint of `run`, or that of `step`, as the Hugging Face folder `out`.
+
+    No more than one shard is in memory, except of a model that `transformers` built and writes itself. Raises
+    CheckpointError if there is no such checkpoint, ConfigError if no family can hold the model or `out` exists (unless
+    `force`) or cannot be written, DataError if its corpus is gone.
+    """
+    run_file = run / "run.toml"
+    if not run_file.is_file():
+        raise CheckpointError(f"{run} is no run folder: it has no run.toml; give the folder that `thinwire train` made")
+    data = build(DataConfig, read_toml(run_file).get("data", {}), str(run_file))
+    path, manifest = newest_whole(run / "checkpoints", step=step)
+    spec = read_any_spec(manifest.meta["spec"], str(path))
+    came_from = read_json(run / HUB / CONFIG) if (run / HUB / CONFIG).is_file() else {}
+    config = _config(spec, model_type, came_from)
+    reader, dtype = TensorReader(path, manifest), _DTYPES[precision]
+    with whole_folder(out, force=force) as folder:
+        eot = write_tokenizer(folder, run / HUB, data)
+        if isinstance(spec, NativeSpec):
+            from thinwire.hub.native import write_adapters, write_native
+
+            if spec.lora is not None:
+                base = Path(read_toml(run_file)["model"]["hf"])
+                write_adapters(folder, spec, base.absolute(), lambda name: reader.read(f"params/{name}").to(dtype))
+            else:
+                write_native(folder, spec, lambda name: reader.read(f"params/{name}"), dtype, limit=shard_bytes)
+        else:
+            ids = _token_ids(came_from, eot)
+            write_json(folder / CONFIG, {**config, **ids, "torch_dtype": str(dtype).removeprefix("torch.")})
+            write_json(folder / GENERATION, {"_from_model_config": True, **ids})
+            write_shards(folder, _tensors(reader, spec, dtype), _sizes(spec, dtype), limit=shard_bytes)
+        if not (isinstance(spec, NativeSpec) and spec.lora is not None):
+            copy_files(run / HUB, folder, (GENERATION,))
+    return Exported(manifest.step, config["model_type"], spec.parameters, eot is not None)
+
+
+def _config(spec: AnySpec, model_type: str | None, came_from: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(spec, ModelSpec):
+        return write_config(spec, model_type=model_type or _kept_type(spec, came_from))
+    if model_type not in (None, spec.config["model_type"]):
+        raise ConfigError(
+            f"a {spec.config['model_type']} model that is trained as it is cannot be exported as {model_type}"
+        )
+    return spec.config
+
+
+def _kept_type(spec: ModelSpec, came_from: Mapping[str, Any]) -> str | None:
+    """The family that the weights came from, if the spec still fits it."""
+    family = FAMILIES.get(came_from.get("model_type", ""))
+    return family.model_type if family is not None and family.refuse(spec) is None else None
+
+
+def _token_ids(came_from: Mapping[str, Any], eot: int | None) -> dict[str, Any]:
+    ids = {key: came_from.get(key) for key in _TOKEN_IDS}
+    return ids if came_from else {**ids, "eos_token_id": eot}
+
+
+def _tensors(reader: TensorReader, spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for recipe in recipes(spec):
+        for name, tensor in split(recipe, reader.read(f"params/{recipe.name}")):
+            yield name, tensor.to(dtype)
+
+
+def _sizes(spec: ModelSpec, dtype: torch.dtype) -> dict[str, int]:
+    return {
+        part.name: torch.Size(recipe.part_shape(part)).numel() * dtype.itemsize
+        for recipe in recipes(spec)
+        for part in recipe.parts
+    }

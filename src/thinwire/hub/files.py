@@ -1,0 +1,66 @@
+"""The small files of a Hugging Face folder: config, tokenizer, chat template, generation config. No torch."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from thinwire.errors import ConfigError
+from thinwire.units import parse_bytes
+
+CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
+)  # fmt: skip
+TOKENIZER_FILES = (
+    TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+SIDE_FILES = (CONFIG, GENERATION, *TOKENIZER_FILES)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ConfigError if the file is missing or holds no JSON object."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give a folder that save_pretrained or `hf download` made") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no JSON object")
+    return tree
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_files(source: Path, target: Path, names: Sequence[str]) -> list[str]:
+    """Copy those of `names` that are there; their names."""
+    there = [name for name in names if (source / name).is_file()]
+    target.mkdir(parents=True, exist_ok=True)
+    for name in there:
+        shutil.copyfile(source / name, target / name)
+    return there
+
+
+def shard_bytes(text: str) -> int:
+    """The size of a shard as a person writes it. Raises ConfigError."""
+    try:
+        size = parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"--shard-size: {error}") from None
+    if size < 1:
+        raise ConfigError(f"--shard-size {text} is nothing; write for example '5 GB'")
+    return size
+
+
+def precision_of(text: str) -> Precision:
+    """The precision to write weights in, as a person names it. Raises ConfigError."""
+    for known in get_args(Precision):
+        if text == known:
+            return known  # type: ignore[no-any-return]
+    raise ConfigError(f"--precision {text} is unknown; there are {', '.join(get_args(Precision))}")

@@ -1,0 +1,31 @@
+"""What the loop, validation and generation ask of a language model, whoever built it."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+# B batch, T tokens, V vocabulary
+
+
+class LanguageModel(Protocol):
+    """tokens (B, T) -> logits (B, T, V)."""
+
+    @property
+    def training(self) -> bool: ...
+
+    def __call__(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: Any = None,
+    ) -> Tensor: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+    def new_cache(self) -> Any:
+        """An empty store of the keys and values of tokens seen, for `cache`."""
+        ...
