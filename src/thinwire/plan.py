@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from thinwire.cluster.cluster import Cluster
 from thinwire.config import Frozen, explain
 from thinwire.errors import PlanError
+from thinwire.rounds.config import Sync, SyncConfig
 from thinwire.wire import CodecName, Rounding
 
 Direction = Literal["weights", "grads"]
@@ -112,6 +113,8 @@ class Plan(Frozen):
     levels: tuple[tuple[str, int], ...] = Field(min_length=1)
     partition: Partition = Partition()
     wire: Wire = Wire()
+    sync: Sync | None = None
+    """How worker groups agree across the outermost level; without it they agree every step."""
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
     micro_batch: int = Field(default=1, ge=1)
@@ -126,6 +129,8 @@ class Plan(Frozen):
             self.partition.depths(names)
         except PlanError as error:
             raise ValueError(str(error)) from None
+        if self.sync is not None:
+            self._sync_fits(self.sync)
         for direction in ("weights", "grads"):
             for level in getattr(self.wire, direction):
                 if level not in names:
@@ -151,6 +156,29 @@ class Plan(Frozen):
             )
         return self
 
+    def _sync_fits(self, sync: Sync) -> None:
+        outermost, groups = self.levels[-1]
+        if (sync.level, sync.groups) != (outermost, groups):
+            raise ValueError(
+                f"sync is for {sync.groups} groups across {sync.level}, the outermost level is {outermost} with {groups}"
+            )
+        if max(self.depths) == len(self.levels) - 1:
+            raise ValueError(
+                f"partition {self.partition} reaches across {outermost}, where groups agree once a round; cut states over "
+                f"{self.levels[-2][0] if len(self.levels) > 1 else REPLICA} at most"
+            )
+        for direction in ("weights", "grads"):
+            if outermost in getattr(self.wire, direction):
+                raise ValueError(
+                    f"wire.{direction}.{outermost}: nothing crosses {outermost} step by step; set sync.codec instead"
+                )
+
+    def of_group(self) -> "Plan":
+        """What the ranks of one worker group do among themselves, every step. Without `sync`: this plan."""
+        if self.sync is None:
+            return self
+        return self.model_copy(update={"levels": self.levels[:-1] or (("rank", 1),), "sync": None})
+
     @property
     def level_names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.levels)
@@ -174,6 +202,8 @@ class PlanConfig(Frozen):
     """A name (auto, ddp, zero1, zero2, zero3, hsdp, mics, zero++, frontier, `amsp(P;G;O)`) or the three levels."""
     keep_gathered: bool = False
     wire: Wire | None = None
+    sync: SyncConfig | None = None
+    """`[plan.sync]`: groups agree once a round across the outermost level, instead of every step."""
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
     file: Path | None = None
@@ -195,15 +225,17 @@ class PlanConfig(Frozen):
         """The plan for `cluster`. Raises PlanError with one sentence."""
         if self.file is not None:
             return read_plan(self.file, cluster, sequences=micro_batch * accumulate)
-        named = self.partition
-        partition, wire = resolve_partition(named, cluster.level_names) if isinstance(named, str) else (named, Wire())
+        named, levels = self.partition, tuple((level.name, level.fanout) for level in cluster.levels)
+        inner = cluster.level_names if self.sync is None else cluster.level_names[:-1]
+        partition, wire = resolve_partition(named, inner) if isinstance(named, str) else (named, Wire())
         if self.keep_gathered:
             partition = partition.model_copy(update={"keep_gathered": True})
         try:
             return Plan(
-                levels=tuple((level.name, level.fanout) for level in cluster.levels),
+                levels=levels,
                 partition=partition,
                 wire=wire if self.wire is None else self.wire,
+                sync=None if self.sync is None else self.sync.resolve(levels),
                 recompute=self.recompute,
                 compute_dtype=self.compute_dtype,
                 micro_batch=micro_batch,
@@ -249,8 +281,8 @@ def resolve_partition(name: str, levels: Sequence[str]) -> tuple[Partition, Wire
     gradients over the node, optimizer states over all. auto: parameters and gradients over the node, optimizer states
     over all; on a single level, where a node is one rank, that is zero1. amsp(P;G;O) (2311.00257): spelled out.
     """
-    everything = levels[-1]
-    node = "node" if "node" in levels else levels[max(0, len(levels) - 2)]
+    everything = levels[-1] if levels else REPLICA  # no level at all: a worker group of one rank
+    node = "node" if "node" in levels else (levels[-2:] or (REPLICA,))[0]
     points = {
         "auto": (node, node, everything) if node != everything else (REPLICA, REPLICA, everything),
         "ddp": (REPLICA, REPLICA, REPLICA),
@@ -260,7 +292,7 @@ def resolve_partition(name: str, levels: Sequence[str]) -> tuple[Partition, Wire
         "hsdp": (node, node, node),
         "mics": (node, node, node),
         "zero++": (node, everything, everything),
-        "frontier": (levels[0], node, everything),
+        "frontier": ((levels or (REPLICA,))[0], node, everything),
     }
     spelled = re.fullmatch(r"amsp\(([^;]+);([^;]+);([^;]+)\)", name.replace(" ", ""))
     if spelled is None and name not in points:

@@ -44,8 +44,8 @@ class StepWire:
 
     @property
     def exposed_s(self) -> float:
-        """Seconds for which compute stood still for communication."""
-        return sum(entry.exposed_s for entry in self.entries)
+        """Seconds for which compute stood still for the step's own communication, outer rounds not counted."""
+        return sum(entry.exposed_s for entry in self.entries if not entry.purpose.startswith("outer-"))
 
 
 @dataclass

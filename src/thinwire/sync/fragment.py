@@ -21,8 +21,6 @@ class Fragment:
         self.weights = self._host(torch.cat([share.master for share in shares]))
         self.momentum = torch.zeros_like(self.weights, pin_memory=self._device.type == "cuda")
         self.residual = torch.zeros_like(self.momentum) if feedback else None
-        self.tokens = 0.0
-        """Trained on since the last send: the weight of the next contribution."""
         self._fetched: tuple[Tensor, Tensor] | None = None
 
     @property

@@ -114,6 +114,8 @@ class OuterSync:
         self.schedule: Schedule = sync.schedule(len(self.fragments))
         self._cliques = self._meet(dict(same or {}))
         self._pending: deque[Pending] = deque()
+        self.tokens = torch.zeros(len(self.fragments), dtype=torch.float64)
+        """Trained on since the last send of each fragment: the weight of its next contribution."""
 
     def _fragments(self) -> list[Fragment]:
         shares = self.engine.shares()
@@ -187,6 +189,20 @@ class OuterSync:
                 found.append((clique, _merged(met)))
         return found
 
+    def bytes_of(self, fragment: int) -> int:
+        """Bytes that this rank sends across groups in one exchange of `fragment`, by the formula."""
+        element_bytes = self.fragments[fragment].weights.element_size()
+        return sum(
+            exchange_bytes(
+                sum(place.stop - place.start for place in places),
+                groups=clique.size,
+                codec=self.sync.codec,
+                block=self.sync.block,
+                element_bytes=element_bytes,
+            )
+            for clique, places in self._cliques[fragment]
+        )
+
     # -- the loop's one call -------------------------------------------------------------------------------------------
 
     def after(self, step: int, *, tokens: float = 1.0) -> list[Round]:
@@ -197,8 +213,7 @@ class OuterSync:
         """
         assert step == self.step + 1, f"step {step} comes after {self.step}: the schedule follows committed steps"
         self.step = step
-        for fragment in self.fragments:
-            fragment.tokens += tokens
+        self.tokens += tokens
         self._advance(step)
         applied = []
         sent, due = self.schedule.sent_after(step), self.schedule.applied_after(step)
@@ -206,8 +221,8 @@ class OuterSync:
             self._send(sent)
             if self.sync.own_fresh:
                 applied.append(self._apply_fresh(sent))
-        if due is not None and not self.sync.own_fresh:
-            applied.append(self._apply(self._take(due)))
+        if due is not None and not self.sync.own_fresh and self._pending and self._pending[0].key == due:
+            applied.append(self._apply(self._pending.popleft()))
         self._fetch_next(step + 1)
         return applied
 
@@ -236,14 +251,16 @@ class OuterSync:
         change = fragment.change()
         if fragment.residual is not None:
             change.add_(fragment.residual.to(change.device), alpha=self.sync.feedback_decay)
-        pending = Pending(key, torch.zeros_like(change), torch.zeros_like(change))
+        pending = Pending(
+            key, torch.zeros_like(change), torch.zeros_like(change), sent_bytes=self.bytes_of(key.fragment)
+        )
         for clique, places in self._cliques[key.fragment]:
             part = torch.cat([change[place] for place in places])
             outcome = Outcome(torch.empty_like(part), torch.empty_like(part))
             chain = exchange(
                 part,
                 outcome,
-                weight=fragment.tokens,
+                weight=float(self.tokens[key.fragment]),
                 digest=self._digest(key, places),
                 clique=clique,
                 codec=self._codec(key, part.dtype),
@@ -254,14 +271,10 @@ class OuterSync:
             )
             pending.flights.append((Flight(chain), outcome))
             pending.places.append(places)
-            pending.sent_bytes += exchange_bytes(
-                part.numel(), groups=clique.size, codec=self.sync.codec, block=self.sync.block,
-                element_bytes=part.element_size(),
-            )  # fmt: skip
             _fill(pending.own, places, outcome.own)
         if fragment.residual is not None:
             fragment.residual.copy_(change.sub_(pending.own))
-        fragment.tokens = 0.0
+        self.tokens[key.fragment] = 0.0
         self._pending.append(pending)
 
     def _digest(self, key: Exchange, places: list[slice]) -> int:
@@ -283,11 +296,6 @@ class OuterSync:
         return codec
 
     # -- applying ------------------------------------------------------------------------------------------------------
-
-    def _take(self, key: Exchange) -> Pending:
-        pending = self._pending.popleft()
-        assert pending.key == key, (pending.key, key)
-        return pending
 
     def _land(self, pending: Pending) -> None:
         """Wait for what has not come. Raises SyncError if this group's state is astray."""
@@ -360,6 +368,24 @@ class OuterSync:
         for pending in self._pending:
             self._land(pending)
         return applied
+
+    @property
+    def pending(self) -> Sequence[Pending]:
+        """What was sent and is not applied, oldest first."""
+        return tuple(self._pending)
+
+    def start_here(self) -> None:
+        """The masters were written from outside before the first step: the outer weights are these."""
+        for fragment in self.fragments:
+            fragment.weights.copy_(torch.cat([share.master for share in fragment.shares]))
+
+    def go_on(self, step: int, *, flights: bool) -> None:
+        """Go on after `step`; with `flights`, what was in flight then has landed and waits for its values to be read."""
+        self.step = step
+        self._pending.clear()
+        for key in self.schedule.in_flight(step) if flights else ():
+            like = self.fragments[key.fragment].shares[0].master.new_zeros(self.fragments[key.fragment].numel)
+            self._pending.append(Pending(key, like, like.clone(), groups=self.sync.groups, on_second_hop=True))
 
     def drain(self) -> None:
         """Wait for everything in flight without applying it."""

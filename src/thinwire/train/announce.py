@@ -4,6 +4,7 @@ from rich.table import Table
 
 from thinwire.partition.engine import Sharded
 from thinwire.partition.report import held_bytes, predicted_bytes
+from thinwire.sync.outer_sync import OuterSync
 from thinwire.units import show_bytes
 
 
@@ -19,6 +20,20 @@ def plan_table(sharded: Sharded) -> Table:
         for purpose, count in purposes.items():
             codec = _codec(sharded, level, purpose)
             table.add_row(f"{purpose} a step", f"{level}{codec}", show_bytes(count))
+    return table
+
+
+def rounds_table(sync: OuterSync) -> Table:
+    """What worker groups agree on when, and the bytes of each exchange by the formula."""
+    point, ours = sync.sync, sync.world.rank
+    title = f"{point.groups} groups across {point.level}: {point.kind}, every {point.inner_steps} steps ({point.codec})"
+    table = Table("fragment", "units", "first sent, applied after step", f"bytes of rank {ours} a round", title=title)
+    table.title_justify = "left"
+    for first in sync.schedule.table(point.inner_steps):
+        fragment = sync.fragments[first.fragment]
+        units = ", ".join(dict.fromkeys(share.unit_name for share in fragment.shares))
+        sent = sync.bytes_of(first.fragment)
+        table.add_row(str(first.fragment), units, f"{first.send}, {first.apply}", show_bytes(sent))
     return table
 
 

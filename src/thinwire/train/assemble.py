@@ -16,7 +16,8 @@ from thinwire.partition.dtypes import COMPUTE_DTYPES
 from thinwire.partition.engine import Sharded
 from thinwire.partition.optimizer import ShardedOptimizer
 from thinwire.partition.report import held_bytes, predicted_bytes
-from thinwire.train.announce import plan_table
+from thinwire.sync.outer_sync import OuterSync
+from thinwire.train.announce import plan_table, rounds_table
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
 from thinwire.train.numbers import peak_flops_per_s
@@ -29,13 +30,16 @@ class Parts:
 
     job: Job
     world: World
+    group: World
+    """The ranks that agree every step: the whole world, or this rank's worker group."""
+    sync: OuterSync | None
     model: LanguageModel
     sharded: Sharded
     optimizer: ShardedOptimizer
     feed: Prefetcher
     checkpoints: Checkpoints
     nominal_tokens: int
-    """Tokens of a full global batch: the constant by which every rank scales its loss."""
+    """Tokens of a full batch of the group: the constant by which its ranks scale their loss."""
     cross_documents: bool
     peak_flops_per_s: float
     peak_origin: str
@@ -61,6 +65,8 @@ class Parts:
                 held=held_bytes(self.sharded),
             )
             self.telemetry.show(plan_table(self.sharded))
+            if self.sync is not None:
+                self.telemetry.show(rounds_table(self.sync))
 
     def publish(self, record: dict[str, Any]) -> None:
         if self.telemetry is not None:
@@ -89,7 +95,8 @@ def assemble(job: Job, world: World) -> Parts:
     """Build every part. All ranks draw the same initial weights from `run.seed`, whatever the world's size."""
     config = job.config
     model, module = build_model(job, world)
-    sharded = apply_plan(module, job.plan, world, compile_blocks=config.run.compile)
+    group = world if job.plan.sync is None else world.inside(len(world.cluster.levels) - 1)
+    sharded = apply_plan(module, job.plan.of_group(), group, compile_blocks=config.run.compile)
     optimizer = adamw(sharded, job)
     loader = Loader(
         Packing(
@@ -110,16 +117,30 @@ def assemble(job: Job, world: World) -> Parts:
     return Parts(
         job=job,
         world=world,
+        group=group,
+        sync=None if job.plan.sync is None else OuterSync(sharded, job.plan.sync, world, same=identity(job)),
         model=model,
         sharded=sharded,
         optimizer=optimizer,
         feed=feed,
         checkpoints=checkpoints,
-        nominal_tokens=config.batch.sequences * config.batch.tokens,
+        nominal_tokens=config.batch.sequences * config.batch.tokens * group.size // world.size,
         cross_documents=config.data.cross_documents,
         peak_flops_per_s=peak,
         peak_origin=origin,
     )
+
+
+def identity(job: Job) -> dict[str, str]:
+    """What every worker group must have in common besides weights, in words that can be compared."""
+    optimizer, schedule, batch = (getattr(job.config, section) for section in ("optimizer", "schedule", "batch"))
+    return {
+        "corpus and tokenizer": job.corpus.digest,
+        "plan": job.plan.digest,
+        "seed": str(job.config.run.seed),
+        "model": repr(job.config.model),
+        "optimizer, schedule and batch": repr((optimizer, schedule, batch)),
+    }
 
 
 def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module]:

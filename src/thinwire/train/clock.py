@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-Cause = Literal["data", "forward", "backward", "comm", "optimizer", "checkpoint", "eval", "other"]
-CAUSES: tuple[Cause, ...] = ("data", "forward", "backward", "comm", "optimizer", "checkpoint", "eval", "other")
+Cause = Literal["data", "forward", "backward", "comm", "optimizer", "sync", "checkpoint", "eval", "other"]
+CAUSES: tuple[Cause, ...] = ("data", "forward", "backward", "comm", "optimizer", "sync", "checkpoint", "eval", "other")
 
 
 class StepClock:

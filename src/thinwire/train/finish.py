@@ -1,5 +1,7 @@
 """The end of a start of a run: what it did in a table, a sample of what the model writes, how to go on."""
 
+from contextlib import nullcontext
+
 from thinwire.data.tokenizer import Tokenizer
 from thinwire.model.generate import generate
 from thinwire.partition.report import predicted_bytes
@@ -13,7 +15,8 @@ from thinwire.train.saving import Saver
 def finish(job: Job, parts: Parts, saver: Saver, *, step: int, stopped: bool, by: str) -> None:
     """Show the summary; after a finished run a sample of text too, after a stop how to resume."""
     parts.sharded.drain()
-    text = None if stopped else sample(job, parts)
+    with parts.sync.outer_weights() if parts.sync is not None else nullcontext():
+        text = None if stopped else sample(job, parts)
     parts.event("run_end", step=step, reason=f"stopped by {by or 'another rank'}" if stopped else "finished")
     if parts.telemetry is None:
         return

@@ -6,6 +6,7 @@ the engine sums over ranks, and the ratio of nominal to counted tokens scales th
 """
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from thinwire.train.saving import Saver
 from thinwire.train.schedule import lr_at
 from thinwire.train.stop import StopRequest
 from thinwire.train.validate import validate
+from thinwire.train.vote import StopVote
 
 # B batch, T tokens, V vocabulary
 
@@ -48,12 +50,15 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
     saver.announce()
     if step == 0:
         validate(job, parts, step)
-    bad_in_a_row, stopping = 0, False
+    bad_in_a_row, stopping, vote = 0, False, StopVote(parts)
     clock = StepClock(parts.world.device)
     while step < total and not stopping:
         clock.start()
-        record, stopping = train_step(job, parts, step, clock, stop)
+        record, asked = train_step(job, parts, step, clock, stop)
         step += 1
+        stopping = vote.after(step, asked=asked)
+        agree(parts, step, tokens=record["tokens"], last=step == total)
+        clock.lap("sync")
         bad_in_a_row = bad_in_a_row + 1 if record["skipped"] else 0
         _give_up_if_diverged(job, saver, bad_in_a_row, step)
         saver.after_step(step, last=stopping or step == total)
@@ -61,12 +66,13 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
         close_record(job, parts, record, clock)
         if _due(job.config.run.eval_every, step) or step == total:
             validate(job, parts, step)
+    vote.close()
     saver.finish()
     finish(job, parts, saver, step=step, stopped=stopping and step < total, by=stop.by)
 
 
 def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRequest) -> tuple[dict[str, Any], bool]:
-    """One optimizer step: `(its record without timings, whether a stop is agreed on)`."""
+    """One optimizer step: `(its record without timings, whether a rank of the group asks for a stop)`."""
     torch.default_generator.manual_seed(job.config.run.seed + step)
     micro_batches = parts.feed.next()
     clock.lap("data")
@@ -81,7 +87,7 @@ def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRe
         valid_tokens += valid
     parts.sharded.finish_reduce()
     agreed = torch.tensor([summed.item(), valid_tokens, stop.asked], dtype=torch.float64)
-    all_reduce_small(agreed, world=parts.world, op="sum")
+    all_reduce_small(agreed, world=parts.group, op="sum")
     loss_sum, tokens, stops = agreed.tolist()
     scale = parts.nominal_tokens / max(1.0, tokens)
     grad_norm = parts.sharded.grad_norm() * scale
@@ -99,6 +105,17 @@ def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRe
         "step": step + 1, "loss": loss_mean, "lr": lr, "grad_norm": grad_norm, "tokens": int(tokens), "skipped": skipped,
     }  # fmt: skip
     return record, stops > 0
+
+
+def agree(parts: Parts, step: int, *, tokens: int, last: bool) -> None:
+    """Worker groups send and apply what the schedule of their rounds says; after the last step what is still in flight."""
+    if parts.sync is None:
+        return
+    rounds = parts.sync.after(step, tokens=tokens)
+    if last:
+        rounds += parts.sync.settle()
+    for done in rounds:
+        parts.event("sync", step=step, **asdict(done))
 
 
 def forward(parts: Parts, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -132,10 +149,14 @@ def _give_up_if_diverged(job: Job, saver: Saver, bad_in_a_row: int, step: int) -
 
 
 def close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepClock) -> None:
-    """Add timings and wire bytes to the step's record and publish it."""
+    """Add timings and wire bytes to the step's record and publish it.
+
+    With worker groups the loss is that of rank 0's group, and every group's tokens are taken to be as many as its.
+    """
     wire = parts.world.ledger.drain()
     seconds = clock.stop(exposed_comm_s=wire.exposed_s)
     step_s = sum(seconds.values())
+    record["tokens"] *= parts.world.size // parts.group.size
     tokens_per_s = record["tokens"] / step_s
     record.update(
         step_s=round(step_s, 6),

@@ -1,9 +1,11 @@
 """When a run saves and what: logical tensors and the step. Data order, schedule and RNG are functions of the step."""
 
 from thinwire import __version__
-from thinwire.checkpoint.store import SaveFailed, Saving
+from thinwire.checkpoint.store import Found, SaveFailed, Saving
 from thinwire.errors import CheckpointError
 from thinwire.hub.init import load_pieces
+from thinwire.partition.pieces import Piece
+from thinwire.sync.saving import to_load, to_save
 from thinwire.train.assemble import Parts
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
@@ -28,8 +30,7 @@ class Saver:
         if found is None:
             self._start()
             return 0
-        pieces = [*self._parts.sharded.for_load(trained_only=self._adapters), *self._parts.optimizer.for_load()]
-        meta = self._parts.checkpoints.load(found, pieces)
+        meta = self._parts.checkpoints.load(found, self._wanted(found))
         if self._adapters and meta["spec"].get("base") != self._job.spec.model_dump()["base"]:
             raise CheckpointError(
                 f"{found.path} holds adapters for other weights than those in {self._job.config.model.hf}; put their base "
@@ -45,11 +46,23 @@ class Saver:
         self._last_asked, self._newest = found.step, found.path.name
         return found.step
 
+    def _wanted(self, found: Found) -> list[Piece]:
+        """What this rank reads of a checkpoint, whoever saved it under whatever plan."""
+        inner = self._parts.sharded.for_load(trained_only=self._adapters)
+        optimizer, sync = self._parts.optimizer.for_load(), self._parts.sync
+        if sync is None:
+            return [*inner, *optimizer]
+        same = found.manifest.meta["plan"].get("sync") == sync.sync.model_dump(mode="json")
+        sync.go_on(found.step, flights=same)
+        return to_load(sync, inner, optimizer, found.manifest.tensors, same=same)
+
     def _start(self) -> None:
         """Imported weights in the place of drawn ones, each rank reading what it owns."""
         if self._job.init is not None:
             load_pieces(self._job.init.folder, self._parts.sharded.for_load())
             self._parts.sharded.loaded()
+            if self._parts.sync is not None:
+                self._parts.sync.start_here()
 
     def after_step(self, step: int, *, last: bool) -> None:
         """Save if it is time; look after a save in flight."""
@@ -74,7 +87,9 @@ class Saver:
 
     def _save(self, step: int) -> None:
         self._parts.sharded.drain()
-        pieces = [*self._parts.sharded.for_save(trained_only=self._adapters), *self._parts.optimizer.for_save()]
+        inner, sync = self._parts.sharded.for_save(trained_only=self._adapters), self._parts.sync
+        optimizer = self._parts.optimizer.for_save()
+        pieces = [*inner, *optimizer] if sync is None else to_save(sync, inner, optimizer)
         meta = {
             "step": step,
             "updates": self._parts.optimizer.updates,

@@ -1,7 +1,11 @@
-"""Validation during training: every rank scores its share of the held-out text, then sums are added."""
+"""Validation during training: every rank scores its share of the held-out text, then sums are added.
+
+Worker groups score the outer weights, which are what a checkpoint exports.
+"""
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 
@@ -19,13 +23,14 @@ def validate(job: Job, parts: Parts, step: int) -> Score | None:
         return None
     start_s = time.perf_counter()
     parts.sharded.drain()
-    own = score(
-        parts.model,
-        _share(job, parts),
-        token_bytes=job.corpus.token_bytes,
-        device=parts.world.device,
-        cross_documents=job.config.data.cross_documents,
-    )
+    with parts.sync.outer_weights() if parts.sync is not None else nullcontext():
+        own = score(
+            parts.model,
+            _share(job, parts),
+            token_bytes=job.corpus.token_bytes,
+            device=parts.world.device,
+            cross_documents=job.config.data.cross_documents,
+        )
     sums = torch.tensor([own.loss_sum, own.tokens, own.text_bytes], dtype=torch.float64)
     all_reduce_small(sums, world=parts.world, op="sum")
     total = Score(float(sums[0]), int(sums[1]), int(sums[2]))

@@ -1,0 +1,88 @@
+"""A run of worker groups as logical tensors, also in the middle of a round.
+
+    params/NAME               the outer weights: what evaluation, generation and export read, and any plan goes on from
+    optimizer.KEY/NAME        the optimizer states of group 0
+    outer/momentum/NAME       outer momentum
+    outer/pending/NAME        what the groups agreed on and is not applied yet, of the fragments in flight
+    groups/G/...              what group G alone has: its own weights, its optimizer states (G > 0), the residual of error
+                              feedback, the tokens since its last sends; for eager updates its outer state too
+
+A checkpoint of another plan lacks some of these; then every group starts from the outer weights and group 0's states.
+"""
+
+from collections.abc import Container, Sequence
+from dataclasses import replace
+
+from thinwire.partition.pieces import Piece
+from thinwire.sync.outer_sync import OuterSync
+
+
+def to_save(sync: OuterSync, inner: Sequence[Piece], optimizer: Sequence[Piece]) -> list[Piece]:
+    """What this rank writes; `inner` and `optimizer` are its group's own pieces. Lands what is in flight."""
+    sync.drain()
+    trained = _trained(sync)
+    own = [piece for piece in inner if piece.name.removeprefix("params/") in trained]
+    pieces = [_of_group(sync, piece) for piece in own]
+    if sync.group == 0:
+        pieces += [piece for piece in inner if piece.name.removeprefix("params/") not in trained]
+    pieces += [piece if sync.group == 0 else _of_group(sync, piece) for piece in optimizer]
+    pieces += [piece for piece in _outer(sync) if sync.group == 0 or piece.name.startswith("groups/")]
+    return pieces + ([_tokens(sync)] if sync.engine.world.rank == 0 else [])
+
+
+def to_load(
+    sync: OuterSync, inner: Sequence[Piece], optimizer: Sequence[Piece], saved: Container[str], *, same: bool
+) -> list[Piece]:
+    """What this rank reads, of what is there. `same`: whether the checkpoint's rounds are this plan's.
+
+    Only then is what was in flight taken up again. Call `sync.go_on` before, `engine.loaded()` afterwards.
+    """
+    pieces = [_found(sync, piece, saved) for piece in (*inner, *optimizer)]
+    for piece in _outer(sync):
+        shared = replace(piece, name="params/" + piece.name.partition("/outer/weights/")[2])
+        if piece.name in saved:
+            pieces.append(piece)
+        elif "/outer/weights/" in piece.name:
+            pieces.append(shared)
+    tokens = _tokens(sync)
+    return [*pieces, tokens] if same and tokens.name in saved else pieces
+
+
+def _trained(sync: OuterSync) -> set[str]:
+    """Names of the trained parameters, also those of which this rank has nothing."""
+    return {
+        slot.name for unit in sync.engine.units for flat in unit.flats if flat.trained for slot in flat.layout.slots
+    }
+
+
+def _outer(sync: OuterSync) -> list[Piece]:
+    """The outer state of this rank, under the names it has in its group."""
+    eager, group = sync.sync.own_fresh, f"groups/{sync.group}/"
+    shared = f"{group}outer/" if eager and sync.group > 0 else "outer/"
+    weights = f"{group}outer/weights/" if eager and sync.group > 0 else "params/"
+    pieces: list[Piece] = []
+    for fragment in sync.fragments:
+        pieces += fragment.pieces(weights, fragment.weights)
+        pieces += fragment.pieces(f"{shared}momentum/", fragment.momentum)
+        if fragment.residual is not None:
+            pieces += fragment.pieces(f"{group}outer/residual/", fragment.residual)
+    for pending in sync.pending:
+        fragment = sync.fragments[pending.key.fragment]
+        pieces += fragment.pieces("outer/pending/", pending.change)
+        if eager:
+            pieces += fragment.pieces(f"{group}outer/own/", pending.own)
+    return pieces
+
+
+def _tokens(sync: OuterSync) -> Piece:
+    """Tokens since the last send of each fragment: one small tensor, written by one rank of the group."""
+    return Piece(f"groups/{sync.group}/outer/tokens", tuple(sync.tokens.shape), 0, sync.tokens)
+
+
+def _of_group(sync: OuterSync, piece: Piece) -> Piece:
+    return replace(piece, name=f"groups/{sync.group}/{piece.name}")
+
+
+def _found(sync: OuterSync, piece: Piece, saved: Container[str]) -> Piece:
+    own = _of_group(sync, piece)
+    return own if own.name in saved else piece

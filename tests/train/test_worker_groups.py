@@ -1,0 +1,135 @@
+"""Training with worker groups: I14 and I20, what a checkpoint holds, who may go on from it, wrong input."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runs import make_corpus, run_tree, thinwire, write_run
+from thinwire.checkpoint.read import newest_whole, read_tensors
+from thinwire.comm.world import World
+from thinwire.config import build
+from thinwire.events import read_events, steps
+from thinwire.train.config import RunConfig
+from thinwire.train.folder import EVENTS_FILE, open_folder
+from thinwire.train.job import resolve
+from thinwire.train.loop import train
+from thinwire.train.stop import StopRequest
+from worlds import run_world
+
+KINDS: dict[str, dict[str, Any]] = {
+    "streaming": {"kind": "streaming_diloco", "inner_steps": 6, "fragments": 3, "delay": 3, "codec": "int8"},
+    "feedback": {"kind": "diloco", "inner_steps": 4, "delay": 2, "codec": "int4", "error_feedback": True},
+    "eager": {"kind": "eager", "inner_steps": 4},
+    "co2": {"kind": "co2", "inner_steps": 4},
+    "sparse": {"kind": "sparse", "inner_steps": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("data"))
+
+
+def _train(world: World, tree: dict[str, Any]) -> None:
+    job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
+    if world.rank == 0:
+        open_folder(job, fresh=False)
+    train(job, world, StopRequest())
+
+
+def run(folder: Path, corpus: Path, levels: list[int], plan: dict[str, Any], **sections: Any) -> dict[int, float]:
+    """The losses by step of group 0."""
+    kept = {"checkpoint": {"every_steps": 7, "keep_last": 9}, **sections}
+    tree = run_tree(folder, corpus, cluster={"levels": levels}, plan=plan, **kept)
+    run_world(levels, _train, tree)
+    return {step: record["loss"] for step, record in steps(folder / EVENTS_FILE).items()}
+
+
+def weights(folder: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    path, manifest = newest_whole(folder / "checkpoints", step=step)
+    return dict(read_tensors(path, manifest, "params/"))
+
+
+def forget_after(folder: Path, step: int) -> None:
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_i14_a_run_resumed_in_the_middle_of_a_round_goes_on_bit_for_bit(
+    kind: str, corpus: Path, tmp_path: Path
+) -> None:
+    folder, levels = tmp_path / "run", [2, 2] if kind in ("streaming", "eager") else [2]
+    plan = {"partition": "zero1" if len(levels) == 2 else "ddp", "sync": KINDS[kind]}
+    whole = run(folder, corpus, levels, plan)
+    expected = weights(folder)
+    forget_after(folder, 7)
+    again = run(folder, corpus, levels, plan)
+    assert again == whole
+    assert len(again) == 20
+    for name, tensor in weights(folder).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_any_plan_goes_on_from_the_outer_weights_and_worker_groups_from_any_plan(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    groups = {"partition": "ddp", "sync": {"kind": "diloco", "inner_steps": 7}}
+    first = run(folder, corpus, [2], groups, run={"steps": 14})
+    assert len(first) == 14
+    outer = weights(folder, 14)
+    then = run(folder, corpus, [2], {"partition": "zero1"}, run={"steps": 21})
+    assert then[21] < first[1]
+    assert not torch.equal(weights(folder, 21)["norm.weight"], outer["norm.weight"])
+    back = run(folder, corpus, [2], groups, run={"steps": 28})
+    assert back[28] < first[1]
+
+
+def test_rounds_are_in_the_event_log_with_the_bytes_of_the_formula(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, corpus, [2, 2], {"partition": "hsdp", "sync": KINDS["streaming"]})
+    rounds = list(read_events(folder / EVENTS_FILE, "sync"))
+    assert [(r["fragment"], r["send"], r["apply"]) for r in rounds][:4] == [(0, 2, 5), (1, 4, 7), (2, 6, 9), (0, 8, 11)]
+    assert [r["apply"] for r in rounds][-2:] == [20, 20]  # what was in flight at the end
+    sent = sum(
+        record["wire"].get("cluster", {}).get("outer-send", 0) for record in steps(folder / EVENTS_FILE).values()
+    )
+    assert sent == sum(r["sent_bytes"] for r in rounds) > 0
+    assert all(r["groups"] == 2 and r["stall_s"] >= 0 for r in rounds)
+    names = set(steps(folder / EVENTS_FILE)[20]["wire"]["cluster"])
+    assert names <= {"outer-send", "control"}
+
+
+def test_i20_four_bit_outer_gradients_end_where_fp32_ones_do(corpus: Path, tmp_path: Path) -> None:
+    """The outer weights' validation loss after six rounds of each fragment; against data parallel see docs/log.md."""
+    ends = {}
+    sections: dict[str, Any] = {"run": {"steps": 60, "eval_sequences": 0}, "checkpoint": {"every_steps": 0}}
+    for codec in ("fp32", "e3m0"):
+        sync = {"kind": "streaming_diloco", "inner_steps": 10, "fragments": 2, "codec": codec}
+        run(tmp_path / codec, corpus, [2], {"partition": "ddp", "sync": sync}, **sections)
+        first, *_, last = list(read_events(tmp_path / codec / EVENTS_FILE, "eval"))
+        ends[codec] = last["loss"]
+        assert last["loss"] < 0.6 * first["loss"]
+    assert abs(ends["e3m0"] / ends["fp32"] - 1) < 0.01, ends
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["plan.sync.inner_steps=2", "plan.sync.fragments=3"], "fragments = 3 must be between 1 and inner_steps = 2"),
+        (["plan.sync.inner_steps=4", "plan.sync.delay=4"], "delay = 4 must be below inner_steps = 4"),
+        (["plan.sync.level=rack"], "'rack' is no level"),
+        (["plan.sync.kind=diloco", 'plan.partition={optimizer="node"}'], "groups agree once a round"),
+    ],
+)
+def test_impossible_rounds_are_answered_in_one_sentence(
+    settings: list[str], sentence: str, corpus: Path, tmp_path: Path
+) -> None:
+    path = write_run(tmp_path, corpus, cluster={"levels": [{"name": "node", "fanout": 2}]})
+    done = thinwire("train", path, *(part for setting in settings for part in ("--set", setting)))
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert not (tmp_path / "run").exists()
