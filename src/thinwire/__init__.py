@@ -12,17 +12,33 @@ if TYPE_CHECKING:
     from thinwire.partition.engine import Sharded, shard
     from thinwire.partition.optimizer import ShardedOptimizer
     from thinwire.plan import Partition, Plan
+    from thinwire.rounds.config import Sync, SyncConfig
+    from thinwire.sync.outer_sync import OuterSync
 
 __version__ = "0.1.0"
 
-__all__ = ["Cluster", "Partition", "Plan", "Sharded", "ShardedOptimizer", "World", "shard"]
+__all__ = [
+    "Cluster",
+    "OuterSync",
+    "Partition",
+    "Plan",
+    "Sharded",
+    "ShardedOptimizer",
+    "Sync",
+    "SyncConfig",
+    "World",
+    "shard",
+]
 
 _HOMES = {
     "Cluster": "thinwire.cluster.cluster",
+    "OuterSync": "thinwire.sync.outer_sync",
     "Partition": "thinwire.plan",
     "Plan": "thinwire.plan",
     "Sharded": "thinwire.partition.engine",
     "ShardedOptimizer": "thinwire.partition.optimizer",
+    "Sync": "thinwire.rounds.config",
+    "SyncConfig": "thinwire.rounds.config",
     "World": "thinwire.comm.world",
     "shard": "thinwire.partition.engine",
 }

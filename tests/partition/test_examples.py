@@ -12,15 +12,15 @@ from runs import environment
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.parametrize("name", ["mlp_loop.py", "huggingface_llama.py"])
-def test_the_example_runs_on_four_ranks_and_learns(name: str) -> None:
+@pytest.mark.parametrize(("name", "ranks"), [("mlp_loop.py", 4), ("huggingface_llama.py", 4), ("mlp_rounds.py", 2)])
+def test_the_example_runs_and_learns(name: str, ranks: int) -> None:
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        "4",
+        str(ranks),
         str(EXAMPLES / name),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment())
