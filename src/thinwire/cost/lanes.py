@@ -85,9 +85,18 @@ class Habit:
     keep_gathered: bool
 
 
-def forward(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *, refreshing: list[float]) -> float:
-    """One forward through `units`; `refreshing` is when each unit's new weights arrive. Returns its end."""
+def forward(
+    lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *, refreshing: list[float], first: bool
+) -> float:
+    """One forward through `units`; `refreshing` is when each unit's new weights arrive. Returns its end.
+
+    Kept weights are gathered in the `first` forward of a step alone.
+    """
     now = start
+    if habit.keep_gathered and not first:
+        for unit in units:
+            now = lanes.compute(now, unit.forward_s)
+        return now
     arrive = _gather(lanes, max(now, refreshing[0]), units[0])
     for index, unit in enumerate(units):
         begin = max(now, arrive, refreshing[index])

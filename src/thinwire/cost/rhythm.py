@@ -82,17 +82,17 @@ def _play(listed: list[UnitWork], habit: Habit, micro_batches: int, slowdown: fl
     arrive = refresh(lanes, 0.0, listed, habit)
     landed = [0.0] * len(listed)
     single = micro_batches == 1
-    ahead = forward(lanes, 0.0, listed, habit, refreshing=arrive)
+    ahead = forward(lanes, 0.0, listed, habit, refreshing=arrive, first=True)
     first, tail_end = backward(lanes, ahead, listed, habit, last=single)
     if single:
         share = ahead / first
         return Rhythm(first, first, first, share, tail_end - first, lanes.sent_s, lanes.stretched_s)
     sent, stretched = lanes.sent_s, lanes.stretched_s
-    ahead = forward(lanes, first, listed, habit, refreshing=landed)
+    ahead = forward(lanes, first, listed, habit, refreshing=landed, first=False)
     middle, _ = backward(lanes, ahead, listed, habit, last=False)
     share = (ahead - first) / (middle - first)
     middle_sent, middle_stretched = lanes.sent_s - sent, lanes.stretched_s - stretched
-    ahead = forward(lanes, middle, listed, habit, refreshing=landed)
+    ahead = forward(lanes, middle, listed, habit, refreshing=landed, first=False)
     last, tail_end = backward(lanes, ahead, listed, habit, last=True)
     times = micro_batches - 3
     return Rhythm(

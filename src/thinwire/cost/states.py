@@ -56,7 +56,7 @@ def unit_bytes(
 ) -> dict[int, dict[str, int]]:
     """level -> purpose -> bytes one rank sends in a step for a unit of so many elements."""
     lp, lg, lo = hop_depths(candidate, hops)
-    gathers = 0 if lp < 0 else 1 if candidate.keep_gathered else 2
+    gathers = 0 if lp < 0 else 1 if candidate.keep_gathered else 2 * accumulate
     flow = Flow(padded(elements, candidate, hops), lp, lg, lo, gathers, True)
     weights, grads = _formats(setting, candidate, hops)
     found = step_bytes(flow, [hop.fanout for hop in hops], accumulate=accumulate, weights=weights, grads=grads)

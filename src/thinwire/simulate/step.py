@@ -173,7 +173,8 @@ class Actor:
 
     def _forward(self, each: Pass, units: list[UnitWork], *, offset: int) -> Program:
         first = each.micro_batch == 0
-        if not first and not any(unit.moves.gather for unit in units):
+        gathers = first or not self.habit.keep_gathered
+        if not first and not (gathers and any(unit.moves.gather for unit in units)):
             yield self._compute(_name(each), sum(unit.forward_s for unit in units))
             return
         arrive: Signal | None = None
