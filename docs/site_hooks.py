@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Iterator
@@ -48,7 +49,9 @@ def reference() -> str:
     parts += _section("", RunConfig, nested=False)
     for name, field in RunConfig.model_fields.items():
         parts += _section(name, _model(field))
-    parts += _section("plan.sync", SyncConfig) if "sync" not in _model(RunConfig.model_fields["plan"]).model_fields else []
+    parts += (
+        _section("plan.sync", SyncConfig) if "sync" not in _model(RunConfig.model_fields["plan"]).model_fields else []
+    )
     return "\n".join([*parts, "## A lab file\n", *_table(LabConfig), ""])
 
 
@@ -99,7 +102,7 @@ def attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
     for base in reversed(model.__mro__):
         if issubclass(base, BaseModel) and base.__module__.startswith("thinwire"):
             body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-            for before, after in zip(body, body[1:], strict=False):
+            for before, after in itertools.pairwise(body):
                 if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and _is_text(after):
                     out[before.target.id] = inspect.cleandoc(after.value.value)
     return out
@@ -127,6 +130,6 @@ def _entry(name: str, thing: Any, heading: str) -> Iterator[str]:
     if isinstance(thing, type):
         for method, function in vars(thing).items():
             plain = getattr(function, "__func__", function)
-            if not method.startswith("_") and inspect.isfunction(plain) and plain.__doc__ and method in thing.__dict__:
-                if plain.__module__.startswith("thinwire"):
-                    yield from _entry(method, plain, heading + "#")
+            documented = inspect.isfunction(plain) and plain.__doc__ and plain.__module__.startswith("thinwire")
+            if documented and not method.startswith("_"):
+                yield from _entry(method, plain, heading + "#")
