@@ -7,7 +7,7 @@ DEMO := examples/stdlib.toml
 # Programs that the lab calls (`ip`, `tc`); nothing else needs them, and its tests are skipped without them.
 DEBIAN_PACKAGES := iproute2
 
-.PHONY: demo test test-slurm check bench clean setup package packages
+.PHONY: demo test test-slurm check bench clean setup package packages docs
 
 setup: $(READY)
 
@@ -49,10 +49,14 @@ package: $(READY)
 	build/package/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/package/dist/*.whl
 	cd build/package/empty && ../venv/bin/thinwire train ../../../$(DEMO) --set run.steps=30
 
+# The documentation site, in site/; a warning is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop_overhead.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data_prepare.py
 
 clean:
-	rm -rf $(VENV) runs build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) runs build dist site src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,6 +22,7 @@ from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
 from thinwire.train.numbers import peak_flops_per_s
 from thinwire.train.telemetry import Telemetry, Totals
+from thinwire.train.trackers import open_trackers
 
 
 @dataclass
@@ -51,7 +52,11 @@ class Parts:
         self.feed.start(step)
         if self.world.rank == 0:
             run = self.job.config.run
-            self.telemetry = Telemetry(self.job.folder, total_steps=run.steps, first_step=step, log_every=run.log_every)
+            settings = self.job.config.model_dump(mode="json")
+            trackers = open_trackers(self.job.config.tracking, self.job.folder, first_step=step, settings=settings)
+            self.telemetry = Telemetry(
+                self.job.folder, trackers, total_steps=run.steps, first_step=step, log_every=run.log_every
+            )
             self.telemetry.event(
                 "run_start",
                 step=step,

@@ -12,6 +12,7 @@ from thinwire.config import Frozen
 from thinwire.data.config import DataConfig
 from thinwire.model.config import ModelConfig
 from thinwire.plan import PlanConfig
+from thinwire.train.trackers import TrackingConfig
 from thinwire.units import Seconds
 
 
@@ -103,6 +104,7 @@ class RunConfig(Frozen):
     cluster: ClusterConfig = ClusterConfig()
     plan: PlanConfig = PlanConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
@@ -117,7 +119,7 @@ class RunConfig(Frozen):
 
 MAY_CHANGE = ("run.steps", "run.folder", "run.log_every", "run.eval_every", "run.eval_sequences", "run.sample_tokens",
               "run.sample_prompt", "run.max_bad_steps", "run.timeout", "run.compile", "checkpoint.", "cluster.", "plan.",
-              "batch.micro_batch", "data.path", "data.sources", "data.tokenizer")  # fmt: skip
+              "tracking.",              "batch.micro_batch", "data.path", "data.sources", "data.tokenizer")  # fmt: skip
 """Keys (or sections) in which a resumed run may differ from the run it goes on with.
 
 Where and how the same numbers are computed may change; what is computed may not. The corpus itself is compared by its

@@ -11,7 +11,7 @@ from thinwire.train.config import MAY_CHANGE, RunConfig
 from thinwire.train.job import Job
 
 RUN_FILE, PLAN_FILE, CLUSTER_FILE, EVENTS_FILE = "run.toml", "plan.json", "cluster.json", "events.jsonl"
-CHECKPOINTS, TENSORBOARD, LOGS = "checkpoints", "tensorboard", "logs"
+CHECKPOINTS, LOGS = "checkpoints", "logs"
 
 
 def open_folder(job: Job, *, fresh: bool) -> bool:

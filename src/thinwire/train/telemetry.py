@@ -1,6 +1,7 @@
-"""What one sees of a run: a progress line, `events.jsonl`, TensorBoard, and a table at the end. Rank 0 only."""
+"""What one sees of a run: a progress line, `events.jsonl`, trackers, and a table at the end. Rank 0 only."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from thinwire.events import EventLog
-from thinwire.train.folder import EVENTS_FILE, TENSORBOARD
+from thinwire.train.folder import EVENTS_FILE
+from thinwire.train.trackers import Tracker
 from thinwire.units import show_count, show_seconds
 
 _SMOOTHING = 0.9
 
 
 class Telemetry:
-    """Writes every step to the log and TensorBoard; shows a live line on a terminal, a plain line elsewhere."""
+    """Writes every step to the log and the trackers; shows a live line on a terminal, a plain line elsewhere."""
 
-    def __init__(self, folder: Path, *, total_steps: int, first_step: int, log_every: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self, folder: Path, trackers: Mapping[str, Tracker], *, total_steps: int, first_step: int, log_every: int
+    ) -> None:
         self.console = Console(highlight=False)
         self.log = EventLog(folder / EVENTS_FILE)
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step, flush_secs=30)
+        self._trackers = dict(trackers)
         self._total_steps, self._log_every = total_steps, log_every
         self._step_s: float | None = None
         self._live = self.console.is_terminal
@@ -43,17 +45,23 @@ class Telemetry:
         """Say what step `record["step"]` (1 is the first) did."""
         self.log.write("step", **record)
         number = record["step"]
-        for name in ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s"):
-            if record[name] is not None:
-                self._board.add_scalar(f"train/{name}", record[name], number)
-        for cause, seconds in record["seconds"].items():
-            self._board.add_scalar(f"seconds/{cause}", seconds, number)
+        names = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s")
+        values = {f"train/{name}": record[name] for name in names if record[name] is not None}
+        self._track(values | {f"seconds/{cause}": seconds for cause, seconds in record["seconds"].items()}, number)
         smooth = self._step_s
         self._step_s = record["step_s"] if smooth is None else _SMOOTHING * smooth + (1 - _SMOOTHING) * record["step_s"]
         line = self._line(record)
         self._progress.update(self._task, completed=number, line=line, refresh=self._live)
         if not self._live and (number % self._log_every == 0 or number == self._total_steps):
             self.console.print(f"step {number}/{self._total_steps}  {line}", soft_wrap=True)
+
+    def _track(self, values: Mapping[str, float], step: int) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(values, step)
+            except Exception as error:
+                del self._trackers[name]
+                self.warn(f"{name} takes no more records from step {step} on: {error}; the run goes on without it")
 
     def _line(self, record: dict[str, Any]) -> str:
         exposed = record["seconds"]["comm"] / max(record["step_s"], 1e-9)
@@ -65,12 +73,11 @@ class Telemetry:
         )
 
     def event(self, kind: str, **fields: Any) -> None:
-        """A record of another kind in the log; validation losses go to TensorBoard too."""
+        """A record of another kind in the log; validation losses go to the trackers too."""
         self.log.write(kind, **fields)
         if kind == "eval":
-            for name in ("loss", "bits_per_byte"):
-                if fields.get(name) is not None:
-                    self._board.add_scalar(f"eval/{name}", fields[name], fields["step"])
+            shown = {f"eval/{name}": fields[name] for name in ("loss", "bits_per_byte") if fields.get(name) is not None}
+            self._track(shown, fields["step"])
 
     def say(self, text: str, style: str = "") -> None:
         """A line above the progress line."""
@@ -91,7 +98,11 @@ class Telemetry:
 
     def close(self) -> None:
         self._progress.stop()
-        self._board.close()
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                self.warn(f"{name} could not be closed: {error}; its last records may be missing")
         self.log.close()
 
 

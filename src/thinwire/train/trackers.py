@@ -1,0 +1,152 @@
+"""Where a run's curves are shown: TensorBoard, Weights & Biases, MLflow, behind one interface. Rank 0 only.
+
+A tracker is a guest: one that fails while the run goes on is dropped with a warning; `events.jsonl` has everything.
+"""
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from thinwire.config import Frozen
+from thinwire.errors import ConfigError
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+TENSORBOARD = "tensorboard"
+KEPT = "trackers.json"
+"""In the run folder: the trackers' own names of this run, so that a resumed run goes on with the same curves."""
+
+
+class TrackingConfig(Frozen):
+    """`[tracking]`: where the curves go."""
+
+    to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Any of `tensorboard`, `wandb` (thinwire[wandb]) and `mlflow` (thinwire[mlflow])."""
+    project: str = Field(default="thinwire", min_length=1)
+    """The project (Weights & Biases) or experiment (MLflow)."""
+    mlflow_uri: str | None = None
+    """A server or folder as MLflow names it; default: what MLflow itself is set to."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """`offline` writes to the run folder; `wandb sync` sends it later."""
+
+    def check(self) -> None:
+        """Raises ConfigError if a library that is asked for is not installed."""
+        for name in self.to:
+            if name != "tensorboard" and importlib.util.find_spec(name) is None:
+                raise ConfigError(
+                    f"tracking.to names {name!r}, which is not installed; pip install 'thinwire[{name}]', or leave it out"
+                )
+
+
+class Tracker(Protocol):
+    """What the loop needs of one."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Add one point to each curve."""
+
+    def close(self) -> None:
+        """Send what is waiting."""
+
+
+class TensorBoard:
+    """Event files in the run folder; points after `first_step` of an earlier start are hidden."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step, flush_secs=30)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases."""
+
+    def __init__(self, folder: Path, config: TrackingConfig, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.project, name=folder.name, dir=str(folder), mode=config.wandb_mode, config=dict(settings),
+            id=_kept(folder, "wandb"), resume="allow",
+        )  # fmt: skip
+        _keep(folder, "wandb", self._run.id)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Mlflow:
+    """A run of MLflow, on a tracking server or in a folder."""
+
+    def __init__(self, folder: Path, config: TrackingConfig, settings: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric, Param
+        from mlflow.tracking import MlflowClient
+
+        self._metric, self._client = Metric, MlflowClient(tracking_uri=config.mlflow_uri)
+        known = _kept(folder, "mlflow")
+        if known is None:
+            found = self._client.get_experiment_by_name(config.project)
+            experiment = found.experiment_id if found else self._client.create_experiment(config.project)
+            known = self._client.create_run(experiment, run_name=folder.name).info.run_id
+            self._client.log_batch(known, params=[Param(name, str(value)) for name, value in flat(settings).items()])
+            _keep(folder, "mlflow", known)
+        self._id = known
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        import time
+
+        now_ms = int(time.time() * 1000)
+        self._client.log_batch(self._id, metrics=[self._metric(n, v, now_ms, step) for n, v in values.items()])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+def open_trackers(
+    config: TrackingConfig, folder: Path, *, first_step: int, settings: Mapping[str, Any]
+) -> dict[str, Tracker]:
+    """Every tracker asked for, by name; `settings` is the resolved run file. Raises ConfigError if one cannot start."""
+    config.check()
+    made: dict[str, Tracker] = {}
+    for name in config.to:
+        try:
+            if name == "tensorboard":
+                made[name] = TensorBoard(folder, first_step=first_step)
+            else:
+                made[name] = (Wandb if name == "wandb" else Mlflow)(folder, config, settings)
+        except Exception as error:
+            raise ConfigError(
+                f"tracking.to names {name!r}, which cannot start: {error}; mend it or leave it out"
+            ) from None
+    return made
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def _kept(folder: Path, name: str) -> str | None:
+    path = folder / KEPT
+    found: Sequence[Any] | dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    return found.get(name) if isinstance(found, dict) else None
+
+
+def _keep(folder: Path, name: str, identity: str) -> None:
+    path = folder / KEPT
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, name: identity}) + "\n")
