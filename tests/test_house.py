@@ -27,7 +27,7 @@ TORCH_FREE = [
     "thinwire.comm.place", "thinwire.cli.eval", "thinwire.cli.generate", "thinwire.cost.step", "thinwire.cost.sent",
     "thinwire.cost.failures", "thinwire.traffic", "thinwire.cli.plan", "thinwire.planner.explain",
     "thinwire.cli.simulate", "thinwire.simulate.trace",
-    "thinwire.cli.lab", "thinwire.cli.lab_train",
+    "thinwire.cli.lab", "thinwire.cli.lab_train", "thinwire.cli.report", "thinwire.report.write",
     "thinwire.lab.lab", "thinwire.lab.agent", "thinwire.lab.clean",
     "thinwire.cli.launch", "thinwire.launchers.slurm", "thinwire.launchers.kubernetes",
     "thinwire.rounds.config",
