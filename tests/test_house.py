@@ -15,11 +15,11 @@ RANKS = {
     "cost": 3, "partition": 3,
     "parallel": 4, "simulate": 4, "checkpoint": 4, "sync": 4,
     "planner": 5, "evaluate": 5, "hub": 5, "resilience": 5,
-    "train": 6, "lab": 6, "report": 7, "launchers": 7, "cli": 8, "__main__": 9,
+    "train": 6, "lab": 6, "probe": 7, "report": 7, "launchers": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 SAME_RANK_ALLOWED = {("config", "errors"), ("units", "errors"), ("events", "errors"), ("evaluate", "hub")}
 THINKING = {"cost", "simulate", "planner", "report", "lab"}
-DOING = {"comm", "partition", "sync", "parallel", "checkpoint", "evaluate", "hub", "resilience", "train"}
+DOING = {"comm", "partition", "sync", "parallel", "checkpoint", "evaluate", "hub", "resilience", "train", "probe"}
 TORCH_FREE = [
     "thinwire.cli", "thinwire.cli.train", "thinwire.cli.data", "thinwire.train.config", "thinwire.train.job",
     "thinwire.train.folder", "thinwire.train.launch", "thinwire.train.worker", "thinwire.plan", "thinwire.model.spec",
@@ -27,7 +27,8 @@ TORCH_FREE = [
     "thinwire.comm.place", "thinwire.cli.eval", "thinwire.cli.generate", "thinwire.cost.step", "thinwire.cost.sent",
     "thinwire.cost.failures", "thinwire.traffic", "thinwire.cli.plan", "thinwire.planner.explain",
     "thinwire.cli.simulate", "thinwire.simulate.trace",
-    "thinwire.cli.lab", "thinwire.cli.lab_train",
+    "thinwire.cli.lab", "thinwire.cli.lab_train", "thinwire.cli.report",
+    "thinwire.cli.probe", "thinwire.probe.fit", "thinwire.report.write",
     "thinwire.lab.lab", "thinwire.lab.agent", "thinwire.lab.clean",
     "thinwire.cli.launch", "thinwire.launchers.slurm", "thinwire.launchers.kubernetes",
     "thinwire.rounds.config",

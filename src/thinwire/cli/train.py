@@ -56,7 +56,7 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     _greet(job, resuming)
     if warning := crowding(job.cluster.ranks):
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
-    _leave(launch([str(run_file), *settings], share=Share.whole(job.cluster.ranks, port), folder=job.folder))
+    leave(launch([str(run_file), *settings], share=Share.whole(job.cluster.ranks, port), folder=job.folder))
 
 
 def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_node: int, *, fresh: bool) -> None:
@@ -71,10 +71,10 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     check_size(job.cluster, share.size)
     if place.rank == 0:
         _greet(job, open_folder(job, fresh=fresh))
-    _leave(launch([str(run_file), *settings], share=share, folder=job.folder))
+    leave(launch([str(run_file), *settings], share=share, folder=job.folder))
 
 
-def _leave(ending: "Ending") -> None:
+def leave(ending: "Ending") -> None:
     """Tell whose fault it was, if it was somebody's, and exit with the run's status."""
     if ending.failure is not None:
         who = f"rank {ending.failure.rank}: " if ending.failure.rank >= 0 else ""

@@ -47,6 +47,17 @@ class Device(Frozen):
     origin: Origin = "given"
 
 
+class Measurement(Frozen):
+    """A figure as it was measured: the median, and half of the range between the quartiles as a share of it."""
+
+    what: str
+    value: float
+    unit: str
+    spread: float = Field(ge=0)
+    samples: int = Field(ge=1)
+    origin: Literal["measured"] = "measured"
+
+
 class Cluster(Frozen):
     """A device and the levels that join many of it, inner to outer."""
 
@@ -55,6 +66,8 @@ class Cluster(Frozen):
     levels: tuple[Level, ...] = Field(min_length=1)
     calibration: Calibration | None = None
     """How near device and links come to these figures; none: the device's default."""
+    measured: tuple[Measurement, ...] = ()
+    """What a probe timed; the figures above were fitted to it."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

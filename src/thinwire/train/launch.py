@@ -63,14 +63,17 @@ class Share:
         return Share(place.rank * ranks_per_node, ranks_per_node, place.size * ranks_per_node, place.host, place.port)
 
 
-def launch(arguments: Sequence[str], *, share: Share, folder: Path) -> Ending:
-    """Run `python -m thinwire.train.worker ARGUMENTS` as the ranks of `share` and wait for their end.
+WORKER = "thinwire.train.worker"
+
+
+def launch(arguments: Sequence[str], *, share: Share, folder: Path, worker: str = WORKER) -> Ending:
+    """Run `python -m WORKER PLACE ARGUMENTS` as the ranks of `share` and wait for their end.
 
     Rank 0 shares this process's output; the others write to `folder/logs/rank-N.log`.
     """
     with (
         tempfile.TemporaryDirectory(prefix="thinwire-") as reports,
-        Crew(arguments, share=share, folder=folder, reports=Path(reports)) as crew,
+        Crew(arguments, share=share, folder=folder, reports=Path(reports), worker=worker) as crew,
     ):
         return crew.wait()
 
@@ -78,7 +81,10 @@ def launch(arguments: Sequence[str], *, share: Share, folder: Path) -> Ending:
 class Crew:
     """The processes of one launch. A context: leaving it leaves no process behind."""
 
-    def __init__(self, arguments: Sequence[str], *, share: Share, folder: Path, reports: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], *, share: Share, folder: Path, reports: Path, worker: str = WORKER
+    ) -> None:
+        self._worker = worker
         self._arguments, self._share, self._reports = list(arguments), share, reports
         self._logs = folder / LOGS
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -115,7 +121,7 @@ class Crew:
         share, rank = self._share, self._share.first + local_rank
         place = Place(rank=rank, size=share.size, local_rank=local_rank, host=share.host, port=share.port)
         own = {"place": asdict(place), "report": str(self._reports / f"{rank}.json"), "launcher_pipe": watched}
-        command = [sys.executable, "-m", "thinwire.train.worker", json.dumps(own), *self._arguments]
+        command = [sys.executable, "-m", self._worker, json.dumps(own), *self._arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._threads()))}
         output = None if rank == 0 else (self._logs / f"rank-{rank}.log").open("ab")
         try:

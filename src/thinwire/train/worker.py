@@ -39,7 +39,7 @@ def run_rank(job: Job, place: Place, stop: StopRequest) -> None:
 def main(arguments: Sequence[str]) -> int:
     """A rank started by the local launcher. Returns the exit status; a failure is written to the report file."""
     own = json.loads(arguments[0])
-    _leave_with_launcher(own["launcher_pipe"])
+    leave_with_launcher(own["launcher_pipe"])
     stop = StopRequest()
     stop.listen()
     place = Place(**own["place"])
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         describe(place.rank, error).write(Path(own["report"]))
         if place.rank != 0:
             traceback.print_exception(error)
-        _leave_now(1)
+        leave_now(1)
     return 0
 
 
@@ -76,17 +76,17 @@ def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh
         print(f"thinwire: rank {place.rank}: {report.sentence}", file=sys.stderr)
         if not report.cascade:
             traceback.print_exception(error)
-        _leave_now(1)
+        leave_now(1)
 
 
-def _leave_now(status: int) -> None:
+def leave_now(status: int) -> None:
     """Leave without waiting for communicators whose peers may be gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _leave_with_launcher(pipe: int) -> None:
+def leave_with_launcher(pipe: int) -> None:
     """Leave at once when the launcher's end of `pipe` closes: no rank outlives it."""
 
     def watch() -> None:

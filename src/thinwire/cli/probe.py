@@ -1,0 +1,90 @@
+"""`thinwire probe -o cluster.toml`: measure a cluster; starts the ranks itself, or is one of them under torchrun or srun."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from thinwire.cluster.cluster import Cluster
+
+
+def run(
+    out: Annotated[Path, typer.Option("-o", "--out", help="The cluster file to write.")] = Path("cluster.toml"),
+    levels: Annotated[
+        str | None,
+        typer.Option(help="Levels, inner first: node=2,cluster=4; default: node= all ranks (2 on one machine)."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="A device preset; `cpu`, or what the ranks compute on.")] = "cpu",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer shapes, sizes and repetitions: seconds, not minutes.")
+    ] = False,
+) -> None:
+    """Time matmuls by shape, copies, collectives by size on every level, and compute beside communication.
+
+    Example: thinwire probe --levels node=2 -o cluster.toml
+    """
+    from thinwire.cluster.cluster import check_size
+    from thinwire.comm.place import Place
+    from thinwire.errors import ConfigError
+
+    place = Place.from_environment(os.environ)
+    cluster = _cluster(levels or f"node={place.size if place else 2}", device)
+    if not out.parent.is_dir() or out.is_dir():
+        raise ConfigError(
+            f"{out} cannot be written: its folder is missing, or it is a folder; choose another with -o PATH"
+        )
+    if place is None:
+        _probe_here(cluster, out, quick=quick)
+    else:
+        from thinwire.probe.worker import probe_rank
+
+        check_size(cluster, place.size)
+        probe_rank(cluster, place, out, quick=quick)
+    if place is None or place.rank == 0:
+        _tell(out)
+
+
+def _cluster(levels: str, device: str) -> "Cluster":
+    """Raises ConfigError for what is no list of levels."""
+    from thinwire.cluster.cluster import Cluster
+    from thinwire.cluster.presets import device_preset
+    from thinwire.config import build
+    from thinwire.errors import ConfigError
+
+    found: list[dict[str, Any]] = []
+    for part in levels.split(","):
+        name, equals, fanout = part.partition("=")
+        if not equals or not fanout.strip().isdigit():
+            raise ConfigError(f"--levels {levels!r}: {part!r} is no level; write for example node=2,cluster=4")
+        found.append({"name": name.strip(), "fanout": int(fanout)})
+    return build(Cluster, {"device": device_preset(device), "levels": found}, "--levels")
+
+
+def _probe_here(cluster: "Cluster", out: Path, *, quick: bool) -> None:
+    from thinwire.cli.train import leave
+    from thinwire.train.launch import Share, launch
+
+    arguments = [cluster.model_dump_json(), str(out.absolute()), "quick" if quick else "full"]
+    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
+        share = Share.whole(cluster.ranks)
+        ending = launch(arguments, share=share, folder=Path(folder), worker="thinwire.probe.worker")
+    if ending.status:
+        leave(ending)
+
+
+def _tell(out: Path) -> None:
+    from thinwire.cluster.cluster import read_cluster
+    from thinwire.units import show_count, show_rate, show_seconds
+
+    cluster = read_cluster(out)
+    device = cluster.device
+    typer.echo(
+        f"wrote {out}: {show_count(device.peak_flops_per_s or 0)}FLOP/s, "
+        f"{show_count(device.memory_bytes_per_s or 0)}B/s of memory"
+    )
+    for level in cluster.levels:
+        if level.bytes_per_s is not None and level.latency_s is not None:
+            typer.echo(f"  {level.name}: {show_rate(level.bytes_per_s)}, {show_seconds(level.latency_s)}")

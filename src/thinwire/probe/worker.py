@@ -1,0 +1,75 @@
+"""One rank of a probe: `python -m thinwire.probe.worker PLACE CLUSTER OUT EFFORT`, or called under torchrun or Slurm."""
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from thinwire.cluster.cluster import Cluster
+from thinwire.comm.place import Place
+from thinwire.config import dump_toml
+from thinwire.errors import ConfigError
+from thinwire.train.report import describe
+from thinwire.train.worker import leave_now, leave_with_launcher
+
+
+def probe_rank(cluster: Cluster, place: Place, out: Path, *, quick: bool) -> None:
+    """Join the world, measure; rank 0 writes the cluster file, whole or not at all. Raises what joining raises."""
+    import torch
+
+    from thinwire.comm.world import World
+    from thinwire.probe.fit import measured_cluster
+    from thinwire.probe.measure import FULL, QUICK, measure, parts
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    world = World.join(cluster, **asdict(place))
+    effort = QUICK if quick else FULL
+    shown = Progress(
+        TextColumn("[bold]probe"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+        console=Console(stderr=True), disable=place.rank != 0,
+    )  # fmt: skip
+    with shown:
+        task = shown.add_task("start", total=parts(world, effort))
+        timings = measure(world, effort, lambda what: shown.update(task, description=what, advance=1))
+    if place.rank == 0:
+        write(measured_cluster(cluster, timings), out)
+    world.leave()
+
+
+def write(cluster: Cluster, out: Path) -> None:
+    """Raises ConfigError if `out` cannot be written."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.write_text(dump_toml(cluster), encoding="utf-8")
+        partial.replace(out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"{out} cannot be written: {error.strerror or error}; choose another with -o PATH") from None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """A rank started by the local launcher. Returns the exit status; a failure is written to the report file."""
+    own = json.loads(arguments[0])
+    leave_with_launcher(own["launcher_pipe"])
+    place = Place(**own["place"])
+    try:
+        cluster = Cluster.model_validate_json(arguments[1])
+        probe_rank(cluster, place, Path(arguments[2]), quick=arguments[3] == "quick")
+    except BaseException as error:
+        describe(place.rank, error).write(Path(own["report"]))
+        if place.rank != 0:
+            traceback.print_exception(error)
+        leave_now(1)
+    return 0
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", FutureWarning)
+    sys.exit(main(sys.argv[1:]))

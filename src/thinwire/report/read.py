@@ -1,0 +1,119 @@
+"""A run folder as a report needs it: what was decided, and what every step said. Reads files only."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import ValidationError
+
+from thinwire.cluster.cluster import Cluster
+from thinwire.config import explain
+from thinwire.errors import ConfigError
+from thinwire.events import read_events
+from thinwire.plan import Plan
+
+Wire = dict[str, dict[str, float]]
+"""level -> purpose -> bytes that rank 0 sends in one step."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. `steps` are in order, the later record of a step that was done twice."""
+
+    name: str
+    folder: Path
+    plan: Plan
+    cluster: Cluster
+    start: dict[str, Any]
+    """The newest `run_start`: what was held and predicted is said of the plan that it started with."""
+    steps: tuple[dict[str, Any], ...]
+    evals: tuple[dict[str, Any], ...]
+
+    @cached_property
+    def latest(self) -> tuple[dict[str, Any], ...]:
+        """Steps since the newest start, its first one (which warms up) left out if there are others."""
+        since = [record for record in self.steps if record["step"] > self.start["step"]] or list(self.steps)
+        return tuple(since[1:] or since)
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Mean seconds of a step by cause."""
+        causes = dict.fromkeys(cause for record in self.latest for cause in record["seconds"])
+        return {cause: fmean(record["seconds"].get(cause, 0.0) for record in self.latest) for cause in causes}
+
+    @cached_property
+    def wire(self) -> Wire:
+        """Mean bytes of a step."""
+        sums: Wire = {}
+        for record in self.latest:
+            for level, purposes in record["wire"].items():
+                of_level = sums.setdefault(level, {})
+                for purpose, count in purposes.items():
+                    of_level[purpose] = of_level.get(purpose, 0.0) + count / len(self.latest)
+        return sums
+
+    @property
+    def thin_level(self) -> str | None:
+        """The outermost level over which anything was sent; None for a run of one rank."""
+        sent = {level for record in self.steps for level, purposes in record["wire"].items() if sum(purposes.values())}
+        return next((level for level in reversed(self.cluster.level_names) if level in sent), None)
+
+    def along(self, axis: str) -> list[float]:
+        """Where each step ends along `steps`, `tokens`, `seconds` or `bytes` (of rank 0 over the outermost level)."""
+        if axis == "steps":
+            return [record["step"] for record in self.steps]
+        return list(itertools.accumulate(self._of(record, axis) for record in self.steps))
+
+    def _of(self, record: dict[str, Any], axis: str) -> float:
+        if axis == "bytes":
+            return float(sum(record["wire"].get(self.thin_level, {}).values()))
+        return float(record["tokens" if axis == "tokens" else "step_s"])
+
+
+def number(value: Any) -> float | None:
+    """A figure of an event; None where it was not finite."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Every run, named so that no two have the same name. Raises ConfigError."""
+    runs = [read_run(folder, folder.name) for folder in folders]
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return runs
+    runs = [read_run(folder, str(folder)) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):
+        raise ConfigError("the same run folder is given twice; give each once")
+    return runs
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """One run folder. Raises ConfigError if it is none, or if it has no finished step yet."""
+    events = folder / "events.jsonl"
+    for path in (events, folder / "plan.json", folder / "cluster.json"):
+        if not path.is_file():
+            raise ConfigError(
+                f"{folder} is no run folder: there is no {path.name}; give folders that `thinwire train` made"
+            )
+    try:
+        plan = Plan.model_validate_json((folder / "plan.json").read_text(encoding="utf-8"))
+        cluster = Cluster.model_validate_json((folder / "cluster.json").read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise ConfigError(f"{folder} was not written by this version of thinwire: {explain(error)}") from None
+    try:
+        records = list(read_events(events))
+        start = next((record for record in reversed(records) if record["event"] == "run_start"), None)
+        steps = {record["step"]: record for record in records if record["event"] == "step"}
+        evals = {record["step"]: record for record in records if record["event"] == "eval"}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{events} is damaged: {error}") from None
+    if start is None or not steps:
+        raise ConfigError(f"{folder} has no finished step yet; train first")
+    ordered = tuple(steps[step] for step in sorted(steps))
+    return Run(name, folder, plan, cluster, start, ordered, tuple(evals[step] for step in sorted(evals)))
