@@ -18,7 +18,7 @@ _WAIT = timedelta(seconds=600)
 
 
 def deepspeed_zero(setting: Setting, stage: int) -> Side:
-    """ZeRO of DeepSpeed on CPU; gradients overlap with the backward where the stage can, and are fp32 on the wire."""
+    """ZeRO of DeepSpeed on CPU, fp32 on the wire: its quantised weights and gradients have no kernels there."""
     import deepspeed
 
     join_torch(setting)
@@ -26,15 +26,14 @@ def deepspeed_zero(setting: Setting, stage: int) -> Side:
     model = fresh(setting.model)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": setting.accumulate,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True},
+        "zero_optimization": {"stage": stage},
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def step(batches: Sequence[Tensor]) -> None:
-        engine.set_gradient_accumulation_steps(len(batches))
         for tokens in batches:
             engine.backward(loss_of(engine, tokens))
             engine.step()

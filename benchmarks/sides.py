@@ -49,6 +49,8 @@ class Setting:
     rank: int
     ranks: int
     environment: Mapping[str, str]
+    accumulate: int = 1
+    """Micro-batches of a step."""
     inner_steps: int = 20
     """Steps between two rounds, for sides that agree now and then."""
 
@@ -81,7 +83,7 @@ def fresh(name: str) -> Transformer:
 
 def thinwire_side(setting: Setting, options: Mapping[str, Any], world: World | None = None) -> Side:
     """thinwire under a plan; joins the world itself unless given one."""
-    plan = PlanConfig.model_validate(options).resolve(CLUSTER, micro_batch=1, accumulate=1)
+    plan = PlanConfig.model_validate(options).resolve(CLUSTER, micro_batch=1, accumulate=setting.accumulate)
     world = world or World.from_environment(CLUSTER, setting.environment)
     sharded = shard(fresh(setting.model), plan, world)
     optimizer = ShardedOptimizer(sharded, lambda groups: torch.optim.AdamW(groups, lr=setting.lr, fused=True))

@@ -8,23 +8,22 @@ are means over the steps of a phase and medians over rounds. A side that fails h
 """
 
 import argparse
-import json
 import platform
+import shlex
 import statistics
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
+from driver import Result, drive
 from rich.console import Console
 from rich.table import Table
 from sides import EXACT, NO_NETWORK
 from thin_rank import SIDES
 
-from thinwire.errors import LabError
 from thinwire.lab.config import LabConfig
 from thinwire.lab.lab import Lab
 from thinwire.model.presets import preset
@@ -32,58 +31,20 @@ from thinwire.model.presets import preset
 HOSTS, RANKS_PER_HOST = 2, 2
 RANKS = HOSTS * RANKS_PER_HOST
 RANK_PROGRAM = str(Path(__file__).with_name("thin_rank.py"))
-BF16_BOX = "│╭╮╰╯"
-Result = dict[str, Any]
 
 
 def run_side(lab: Lab, name: str, options: argparse.Namespace) -> tuple[list[Result], str | None]:
     """(one result per phase that was finished, what went wrong if something did)."""
-    rates: list[float | None] = [None, *options.rates]
-    with tempfile.TemporaryDirectory() as base:
-        folder = Path(base)
-        job = {
-            "side": name, "folder": base, "rates": rates, "model": options.model, "lr": options.lr, "seed": options.seed,
-            "sequences": options.sequences, "tokens": options.tokens, "accumulate": options.accumulate,
-            "steps": options.steps, "loss_steps": options.loss_steps, "budget_s": options.budget_s,
-            "inner_steps": options.inner_steps,
-        }  # fmt: skip
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        pending = dict(enumerate(rates))
-
-        def answer() -> None:
-            """Set the links to the rate of the phase that the ranks are ready for."""
-            for phase in [phase for phase in pending if (folder / f"ready-{phase}").exists()]:
-                set_rates(lab, pending.pop(phase))
-                (folder / f"go-{phase}").touch()
-
-        set_rates(lab, None)
-        running = lab.start([sys.executable, RANK_PROGRAM, str(folder / "job.json")])
-        error = None
-        try:
-            outcome = running.wait(timeout_s=options.timeout_s, each_look=answer)
-            if not outcome.ok:
-                error = cause(sorted(lab.folder.glob("rank-*.log")))
-        except LabError as late:
-            error = str(late)
-        written = [folder / f"result-{phase}.json" for phase in range(len(rates))]
-        return [json.loads(path.read_text(encoding="utf-8")) for path in written if path.exists()], error
+    job = {
+        "side": name, "model": options.model, "lr": options.lr, "seed": options.seed, "sequences": options.sequences,
+        "tokens": options.tokens, "accumulate": options.accumulate, "steps": options.steps,
+        "loss_steps": options.loss_steps, "budget_s": options.budget_s, "inner_steps": options.inner_steps,
+    }  # fmt: skip
+    return drive(lab, RANK_PROGRAM, job, [None, *options.rates], timeout_s=options.timeout_s)
 
 
-def set_rates(lab: Lab, mbit_per_s: float | None) -> None:
-    for host in range(HOSTS):
-        lab.set_rate(host, None if mbit_per_s is None else mbit_per_s * 1e6 / 8)
-
-
-def cause(logs: list[Path]) -> str:
-    """The last line of the ranks' logs that names an exception, else the last line there is."""
-    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    named = [line for line in lines if line.split(":")[0].rstrip().endswith(("Error", "Exception", "EnforceNotMet"))]
-    own = [line for line in named if "Connection closed by peer" not in line]
-    return (own or named or lines or ["it said nothing"])[-1].strip()[:300]
-
-
-def measure(options: argparse.Namespace) -> dict[str, Result]:
-    """What each side did: its phases over all rounds, and its error if it had one."""
+def measure(options: argparse.Namespace, each: Callable[[dict[str, Result]], None]) -> dict[str, Result]:
+    """What each side did: its phases over all rounds, and its error if it had one. `each` sees it after every turn."""
     seen: dict[str, Result] = {name: {"phases": [], "error": None} for name in options.sides}
     with Lab(LabConfig(hosts=HOSTS, ranks_per_host=RANKS_PER_HOST)) as lab:
         for number in range(options.rounds):
@@ -95,6 +56,7 @@ def measure(options: argparse.Namespace) -> dict[str, Result]:
                 seen[name]["error"] = seen[name]["error"] or error
                 told = error or ", ".join(f"{rate_name(p['rate'])} {p['step_s']:.2f} s" for p in phases)
                 print(f"round {number + 1}: {name} ({time.monotonic() - start_s:.0f} s): {told}", flush=True)
+                each(seen)
     return seen
 
 
@@ -155,7 +117,7 @@ def versions() -> dict[str, str]:
 def cells(row: Result, rates: list[str], bound: Result) -> list[str]:
     """The row of a table, as text."""
     if not row["rates"]:
-        return [row["side"], row["error"] or "", *[""] * (len(rates) + 2)]
+        return [f"{row['side']}: {row['error'] or 'not measured'}", *[""] * (len(rates) + 3)]
     shown = [row["rates"].get(rate) for rate in rates]
     speeds = [
         "-" if s is None else f"{s['tokens_per_s']:.0f}" + ("" if s["share"] is None else f" ({s['share']:.0%})")
@@ -198,11 +160,9 @@ def show(report: Result, options: argparse.Namespace) -> None:
         console.print(line)
 
 
-def main() -> None:
-    options = parse()
-    seen = measure(options)
-    report: Result = {
-        "command": " ".join(["python", "benchmarks/thin_network.py", *sys.argv[1:]]),
+def report_of(seen: dict[str, Result], options: argparse.Namespace) -> Result:
+    return {
+        "command": " ".join(["python", "benchmarks/thin_network.py", *(shlex.quote(word) for word in sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
         "options": {key: value for key, value in vars(options).items() if key != "out"},
@@ -210,11 +170,22 @@ def main() -> None:
         "rows": summary(seen, options),
         "phases": seen,
     }
-    show(report, options)
+
+
+def write(report: Result, options: argparse.Namespace) -> None:
+    """Into `--out`, if there is one. Matplotlib is needed for this alone."""
     if options.out is not None:
         from figures import write_report
 
-        write_report(report, options.out, header(options), [cells(r, header(options)[1], report["limits"]) for r in report["rows"]], bound_lines(report))
+        columns, rates = header(options)
+        rows = [cells(row, rates, report["limits"]) for row in report["rows"]]
+        write_report(report, options.out, columns, rows, bound_lines(report))
+
+
+def main() -> None:
+    options = parse()
+    seen = measure(options, lambda seen: write(report_of(seen, options), options))
+    show(report_of(seen, options), options)
 
 
 def parse() -> argparse.Namespace:
@@ -223,9 +194,13 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--sides", nargs="*", default=list(SIDES), help="default: all; " + ", ".join(SIDES))
     arguments.add_argument("--rounds", type=int, default=2)
     arguments.add_argument("--steps", type=int, default=4, help="most steps of a side at each rate in a round")
-    arguments.add_argument("--budget-s", type=float, default=120, help="fewer steps if they would take longer than this")
-    arguments.add_argument("--loss-steps", type=int, default=20, help="steps on the unlimited link, before the loss")
-    arguments.add_argument("--inner-steps", type=int, default=20, help="steps between two rounds of LocalSGD and DiLoCo")
+    arguments.add_argument(
+        "--budget-s", type=float, default=120, help="fewer steps if they would take longer than this"
+    )
+    arguments.add_argument("--loss-steps", type=int, default=40, help="steps on the unlimited link, before the loss")
+    arguments.add_argument(
+        "--inner-steps", type=int, default=20, help="steps between two rounds of LocalSGD and DiLoCo"
+    )
     arguments.add_argument("--timeout-s", type=float, default=1800, help="for one side in one round")
     arguments.add_argument("--model", default="llama-11m")
     arguments.add_argument("--sequences", type=int, default=2, help="of a rank's micro-batch")
@@ -238,6 +213,8 @@ def parse() -> argparse.Namespace:
     unknown = [name for name in options.sides if name not in SIDES]
     if unknown:
         arguments.error(f"there is no side {unknown[0]!r}; there are {', '.join(SIDES)}")
+    if options.loss_steps % options.inner_steps or options.loss_steps < 2 * options.inner_steps:
+        arguments.error("--loss-steps must be a multiple of --inner-steps, and at least twice as many")
     preset(options.model)
     return options
 

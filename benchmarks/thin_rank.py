@@ -1,16 +1,17 @@
 """One rank of one side of `thin_network.py`: trains through phases, each at a link rate that the lab's owner sets.
 
-Phase 0 runs unlimited for a fixed number of steps and ends with the loss on held-out text, the same steps for all sides.
+After a warm-up, phase 0 runs unlimited and ends with the loss on held-out text after as many steps for all sides.
 Rank 0 says `ready-N` in the folder, and the owner answers `go-N` once the links have the phase's rate. Bytes are what
 the kernel counted at the host's interface; time is rank 0's, from a barrier to a barrier.
 """
 
 import json
+import math
 import os
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ from thinwire.lab.counters import read_interfaces
 
 SIDES: dict[str, Builder] = {NO_NETWORK: alone, **THINWIRE, **TORCH, **PEERS}
 TEXT_BYTES, HELD_OUT_SEQUENCES = 4_000_000, 8
+
+
+def setting_of(job: Mapping[str, Any], environment: Mapping[str, str]) -> Setting:
+    """What the sides are built from, for the rank that torchrun's variables name."""
+    return Setting(
+        model=job["model"],
+        lr=job["lr"],
+        rank=int(environment["RANK"]),
+        ranks=int(environment["WORLD_SIZE"]),
+        environment=environment,
+        accumulate=job["accumulate"],
+        inner_steps=job["inner_steps"],
+    )
 
 
 def text() -> Tensor:
@@ -78,7 +92,7 @@ def timed(side: Side, feed: Iterator[list[Tensor]], steps: int, budget_s: float)
     for _ in range(side.period):
         side.step(next(feed))
     took_s = time.perf_counter() - start_s
-    periods = agree(max(1, min(-(-steps // side.period), int(budget_s / took_s))))
+    periods = agree(max(1, int(min(-(-steps // side.period), budget_s / took_s))))
     for _ in range((periods - 1) * side.period):
         side.step(next(feed))
     side.finish()
@@ -100,19 +114,21 @@ def wait_for_go(folder: Path, phase: int, rank: int) -> None:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    rank, folder = int(os.environ["RANK"]), Path(job["folder"])
     torch.set_num_threads(1)
-    setting = Setting(job["model"], job["lr"], rank, int(os.environ["WORLD_SIZE"]), os.environ, job["inner_steps"])
+    setting, folder = setting_of(job, os.environ), Path(job["folder"])
+    rank = setting.rank
     stream = text()
     rows = held_out(stream, job)
     feed = batches(stream[: -HELD_OUT_SEQUENCES * (job["tokens"] + 1)], job, rank)
     side = SIDES[job["side"]](setting)
-    for _ in range(side.period * -(-2 // side.period)):
+    warm = side.period * -(-2 // side.period)
+    for _ in range(warm):
         side.step(next(feed))  # buffers, bucket orders and connections are made in the first steps
     for phase, rate in enumerate(job["rates"]):
         wait_for_go(folder, phase, rank)
         first = phase == 0
-        result: dict[str, Any] = timed(side, feed, job["loss_steps"] if first else job["steps"], 1e9 if first else job["budget_s"])
+        steps, budget_s = (job["loss_steps"] - warm, math.inf) if first else (job["steps"], job["budget_s"])
+        result: dict[str, Any] = timed(side, feed, steps, budget_s)
         result["rate"] = rate
         if first:
             result["loss"] = validation(side, rows)
