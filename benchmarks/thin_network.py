@@ -80,12 +80,12 @@ def row_of(name: str, side: Result, tokens: int, free_s: float | None, options: 
     row: Result = {"side": name, "error": side["error"], "rates": {}}
     losses = [phase["loss"] for phase in side["phases"] if "loss" in phase]
     row["loss"] = statistics.median(losses) if losses else None
-    row["sent_mb"] = None
+    sent = [phase["sent_bytes"] / 1e6 for phase in side["phases"]]
+    row["sent_mb"] = statistics.median(sent) if sent else None
     for rate in [None, *options.rates]:
         phases = [phase for phase in side["phases"] if phase["rate"] == rate]
         if phases:
             step_s = statistics.median(phase["step_s"] for phase in phases)
-            row["sent_mb"] = statistics.median(phase["sent_bytes"] for phase in phases) / 1e6
             share = None if free_s is None else free_s / step_s
             row["rates"][rate_name(rate)] = {"tokens_per_s": tokens / step_s, "step_s": step_s, "share": share}
     return row
