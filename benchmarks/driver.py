@@ -1,6 +1,7 @@
 """Runs one side of a comparison as a command on the lab, sets the links when its ranks ask, and says why it failed."""
 
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from thinwire.errors import LabError
 from thinwire.lab.lab import Lab
 
 Result = dict[str, Any]
+_RANK = re.compile(r"^\[rank\d+\]: ?")
+"""What torch puts before a line of a traceback."""
 
 
 def drive(
@@ -53,14 +56,14 @@ def set_rates(lab: Lab, mbit_per_s: float | None) -> None:
 
 def cause(logs: Sequence[Path]) -> str:
     """The last line of the ranks' logs that names an exception of its own, else the last line there is."""
-    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    read = [line for log in logs for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [_RANK.sub("", line) for line in read]
     named = [line for line in lines if _names_an_exception(line)]
     own = [line for line in named if "Connection closed by peer" not in line and "DistNetworkError" not in line]
     return (own or named or lines or ["it said nothing"])[-1].strip()[:300]
 
 
 def _names_an_exception(line: str) -> bool:
-    """`ValueError: ...`, with or without torch's `[rank0]: ` before it and the module's name."""
-    words = line.split("]: ", 1)[-1] if line.startswith("[rank") else line
-    head = words.split(":", 1)[0]
-    return (" " not in head and head.endswith(("Error", "Exception"))) or "EnforceNotMet" in words
+    """`ValueError: ...`, with or without the module's name, or gloo's own."""
+    head = line.split(":", 1)[0]
+    return (" " not in head and head.endswith(("Error", "Exception"))) or "EnforceNotMet" in line

@@ -55,6 +55,9 @@ def draw(report: dict[str, Any]) -> Figure:
         panel.axvline(
             bound["exact_tokens_per_s"][rate], color=COLOURS["exact"], linestyle="--", label="exact: 4Ψ bytes"
         )
+        speeds = [row["rates"][rate]["tokens_per_s"] for row in rows if rate in row["rates"]]
+        panel.set_xlim(left=0.5 * min([*speeds, bound["exact_tokens_per_s"][rate]]))
+        panel.set_ylim(-0.7, len(rows) - 0.3)
         panel.set_yticks(range(len(rows)), [row["side"] for row in rows])
     panels[0].legend(loc="lower right", fontsize=8)
     figure.suptitle("2 hosts x 2 ranks, one slow link between the hosts")

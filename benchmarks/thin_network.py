@@ -8,6 +8,7 @@ are means over the steps of a phase and medians over rounds. A side that fails h
 """
 
 import argparse
+import json
 import platform
 import shlex
 import statistics
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from driver import Result, drive
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from sides import EXACT, NO_NETWORK
 from thin_rank import SIDES
@@ -153,7 +155,7 @@ def show(report: Result, options: argparse.Namespace) -> None:
     columns, rates = header(options)
     table = Table(*columns)
     for row in report["rows"]:
-        table.add_row(*cells(row, rates, report["limits"]))
+        table.add_row(*map(escape, cells(row, rates, report["limits"])))
     console = Console(width=max(140, Console().width))
     console.print(table)
     for line in bound_lines(report):
@@ -165,7 +167,7 @@ def report_of(seen: dict[str, Result], options: argparse.Namespace) -> Result:
         "command": " ".join(["python", "benchmarks/thin_network.py", *(shlex.quote(word) for word in sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
-        "options": {key: value for key, value in vars(options).items() if key != "out"},
+        "options": {key: value for key, value in vars(options).items() if key not in ("out", "again")},
         "limits": limits(options, seen),
         "rows": summary(seen, options),
         "phases": seen,
@@ -182,8 +184,20 @@ def write(report: Result, options: argparse.Namespace) -> None:
         write_report(report, options.out, columns, rows, bound_lines(report))
 
 
+def again(path: Path) -> None:
+    """Make tables and figure anew, beside the JSON, from what it says was measured."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    options = argparse.Namespace(**report["options"], out=path.parent)
+    report |= {"limits": limits(options, report["phases"]), "rows": summary(report["phases"], options)}
+    write(report, options)
+    show(report, options)
+
+
 def main() -> None:
     options = parse()
+    if options.again is not None:
+        again(options.again)
+        return
     seen = measure(options, lambda seen: write(report_of(seen, options), options))
     show(report_of(seen, options), options)
 
@@ -209,6 +223,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--lr", type=float, default=1e-3)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--out", type=Path, help="folder for JSON, Markdown, PNG and HTML, say docs/benchmarks")
+    arguments.add_argument("--again", type=Path, help="measure nothing: tables and figure from this report's JSON")
     options = arguments.parse_args()
     unknown = [name for name in options.sides if name not in SIDES]
     if unknown:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from driver import Result, drive
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from sides import NO_NETWORK, Setting
 from thin_rank import (
@@ -39,6 +40,8 @@ from thinwire.lab.config import LabConfig
 from thinwire.lab.lab import Lab
 
 BASE = "torch DDP"
+SLACK = 1e-3
+"""Nats above DDP's loss that still meet it: sums in another order may not cost an exact method a whole look."""
 
 
 def be_rank(job: dict[str, Any]) -> None:
@@ -95,7 +98,7 @@ def run(options: argparse.Namespace) -> list[Result]:
             base = measure(lab, options, BASE, seed, None)
             if not base["reached"]:
                 raise SystemExit(f"{BASE} failed, so there is no target: {base['error']}")
-            target = base["looks"][-1]["loss"]
+            target = base["looks"][-1]["loss"] + SLACK
             seen.append(base)
             for name in options.sides:
                 seen.append(measure(lab, options, name, seed, target))
@@ -132,7 +135,7 @@ def main() -> None:
     seen = run(options)
     table = Table("side", "steps", "seconds", "of DDP's", "MB out of a host", "of DDP's")
     for name in [BASE, *options.sides]:
-        table.add_row(*cells(name, seen))
+        table.add_row(*map(escape, cells(name, seen)))
     Console(width=max(120, Console().width)).print(table)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ def test_the_cause_is_the_exception_and_not_its_echo_on_other_ranks(tmp_path: Pa
     logs = [tmp_path / f"rank-{rank}.log" for rank in range(2)]
     logs[0].write_text("step 1\n[rank0]: TypeError: no such hook\nsome farewell\n")
     logs[1].write_text("RuntimeError: Connection closed by peer [10.0.0.1]\n")
-    assert driver.cause(logs) == "[rank0]: TypeError: no such hook"
+    assert driver.cause(logs) == "TypeError: no such hook"
     logs[0].write_text("killed while saying this: nothing\n")
     logs[1].write_text("")
     assert driver.cause(logs) == "killed while saying this: nothing"
