@@ -11,93 +11,27 @@ import argparse
 import multiprocessing as mp
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from sides import CLUSTER, TORCH, WIRES, Setting, Side, thinwire_side
+from torch import Tensor
 
-from thinwire import Cluster, Plan, ShardedOptimizer, World, shard
-from thinwire.cluster.cluster import Level
+from thinwire import World
 from thinwire.model.presets import preset
-from thinwire.model.transformer import Transformer
-from thinwire.plan import PlanConfig
 from thinwire.train.launch import free_port
 
 RANKS, ACCUMULATE, SEQUENCES, TOKENS = 4, 2, 4, 256
-CLUSTER = Cluster(levels=(Level(name="node", fanout=2), Level(name="cluster", fanout=2)))
-WIRES: dict[str, dict[str, Any]] = {
-    "ddp": {"partition": "ddp"},
+PLANS: dict[str, dict[str, Any]] = {
+    **{name: WIRES[name] for name in ("ddp", "hsdp", "auto", "auto+int8", "auto+int4")},
     "zero3": {"partition": "zero3"},
-    "hsdp": {"partition": "hsdp"},
-    "auto": {"partition": "auto"},
     "auto, kept": {"partition": "auto", "keep_gathered": True},
-    "auto+int8": {"partition": "auto", "wire": {"weights": {"cluster": "int8"}, "grads": {"cluster": "int8"}}},
-    "auto+int4": {"partition": "auto", "wire": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "int4"}}},
 }
 PEERS = ("torch DDP", "FSDP2", "FSDP2-HSDP")
-Step = Callable[[], None]
-
-
-def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits = model(tokens[:, :-1])
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
-
-
-def fresh(name: str) -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(preset(name))
-
-
-def ours(name: str, model: str, world: World, batches: list[Tensor]) -> Step:
-    plan: Plan = PlanConfig.model_validate(WIRES[name]).resolve(CLUSTER, micro_batch=SEQUENCES, accumulate=ACCUMULATE)
-    sharded = shard(fresh(model), plan, world)
-    optimizer = ShardedOptimizer(sharded, lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True))
-
-    def step() -> None:
-        for number, tokens in enumerate(batches):
-            with sharded.micro_batch(last=number == ACCUMULATE - 1):
-                loss_of(sharded.module, tokens).backward()
-        sharded.finish_reduce()
-        optimizer.step(grad_scale=1 / (RANKS * ACCUMULATE))
-        world.ledger.drain()
-
-    step.finish = sharded.drain  # type: ignore[attr-defined]
-    return step
-
-
-def peer(name: str, model_name: str, batches: list[Tensor]) -> Step:
-    model: Any = fresh(model_name)
-    if name == "torch DDP":
-        model = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=4)
-    else:
-        hybrid = name == "FSDP2-HSDP"
-        shape, names = ((2, 2), ("replicate", "shard")) if hybrid else ((RANKS,), ("shard",))
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=name == "torch DDP")
-
-    def step() -> None:
-        for number, tokens in enumerate(batches):
-            last = number == ACCUMULATE - 1
-            if name == "FSDP2-HSDP":
-                model.set_requires_all_reduce(last)
-            if name == "torch DDP":
-                model.require_backward_grad_sync = last
-            (loss_of(model, tokens) / ACCUMULATE).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def loopback_bytes() -> int:
@@ -105,32 +39,33 @@ def loopback_bytes() -> int:
     return int(line.split(":")[1].split()[8])
 
 
-def timed(step: Step, steps: int) -> tuple[float, float]:
+def timed(side: Side, batches: list[Tensor], steps: int) -> tuple[float, float]:
     """(seconds per step, loopback bytes per step), after everybody is ready."""
     dist.barrier()
     before, start_s = loopback_bytes(), time.perf_counter()
     for _ in range(steps):
-        step()
-    getattr(step, "finish", lambda: None)()
+        side.step(batches)
+    side.finish()
     dist.barrier()
     return (time.perf_counter() - start_s) / steps, (loopback_bytes() - before) / steps
 
 
 def rank_main(rank: int, port: int, options: argparse.Namespace, out: Any) -> None:
     torch.set_num_threads(1)
+    setting = Setting(model=options.model, lr=1e-3, rank=rank, ranks=RANKS, environment={}, accumulate=ACCUMULATE)
     world = World.join(CLUSTER, rank=rank, size=RANKS, local_rank=rank, host="127.0.0.1", port=port)
     draw = torch.Generator().manual_seed(rank)
     vocab = preset(options.model).vocab_size
     batches = [torch.randint(0, vocab, (SEQUENCES, TOKENS + 1), generator=draw) for _ in range(ACCUMULATE)]
-    sides = {name: ours(name, options.model, world, batches) for name in WIRES}
-    sides |= {name: peer(name, options.model, batches) for name in PEERS}
-    for step in sides.values():
-        timed(step, 2)
+    sides = {name: thinwire_side(setting, options=plan, world=world) for name, plan in PLANS.items()}
+    sides |= {name: TORCH[name](setting) for name in PEERS}
+    for side in sides.values():
+        timed(side, batches, 2)
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for number in range(options.rounds):
         names = list(sides)
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            rounds[name].append(timed(sides[name], options.steps))
+            rounds[name].append(timed(sides[name], batches, options.steps))
     world.leave()
     if rank == 0:
         out.put(rounds)
