@@ -195,3 +195,13 @@ def test_the_resumed_run_refuses_another_configuration(corpus: Path, tmp_path: P
     fresh = thinwire("train", path, "--fresh", "--set", "optimizer.lr=0.5")
     assert fresh.returncode == 0
     assert (tmp_path / "run.1" / "run.toml").exists()
+
+
+def test_a_corpus_whose_ids_exceed_the_models_vocabulary_gets_one_sentence(corpus: Path, tmp_path: Path) -> None:
+    """A Megatron file pair comes without its tokenizer, so only reading it tells."""
+    (index,) = corpus.glob("train*.idx")
+    path = write_run(tmp_path, index.with_suffix(""), model={"vocab_size": 60})
+    done = thinwire("train", path)
+    assert done.returncode == 2
+    assert "the model a vocabulary of 60" in done.stderr
+    assert "Traceback" not in done.stderr
