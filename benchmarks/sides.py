@@ -5,6 +5,7 @@ over all ranks. `THINWIRE` and `TORCH` map a side's name to what builds it; othe
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from thinwire import Cluster, ShardedOptimizer, World, shard
+from thinwire import Cluster, OuterSync, ShardedOptimizer, World, shard
 from thinwire.cluster.cluster import Level
 from thinwire.model.presets import preset
 from thinwire.model.transformer import Transformer
@@ -37,6 +38,13 @@ WIRES: dict[str, dict[str, Any]] = {
     "hsdp+lowrank4": {"partition": "hsdp", "wire": {"grads": {"cluster": "lowrank"}, "rank": 4}},
 }
 """Plans on the levels node, cluster. `hsdp+lowrank4` is what PowerSGD sends: no weights cross the slow link."""
+ROUNDS: dict[str, dict[str, Any]] = {
+    "diloco": {"kind": "diloco"},
+    "streaming e3m0": {"kind": "streaming_diloco", "fragments": 4, "delay": 5},
+    "eager": {"kind": "eager"},
+    "co2": {"kind": "co2"},
+}
+"""Hosts as worker groups that agree once a round, optimizer states cut inside each."""
 EXACT = ("thinwire ddp", "thinwire hsdp", "thinwire auto")
 
 
@@ -83,20 +91,39 @@ def fresh(name: str) -> Transformer:
 
 def thinwire_side(setting: Setting, options: Mapping[str, Any], world: World | None = None) -> Side:
     """thinwire under a plan; joins the world itself unless given one."""
-    plan = PlanConfig.model_validate(options).resolve(CLUSTER, micro_batch=1, accumulate=setting.accumulate)
+    plan = PlanConfig.model_validate(options).resolve(CLUSTER, micro_batch=1, accumulate=1)
     world = world or World.from_environment(CLUSTER, setting.environment)
-    sharded = shard(fresh(setting.model), plan, world)
+    group = world if plan.sync is None else world.inside(len(CLUSTER.levels) - 1)
+    sharded = shard(fresh(setting.model), plan.of_group(), group)
     optimizer = ShardedOptimizer(sharded, lambda groups: torch.optim.AdamW(groups, lr=setting.lr, fused=True))
+    sync = None if plan.sync is None else OuterSync(sharded, plan.sync, world)
 
     def step(batches: Sequence[Tensor]) -> None:
         for number, tokens in enumerate(batches):
             with sharded.micro_batch(last=number == len(batches) - 1):
                 loss_of(sharded.module, tokens).backward()  # type: ignore[no-untyped-call]
         sharded.finish_reduce()
-        optimizer.step(grad_scale=1 / (setting.ranks * len(batches)))
+        optimizer.step(grad_scale=1 / (group.size * len(batches)))
+        if sync is not None:
+            sync.after(optimizer.updates)
         world.ledger.drain()
 
-    return Side(step, partial(loss_of, sharded.module), sharded.drain, world.leave)
+    def loss(tokens: Tensor) -> Tensor:
+        with sync.outer_weights() if sync is not None else nullcontext():
+            return loss_of(sharded.module, tokens)
+
+    def close() -> None:
+        if sync is not None:
+            sync.settle()
+            sharded.drain()
+        world.leave()
+
+    return Side(step, loss, sharded.drain, close, period=1 if plan.sync is None else plan.sync.inner_steps)
+
+
+def rounds_side(setting: Setting, sync: Mapping[str, Any]) -> Side:
+    """thinwire with a round every `inner_steps`."""
+    return thinwire_side(setting, {"partition": "zero1", "sync": {**sync, "inner_steps": setting.inner_steps}})
 
 
 def join_torch(setting: Setting) -> None:
@@ -171,7 +198,7 @@ def alone(setting: Setting) -> Side:
 NO_NETWORK = "no network"
 THINWIRE: dict[str, Builder] = {
     f"thinwire {name}": partial(thinwire_side, options=options) for name, options in WIRES.items()
-}
+} | {f"thinwire {name}": partial(rounds_side, sync=sync) for name, sync in ROUNDS.items()}
 TORCH: dict[str, Builder] = {
     "torch DDP": ddp,
     "DDP + fp16 hook": partial(ddp, hook="fp16_compress_hook"),
