@@ -52,6 +52,7 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
         refuse_taken(port)
     corpus_for(config)
     job = resolve(run_file, config)
+    job.config.tracking.check()
     resuming = open_folder(job, fresh=fresh)
     _greet(job, resuming)
     if warning := crowding(job.cluster.ranks):
@@ -67,6 +68,7 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     from thinwire.train.launch import Share, launch
 
     job = resolve(run_file, read_config(run_file, settings))
+    job.config.tracking.check()
     share = Share.of_node(place, ranks_per_node)
     check_size(job.cluster, share.size)
     if place.rank == 0:

@@ -37,7 +37,6 @@ def read_config(run_file: Path, settings: Sequence[str] = ()) -> RunConfig:
 
 def resolve(run_file: Path, config: RunConfig) -> Job:
     """Check every section against every other. Raises ConfigError, DataError or PlanError with one sentence."""
-    config.tracking.check()
     cluster = config.cluster.resolve(run_file.parent)
     try:
         micro_batch, accumulate = config.batch.split(cluster.ranks)

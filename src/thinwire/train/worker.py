@@ -64,6 +64,7 @@ def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh
     stop.listen()
     config = read_config(run_file, settings)
     job = resolve(run_file, config)
+    job.config.tracking.check()
     check_size(job.cluster, place.size)
     if place.rank == 0:
         open_folder(job, fresh=fresh)
