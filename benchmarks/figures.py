@@ -16,13 +16,13 @@ COLOURS = {"thinwire": "#1b6ca8", "peer": "#b0b0b0", "limit": "#b3261e", "exact"
 def write_report(
     report: dict[str, Any], folder: Path, columns: Sequence[str], rows: Sequence[Sequence[str]], lines: Sequence[str]
 ) -> None:
-    """`NAME`.json, .md, .png and .html in `folder`."""
+    """`NAME`.json, .md, .png and `NAME`_page.html in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{NAME}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     draw(report).savefig(folder / f"{NAME}.png", dpi=110)
     told = [*lines, *origin(report)]
     (folder / f"{NAME}.md").write_text(markdown(columns, rows, told), encoding="utf-8")
-    (folder / f"{NAME}.html").write_text(page(columns, rows, told, folder / f"{NAME}.png"), encoding="utf-8")
+    (folder / f"{NAME}_page.html").write_text(page(columns, rows, told, folder / f"{NAME}.png"), encoding="utf-8")
 
 
 def origin(report: dict[str, Any]) -> list[str]:

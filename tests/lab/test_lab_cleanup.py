@@ -81,7 +81,7 @@ def test_killing_the_inside_is_told_in_one_sentence_and_leaves_nothing(running: 
 
 def test_ctrl_c_asks_the_ranks_then_leaves_nothing(running: Running) -> None:
     running.owner.send_signal(signal.SIGINT)
-    output, _ = running.owner.communicate(timeout=20)
+    output, _ = running.owner.communicate(timeout=60)
     assert running.owner.returncode == 130, output
     assert "asking the ranks to stop" in output
     assert eventually(running.is_gone)
