@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -80,6 +81,7 @@ def test_killing_the_inside_is_told_in_one_sentence_and_leaves_nothing(running: 
 
 
 def test_ctrl_c_asks_the_ranks_then_leaves_nothing(running: Running) -> None:
+    time.sleep(2)  # a rank that is still starting its interpreter may swallow the first signal
     running.owner.send_signal(signal.SIGINT)
     output, _ = running.owner.communicate(timeout=60)
     assert running.owner.returncode == 130, output
