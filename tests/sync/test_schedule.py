@@ -66,6 +66,7 @@ def resolve(**given: object) -> Sync:
         ({"level": "node"}, "must be the outermost level; set level = 'site'"),
         ({"kind": "co2", "delay": 2}, "one whole round late; leave delay out"),
         ({"kind": "eager", "fragments": 2}, "sends the whole model at once"),
+        ({"kind": "eager", "aggregate": "median"}, "replaces its own part of the mean; leave aggregate out"),
     ],
 )
 def test_impossible_rounds_get_one_sentence(given: dict[str, object], sentence: str) -> None:

@@ -131,6 +131,10 @@ class Sync(Frozen):
             )
         if self.late and self.fragments != 1:
             raise ValueError(f"kind {self.kind!r} sends the whole model at once; leave fragments out")
+        if self.own_fresh and self.aggregate != "mean":
+            raise ValueError(
+                f"aggregate = {self.aggregate!r}: kind {self.kind!r} replaces its own part of the mean; leave aggregate out"
+            )
         if self.aggregate == "trimmed" and self.groups < 3:
             raise ValueError(f"aggregate 'trimmed' needs at least 3 groups, there are {self.groups}; use 'mean'")
         return self

@@ -4,15 +4,10 @@ v <- mu v + g, then theta <- theta - lr (g + mu v) with Nesterov momentum, theta
 operations of torch.optim.SGD. g is a change "before minus after", so it points uphill like a gradient.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from thinwire.rounds.config import Sync
-
-SquareSum = Callable[[Tensor], float]
-"""Sum of squares over all elements of the fragment, those of the group's other ranks included, and their count."""
 
 
 def outer_step(weights: Tensor, momentum: Tensor, change: Tensor, sync: Sync, *, rms: float | None = None) -> None:

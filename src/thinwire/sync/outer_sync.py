@@ -10,7 +10,7 @@ a group did locally depends on the others' answers until a round is applied.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -151,7 +151,8 @@ class OuterSync:
         ranks = [rank for group in self.groups for rank in group]
         compare([everyone[rank][0] for rank in ranks], [n for n, group in enumerate(self.groups) for _ in group])
         cliques = find_cliques([[(rank, everyone[rank][1]) for rank in group] for group in self.groups])
-        one_each = len(cliques) * len(self.groups) == self.world.size
+        memberships = Counter(rank for clique in cliques for rank in clique)
+        one_each = all(memberships[rank] == 1 for rank in ranks)
         made = [(self._clique(ranks, one_each), ranges) for ranks, ranges in cliques.items()]
         belongs = [(clique, ranges) for clique, ranges in made if clique is not None]
         return [self._places(fragment, belongs) for fragment in self.fragments]
