@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "thinwire"
 RANKS = {
-    "units": 0, "errors": 0, "config": 0, "events": 0, "wire": 0, "traffic": 0,
+    "units": 0, "errors": 0, "config": 0, "events": 0, "wire": 0, "traffic": 0, "folders": 0,
     "cluster": 1, "model": 1, "data": 1, "rounds": 1,
     "plan": 2, "comm": 2,
     "cost": 3, "partition": 3,
@@ -17,7 +17,13 @@ RANKS = {
     "planner": 5, "evaluate": 5, "hub": 5, "resilience": 5,
     "train": 6, "lab": 6, "probe": 7, "report": 7, "launchers": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
-SAME_RANK_ALLOWED = {("config", "errors"), ("units", "errors"), ("events", "errors"), ("evaluate", "hub")}
+SAME_RANK_ALLOWED = {
+    ("config", "errors"),
+    ("units", "errors"),
+    ("events", "errors"),
+    ("folders", "errors"),
+    ("evaluate", "hub"),
+}
 THINKING = {"cost", "simulate", "planner", "report", "lab"}
 DOING = {"comm", "partition", "sync", "parallel", "checkpoint", "evaluate", "hub", "resilience", "train", "probe"}
 TORCH_FREE = [

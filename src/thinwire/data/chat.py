@@ -6,8 +6,6 @@ the answer, its end-of-turn included. Training and validation score answers only
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from thinwire.data.prepare import digests, held_out
 from thinwire.data.sources import files_of, rows
 from thinwire.data.tokenizer import FileTokenizer, load_file
 from thinwire.errors import DataError
+from thinwire.folders import whole_folder
 
 _TOKENIZER = "tokenizer.json"
 Message = dict[str, Any]
@@ -47,24 +46,11 @@ def prepare_chat(options: ChatOptions, out: Path, *, force: bool = False) -> dic
     Raises DataError: no such source, a row without messages, no chat template, a conversation that the template cannot
     render or whose answers cannot be told apart, a target that exists (unless `force`) or cannot be written.
     """
-    if out.exists() and not force:
-        raise DataError(f"{out} exists already; choose another folder or use --force to replace it")
     files = [path for source in options.sources for path in files_of(source)]
     tokenizer = load_file(options.tokenizer / _TOKENIZER)
     render = template_of(options.tokenizer)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        manifest = _fill(partial, options, files, tokenizer, render)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+    with whole_folder(out, force=force, error=DataError) as folder:
+        return _fill(folder, options, files, tokenizer, render)
 
 
 def template_of(folder: Path) -> Render:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import multiprocessing as mp
 import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from thinwire.data.indexed import IndexedWriter, dtype_for, paths_of
 from thinwire.data.sources import documents, files_of
 from thinwire.data.tokenizer import ByteTokenizer, Tokenizer, load_file, parse_choice, train_bpe
 from thinwire.errors import DataError
+from thinwire.folders import whole_folder
 
 _CHUNK_CHARS = 1 << 21
 _HASH_BYTES = 8
@@ -54,27 +54,13 @@ def prepare(
 
     Raises DataError: no such source, no documents, not text, a target that exists (unless `force`), no room on disk.
     """
-    if out.exists() and not force:
-        raise DataError(f"{out} exists already; choose another folder or use --force to replace it")
     files = [
         path for source in options.sources
         for path in files_of(source, include=options.include, exclude=options.exclude)
     ]  # fmt: skip
     choice = parse_choice(options.tokenizer)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
-        partial.mkdir()
-        manifest = _fill(partial, options, files, choice, workers or os.cpu_count() or 1, progress or _silent)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+    with whole_folder(out, force=force, error=DataError) as folder:
+        return _fill(folder, options, files, choice, workers or os.cpu_count() or 1, progress or _silent)
 
 
 def _silent(phase: str, done: int, total: int) -> None:
@@ -242,21 +228,3 @@ def digests(prefix: Path) -> dict[str, str]:
         with path.open("rb") as file:
             out[f"{path.suffix[1:]}_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return out
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Folders of preparations whose process is gone."""
-    for path in out.parent.glob(f".{out.name}.partial-*"):
-        owner = path.name.rpartition("-")[2]
-        if owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

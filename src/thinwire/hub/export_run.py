@@ -12,9 +12,9 @@ from thinwire.checkpoint.read import TensorReader, newest_whole
 from thinwire.config import build, read_toml
 from thinwire.data.config import DataConfig
 from thinwire.errors import CheckpointError, ConfigError
+from thinwire.folders import whole_folder
 from thinwire.hub.families import FAMILIES, write_config
 from thinwire.hub.files import CONFIG, GENERATION, Precision, copy_files, read_json, write_json
-from thinwire.hub.folders import whole_folder
 from thinwire.hub.import_folder import split
 from thinwire.hub.init import HUB
 from thinwire.hub.names import recipes

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from thinwire.checkpoint.manifest import describe_files
 from thinwire.errors import CheckpointError
+from thinwire.folders import whole_folder
 from thinwire.hub.families import read_spec
 from thinwire.hub.files import CONFIG, SIDE_FILES, copy_files, read_json
-from thinwire.hub.folders import whole_folder
 from thinwire.hub.init import HUB, Init
 from thinwire.hub.names import BASE_PREFIX, Part, Recipe, recipes
 from thinwire.hub.shards import DEFAULT_SHARD_BYTES, ShardReader, write_shards
