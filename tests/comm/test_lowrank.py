@@ -50,8 +50,8 @@ def _exact(world: World, step: int) -> float:
     low_rank = summer(world)
     got = summed(low_rank, part)
     low_rank.applied()
-    assert low_rank.residual is not None
-    assert torch.allclose(low_rank.residual, torch.zeros(N), atol=1e-4)
+    assert low_rank.residual.value is not None
+    assert torch.allclose(low_rank.residual.value, torch.zeros(N), atol=1e-4)
     return float((got - total(world, step, RANK)).abs().max())
 
 
@@ -70,8 +70,8 @@ def _over_time(world: World) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         low_rank.applied()
     last = summed(low_rank, torch.zeros(N))  # what is left goes on being sent
     low_rank.dropped()
-    assert low_rank.residual is not None
-    return put_in, out, low_rank.residual, last
+    assert low_rank.residual.value is not None
+    return put_in, out, low_rank.residual.value, last
 
 
 def test_what_was_sent_and_what_is_left_is_what_was_put_in() -> None:
@@ -148,7 +148,7 @@ def _warm(world: World) -> list[float]:
         got = summed(low_rank, part)[m.start : m.end]
         caught.append(float(got.norm()))
         low_rank.applied()
-        low_rank.residual = None
+        low_rank.residual.value = None
     best = float(torch.linalg.svdvals(total(world, 5)[m.start : m.end].view(m.rows, m.columns))[0])
     return [caught[0] / best, caught[-1] / best]
 

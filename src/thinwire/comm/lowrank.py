@@ -22,6 +22,7 @@ from torch import Tensor
 
 from thinwire.comm.collectives import all_gather, reduce_scatter
 from thinwire.comm.handle import Handle
+from thinwire.comm.residual import Residual
 from thinwire.comm.world import World
 
 _SEED = 1905_13727
@@ -60,9 +61,8 @@ class LowRank:
         self._rest = _gaps(matrices, n)
         generator = torch.Generator().manual_seed(_SEED)
         self._q = [torch.randn(m.columns, rank, generator=generator).to(device) for m in matrices]
-        self.residual: Tensor | None = None
-        """(n,) what this rank has not sent yet, once a step was taken."""
-        self._next: tuple[list[Tensor], Tensor] | None = None
+        self._next_q: list[Tensor] | None = None
+        self.residual = Residual()
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -72,9 +72,14 @@ class LowRank:
             m.columns for m in self._matrices
         )
 
+    @property
+    def started(self) -> list[tuple[Matrix, Tensor]]:
+        """Each matrix and its Q, (columns, r), from which the next step starts; written in place by a load."""
+        return list(zip(self._matrices, self._q, strict=True))
+
     def reduce(self, out: Tensor, part_n: Tensor, where: slice) -> Iterator[Handle]:
         """`out` becomes the elements `where` of the sum of everybody's `part_n`. Yields each hop that it has issued."""
-        put_n = part_n.clone() if self.residual is None else part_n + self.residual
+        put_n = self.residual.plus(part_n)
         there = [put_n[m.start : m.end].view(m.rows, m.columns) for m in self._matrices]
         exact = [put_n[start:end] for start, end in self._rest]
         made = [m @ q for m, q in zip(there, self._q, strict=True)]
@@ -90,7 +95,8 @@ class LowRank:
             torch.mm(tall, wide.t(), out=sum_n[m.start : m.end].view(m.rows, m.columns))
             left.addmm_(tall, own.t(), alpha=-1)
         out.copy_(sum_n[where])
-        self._next = [wide / wide.norm().clamp(min=torch.finfo(wide.dtype).tiny) for wide in q], put_n
+        self._next_q = [wide / wide.norm().clamp(min=torch.finfo(wide.dtype).tiny) for wide in q]
+        self.residual.leave(put_n)
 
     def _sum(self, parts: list[Tensor]) -> Generator[Handle, None, list[Tensor]]:
         """All-reduces the parts as one message; returns them summed."""
@@ -109,13 +115,15 @@ class LowRank:
 
     def applied(self) -> None:
         """The step was taken: its Q and its residual count from now on."""
-        if self._next is not None:
-            self._q, self.residual = self._next
+        if self._next_q is not None:
+            self._q = self._next_q
+        self.residual.applied()
         self.dropped()
 
     def dropped(self) -> None:
         """Forget what this step would have left."""
-        self._next = None
+        self._next_q = None
+        self.residual.dropped()
 
 
 def _gaps(matrices: Sequence[Matrix], n: int) -> list[tuple[int, int]]:

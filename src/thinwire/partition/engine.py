@@ -10,7 +10,7 @@ gathers in the order of use, reductions in an order recorded on rank 0 in the fi
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from thinwire.comm.flight import Flight
 from thinwire.comm.handle import Handle
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
+from thinwire.partition import carried
 from thinwire.partition.dtypes import COMPUTE_DTYPES, master_dtype, norm_of, sum_of_squares
 from thinwire.partition.flat import Cut, Flat
 from thinwire.partition.optimizer import Owned
@@ -255,6 +256,8 @@ class Sharded:
     def loaded(self) -> None:
         """The masters were written from outside: everything derived from them is stale, and is made anew exactly."""
         for unit in self.units:
+            for flat in unit.flats:
+                flat.residual.arrived()
             self._refresh(unit, exact=True)
         self.drain()
 
@@ -372,6 +375,14 @@ class Sharded:
         """Every piece that this rank holds; fill them, then call `loaded`."""
         flats = [flat for unit in self.units for flat in unit.flats]
         return [piece for flat in flats if flat.trained or not trained_only for piece in flat.pieces()]
+
+    def carried_for_save(self) -> list[Piece]:
+        """What this rank is to write of what error feedback and low-rank sums carry from step to step."""
+        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_save(flat)]
+
+    def carried_for_load(self, saved: Collection[str]) -> list[Piece]:
+        """What this rank takes over of it from the tensors named in `saved`; fill them, then call `loaded`."""
+        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_load(flat, saved)]
 
     def _first_replica(self) -> bool:
         outer = self.world.cluster.coordinates(self.world.rank)[self.plan.depths[2] + 1 :]

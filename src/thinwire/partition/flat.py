@@ -17,6 +17,7 @@ from thinwire.comm.codec import IDENTITY, Codec
 from thinwire.comm.collectives import all_gather, reduce_scatter
 from thinwire.comm.handle import Handle
 from thinwire.comm.lowrank import LowRank, Matrix
+from thinwire.comm.residual import Residual
 from thinwire.comm.world import World
 from thinwire.partition.layout import Interval, Layout, interval, matrices_in
 from thinwire.partition.optimizer import Owned
@@ -69,9 +70,8 @@ class Flat:
         self._begun = False
         """Whether the sums hold anything of the step under way; what they held before counts for nothing."""
         self._reduced: Tensor | None = None
-        self._residual: Tensor | None = None
-        self._new_residual: Tensor | None = None
-        self._low_rank = self._make_low_rank()
+        self.low_rank = self._make_low_rank()
+        self.residual = Residual() if self.low_rank is None else self.low_rank.residual
         self._make_whole()
         self._nothing = torch.empty(0, dtype=compute, device=self._device)
         self.gathered = cut.lp < 0
@@ -121,6 +121,13 @@ class Flat:
         return [level for level in range(first, last + 1) if self.world.fanout(level) > 1]
 
     @property
+    def feedback_level(self) -> int | None:
+        """The gradient hop whose loss is carried over to the next step."""
+        if not self.trained:
+            return None
+        return self.cut.feedback_level if self.low_rank is None else self.low_rank.level
+
+    @property
     def compute_bytes(self) -> int:
         """Bytes of a weight as it is computed with."""
         return self._whole.element_size()
@@ -132,7 +139,7 @@ class Flat:
 
     def flow(self, gathers: int) -> Flow:
         """What the traffic formula needs to know of this buffer."""
-        low_rank = None if self._low_rank is None else (self._low_rank.level, self._low_rank.lengths)
+        low_rank = None if self.low_rank is None else (self.low_rank.level, self.low_rank.lengths)
         return Flow(self.layout.numel, self.cut.lp, self.cut.lg, self.cut.lo, gathers, self.trained, low_rank)
 
     # -- weights -------------------------------------------------------------------------------------------------------
@@ -270,8 +277,8 @@ class Flat:
         part = self.grads
         for level in self._levels(self.cut.lg + 1, self.cut.lo):
             out = self._like(part, self.at(level))
-            if self._low_rank is not None and level == self._low_rank.level:
-                yield from self._low_rank.reduce(out, part, self.at(level).inside(self.at(level - 1)))
+            if self.low_rank is not None and level == self.low_rank.level:
+                yield from self.low_rank.reduce(out, part, self.at(level).inside(self.at(level - 1)))
             else:
                 yield self._reduce(out, part, level)
             part = out
@@ -281,7 +288,7 @@ class Flat:
         """Sum over the replicas: reduce-scatter outwards, gather back inwards, each with the level's codec."""
         levels = self._levels(first, len(self.world.cluster.levels) - 1)
         parts = [part]
-        low_rank = self._low_rank if levels and self._low_rank is not None else None
+        low_rank = self.low_rank if levels and self.low_rank is not None else None
         for level in levels if low_rank is None else levels[:-1]:
             out = self._like(part, self.at(level))
             yield self._reduce(out, parts[-1], level)
@@ -304,10 +311,10 @@ class Flat:
 
     def _with_residual(self, part: Tensor, codec: Codec, chunks: int) -> Tensor:
         """Add what earlier steps lost to coding; what this one loses counts once the step is applied."""
-        compensated = part if self._residual is None else part + self._residual
+        compensated = self.residual.plus(part)
         n = compensated.numel() // chunks
         sent = torch.cat([codec.decode(codec.encode(chunk), n, chunk.dtype) for chunk in compensated.view(chunks, n)])
-        self._new_residual = compensated - sent
+        self.residual.leave(compensated - sent)
         return compensated
 
     @property
@@ -318,18 +325,14 @@ class Flat:
 
     def applied(self) -> None:
         """The step was taken: keep what error feedback lost, start new sums."""
-        if self._new_residual is not None:
-            self._residual = self._new_residual
-        if self._low_rank is not None:
-            self._low_rank.applied()
+        (self.low_rank or self.residual).applied()
         self.dropped()
 
     def dropped(self) -> None:
         """Forget the gradients and what this step would have lost."""
-        self._new_residual = self._reduced = None
+        self._reduced = None
         self._begun = False
-        if self._low_rank is not None:
-            self._low_rank.dropped()
+        (self.low_rank or self.residual).dropped()
 
     # -- what others see -----------------------------------------------------------------------------------------------
 

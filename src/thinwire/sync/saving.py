@@ -1,7 +1,7 @@
 """A run of worker groups as logical tensors, also in the middle of a round.
 
     params/NAME               the outer weights: what evaluation, generation and export read, and any plan goes on from
-    optimizer.KEY/NAME        the optimizer states of group 0
+    optimizer.KEY/NAME        the optimizer states of group 0, as does carried/... what its coded gradients carry over
     outer/momentum/NAME       outer momentum
     outer/pending/NAME        what the groups agreed on and is not applied yet, of the fragments in flight
     groups/G/...              what group G alone has: its own weights, its optimizer states (G > 0), the residual of error
@@ -10,7 +10,7 @@
 A checkpoint of another plan lacks some of these; then every group starts from the outer weights and group 0's states.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 
 from thinwire.partition.pieces import Piece
@@ -46,6 +46,14 @@ def to_load(
             pieces.append(shared)
     tokens = _tokens(sync)
     return [*pieces, tokens] if same and tokens.name in saved else pieces
+
+
+def own_names(sync: OuterSync, saved: Iterable[str]) -> set[str]:
+    """The tensors in a checkpoint that this rank's group saved for itself, under the names they have inside it."""
+    if sync.group == 0:
+        return {name for name in saved if not name.startswith("groups/")}
+    prefix = f"groups/{sync.group}/"
+    return {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
 
 
 def _trained(sync: OuterSync) -> set[str]:

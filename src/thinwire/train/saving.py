@@ -5,7 +5,7 @@ from thinwire.checkpoint.store import Found, SaveFailed, Saving
 from thinwire.errors import CheckpointError
 from thinwire.hub.init import load_pieces
 from thinwire.partition.pieces import Piece
-from thinwire.sync.saving import to_load, to_save
+from thinwire.sync.saving import own_names, to_load, to_save
 from thinwire.train.assemble import Parts
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
@@ -49,12 +49,13 @@ class Saver:
     def _wanted(self, found: Found) -> list[Piece]:
         """What this rank reads of a checkpoint, whoever saved it under whatever plan."""
         inner = self._parts.sharded.for_load(trained_only=self._adapters)
-        optimizer, sync = self._parts.optimizer.for_load(), self._parts.sync
+        optimizer, sync, saved = self._parts.optimizer.for_load(), self._parts.sync, found.manifest.tensors
         if sync is None:
-            return [*inner, *optimizer]
+            return [*inner, *optimizer, *self._parts.sharded.carried_for_load(saved)]
         same = found.manifest.meta["plan"].get("sync") == sync.sync.model_dump(mode="json")
         sync.go_on(found.step, flights=same)
-        return to_load(sync, inner, optimizer, found.manifest.tensors, same=same)
+        carried = self._parts.sharded.carried_for_load(own_names(sync, saved))
+        return to_load(sync, inner, [*optimizer, *carried], saved, same=same)
 
     def _start(self) -> None:
         """Imported weights in the place of drawn ones, each rank reading what it owns."""
@@ -88,7 +89,7 @@ class Saver:
     def _save(self, step: int) -> None:
         self._parts.sharded.drain()
         inner, sync = self._parts.sharded.for_save(trained_only=self._adapters), self._parts.sync
-        optimizer = self._parts.optimizer.for_save()
+        optimizer = [*self._parts.optimizer.for_save(), *self._parts.sharded.carried_for_save()]
         pieces = [*inner, *optimizer] if sync is None else to_save(sync, inner, optimizer)
         meta = {
             "step": step,
