@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -60,6 +61,16 @@ class Ledger:
         entry = Entry(level, kind, purpose, payload_bytes, sent_bytes, codec, queued_s=time.perf_counter())
         self._entries.append(entry)
         return entry
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is issued inside (a validation) is no part of any step, and is forgotten."""
+        kept = self._entries
+        self._entries = []
+        try:
+            yield
+        finally:
+            self._entries = kept
 
     def drain(self) -> StepWire:
         """Everything since the last drain."""

@@ -50,6 +50,7 @@ class Parts:
     def begin(self, step: int) -> None:
         """Start feeding from `step` and, on rank 0, say that the run starts."""
         self.feed.start(step)
+        self.world.ledger.drain()  # loading is no step
         if self.world.rank == 0:
             run = self.job.config.run
             settings = self.job.config.model_dump(mode="json")
