@@ -70,7 +70,8 @@ class Flat:
         self.grads = torch.zeros(len(self.at(cut.lg)) if self.trained else 0, dtype=master, device=self._device)
         self._begun = False
         """Whether the sums hold anything of the step under way; what they held before counts for nothing."""
-        self._reduced: Tensor | None = None
+        self._complete = False
+        """Whether the sums at lo are those of the whole step."""
         self.low_rank = self._make_low_rank()
         self.residual = Residual() if self.low_rank is None else self.low_rank.residual
         self._make_whole()
@@ -311,32 +312,33 @@ class Flat:
             return
         part = self.grads
         for level in self._levels(self.cut.lg + 1, self.cut.lo):
-            out = self._like(part, self.at(level))
+            out = self._sums_at(level)
             if self.low_rank is not None and level == self.low_rank.level:
                 yield from self.low_rank.reduce(out, part, self.at(level).inside(self.at(level - 1)))
             else:
                 yield self._reduce(out, part, level)
             part = out
-        yield from self._all_reduce(part, self.cut.lo + 1)
+        yield from self._all_reduce()
+        self._complete = True
 
-    def _all_reduce(self, part: Tensor, first: int) -> Iterator[Handle]:
+    def _sums_at(self, depth: int) -> Tensor:
+        """The part of the gradient sums that this rank holds at `depth`, outside lg: what goes further is left behind."""
+        return self.grads[self.at(depth).inside(self.at(self.cut.lg))]
+
+    def _all_reduce(self) -> Iterator[Handle]:
         """Sum over the replicas: reduce-scatter outwards, gather back inwards, each with the level's codec."""
-        levels = self._levels(first, len(self.world.cluster.levels) - 1)
-        parts = [part]
-        low_rank = self.low_rank if levels and self.low_rank is not None else None
+        levels = self._levels(self.cut.lo + 1, len(self.world.cluster.levels) - 1)
+        held = [self._sums_at(self.cut.lo)]
+        low_rank = self.low_rank if levels else None
         for level in levels if low_rank is None else levels[:-1]:
-            out = self._like(part, self.at(level))
-            yield self._reduce(out, parts[-1], level)
-            parts.append(out)
+            held.append(self._sums_at(level))
+            yield self._reduce(held[-1], held[-2], level)
         if low_rank is not None:  # it sums without cutting, and is the last
-            out = torch.empty_like(parts[-1])
-            yield from low_rank.reduce(out, parts[-1], slice(None))
-            parts[-1] = out
+            yield from low_rank.reduce(held[-1], held[-1], slice(None))
         for level in reversed(levels if low_rank is None else levels[:-1]):
-            inner = parts.pop()
+            inner = held.pop()
             codec = self._coding(self.cut.grads, level, level)
-            yield all_gather(parts[-1], inner, world=self.world, level=level, purpose=G_GATHER, codec=codec)
-        self._reduced = parts[0]
+            yield all_gather(held[-1], inner, world=self.world, level=level, purpose=G_GATHER, codec=codec)
 
     def _reduce(self, out: Tensor, part: Tensor, level: int) -> Handle:
         codec = self._coding(self.cut.grads, level, len(self.world.cluster.levels) - 1)
@@ -355,8 +357,8 @@ class Flat:
     @property
     def reduced(self) -> Tensor:
         """The summed gradient of this rank's masters; complete after the last micro-batch's chain has landed."""
-        assert self._reduced is not None, "gradients are not reduced yet"
-        return self._reduced
+        assert self._complete, "gradients are not reduced yet"
+        return self._sums_at(self.cut.lo)
 
     @property
     def reduced_used(self) -> Tensor:
@@ -371,8 +373,7 @@ class Flat:
 
     def dropped(self) -> None:
         """Forget the gradients and what this step would have lost."""
-        self._reduced = None
-        self._begun = False
+        self._begun = self._complete = False
         (self.low_rank or self.residual).dropped()
 
     # -- what others see -----------------------------------------------------------------------------------------------
