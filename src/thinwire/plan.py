@@ -77,8 +77,11 @@ def _nearest_legal(depths: Depths, levels: int, *, frozen_weights: bool) -> Dept
         moved = [abs(new - old) for new, old in zip(other, depths, strict=True)]
         return sum(by > 0 for by in moved), sum(moved), -sum(other)
 
-    points = itertools.product(range(-1, levels), repeat=3)
-    return min((point for point in points if _legal(point, frozen_weights=frozen_weights)), key=distance)
+    every = range(-1, levels)
+    return min(
+        (point for point in itertools.product(every, every, every) if _legal(point, frozen_weights=frozen_weights)),
+        key=distance,
+    )
 
 
 def _named(depth: int, levels: Sequence[str]) -> str:
