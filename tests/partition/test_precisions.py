@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from partition_cuts import Bytes, Depths, cuts_of, formula, sent
 from partition_toy import Toy, batches, plan_of, train, weights
 from thinwire.comm.world import World
+from thinwire.partition.dtypes import master_dtype
 from thinwire.partition.engine import shard
 from thinwire.partition.replicated import replicate
 from thinwire.partition.report import predicted_bytes
-from worlds import run_world
+from worlds import cluster_of, run_world
 
 STEPS = 2
 MIXED = [("fp32", False), ("bf16", False), ("fp32", True)]
@@ -73,7 +74,7 @@ def _accumulates(world: World) -> list[str]:
     everyone: list[Any] = [None] * world.size
     dist.all_gather_object(everyone, mine)
     wrong = []
-    for cut in cuts_of(2):
+    for cut in ((-1, -1, -1), (-1, -1, 1), (-1, 0, 1), (0, 0, 0), (0, 1, 1), (1, 1, 1)):
         engine = shard(Toy(), plan_of(world, cut, 3, compute_dtype="bf16"), world)
         for number, (tokens, targets) in enumerate(batches(world, 0, 3)):
             with engine.micro_batch(last=number == 2):
@@ -117,7 +118,7 @@ class Mixed(nn.Module):
 def _mixed(world: World, dtype: str, double: bool) -> dict[Any, Any]:
     """Losses, norms and the dtypes computed with, under several cuts and of the twin."""
     out: dict[Any, Any] = {}
-    for cut in ((-1, -1, -1), (-1, -1, 1), (0, 0, 1), (0, 1, 1), (1, 1, 1)):
+    for cut in ((-1, -1, 1), (0, 0, 1), (1, 1, 1)):
         engine = shard(Mixed(double), plan_of(world, cut, compute_dtype=dtype), world)
         seen = train(engine, world, 1, steps=STEPS)
         out[cut] = (seen, {name: str(p.dtype) for name, p in engine.module.named_parameters()})
@@ -172,3 +173,16 @@ def test_a_module_of_several_precisions_trains_as_the_twin_does(dtype: str, doub
             assert of_cut == dtypes, cut
             assert [loss for loss, _ in got] == [loss for loss, _ in expected], cut
             assert torch.allclose(torch.tensor(got), torch.tensor(expected), rtol=1e-12, atol=0), cut
+
+
+@pytest.mark.xfail(
+    strict=True, reason="parameters computed with in one precision share a buffer whose masters are those of the first"
+)
+def test_fp64_weights_beside_fp32_ones_keep_fp64_masters() -> None:
+    """An fp32 layer before an fp64 one in each block, all computed with in fp64."""
+    world = World(0, 4, 0, cluster_of((2, 2)), torch.device("cpu"))
+    given = {name: master_dtype(p.dtype) for name, p in Mixed(double=True).named_parameters()}
+    engine = shard(Mixed(double=True), plan_of(world, (0, 0, 1), compute_dtype="fp64"), world)
+    assert {part.name: part.master.dtype for part in engine.owned()} == {
+        part.name: given[part.name] for part in engine.owned()
+    }

@@ -70,6 +70,7 @@ def test_a_rank_that_no_matrix_gains_by_leaves_everything_uncoded() -> None:
     ("cut", "wire", "idle"),
     [
         ((0, 0, 0), {"weights": {"cluster": "int8"}}, {"weights.cluster": "int8"}),
+        ((0, 0, 0), {"weights": {"cluster": "fp32"}}, {}),
         ((-1, -1, 1), {"weights": {"node": "int8", "cluster": "int8"}}, {}),
         ((0, 0, 1), {"weights": {"cluster": "int8"}, "grads": {"node": "bf16", "cluster": "int4"}}, {}),
         ((-1, -1, -1), {"weights": {"node": "bf16"}, "grads": {"node": "bf16"}}, {"weights.node": "bf16"}),

@@ -30,6 +30,10 @@ CODED: dict[str, tuple[Depths, dict[str, Any]]] = {
             "error_feedback": True,
         },
     ),
+    "bf16 weights": (
+        (0, 0, 2),
+        {"weights": {"cluster": "delta-int4", "site": "delta-int8"}, "grads": {"node": "bf16", "site": "int8"}},
+    ),
     "three hops after the step": (
         (-1, 0, 2),
         {
@@ -102,7 +106,7 @@ def _exact(world: World) -> list[str]:
 def _digest(tensors: list[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().float().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -113,9 +117,10 @@ def _held(engine: Sharded, optimizer: ShardedOptimizer) -> str:
     return _digest([flat.master for unit in engine.units for flat in unit.flats] + moments)
 
 
-def _coded(world: World, cut: Depths, wire: dict[str, Any]) -> tuple[list[Any], Bytes, Bytes]:
+def _coded(world: World, name: str, cut: Depths, wire: dict[str, Any]) -> tuple[list[Any], Bytes, Bytes]:
     """(per step: loss, whole weights, what lies at depth lp, masters and moments), bytes sent, bytes predicted."""
-    engine = shard(Wide(), plan_of(world, cut, wire={"block": 64, **wire}), world)
+    dtype = "bf16" if name.startswith("bf16") else "fp32"
+    engine = shard(Wide(), plan_of(world, cut, wire={"block": 64, **wire}, compute_dtype=dtype), world)
     optimizer, seen = adamw(engine), []
     counted: Bytes = {}
     for step in range(STEPS):
@@ -145,7 +150,7 @@ def _all(world: World) -> dict[str, Any]:
     exact = shard(Wide(), plan_of(world, (0, 0, 1)), world)
     plain = adamw(exact)
     losses = [one_step(exact, plain, world, step)[0] for step in range(STEPS)]
-    coded = {name: _coded(world, cut, wire) for name, (cut, wire) in (CODED | CHANCE).items()}
+    coded = {name: _coded(world, name, cut, wire) for name, (cut, wire) in (CODED | CHANCE).items()}
     return {"exact": _exact(world), "coded": coded, "uncoded losses": losses}
 
 

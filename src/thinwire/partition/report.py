@@ -69,7 +69,7 @@ def idle_codecs(sharded: Sharded) -> dict[str, str]:
         f"{direction}.{level}": codec
         for direction, kind in (("weights", "P-"), ("grads", "G-"))
         for level, codec in getattr(sharded.plan.wire, direction).items()
-        if not any(purpose.startswith(kind) for purpose in sent.get(level, {}))
+        if codec != "fp32" and not any(purpose.startswith(kind) for purpose in sent.get(level, {}))
     }
 
 
