@@ -51,10 +51,9 @@ class StepWire:
 
 @dataclass
 class Ledger:
-    """Collects entries; `drain()` hands them over and starts anew. `fallbacks` counts codecs that could not be used."""
+    """Collects entries; `drain()` hands them over and starts anew."""
 
     _entries: list[Entry] = field(default_factory=list)
-    fallbacks: dict[str, int] = field(default_factory=dict)
 
     def open(self, *, level: str, kind: str, purpose: str, payload_bytes: int, sent_bytes: int, codec: str) -> Entry:
         """Record a collective that is being issued now."""
