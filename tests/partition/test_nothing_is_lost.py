@@ -1,6 +1,7 @@
 """What coded hops lose and keep: sums sent + residuals = sums put in; a step that is not taken leaves no trace."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -36,18 +37,26 @@ def _over_group(world: World, x: Tensor) -> list[Tensor]:
     return parts
 
 
+def _noted(given: dict[int, Tensor], key: int, plus: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
+    given[key] = part.clone()
+    return plus(part)
+
+
 def _conserved(world: World, codec: str) -> list[tuple[float, float, float]]:
     """Per buffer: (what is missing, what one step's coding loses, what was put in), as norms, over all steps."""
     wire = {"grads": {"cluster": codec}, "error_feedback": True}
     engine = shard(Toy(), plan_of(world, (0, 0, 1), wire=wire), world)
     optimizer = adamw(engine)
     flats = [flat for unit in engine.units for flat in unit.flats if flat.trained]
+    given: dict[int, Tensor] = {}
+    for flat in flats:
+        flat.residual.plus = partial(_noted, given, id(flat), flat.residual.plus)  # type: ignore[method-assign]
     put_in = [torch.zeros(len(flat.at(0)), dtype=torch.float64) for flat in flats]
     arrived = [torch.zeros(len(flat.at(0)), dtype=torch.float64) for flat in flats]
     for step in range(STEPS):
         _forward_backward(engine, world, step)
         for flat, total, received in zip(flats, put_in, arrived, strict=True):
-            total.add_(torch.stack(_over_group(world, flat.grads)).double().sum(0))
+            total.add_(torch.stack(_over_group(world, given[id(flat)])).double().sum(0))
             received.add_(torch.cat(_over_group(world, flat.reduced)))
         optimizer.step(grad_scale=0.01)
     found = []

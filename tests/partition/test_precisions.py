@@ -175,9 +175,6 @@ def test_a_module_of_several_precisions_trains_as_the_twin_does(dtype: str, doub
             assert torch.allclose(torch.tensor(got), torch.tensor(expected), rtol=1e-12, atol=0), cut
 
 
-@pytest.mark.xfail(
-    strict=True, reason="parameters computed with in one precision share a buffer whose masters are those of the first"
-)
 def test_fp64_weights_beside_fp32_ones_keep_fp64_masters() -> None:
     """An fp32 layer before an fp64 one in each block, all computed with in fp64."""
     world = World(0, 1, 0, cluster_of((1,)), torch.device("cpu"))

@@ -3,7 +3,6 @@
 from functools import cache, partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -64,9 +63,6 @@ def test_recompute_around_units_keeps_two_whole_at_any_depth() -> None:
         assert result[8, False] == result[3, False] == 2
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a unit whose first forward ran without grad has no hook that notices its backward"
-)
 def test_reentrant_recompute_around_units_keeps_two_whole_at_any_depth() -> None:
     for result in results():
         assert result[8, True] == result[3, True] == 2

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -191,9 +190,6 @@ def test_replicas_are_equal_after_each_step_masters_and_moments_too() -> None:
     assert _unequal(CODED) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="equal numbers are rounded by another chance in each replica's group: salts follow the rank"
-)
 def test_replicas_are_equal_after_each_step_when_rounding_is_by_chance() -> None:
     assert _unequal(CHANCE) == []
 

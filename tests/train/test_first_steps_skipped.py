@@ -36,7 +36,9 @@ def _train(world: World, trees: list[dict[str, Any]], bad_calls: list[int]) -> N
 
 
 def _tree(folder: Path, corpus: Path, count: int) -> dict[str, Any]:
-    return run_tree(folder, corpus, batch={"micro_batch": 16}, run={"steps": count, "max_bad_steps": 4}, cluster={"levels": [1]})
+    return run_tree(
+        folder, corpus, batch={"micro_batch": 16}, run={"steps": count, "max_bad_steps": 4}, cluster={"levels": [1]}
+    )
 
 
 def test_a_run_goes_on_from_a_checkpoint_of_which_every_step_was_skipped(tmp_path: Path) -> None:

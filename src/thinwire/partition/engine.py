@@ -86,10 +86,11 @@ class Sharded:
     # -- making it -----------------------------------------------------------------------------------------------------
 
     def _unit(self, found: UnitModules) -> Unit:
-        kinds: dict[tuple[bool, torch.dtype], dict[str, nn.Parameter]] = {}
+        kinds: dict[tuple[bool, torch.dtype, torch.dtype], dict[str, nn.Parameter]] = {}
         for name, parameter in found.parameters.items():
-            kinds.setdefault((parameter.requires_grad, self._compute_dtype(parameter)), {})[name] = parameter
-        flats = [self._flat(parameters, trained, compute) for (trained, compute), parameters in kinds.items()]
+            kind = parameter.requires_grad, self._compute_dtype(parameter), master_dtype(parameter.dtype)
+            kinds.setdefault(kind, {})[name] = parameter
+        flats = [self._flat(parameters, trained, compute) for (trained, compute, _), parameters in kinds.items()]
         return Unit(found, flats, keep=self._keep)
 
     def _compute_dtype(self, parameter: nn.Parameter) -> torch.dtype:
@@ -141,9 +142,11 @@ class Sharded:
         self._end_backward()
 
     def _before_forward(self, unit: Unit, entry: nn.Module) -> None:
-        self._use(unit)
-        if self._backward:  # a recomputed forward: the weights are here already, and stay
+        if self._backward:  # a recomputed forward: its backward comes next, so the weights stay
+            self._release_after(unit)
+            self._use(unit)
             return
+        self._use(unit)
         if unit not in self._order:
             self._order.append(unit)
         if entry is unit.entries[0]:
@@ -163,12 +166,15 @@ class Sharded:
     def _before_backward(self, unit: Unit) -> None:
         """The unit's backward begins, so those of all units after it are over, unless its uses are in several places."""
         self._backward = True
-        if not unit.resident:
+        self._release_after(unit)
+        self._use(unit)
+        self._prefetch(unit, -1)
+
+    def _release_after(self, unit: Unit) -> None:
+        if not unit.resident and unit in self._order:
             for done in self._order[self._order.index(unit) + 1 :]:
                 if not (done.resident or self._kept(done)):
                     self._release(done)
-        self._use(unit)
-        self._prefetch(unit, -1)
 
     def _before_root(self) -> None:
         """Units that no forward has been seen to use may be used in other ways: their weights are brought up to date."""
