@@ -3,10 +3,11 @@
 Each run is `thinwire train` in full; the table has the validation loss on held-out library source and the bytes a rank
 sent between the nodes per step, from the run's own ledger.
 
-    OMP_NUM_THREADS=1 python benchmarks/convergence.py --steps 500 --corpus runs/corpora/stdlib
+    OMP_NUM_THREADS=1 python benchmarks/convergence.py --steps 500 --seeds 1 2 3
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,22 +28,22 @@ WIRES = {
 }
 
 
-def settings(options: argparse.Namespace, folder: Path, wire: str) -> list[str]:
+def settings(options: argparse.Namespace, folder: Path, wire: str, seed: int) -> list[str]:
     chosen = {
         "run.folder": folder, "run.steps": options.steps, "run.eval_every": 0, "run.eval_sequences": 0,
         "run.sample_tokens": 0, "checkpoint.every_steps": 0, "data.path": options.corpus, "cluster.levels": "[2,2]",
         "batch.sequences": options.sequences, "batch.tokens": options.tokens, "batch.micro_batch": options.sequences // 4,
-        "plan.partition": "auto", "plan.wire": wire, "run.seed": options.seed,
+        "plan.partition": "auto", "plan.wire": wire, "run.seed": seed,
     }  # fmt: skip
     return [text for key, value in chosen.items() for text in ("--set", f"{key}={value}")]
 
 
-def measure(options: argparse.Namespace, name: str) -> tuple[float, float]:
+def measure(options: argparse.Namespace, name: str, seed: int) -> tuple[float, float]:
     """(validation loss after the last step, bytes rank 0 sent between nodes per step)."""
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base) / "run"
         program = [sys.executable, "-c", "from thinwire.cli import main; main()", "train", options.run_file]
-        subprocess.run([*program, *settings(options, folder, WIRES[name])], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*program, *settings(options, folder, WIRES[name], seed)], check=True, stdout=subprocess.DEVNULL)
         loss = [record["loss"] for record in read_events(folder / EVENTS_FILE, "eval")][-1]
         sent = [sum(record["wire"]["cluster"].values()) for record in steps(folder / EVENTS_FILE).values()]
         return loss, sent[-1]
@@ -55,15 +56,33 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=500)
     arguments.add_argument("--sequences", type=int, default=8)
     arguments.add_argument("--tokens", type=int, default=128)
-    arguments.add_argument("--seed", type=int, default=1234)
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[1234])
+    arguments.add_argument("--wires", nargs="+", choices=WIRES, default=list(WIRES), help="besides fp32, the base")
     options = arguments.parse_args()
-    table = Table("wire", "validation loss", "against fp32", "MB a step between nodes", "share")
-    base: tuple[float, float] | None = None
-    for name in WIRES:
-        loss, sent = measure(options, name)
-        base = base or (loss, sent)
-        table.add_row(name, f"{loss:.4f}", f"{loss / base[0] - 1:+.2%}", f"{sent / 1e6:.3f}", f"{sent / base[1]:.3f}")
-    Console().print(table)
+    names = list(dict.fromkeys(["fp32", *options.wires]))
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for seed in options.seeds:
+        for name in names:
+            seen[name].append(measure(options, name, seed))
+            print(f"seed {seed}, {name}: validation loss {seen[name][-1][0]:.4f}", flush=True)
+    Console().print(summary(seen))
+
+
+def summary(seen: dict[str, list[tuple[float, float]]]) -> Table:
+    """Per wire: the mean loss over the seeds, each seed's ratio to fp32 with the same seed, the bytes."""
+    table = Table("wire", "validation loss", "against fp32, mean", "per seed", "MB a step between nodes", "share")
+    base = seen["fp32"]
+    for name, runs in seen.items():
+        ratios = [loss / exact - 1 for (loss, _), (exact, _) in zip(runs, base, strict=True)]
+        table.add_row(
+            name,
+            f"{statistics.mean(loss for loss, _ in runs):.4f}",
+            f"{statistics.mean(ratios):+.2%}",
+            "  ".join(f"{ratio:+.2%}" for ratio in ratios),
+            f"{runs[0][1] / 1e6:.3f}",
+            f"{runs[0][1] / base[0][1]:.3f}",
+        )
+    return table
 
 
 if __name__ == "__main__":
