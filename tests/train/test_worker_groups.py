@@ -75,6 +75,33 @@ def test_i14_a_run_resumed_in_the_middle_of_a_round_goes_on_bit_for_bit(
         assert torch.equal(tensor, expected[name]), name
 
 
+def _train_settling(world: World, tree: dict[str, Any], at: int) -> None:
+    """As `_train`, but what is in flight after step `at` is applied then, as at the end of a run."""
+    from thinwire.train import loop
+
+    agree = loop.agree
+    loop.agree = lambda parts, step, *, tokens, last: agree(parts, step, tokens=tokens, last=last or step == at)
+    _train(world, tree)
+
+
+@pytest.mark.parametrize("kind", ["streaming", "feedback", "eager"])
+def test_a_run_that_ended_goes_on_to_more_steps_from_the_outer_weights_it_ended_with(
+    kind: str, corpus: Path, tmp_path: Path
+) -> None:
+    """What was in flight at the end was applied then: going on applies nothing a second time."""
+    plan = {"partition": "ddp", "sync": KINDS[kind]}
+    sections: dict[str, Any] = {"schedule": {"kind": "constant"}, "checkpoint": {"every_steps": 0, "keep_last": 9}}
+    run(tmp_path / "run", corpus, [2], plan, run={"steps": 8}, **sections)
+    run(tmp_path / "run", corpus, [2], plan, run={"steps": 16}, **sections)
+    whole = run_tree(tmp_path / "whole", corpus, cluster={"levels": [2]}, plan=plan, run={"steps": 16}, **sections)
+    run_world([2], _train_settling, whole, 8)
+    ends = [newest_whole(tmp_path / name / "checkpoints") for name in ("run", "whole")]
+    went_on, expected = (dict(read_tensors(path, manifest, "")) for path, manifest in ends)
+    assert went_on.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(went_on[name], tensor), name
+
+
 def test_any_plan_goes_on_from_the_outer_weights_and_worker_groups_from_any_plan(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     groups = {"partition": "ddp", "sync": {"kind": "diloco", "inner_steps": 7}}

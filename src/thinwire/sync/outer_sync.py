@@ -11,7 +11,7 @@ a group did locally depends on the others' answers until a round is applied.
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -380,11 +380,13 @@ class OuterSync:
         for fragment in self.fragments:
             fragment.weights.copy_(torch.cat([share.master for share in fragment.shares]))
 
-    def go_on(self, step: int, *, flights: bool) -> None:
-        """Go on after `step`; with `flights`, what was in flight then has landed and waits for its values to be read."""
+    def go_on(self, step: int, *, flights: Collection[int]) -> None:
+        """Go on after `step`. What was in flight then of the fragments `flights` waits for its values to be read."""
         self.step = step
         self._pending.clear()
-        for key in self.schedule.in_flight(step) if flights else ():
+        for key in self.schedule.in_flight(step):
+            if key.fragment not in flights:
+                continue
             like = self.fragments[key.fragment].shares[0].master.new_zeros(self.fragments[key.fragment].numel)
             self._pending.append(Pending(key, like, like.clone(), groups=self.sync.groups, on_second_hop=True))
 

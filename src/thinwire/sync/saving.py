@@ -48,6 +48,15 @@ def to_load(
     return [*pieces, tokens] if same and tokens.name in saved else pieces
 
 
+def in_flight(sync: OuterSync, saved: Container[str]) -> set[int]:
+    """The fragments of which a checkpoint holds an exchange in flight; a run that ended had applied all of its own."""
+    return {
+        number
+        for number, fragment in enumerate(sync.fragments)
+        if any(f"outer/pending/{name}" in saved for name in _names(sync, fragment.units))
+    }
+
+
 def own_names(sync: OuterSync, saved: Iterable[str]) -> set[str]:
     """The tensors in a checkpoint that this rank's group saved for itself, under the names they have inside it."""
     if sync.group == 0:
@@ -58,9 +67,12 @@ def own_names(sync: OuterSync, saved: Iterable[str]) -> set[str]:
 
 def _trained(sync: OuterSync) -> set[str]:
     """Names of the trained parameters, also those of which this rank has nothing."""
-    return {
-        slot.name for unit in sync.engine.units for flat in unit.flats if flat.trained for slot in flat.layout.slots
-    }
+    return _names(sync, range(len(sync.engine.units)))
+
+
+def _names(sync: OuterSync, units: Iterable[int]) -> set[str]:
+    flats = [flat for unit in units for flat in sync.engine.units[unit].flats if flat.trained]
+    return {slot.name for flat in flats for slot in flat.layout.slots}
 
 
 def _outer(sync: OuterSync) -> list[Piece]:

@@ -5,7 +5,7 @@ from thinwire.checkpoint.store import Found, SaveFailed, Saving
 from thinwire.errors import CheckpointError
 from thinwire.hub.init import load_pieces
 from thinwire.partition.pieces import Piece
-from thinwire.sync.saving import own_names, to_load, to_save
+from thinwire.sync.saving import in_flight, own_names, to_load, to_save
 from thinwire.train.assemble import Parts
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
@@ -53,7 +53,7 @@ class Saver:
         if sync is None:
             return [*inner, *optimizer, *self._parts.sharded.carried_for_load(saved)]
         same = found.manifest.meta["plan"].get("sync") == sync.sync.model_dump(mode="json")
-        sync.go_on(found.step, flights=same)
+        sync.go_on(found.step, flights=in_flight(sync, saved) if same else ())
         carried = self._parts.sharded.carried_for_load(own_names(sync, saved))
         return to_load(sync, inner, [*optimizer, *carried], saved, same=same)
 
