@@ -1,11 +1,13 @@
 """Training with worker groups: I14 and I20, what a checkpoint holds, who may go on from it, wrong input."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from runs import make_corpus, run_tree, thinwire, write_run
 from thinwire.checkpoint.read import newest_whole, read_tensors
@@ -149,6 +151,9 @@ def test_i20_four_bit_outer_gradients_end_where_fp32_ones_do(corpus: Path, tmp_p
         (["plan.sync.inner_steps=2", "plan.sync.fragments=3"], "fragments = 3 must be between 1 and inner_steps = 2"),
         (["plan.sync.inner_steps=4", "plan.sync.delay=4"], "delay = 4 must be below inner_steps = 4"),
         (["plan.sync.level=rack"], "'rack' is no level"),
+        (["plan.sync.fragments=3 blokcs"], "fragments = '3 blokcs' is neither a number nor like"),
+        (["plan.sync.fragments=9"], "sync.fragments = 9, but the model has only 5 units; try 5"),
+        (["plan.sync.clip=1"], "use kind = 'co2', or leave clip out"),
         (["plan.sync.kind=diloco", 'plan.partition={optimizer="node"}'], "groups agree once a round"),
     ],
 )
@@ -160,3 +165,32 @@ def test_impossible_rounds_are_answered_in_one_sentence(
     assert done.returncode == 2
     assert sentence in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_eval_and_export_give_the_outer_weights(corpus: Path, tmp_path: Path) -> None:
+    """With mixing every group keeps weights of its own: 3 steps after the last round they differ from the outer ones."""
+    folder, out = tmp_path / "run", tmp_path / "out"
+    sync = {"kind": "diloco", "inner_steps": 4, "mix": 0.5}
+    run(folder, corpus, [2], {"partition": "ddp", "sync": sync}, run={"steps": 11, "eval_sequences": 0})
+    path, manifest = newest_whole(folder / "checkpoints")
+    outer, own = (dict(read_tensors(path, manifest, prefix)) for prefix in ("params/", "groups/0/params/"))
+    assert (outer["embedding.weight"] - own["embedding.weight"]).abs().max() > 1e-4
+    scored = json.loads(thinwire("eval", folder, "--json").stdout)
+    *_, last = read_events(folder / EVENTS_FILE, "eval")
+    assert scored["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    done = thinwire("export", folder, "-o", out, "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    exported = load_file(out / "model.safetensors")
+    assert torch.equal(exported["model.embed_tokens.weight"], outer["embedding.weight"])
+
+
+def test_one_group_is_told_that_it_is_lookahead_and_what_its_outer_state_takes(corpus: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"cluster": {"levels": [1]}, "plan": {"sync": {"inner_steps": 2}}, "run": {"steps": 4}}
+    done = thinwire("train", write_run(tmp_path, corpus, **sections))
+    assert done.returncode == 0, done.stderr
+    assert "one group, every 2 steps: it agrees with itself (Lookahead, arXiv 1907.08610)" in " ".join(
+        done.stdout.split()
+    )
+    start = next(iter(read_events(tmp_path / "run" / EVENTS_FILE, "run_start")))
+    assert start["held"]["outer"] == 8 * start["parameters"]
+    assert "outer weights and momentum" in done.stdout

@@ -32,6 +32,12 @@ class Fragment:
         return self.weights.numel()
 
     @property
+    def held_bytes(self) -> int:
+        """8 n, with error feedback 12 n, for fp32 masters."""
+        kept = (self.weights, self.momentum) if self.residual is None else (self.weights, self.momentum, self.residual)
+        return sum(tensor.nbytes for tensor in kept)
+
+    @property
     def ranges(self) -> list[tuple[int, int]]:
         """Its elements in the canonical order."""
         return [(share.start, share.start + share.master.numel()) for share in self.shares if share.master.numel()]

@@ -24,7 +24,10 @@ class Saver:
         """The frozen base is read from where it came from; only the adapters are saved."""
 
     def resume(self) -> int:
-        """Load the newest good checkpoint, else imported weights: the step to go on from. Raises CheckpointError."""
+        """Load the newest good checkpoint, else imported weights: the step to go on from.
+
+        Raises CheckpointError, and ConfigError if worker groups do not hold the same afterwards.
+        """
         found = self._parts.checkpoints.newest()
         self._warnings = list(self._parts.checkpoints.warnings)
         if found is None:
@@ -43,6 +46,8 @@ class Saver:
             )
         self._parts.sharded.loaded()
         self._parts.optimizer.loaded(int(meta["updates"]))
+        if self._parts.sync is not None:
+            self._parts.sync.compare()
         self._last_asked, self._newest = found.step, found.path.name
         return found.step
 
