@@ -186,6 +186,24 @@ def test_i7_i8_all_groups_hold_the_same_outer_state_and_send_the_formulas_bytes(
         assert sent == [expected]
 
 
+def _second_hops(world: World, delay: int | None) -> list[int]:
+    """Steps after which an exchange was on its last hop and not applied yet."""
+    group = Group(world, {"kind": "streaming_diloco", "fragments": 1, "inner_steps": 6, "delay": delay})
+    seen = []
+    for _ in range(12):
+        group.train(1)
+        if any(pending.hops == 1 for pending in group.sync.pending):
+            seen.append(group.sync.step)
+    group.sync.settle()
+    return seen
+
+
+def test_of_three_groups_the_second_hop_travels_behind_a_step_unless_the_delay_is_one() -> None:
+    assert run_world([("site", 3)], _second_hops, None) == [[7]] * 3  # sent after 6, applied after 8; 12's is settled
+    assert run_world([("site", 3)], _second_hops, 1) == [[]] * 3
+    assert run_world([("site", 3)], _second_hops, 5) == [[9, 10]] * 3
+
+
 def _feedback_sums(world: World, how: str) -> float:
     """Largest |sum of sent + residual - sum of changes| over the elements."""
     group = Group(world, {"inner_steps": 1, "codec": how, "error_feedback": True, "mix": 0.0})
