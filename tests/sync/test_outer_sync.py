@@ -249,7 +249,7 @@ def _shards(
     group.sync.settle()
     sent = sum(e.sent_bytes for e in world.ledger.drain().entries if e.purpose.startswith("outer-"))
     formula = sum(group.sync.bytes_of(each.fragment) for each in group.sync.schedule.table(9))
-    return group.outer(), max(sum(map(bool, places)) for places in group.sync._places), sent, formula
+    return group.outer(), max(sum(map(bool, places)) for places in group.sync.links.places), sent, formula
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8"])

@@ -152,7 +152,7 @@ def test_i20_four_bit_outer_gradients_end_where_fp32_ones_do(corpus: Path, tmp_p
         (["plan.sync.inner_steps=4", "plan.sync.delay=4"], "delay = 4 must be below inner_steps = 4"),
         (["plan.sync.level=rack"], "'rack' is no level"),
         (["plan.sync.fragments=3 blokcs"], "fragments = '3 blokcs' is neither a number nor like"),
-        (["plan.sync.fragments=9"], "sync.fragments = 9, but the model has only 5 units; try 5"),
+        (["plan.sync.fragments=9"], "sync.fragments = 9, but the model has only 4 units; try 4"),
         (["plan.sync.clip=1"], "use kind = 'co2', or leave clip out"),
         (["plan.sync.kind=diloco", 'plan.partition={optimizer="node"}'], "groups agree once a round"),
     ],

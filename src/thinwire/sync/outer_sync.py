@@ -1,9 +1,9 @@
 """Outer synchronisation: worker groups train on their own and agree on one fragment after the other, behind the steps.
 
 Four separate parts: when (`rounds.schedule`, a pure function of the step), how precisely (`comm.codecs`), with whom and
-how (`cliques`, `exchange`), and what is made of it (`outer`). Any partition inside the groups: each rank exchanges the
-elements it stands for directly with the ranks of the other groups that stand for the same ones, K flows side by side,
-and what it gets goes to its group's replicas over the fast links.
+how (`cliques`, `exchange`, `links`), and what is made of it (`outer`, `applying`). Any partition inside the groups: each
+rank exchanges the elements it stands for directly with the ranks of the other groups that stand for the same ones, K flows
+side by side, and what it gets goes to its group's replicas over the fast links.
 
 Work is keyed by (epoch of membership, round, fragment). A contribution of weight 0 is left out of the aggregate; nothing
 a group did locally depends on the others' answers until a round is applied.
@@ -16,24 +16,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from thinwire.comm.codecs import make_codec
 from thinwire.comm.collectives import all_reduce_small
-from thinwire.comm.flight import Flight
-from thinwire.comm.topk import TopK
 from thinwire.comm.world import World
 from thinwire.errors import PlanError, SyncError
 from thinwire.partition.engine import Sharded
 from thinwire.rounds.config import Sync
-from thinwire.rounds.fragments import deal, fragment_count
 from thinwire.rounds.schedule import Exchange, Schedule
-from thinwire.rounds.traffic import exchange_bytes, swaps
-from thinwire.sync.eager import replace_own
-from thinwire.sync.exchange import Coder, Outcome, Raw, check, exchange
-from thinwire.sync.fragment import Fragment
-from thinwire.sync.identity import digest
-from thinwire.sync.meeting import Meeting, places_in
-from thinwire.sync.outer import mix_into, outer_step
-from thinwire.sync.pending import Part, Pending, Round, fill
+from thinwire.sync.applying import apply_change, restart
+from thinwire.sync.eager import fresh_change
+from thinwire.sync.fragment import make_fragments
+from thinwire.sync.links import Links
+from thinwire.sync.meeting import Meeting
+from thinwire.sync.pending import Pending, Round
 from thinwire.sync.statement import layout_of, state_of
 
 
@@ -61,9 +55,7 @@ class OuterSync:
         if len(self.groups) != sync.groups:
             raise PlanError(f"sync is for {sync.groups} groups, this world has {len(self.groups)}")
         self.group = next(number for number, ranks in enumerate(self.groups) if world.rank in ranks)
-        self.present = set(range(sync.groups))
-        """The groups that take part."""
-        self.fragments = self._fragments()
+        self.fragments = make_fragments(engine, sync)
         self.schedule: Schedule = sync.schedule(len(self.fragments))
         self._pending: deque[Pending] = deque()
         self.tokens = torch.zeros(len(self.fragments), dtype=torch.float64)
@@ -73,24 +65,7 @@ class OuterSync:
         self._meeting = Meeting(world, self.groups)
         self._same = {"parameters": layout_of(engine), "sync": sync.model_dump_json(), **(same or {})}
         self.compare()
-        cliques = self._meeting.cliques(sorted(range_ for fragment in self.fragments for range_ in fragment.ranges))
-        self._cliques = [clique for clique, _ in cliques]
-        self._places = [[places_in(fragment, ranges) for _, ranges in cliques] for fragment in self.fragments]
-
-    def _fragments(self) -> list[Fragment]:
-        shares = self.engine.shares()
-        units: dict[int, tuple[str, int]] = {}
-        for share in shares:
-            used = sum(flat.layout.used for flat in self.engine.units[share.unit].flats if flat.trained)
-            units[share.unit] = (share.unit_name, used)
-        blocks = sum(name.rpartition(".")[2].isdigit() for name, _ in units.values())
-        indices = list(units)
-        dealt = deal(list(units.values()), fragment_count(self.sync.fragments, blocks), self.sync.order)
-        chosen = [[indices[position] for position in positions] for positions in dealt]
-        return [
-            Fragment(own, [share for share in shares if share.unit in own], feedback=self.sync.error_feedback)
-            for own in chosen
-        ]
+        self.links = Links(sync, world, self._meeting, self.fragments)
 
     def compare(self) -> None:
         """Raises ConfigError, naming a group and what differs, if the groups do not hold the same now.
@@ -105,19 +80,14 @@ class OuterSync:
         """Whether every group has outer weights of its own."""
         return self.sync.own_fresh and self.step > 0
 
+    @property
+    def present(self) -> set[int]:
+        """The groups that take part."""
+        return self.links.groups
+
     def bytes_of(self, fragment: int) -> int:
         """Bytes that this rank sends across groups in one exchange of `fragment`, by the formula."""
-        element_bytes = self.fragments[fragment].weights.element_size()
-        return sum(
-            exchange_bytes(
-                sum(place.stop - place.start for place in places),
-                groups=clique.size,
-                codec=self.sync.codec,
-                block=self.sync.block,
-                element_bytes=element_bytes,
-            )
-            for clique, places in zip(self._cliques, self._places[fragment], strict=True)
-        )
+        return self.links.bytes_of(fragment)
 
     def held_bytes(self) -> int:
         """Bytes of host memory on this rank: outer weights and momentum, and the residual of error feedback."""
@@ -147,7 +117,7 @@ class OuterSync:
         if due is not None and not self.sync.own_fresh and self._pending and self._pending[0].key == due:
             applied.append(self._apply(self._pending.popleft()))
         elif sent is not None and self.sync.late and not self.sync.own_fresh:
-            self._restart(self.fragments[sent.fragment])
+            restart(self.engine, self.fragments[sent.fragment], self.sync)
         self._fetch_next(step + 1)
         return applied
 
@@ -174,55 +144,17 @@ class OuterSync:
         change = fragment.change()
         if fragment.residual is not None:
             change.add_(fragment.residual.to(change.device), alpha=self.sync.feedback_decay)
-        pending = Pending(
-            key,
-            torch.zeros_like(change),
-            torch.zeros_like(change),
-            epoch=self.epoch,
-            groups=len(self.present),
-            weight=float(self.tokens[key.fragment]),
-            sent_bytes=self.bytes_of(key.fragment),
-            hops=1 if swaps(len(self.present), self.sync.codec) else 2,
-        )
-        for clique, places in zip(self._cliques, self._places[key.fragment], strict=True):
-            if not places:
-                continue
-            part = torch.cat([change[place] for place in places])
-            outcome = Outcome(torch.empty_like(part), torch.empty_like(part))
-            chain = exchange(
-                part,
-                outcome,
-                weight=pending.weight,
-                digest=digest(self._state(key.fragment, places), self.epoch, key.round, key.fragment),
-                clique=clique,
-                codec=self._codec(key, part.dtype),
-                block=self.sync.block,
-                how=self.sync.aggregate,
-                world=self.world,
-                level=self.sync.level,
-            )
-            pending.parts.append(Part(Flight(chain), outcome, places))
-            fill(pending.own, places, outcome.own)
+        weight = float(self.tokens[key.fragment])
+        pending = self.links.send(key, change, weight=weight, epoch=self.epoch, alike=self._alike)
         if fragment.residual is not None:
             fragment.residual.copy_(change.sub_(pending.own))
         self.tokens[key.fragment] = 0.0
         self._pending.append(pending)
 
-    def _state(self, fragment: int, places: list[slice]) -> list[Tensor]:
-        """What all groups must hold alike there: outer weights and momentum; of eager updates the last mean change."""
+    def _alike(self, fragment: int) -> list[Tensor]:
+        """What all groups must hold alike of it: outer weights and momentum; of eager updates the last mean change."""
         kept = self.fragments[fragment]
-        alike = [pending.change for pending in self._pending] if self.sync.own_fresh else [kept.weights, kept.momentum]
-        return [whole[place] for whole in alike for place in places]
-
-    def _codec(self, key: Exchange, dtype: torch.dtype) -> Coder:
-        """A codec for one exchange, with a salt of its own."""
-        if self.sync.codec == "topk":
-            return TopK()
-        if self.sync.codec == "fp32":
-            return Raw(dtype)
-        codec = make_codec(self.sync.codec, block=self.sync.block, rounding=self.sync.rounding)
-        codec.salt = (key.round * len(self.fragments) + key.fragment) * self.world.size + self.world.rank
-        return codec
+        return [pending.change for pending in self._pending] if self.sync.own_fresh else [kept.weights, kept.momentum]
 
     # -- applying ------------------------------------------------------------------------------------------------------
 
@@ -249,9 +181,8 @@ class OuterSync:
                 f"group {self.group}: its outer weights or momentum{what} are not those of the other groups {when}; it "
                 f"stops, start it again from a checkpoint"
             )
-        self.present -= astray
         self.epoch += 1
-        self._cliques = [clique.without(astray) for clique in self._cliques]
+        self.links.drop(astray)
 
     def _apply(self, pending: Pending) -> Round:
         """The outer step of a fragment, and the group's own weights mixed with what comes out."""
@@ -259,13 +190,8 @@ class OuterSync:
         return self._step(pending, pending.change)
 
     def _step(self, pending: Pending, change: Tensor) -> Round:
-        fragment = self.fragments[pending.key.fragment]
-        weights, momentum = fragment.take()
-        rms = self._rms(fragment, momentum) if self.sync.gap_penalty else None
-        outer_step(weights, momentum, change, self.sync, rms=rms)
-        fragment.put(weights, momentum)
-        self._write(fragment, weights, self.sync.mix)
         key = pending.key
+        apply_change(self.engine, self.fragments[key.fragment], change, self.sync)
         return Round(
             pending.epoch,
             key.round,
@@ -277,45 +203,14 @@ class OuterSync:
             pending.groups,
         )
 
-    def _restart(self, fragment: Fragment) -> None:
-        """The first round of a late kind: nothing is there to apply, and what was just sent must not be sent again."""
-        weights, _ = fragment.take()
-        self._write(fragment, weights, self.sync.mix)
-
     def _apply_fresh(self, key: Exchange) -> Round:
-        """Eager updates (arXiv 2502.12996): the last mean change, but this group's own part is its newest."""
-        newest, fragment = self._pending[-1], self.fragments[key.fragment]
+        """Apply the last mean change with this group's newest in the place of its own part of it."""
+        newest = self._pending[-1]
         last = self._pending.popleft() if len(self._pending) > 1 else None
-        fresh, counts = fragment.change(), newest.weight > 0
-        if last is None:
-            change = fresh.mul_(counts / len(self.present))
-            return self._step(newest, change)
-        change = torch.empty_like(fresh)
-        for places, weights in last.counted:
-            own_counts = bool(weights[self.group] > 0)
-            others = int((weights > 0).sum()) - own_counts
-            for place in places:
-                change[place] = replace_own(
-                    last.change[place],
-                    last.own[place],
-                    fresh[place],
-                    others=others,
-                    own_counts=own_counts,
-                    fresh_counts=counts,
-                )
-        return self._step(last, change)
-
-    def _rms(self, fragment: Fragment, momentum: Tensor) -> float:
-        """Root mean square over the fragment, all ranks of the group together; rounded so that any cut gives the same."""
-        sums = torch.tensor([momentum.double().square().sum().item(), fragment.numel], dtype=torch.float64)
-        all_reduce_small(sums, world=self.engine.world, op="sum")
-        squares, count = sums.tolist()
-        return float(torch.tensor((squares / max(1.0, count)) ** 0.5, dtype=torch.float32))
-
-    def _write(self, fragment: Fragment, weights: Tensor, mix: float) -> None:
-        with self.engine.rewriting(fragment.units):
-            for share, outer in zip(fragment.shares, fragment.split(weights), strict=True):
-                mix_into(share.master, outer, mix)
+        fresh, counts = self.fragments[key.fragment].change(), newest.weight > 0
+        if last is None:  # nothing of the others yet: they count as unmoved
+            return self._step(newest, fresh.mul_(counts / len(self.present)))
+        return self._step(last, fresh_change(last, fresh, group=self.group, fresh_counts=counts))
 
     # -- the outer weights ---------------------------------------------------------------------------------------------
 
@@ -329,22 +224,8 @@ class OuterSync:
         while self._pending and not self.sync.own_fresh:
             applied.append(self._apply(self._pending.popleft()))
         self.drain()
-        self._check()
+        self._leave_out(self.links.check(self.epoch, self._alike), None, "after the last round")
         return applied
-
-    def _check(self) -> None:
-        """Compare what all groups must hold alike, once more than with every round's messages."""
-        flights = []
-        for number, clique in enumerate(self._cliques):
-            state = [
-                part for fragment, places in enumerate(self._places) for part in self._state(fragment, places[number])
-            ]
-            outcome = Outcome(torch.empty(0), torch.empty(0))
-            told = check(digest(state, self.epoch), outcome, clique=clique, world=self.world, level=self.sync.level)
-            flights.append((Flight(told), outcome))
-        for flight, _ in flights:
-            flight.land()
-        self._leave_out({group for _, outcome in flights for group in outcome.astray}, None, "after the last round")
 
     @property
     def pending(self) -> Sequence[Pending]:
