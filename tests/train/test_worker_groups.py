@@ -13,6 +13,7 @@ from runs import make_corpus, run_tree, thinwire, write_run
 from thinwire.checkpoint.read import newest_whole, read_tensors
 from thinwire.comm.world import World
 from thinwire.config import build
+from thinwire.errors import ConfigError
 from thinwire.events import read_events, steps
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE, open_folder
@@ -102,6 +103,42 @@ def test_a_run_that_ended_goes_on_to_more_steps_from_the_outer_weights_it_ended_
     assert went_on.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(went_on[name], tensor), name
+
+
+def _train_forgetful(world: World, tree: dict[str, Any], what: str) -> str:
+    """As `_train`, but rank 1 does not read `what` back."""
+    from thinwire.train import saving
+
+    to_load = saving.to_load
+    if world.rank == 1:
+        saving.to_load = lambda *given, same: [
+            piece for piece in to_load(*given, same=same) if not piece.name.startswith(what)
+        ]
+    try:
+        _train(world, tree)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("params/norm", "weights"),
+        ("outer/momentum/norm", "outer momentum"),
+        ("outer/pending/norm", "changes in flight"),
+    ],
+)
+def test_i19_groups_that_do_not_resume_alike_are_refused_by_name(
+    lost: str, named: str, corpus: Path, tmp_path: Path
+) -> None:
+    plan = {"partition": "ddp", "sync": {"kind": "diloco", "inner_steps": 3, "delay": 2}}
+    kept: dict[str, Any] = {"checkpoint": {"every_steps": 7, "keep_last": 9}, "run": {"steps": 8}}
+    tree = run_tree(tmp_path / "run", corpus, cluster={"levels": [2]}, plan=plan, **kept)
+    run_world([2], _train, tree)
+    forget_after(tmp_path / "run", 7)
+    for said in run_world([2], _train_forgetful, tree, lost):
+        assert f"group 1 and group 0 do not start from the same {named} " in said
 
 
 def test_any_plan_goes_on_from_the_outer_weights_and_worker_groups_from_any_plan(corpus: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def compare(statements: Sequence[Mapping[str, str]], groups: Sequence[int]) -> N
             if set(values) != reference:
                 raise ConfigError(
                     f"group {group} and group 0 do not start from the same {what} ({sorted(set(values))[0][:60]} and "
-                    f"{sorted(reference)[0][:60]}); give every group the same run file and corpus"
+                    f"{sorted(reference)[0][:60]}); give every group the same run file, corpus and checkpoint"
                 )
 
 
