@@ -31,10 +31,10 @@ PRESETS: dict[Kind, dict[str, Any]] = {
 """What a kind sets unless the user does.
 
 local_sgd: the average of the groups' weights (arXiv 1805.09767). diloco: outer Nesterov momentum on the groups' mean
-change (2311.08105). streaming_diloco: fragments, 4-bit outer gradients, overlap and mixing (2501.18512). eager: one
-round late, but a group's own part of the change is fresh (2502.12996). co2: one round late, with staleness-gap penalty
-and clipped outer momentum (2401.16265). sparse: top-k per chunk in 2 bits with error feedback instead of momentum
-(SparseLoCo, 2508.15706).
+change (2311.08105). streaming_diloco: fragments, 4-bit outer gradients, overlap and mixing (2501.18512); with three
+groups or more its delay is 2, see `SyncConfig.resolve`. eager: one round late, but a group's own part of the change is
+fresh (2502.12996). co2: one round late, with staleness-gap penalty and clipped outer momentum (2401.16265). sparse: top-k
+per chunk in 2 bits with error feedback instead of momentum (SparseLoCo, 2508.15706).
 """
 
 OUTER_LR = ((1, 0.4), (2, 0.6), (4, 0.6), (8, 0.8))
