@@ -61,9 +61,67 @@ def test_frozen_weights_may_be_cut_further_than_gradients() -> None:
     assert partition.depths(LEVELS) == (1, -1, 2)
 
 
-def test_the_nearest_legal_choice_is_named() -> None:
-    with pytest.raises(PlanError, match=r"the nearest legal one is \(node; node; cluster\)"):
-        Partition(params="node", grads="pair", optimizer="cluster").depths(LEVELS)
+@pytest.mark.parametrize(
+    ("asked", "frozen", "nearest"),
+    [
+        (("node", "pair", "cluster"), False, "(node; node; cluster)"),
+        (("cluster", "replica", "replica"), False, "(replica; replica; replica)"),
+        (("pair", "cluster", "node"), False, "(pair; cluster; cluster)"),
+        (("pair", "replica", "pair"), False, "(pair; pair; pair)"),
+        (("node", "node", "replica"), False, "(node; node; node)"),
+        (("cluster", "node", "pair"), False, "(node; node; node)"),
+        (("node", "replica", "pair"), True, "(node; replica; node)"),
+        (("replica", "cluster", "node"), True, "(replica; cluster; cluster)"),
+    ],
+)
+def test_the_nearest_legal_choice_is_named(asked: tuple[str, str, str], frozen: bool, nearest: str) -> None:
+    params, grads, optimizer = asked
+    with pytest.raises(PlanError) as caught:
+        Partition(params=params, grads=grads, optimizer=optimizer, frozen_weights=frozen).depths(LEVELS)
+    assert str(caught.value).endswith(f"the nearest legal one is {nearest}")
+    assert ("even with frozen weights neither" in str(caught.value)) == frozen
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_legal_choice_is_nearer_than_the_one_named(frozen: bool) -> None:
+    names = ("replica", *LEVELS)
+    points = list(itertools.product(range(-1, 3), repeat=3))
+
+    def told(point: tuple[int, ...]) -> str:
+        """What is wrong with a point; nothing if it is legal."""
+        params, grads, optimizer = (names[depth + 1] for depth in point)
+        try:
+            Partition(params=params, grads=grads, optimizer=optimizer, frozen_weights=frozen).depths(LEVELS)
+        except PlanError as error:
+            return str(error)
+        return ""
+
+    def distance(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int]:
+        moved = [abs(x - y) for x, y in zip(a, b, strict=True)]
+        return sum(by > 0 for by in moved), sum(moved)
+
+    legal = [point for point in points if not told(point)]
+    for point in points:
+        if message := told(point):
+            named = message.rpartition("(")[2].removesuffix(")").split("; ")
+            answer = tuple(names.index(name) - 1 for name in named)
+            assert answer in legal
+            assert distance(answer, point) == min(distance(other, point) for other in legal)
+
+
+@pytest.mark.parametrize("levels", [("node",), ("ethernet",), ("pair", "node")])
+def test_zero_plus_plus_without_a_level_between_nodes_is_refused(levels: tuple[str, ...]) -> None:
+    with pytest.raises(PlanError, match=r"here nothing does \(levels: .*: take zero3"):
+        resolve_partition("zero++", levels)
+
+
+def test_codecs_given_beside_zero_plus_plus_count_level_by_level() -> None:
+    given = {"grads": {"cluster": "bf16", "node": "int8"}, "block": 64, "rounding": "stochastic"}
+    tree = {"partition": "zero++", "wire": given}
+    wire = build(PlanConfig, tree, "run.toml").resolve(CLUSTER, micro_batch=1, accumulate=1).wire
+    assert dict(wire.weights) == {"cluster": "int8"}
+    assert dict(wire.grads) == {"cluster": "bf16", "node": "int8"}
+    assert (wire.block, wire.rounding) == (64, "stochastic")
 
 
 @pytest.mark.parametrize(

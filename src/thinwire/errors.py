@@ -48,3 +48,7 @@ class DivergenceError(ThinwireError):
 
 class SyncError(ThinwireError):
     """Worker groups that should hold the same outer state do not."""
+
+
+class UseError(ThinwireError):
+    """A model was used in the user's own loop in a way that would give wrong numbers."""

@@ -9,6 +9,7 @@ optimizer states of parameters that it does not own. With frozen weights lg < lp
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -44,17 +45,43 @@ class Partition(Frozen):
     def depths(self, levels: Sequence[str]) -> tuple[int, int, int]:
         """(lp, lg, lo) as indices into `levels`, inner to outer; -1 is `replica`. Raises PlanError if illegal."""
         lp, lg, lo = (_depth(getattr(self, name), levels, name) for name in ("params", "grads", "optimizer"))
-        if lg > lo or (lp > lg and not self.frozen_weights) or lp > lo:
-            fixed = (lp, max(lp, lg), max(lp, lg, lo))
-            nearest = "; ".join(_named(depth, levels) for depth in fixed)
+        if not _legal((lp, lg, lo), frozen_weights=self.frozen_weights):
+            nearest = _nearest_legal((lp, lg, lo), len(levels), frozen_weights=self.frozen_weights)
+            rule = (
+                "even with frozen weights neither parameters nor gradients may be cut further out than optimizer states"
+                if self.frozen_weights
+                else "parameters may not be cut further out than gradients, nor gradients than optimizer states"
+            )
             raise PlanError(
-                f"partition ({self.params}; {self.grads}; {self.optimizer}) is illegal: parameters may not be cut further "
-                f"out than gradients, nor gradients than optimizer states; the nearest legal one is ({nearest})"
+                f"partition {self} is illegal: {rule}; the nearest legal one is "
+                f"({'; '.join(_named(depth, levels) for depth in nearest)})"
             )
         return lp, lg, lo
 
     def __str__(self) -> str:
         return f"({self.params}; {self.grads}; {self.optimizer})"
+
+
+Depths = tuple[int, int, int]
+
+
+def _legal(depths: Depths, *, frozen_weights: bool) -> bool:
+    lp, lg, lo = depths
+    return lp <= lo and lg <= lo and (lp <= lg or frozen_weights)
+
+
+def _nearest_legal(depths: Depths, levels: int, *, frozen_weights: bool) -> Depths:
+    """The legal point with the fewest states changed, then by the fewest levels, then the one cut furthest out."""
+
+    def distance(other: Depths) -> tuple[int, int, int]:
+        moved = [abs(new - old) for new, old in zip(other, depths, strict=True)]
+        return sum(by > 0 for by in moved), sum(moved), -sum(other)
+
+    every = range(-1, levels)
+    return min(
+        (point for point in itertools.product(every, every, every) if _legal(point, frozen_weights=frozen_weights)),
+        key=distance,
+    )
 
 
 def _named(depth: int, levels: Sequence[str]) -> str:
@@ -104,6 +131,11 @@ class Wire(Frozen):
         return any(
             codec not in ("fp32", "bf16", "fp16", "lowrank") for codec in (*self.weights.values(), *self.grads.values())
         )
+
+    def over(self, named: "Wire") -> "Wire":
+        """This, and at levels that it does not name the codecs of `named`."""
+        weights, grads = {**named.weights, **self.weights}, {**named.grads, **self.grads}
+        return self.model_copy(update={"weights": weights, "grads": grads})
 
 
 class Plan(Frozen):
@@ -202,6 +234,7 @@ class PlanConfig(Frozen):
     """A name (auto, ddp, zero1, zero2, zero3, hsdp, mics, zero++, frontier, `amsp(P;G;O)`) or the three levels."""
     keep_gathered: bool = False
     wire: Wire | None = None
+    """Where the partition's name brings codecs of its own (zero++), those given here count, level by level."""
     sync: SyncConfig | None = None
     """`[plan.sync]`: groups agree once a round across the outermost level, instead of every step."""
     recompute: Recompute = "none"
@@ -234,7 +267,7 @@ class PlanConfig(Frozen):
             return Plan(
                 levels=levels,
                 partition=partition,
-                wire=wire if self.wire is None else self.wire,
+                wire=wire if self.wire is None else self.wire.over(wire),
                 sync=None if self.sync is None else self.sync.resolve(levels),
                 recompute=self.recompute,
                 compute_dtype=self.compute_dtype,
@@ -302,10 +335,15 @@ def resolve_partition(name: str, levels: Sequence[str]) -> tuple[Partition, Wire
         params=_outer(params, everything), grads=_outer(grads, everything), optimizer=_outer(optimizer, everything)
     )
     partition.depths(levels)
-    between_nodes = [level for level in levels if list(levels).index(level) > list(levels).index(node)]
-    if name == "zero++" and between_nodes:
-        return partition, Wire(weights=dict.fromkeys(between_nodes, "int8"), grads=dict.fromkeys(between_nodes, "int4"))
-    return partition, Wire()
+    if name != "zero++":
+        return partition, Wire()
+    between_nodes = list(levels)[list(levels).index(node) + 1 :] if levels else []
+    if not between_nodes:
+        raise PlanError(
+            f"zero++ codes what crosses nodes, and here nothing does (levels: {', '.join(levels) or 'none'}): take zero3, "
+            "which is the same cut without codecs, and name codecs in plan.wire if you want them"
+        )
+    return partition, Wire(weights=dict.fromkeys(between_nodes, "int8"), grads=dict.fromkeys(between_nodes, "int4"))
 
 
 def _outer(name: str, everything: str) -> str:

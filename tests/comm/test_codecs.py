@@ -37,7 +37,7 @@ def there_and_back(codec: object, x: Tensor) -> Tensor:
 
 
 @given(st.sampled_from(NAMES), sizes, seeds, st.sampled_from([64, 128, 256]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_bytes_on_the_wire_are_the_formulas(name: str, n: int, seed: int, block: int) -> None:
     coded = make_codec(name, block=block).encode(numbers(n, seed))
     bits = {"bf16": 16, "fp16": 16, "int8": 8}.get(name, 4)
@@ -48,7 +48,7 @@ def test_bytes_on_the_wire_are_the_formulas(name: str, n: int, seed: int, block:
 
 
 @given(st.sampled_from(["int8", "int4"]), sizes, seeds, st.sampled_from(["nearest", "stochastic"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_linear_codes_are_within_half_a_step_or_a_whole_one_by_chance(
     name: str, n: int, seed: int, rounding: str
 ) -> None:
@@ -61,7 +61,7 @@ def test_linear_codes_are_within_half_a_step_or_a_whole_one_by_chance(
 
 
 @given(sizes, seeds)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_e3m0_rounds_to_the_nearest_power_of_its_scale(n: int, seed: int) -> None:
     x = numbers(n, seed)
     back = there_and_back(make_codec("e3m0"), x)
@@ -209,7 +209,7 @@ def test_nothing_is_coded_to_nothing(name: str) -> None:
 
 
 @given(st.lists(st.integers(-8, 7), min_size=1, max_size=99))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_packing_is_undone_by_unpacking(codes: list[int]) -> None:
     even = torch.tensor(codes + [0] * (len(codes) % 2), dtype=torch.int8)
     packed = pack(even, torch.empty(len(even) // 2, dtype=torch.int16)).to(torch.uint8)

@@ -83,7 +83,7 @@ def check(x: Tensor, form: BlockFormat, salt: int, device: torch.device, out: to
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_kernels_make_the_bits_of_the_reference(
     device: torch.device, name: str, rounding: str, data: st.DataObject
 ) -> None:

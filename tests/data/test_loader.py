@@ -27,7 +27,7 @@ def split(tmp_path: Path) -> IndexedTokens:
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**31), st.integers(0, 50))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_epoch_is_a_permutation(count: int, seed: int, epoch: int) -> None:
     order = permute(np.arange(count), count, key=(seed, epoch))
     assert np.array_equal(np.sort(order), np.arange(count))

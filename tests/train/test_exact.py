@@ -11,7 +11,7 @@ from runs import make_corpus, run_tree, thinwire, write_run
 from thinwire.comm.world import World
 from thinwire.config import build
 from thinwire.data.loader import Loader, Packing
-from thinwire.events import steps
+from thinwire.events import read_events, steps
 from thinwire.model.transformer import Transformer
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE, open_folder
@@ -180,6 +180,19 @@ def test_wire_bytes_of_a_step_are_the_all_reduces(corpus: Path, tmp_path: Path) 
         assert gradient == pytest.approx(4 * job.spec.parameters, rel=2e-3)
         assert sent["control"] < 200
         assert sum(record["seconds"].values()) == pytest.approx(record["step_s"], abs=1e-4)
+
+
+def test_wire_bytes_over_two_levels_add_up_to_the_formula_exactly(corpus: Path, tmp_path: Path) -> None:
+    more = {"plan": {"partition": "zero1"}, "checkpoint": {"every_steps": 3}}
+    run = {"steps": 5, "eval_every": 2}
+    losses([2, 2], tmp_path / "run", corpus, run=run, schedule={"warmup_steps": 1}, **more)
+    log = tmp_path / "run" / EVENTS_FILE
+    predicted = next(read_events(log, "run_start"))["wire_predicted"]
+    assert len(predicted) == 2
+    records = list(steps(log).values())
+    for level, purposes in predicted.items():
+        for purpose, count in purposes.items():
+            assert sum(record["wire"][level].get(purpose, 0) for record in records) == len(records) * count
 
 
 def test_the_resumed_run_refuses_another_configuration(corpus: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def reduce_scatter(
 ) -> Handle:
     """`out_n` becomes the sum over the group of everybody's chunk number (this rank's coordinate) of `full_kn`.
 
-    Sums are in `out_n`'s precision and in rank order. `out_n` must not overlap `full_kn`.
+    Sums are in `out_n`'s precision and in rank order. `out_n` may be this rank's own chunk of `full_kn`.
     """
     group, k = world.group(level, "reduce"), world.fanout(level)
     n = out_n.numel()

@@ -1,4 +1,4 @@
-"""A chain of collectives in flight: each hop is issued when the one before has arrived, always from one thread."""
+"""Chains of collectives in flight: each hop is issued when the one before has arrived, always from one thread."""
 
 from collections.abc import Iterator
 
@@ -6,23 +6,34 @@ from thinwire.comm.handle import Handle
 
 
 class Flight:
-    """Drives `chain`, which yields a handle for each hop that it has issued; starting it issues the first hop."""
+    """Drives chains side by side. A chain yields a handle for each hop that it has issued; starting issues the first."""
 
-    def __init__(self, chain: Iterator[Handle]) -> None:
-        self._chain = chain
-        self._handle: Handle | None = next(chain, None)
+    def __init__(self, *chains: Iterator[Handle]) -> None:
+        self._under_way = _issued(chains)
 
     @property
     def landed(self) -> bool:
-        return self._handle is None
+        return not self._under_way
+
+    @property
+    def levels(self) -> set[str]:
+        """Names of the levels whose links the hops in flight are on."""
+        return {handle.level for _, handle in self._under_way if handle.level is not None}
 
     def advance(self) -> None:
-        """Wait for the hop in flight and issue the next one, if there is one."""
-        if self._handle is not None:
-            self._handle.wait()
-            self._handle = next(self._chain, None)
+        """Wait for the hop in flight of every chain and issue its next one, if there is one."""
+        going_on = []
+        for chain, handle in self._under_way:
+            handle.wait()
+            going_on += _issued((chain,))
+        self._under_way = going_on
 
     def land(self) -> None:
         """Advance to the end."""
         while not self.landed:
             self.advance()
+
+
+def _issued(chains: tuple[Iterator[Handle], ...]) -> list[tuple[Iterator[Handle], Handle]]:
+    """The chains that have a next hop, with it."""
+    return [(chain, handle) for chain in chains if (handle := next(chain, None)) is not None]

@@ -37,6 +37,11 @@ class Handle:
             entry.started_s = time.perf_counter()
         outstanding.add(self)
 
+    @property
+    def level(self) -> str | None:
+        """Name of the level whose links carry it; None if nothing is sent."""
+        return None if self._entry is None else self._entry.level
+
     def wait(self) -> None:
         """Block until the result is in place. Calling it twice is a bug, and raises AssertionError."""
         assert not self._waited, f"handle waited for twice: {self._entry}"

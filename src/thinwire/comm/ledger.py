@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -50,16 +51,25 @@ class StepWire:
 
 @dataclass
 class Ledger:
-    """Collects entries; `drain()` hands them over and starts anew. `fallbacks` counts codecs that could not be used."""
+    """Collects entries; `drain()` hands them over and starts anew."""
 
     _entries: list[Entry] = field(default_factory=list)
-    fallbacks: dict[str, int] = field(default_factory=dict)
 
     def open(self, *, level: str, kind: str, purpose: str, payload_bytes: int, sent_bytes: int, codec: str) -> Entry:
         """Record a collective that is being issued now."""
         entry = Entry(level, kind, purpose, payload_bytes, sent_bytes, codec, queued_s=time.perf_counter())
         self._entries.append(entry)
         return entry
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is issued inside (a validation) is no part of any step, and is forgotten."""
+        kept = self._entries
+        self._entries = []
+        try:
+            yield
+        finally:
+            self._entries = kept
 
     def drain(self) -> StepWire:
         """Everything since the last drain."""

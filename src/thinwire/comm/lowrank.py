@@ -67,10 +67,20 @@ class LowRank:
     @property
     def lengths(self) -> tuple[int, int]:
         """Numbers of the two all-reduced messages."""
-        rest = sum(end - start for start, end in self._rest)
-        return rest + self._rank * sum(m.rows for m in self._matrices), self._rank * sum(
-            m.columns for m in self._matrices
+        rows, columns = (
+            sum(sizes) for sizes in ([m.rows for m in self._matrices], [m.columns for m in self._matrices])
         )
+        return self.uncoded + self._rank * rows, self._rank * columns
+
+    @property
+    def uncoded(self) -> int:
+        """Numbers that are summed as they are: of no matrix, or of one too small to gain."""
+        return sum(end - start for start, end in self._rest)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of a part, coded or not."""
+        return self._n
 
     @property
     def started(self) -> list[tuple[Matrix, Tensor]]:

@@ -9,6 +9,11 @@ from torch import Tensor
 COMPUTE_DTYPES: Mapping[str, torch.dtype] = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def computed_in(dtype: torch.dtype, chosen: str) -> torch.dtype:
+    """fp32 weights are computed with in the plan's precision; others keep the one they were given in."""
+    return COMPUTE_DTYPES[chosen] if dtype == torch.float32 else dtype
+
+
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
     """Masters, gradient sums and optimizer states: fp64 for fp64 weights, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

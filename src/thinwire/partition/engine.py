@@ -15,18 +15,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.flight import Flight
-from thinwire.comm.handle import Handle
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.partition import carried
 from thinwire.partition.dtypes import COMPUTE_DTYPES, master_dtype, norm_of, sum_of_squares
 from thinwire.partition.flat import Cut, Flat
+from thinwire.partition.guard import check_whole, refuse_backward, refuse_gradient, tensors_in
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece, Share
+from thinwire.partition.state_dict import hook_state_dict
 from thinwire.partition.units import UnitModules, find_units
 from thinwire.partition.wire import codecs_of, low_rank_of
 from thinwire.plan import Plan
@@ -62,6 +63,7 @@ class Sharded:
         self.timeline: list[str] = []
         """What was issued in the latest micro-batch and step, in order."""
         self._keep = plan.partition.keep_gathered
+        self._slowest = next((level.name for level in reversed(world.cluster.levels) if level.fanout > 1), None)
         self.units = [self._unit(found) for found in find_units(module, units)]
         self._order: list[Unit] = []
         """Units in order of first use in forward."""
@@ -76,6 +78,10 @@ class Sharded:
         module.register_forward_hook(lambda module, args, out: self._after_root())
         for index, unit in enumerate(self.units):
             self._hook(index, unit)
+        self._full = False
+        """Whether `full_parameters` is entered."""
+        hook_state_dict(module, self.full_parameters, copies=plan.depths[0] >= 0)
+        self.at_step(0)
 
     # -- making it -----------------------------------------------------------------------------------------------------
 
@@ -126,6 +132,7 @@ class Sharded:
         for unit in self.units:
             unit.waiting = len(unit.trained)
             for flat in unit.flats:
+                check_whole(flat, refreshing=unit.refreshing is not None)
                 flat.absorb_edits()
         try:
             yield
@@ -145,10 +152,11 @@ class Sharded:
     def _after_forward(self, unit: Unit, out: Any) -> None:
         if self._backward:
             return
-        if self._inside and torch.is_grad_enabled():
-            for tensor in _tensors(out):
+        if torch.is_grad_enabled():
+            hook = (lambda _: self._before_backward(unit)) if self._inside else refuse_backward
+            for tensor in tensors_in(out):
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda _: self._before_backward(unit))  # type: ignore[no-untyped-call]
+                    tensor.register_hook(hook)  # type: ignore[no-untyped-call]
         if not (self._inside and (unit.keep or unit.resident)):
             self._release(unit)
 
@@ -178,7 +186,9 @@ class Sharded:
     def _grad_came(self, index: int) -> None:
         unit = self.units[index]
         unit.waiting -= 1
-        if unit.waiting == 0 and self._inside:
+        if not self._inside or unit.waiting < 0:
+            refuse_gradient(f"unit {unit.name or 'root'}", inside=self._inside)
+        if unit.waiting == 0:
             self._complete.append(index)
             self._reduce_ready()
 
@@ -220,7 +230,7 @@ class Sharded:
     def _start_gather(self, unit: Unit) -> None:
         self._land_refresh(unit)
         self._note("gather", unit)
-        unit.gathering = Flight(_chained([flat.gather_chain() for flat in unit.flats]))
+        unit.gathering = Flight(*(flat.gather_chain() for flat in unit.flats))
 
     def _land_gather(self, unit: Unit) -> None:
         if unit.gathering is not None:
@@ -249,9 +259,9 @@ class Sharded:
     def at_step(self, step: int) -> None:
         """Steps taken so far: what stochastic rounding draws its numbers from, besides rank and position."""
         self._step = step
-        for unit in self.units:
-            for flat in unit.flats:
-                flat.salt(step * self.world.size + self.world.rank)
+        flats = (flat for unit in self.units for flat in unit.flats)
+        for number, flat in enumerate(flats):
+            flat.salt(step, number)
 
     def loaded(self) -> None:
         """The masters were written from outside: everything derived from them is stale, and is made anew exactly."""
@@ -272,7 +282,7 @@ class Sharded:
             self._land_refresh(unit)
         yield
         for unit in chosen:
-            Flight(_chained([flat.spread_chain() for flat in unit.flats if flat.trained])).land()
+            Flight(*(flat.spread_chain() for flat in unit.flats if flat.trained)).land()
             self._refresh(unit, exact=exact)
 
     def _refresh(self, unit: Unit, *, exact: bool) -> None:
@@ -280,8 +290,7 @@ class Sharded:
         self._land_gather(unit)
         self._release(unit)
         self._note("refresh", unit)
-        chains = [flat.refresh_chain(exact=exact) for flat in unit.flats if exact or flat.trained]
-        unit.refreshing = Flight(_chained(chains))
+        unit.refreshing = Flight(*(flat.refresh_chain(exact=exact) for flat in unit.flats if exact or flat.trained))
 
     def drain(self) -> None:
         """Land everything in flight; call it before reading state or evaluating."""
@@ -300,13 +309,18 @@ class Sharded:
         while self._issued < len(self._reductions) and self._reductions[self._issued] in self._complete:
             unit = self.units[self._reductions[self._issued]]
             self._issued += 1
-            for flight in self._flights:
-                flight.advance()
+            self._advance_older()
             self._note("reduce", unit)
-            chains = [flat.reduce_chain(last=self._last) for flat in unit.flats if flat.trained]
-            self._flights.append(Flight(_chained(chains)))
+            flight = Flight(*(flat.reduce_chain(last=self._last) for flat in unit.flats if flat.trained))
+            self._flights.append(flight)
             while self._flights and self._flights[0].landed:
                 self._flights.popleft()
+
+    def _advance_older(self) -> None:
+        """Earlier reductions go on by a hop; the latest is let be on the slowest links, which shall never run dry."""
+        for flight in self._flights:
+            if flight is not self._flights[-1] or self._slowest not in flight.levels:
+                flight.advance()
 
     def _agreed_order(self) -> list[int]:
         """The order in which gradients came on rank 0, then the units that got none."""
@@ -333,7 +347,7 @@ class Sharded:
 
         Rounded to the gradients' precision, so that it does not depend on how the sum was cut.
         """
-        own = sum(sum_of_squares(flat.reduced) for unit in self.units for flat in unit.flats if flat.trained)
+        own = sum(sum_of_squares(flat.reduced_used) for unit in self.units for flat in unit.flats if flat.trained)
         total = torch.tensor([own], dtype=torch.float64)
         all_reduce_small(total, world=self.world, op="sum", levels=range(self.plan.depths[2] + 1))
         return norm_of(total.item(), {flat.grads.dtype for unit in self.units for flat in unit.flats if flat.trained})
@@ -390,15 +404,27 @@ class Sharded:
 
     @contextmanager
     def full_parameters(self) -> Iterator[None]:
-        """Inside, every parameter of the module is whole. All ranks enter together; reading only."""
-        self.drain()
-        for unit in self.units:
-            self._use(unit)
+        """Inside, every parameter of the module is whole, to be read, or written alike on all ranks.
+
+        All ranks enter together. Inside another one it does nothing.
+        """
+        outermost, self._full = not self._full, True
+        if outermost:
+            self.drain()
+            for unit in self.units:
+                self._use(unit)
         try:
             yield
         finally:
-            for unit in self.units:
-                self._release(unit)
+            self._full = not outermost
+            if outermost:
+                self._close_full()
+
+    def _close_full(self) -> None:
+        for unit in self.units:
+            for flat in unit.flats:
+                flat.absorb_edits()
+            self._release(unit)
 
     # -- small things --------------------------------------------------------------------------------------------------
 
@@ -419,20 +445,3 @@ def shard(module: nn.Module, plan: Plan, world: World, units: Sequence[str] | No
     if plan.levels != levels:
         raise PlanError(f"the plan is for levels {plan.levels}, this world has {levels}; make the plan anew")
     return Sharded(module, plan, world, units)
-
-
-def _chained(chains: list[Iterator[Handle]]) -> Iterator[Handle]:
-    for chain in chains:
-        yield from chain
-
-
-def _tensors(out: Any) -> Iterator[Tensor]:
-    """The tensors in a module's output, whatever it is made of."""
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, dict):
-        for value in out.values():
-            yield from _tensors(value)
-    elif isinstance(out, list | tuple):
-        for value in out:
-            yield from _tensors(value)

@@ -7,6 +7,7 @@ Exactness: the sums of every partition nest in the same order (inner level first
 the owner too, uses what was decoded from the wire, so replicas hold the same bits.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from thinwire.comm.handle import Handle
 from thinwire.comm.lowrank import LowRank, Matrix
 from thinwire.comm.residual import Residual
 from thinwire.comm.world import World
-from thinwire.partition.layout import Interval, Layout, interval, matrices_in
+from thinwire.partition.layout import Interval, Layout, Slot, interval, matrices_in
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
 from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, SPREAD, Flow
@@ -69,12 +70,16 @@ class Flat:
         self.grads = torch.zeros(len(self.at(cut.lg)) if self.trained else 0, dtype=master, device=self._device)
         self._begun = False
         """Whether the sums hold anything of the step under way; what they held before counts for nothing."""
-        self._reduced: Tensor | None = None
+        self._complete = False
+        """Whether the sums at lo are those of the whole step."""
         self.low_rank = self._make_low_rank()
         self.residual = Residual() if self.low_rank is None else self.low_rank.residual
         self._make_whole()
-        self._nothing = torch.empty(0, dtype=compute, device=self._device)
+        away = torch.full((), math.nan, dtype=compute, device=self._device)
+        self._away = [away.expand(slot.shape) for slot in self.layout.slots]
+        """What parameters are while their weights are not here: of the right shape, and not a number wherever read."""
         self.gathered = cut.lp < 0
+        self._step, self._number, self._draws = 0, 0, 0
         self._point(self._views)
         if not self.gathered:
             self.release()
@@ -132,10 +137,18 @@ class Flat:
         """Bytes of a weight as it is computed with."""
         return self._whole.element_size()
 
-    def salt(self, number: int) -> None:
-        """What the codecs' stochastic rounding draws from until the next call."""
-        for codec in (*self.cut.weights.values(), *self.cut.grads.values()):
-            codec.salt = number
+    def salt(self, step: int, number: int) -> None:
+        """What stochastic rounding draws from: steps taken so far, and the number of this buffer among all."""
+        self._step, self._number, self._draws = step, number, 0
+
+    def _coding(self, codecs: Mapping[int, Codec], level: int, depth: int) -> Codec:
+        """The codec of a level, about to code anew. Ranks that hold the same interval at `depth` draw the same numbers."""
+        codec, part = codecs.get(level, IDENTITY), self.at(depth)
+        if codec is not IDENTITY:
+            self._draws += 1
+            who = part.start // len(part)
+            codec.salt = (((self._step << 20) + self._number << 12) + self._draws) * self.world.size + who
+        return codec
 
     def flow(self, gathers: int) -> Flow:
         """What the traffic formula needs to know of this buffer."""
@@ -155,18 +168,17 @@ class Flat:
             self._whole.data.copy_(part)
         for level in reversed(levels):
             out = self._whole.data if level == levels[0] else self._like(part, self.at(level - 1))
-            yield all_gather(
-                out, part, world=self.world, level=level, purpose=P_GATHER, codec=self.cut.weights.get(level, IDENTITY)
-            )
+            codec = self._coding(self.cut.weights, level, level)
+            yield all_gather(out, part, world=self.world, level=level, purpose=P_GATHER, codec=codec)
             part = out
         self._point(self._views)
         self.gathered = True
 
     def release(self) -> None:
-        """Give the whole weights' memory back; the parameters have no elements until they are gathered again."""
+        """Give the whole weights' memory back; the parameters cannot be used until they are gathered again."""
         if self.cut.lp < 0:
             return
-        self._point([self._nothing] * len(self._views))
+        self._point(self._away)
         if (
             not self._whole.untyped_storage().resizable()
         ):  # somebody looked at it as a numpy array and may still hold it
@@ -178,22 +190,25 @@ class Flat:
         """Weights at depth lp from the masters at lo: after a step, or (`exact`, nothing coded) after a load."""
         if self._shared:
             return
-        held, part = self.weights, self.master
+        held, part = self.weights.data, self.master
         for level in reversed(self._levels(self.cut.lp + 1, self.cut.lo)):
-            codec = IDENTITY if exact else self.cut.weights.get(level, IDENTITY)
+            codec = IDENTITY if exact else self._coding(self.cut.weights, level, level)
+            there = held[self.at(level - 1).inside(self.at(self.cut.lp))]
             if level in self.cut.delta_levels and not exact:
                 reference = held[self.at(level).inside(self.at(self.cut.lp))]
                 change = self._empty(self.at(level - 1), part.dtype)
                 yield all_gather(
                     change, part - reference, world=self.world, level=level, purpose=P_REFRESH, codec=codec
                 )
-                part = held[self.at(level - 1).inside(self.at(self.cut.lp))] + change
+                part = there + change
             else:
                 sent = part.to(self._compute) if codec is IDENTITY else part
-                out = self._empty(self.at(level - 1), sent.dtype)
+                in_place = sent.dtype == held.dtype and not self.cut.delta_levels
+                out = there if in_place else self._empty(self.at(level - 1), sent.dtype)
                 yield all_gather(out, sent, world=self.world, level=level, purpose=P_REFRESH, codec=codec)
                 part = out
-        held.data.copy_(part)
+        if part.data_ptr() != held.data_ptr():
+            held.copy_(part)
 
     def spread_chain(self) -> Iterator[Handle]:
         """This rank's share of the masters to the replicas of these masters, outermost level first."""
@@ -221,17 +236,38 @@ class Flat:
     def _versions(self) -> list[int]:
         return [parameter._version for parameter in self.parameters.values()]
 
-    def absorb_edits(self) -> bool:
-        """Take writes into replicated parameters (load_state_dict, a manual edit) over into the masters."""
-        if self.cut.lp >= 0 or self._versions() == self._seen:
-            return False
-        mine, now = self.at(self.cut.lo), self._versions()
-        for slot, before, after in zip(self.layout.slots, self._seen, now, strict=True):
+    def written(self) -> list[str]:
+        """Names of the parameters that somebody wrote to since the last `absorb_edits`."""
+        changed = zip(self.parameters, self._seen, self._versions(), strict=True)
+        return [name for name, before, now in changed if before != now]
+
+    def absorb_edits(self) -> None:
+        """Take writes into whole parameters (load_state_dict, a manual edit) over into the states made from them."""
+        written = set(self.written())
+        for slot in self.layout.slots:
+            if slot.name in written:
+                self._take_over(slot)
+        self._seen = self._versions()
+
+    def _take_over(self, slot: Slot) -> None:
+        whole = self._whole.detach()
+        for depth, held in ((self.cut.lp, self.weights), (self.cut.lo, self.master)):
+            mine = self.at(depth)
             met = mine.meet(slot)
-            if before != after and len(met) and not self._shared:
-                self.master[met.inside(mine)] = self._whole.detach()[met.start : met.end].to(self._master_dtype)
-        self._seen = now
-        return True
+            if held is not self._whole and len(met):
+                held[met.inside(mine)] = whole[met.start : met.end].to(held.dtype)
+
+    def detached(self) -> str | None:
+        """The name of a parameter that is no longer what this buffer made of it; None if all are."""
+        views = self._views if self.gathered else self._away
+        for (name, parameter), view in zip(self.parameters.items(), views, strict=True):
+            if (
+                parameter.data_ptr() != view.data_ptr()
+                or parameter.dtype != view.dtype
+                or parameter.requires_grad != self.trained
+            ):
+                return name
+        return None
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
@@ -276,35 +312,36 @@ class Flat:
             return
         part = self.grads
         for level in self._levels(self.cut.lg + 1, self.cut.lo):
-            out = self._like(part, self.at(level))
+            out = self._sums_at(level)
             if self.low_rank is not None and level == self.low_rank.level:
                 yield from self.low_rank.reduce(out, part, self.at(level).inside(self.at(level - 1)))
             else:
                 yield self._reduce(out, part, level)
             part = out
-        yield from self._all_reduce(part, self.cut.lo + 1)
+        yield from self._all_reduce()
+        self._complete = True
 
-    def _all_reduce(self, part: Tensor, first: int) -> Iterator[Handle]:
+    def _sums_at(self, depth: int) -> Tensor:
+        """The part of the gradient sums that this rank holds at `depth`, outside lg: what goes further is left behind."""
+        return self.grads[self.at(depth).inside(self.at(self.cut.lg))]
+
+    def _all_reduce(self) -> Iterator[Handle]:
         """Sum over the replicas: reduce-scatter outwards, gather back inwards, each with the level's codec."""
-        levels = self._levels(first, len(self.world.cluster.levels) - 1)
-        parts = [part]
-        low_rank = self.low_rank if levels and self.low_rank is not None else None
+        levels = self._levels(self.cut.lo + 1, len(self.world.cluster.levels) - 1)
+        held = [self._sums_at(self.cut.lo)]
+        low_rank = self.low_rank if levels else None
         for level in levels if low_rank is None else levels[:-1]:
-            out = self._like(part, self.at(level))
-            yield self._reduce(out, parts[-1], level)
-            parts.append(out)
+            held.append(self._sums_at(level))
+            yield self._reduce(held[-1], held[-2], level)
         if low_rank is not None:  # it sums without cutting, and is the last
-            out = torch.empty_like(parts[-1])
-            yield from low_rank.reduce(out, parts[-1], slice(None))
-            parts[-1] = out
+            yield from low_rank.reduce(held[-1], held[-1], slice(None))
         for level in reversed(levels if low_rank is None else levels[:-1]):
-            inner = parts.pop()
-            codec = self.cut.grads.get(level, IDENTITY)
-            yield all_gather(parts[-1], inner, world=self.world, level=level, purpose=G_GATHER, codec=codec)
-        self._reduced = parts[0]
+            inner = held.pop()
+            codec = self._coding(self.cut.grads, level, level)
+            yield all_gather(held[-1], inner, world=self.world, level=level, purpose=G_GATHER, codec=codec)
 
     def _reduce(self, out: Tensor, part: Tensor, level: int) -> Handle:
-        codec = self.cut.grads.get(level, IDENTITY)
+        codec = self._coding(self.cut.grads, level, len(self.world.cluster.levels) - 1)
         if level == self.cut.feedback_level:
             part = self._with_residual(part, codec, self.world.fanout(level))
         return reduce_scatter(out, part, world=self.world, level=level, purpose=G_REDUCE, codec=codec)
@@ -320,8 +357,14 @@ class Flat:
     @property
     def reduced(self) -> Tensor:
         """The summed gradient of this rank's masters; complete after the last micro-batch's chain has landed."""
-        assert self._reduced is not None, "gradients are not reduced yet"
-        return self._reduced
+        assert self._complete, "gradients are not reduced yet"
+        return self._sums_at(self.cut.lo)
+
+    @property
+    def reduced_used(self) -> Tensor:
+        """`reduced` without the padding, into which codecs may put noise."""
+        mine = self.at(self.cut.lo)
+        return self.reduced[: max(0, min(len(mine), self.layout.used - mine.start))]
 
     def applied(self) -> None:
         """The step was taken: keep what error feedback lost, start new sums."""
@@ -330,8 +373,7 @@ class Flat:
 
     def dropped(self) -> None:
         """Forget the gradients and what this step would have lost."""
-        self._reduced = None
-        self._begun = False
+        self._begun = self._complete = False
         (self.low_rank or self.residual).dropped()
 
     # -- what others see -----------------------------------------------------------------------------------------------

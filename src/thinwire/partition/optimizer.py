@@ -3,6 +3,9 @@
 The engine hands out `Owned` parts: flat views of its fp32 masters and of their summed gradients, one per parameter that
 the rank's interval meets. Any optimizer whose update of an element depends on that element alone (AdamW, SGD, Lion, ...)
 then computes what it would on whole tensors, with its own fused or foreach kernels.
+
+Saved of its state, parameter by parameter: what has a number for each element, and what is a single number (NAdam's
+product of momenta), but for the count of steps, which `updates` is.
 """
 
 from collections.abc import Callable
@@ -12,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from thinwire.errors import PlanError
 from thinwire.partition.pieces import Piece
 
 
@@ -84,11 +88,15 @@ class ShardedOptimizer:
         self._engine.dropped()
 
     def for_save(self) -> list[Piece]:
-        """The state tensors that this rank is to write: `optimizer.KEY/PARAMETER`."""
-        return [piece for part in self._owned if self._engine.saves(part) for piece in self._pieces(part)]
+        """The states that this rank is to write: `optimizer.KEY/PARAMETER`. A single number is written by one rank.
+
+        Raises PlanError, on every rank that owns anything, for a state that can be neither cut nor saved.
+        """
+        pieces = [(part, piece) for part in self._owned for piece in self._pieces(part)]
+        return [piece for part, piece in pieces if self._engine.saves(part) and (piece.shape or part.offset == 0)]
 
     def for_load(self) -> list[Piece]:
-        """Every state tensor of this rank, made if the first step is yet to come."""
+        """Every state of this rank, made if the first step is yet to come. Raises PlanError as `for_save` does."""
         self._materialise()
         return [piece for part in self._owned for piece in self._pieces(part)]
 
@@ -97,8 +105,10 @@ class ShardedOptimizer:
         self.updates = updates
         self._engine.at_step(updates)
         for state in self._states():
-            if "step" in state:
+            if isinstance(state.get("step"), Tensor):
                 state["step"].fill_(float(updates))
+            elif "step" in state:
+                state["step"] = type(state["step"])(updates)
 
     def _states(self) -> list[dict[str, Any]]:
         if self._optimizer is None:
@@ -107,11 +117,21 @@ class ShardedOptimizer:
 
     def _pieces(self, part: Owned) -> list[Piece]:
         assert self._optimizer is not None
-        return [
-            Piece(f"optimizer.{key}/{part.name}", part.shape, part.offset, value)
-            for key, value in self._optimizer.state[part.master].items()
-            if isinstance(value, Tensor) and value.shape == part.master.shape and key != "step"
-        ]
+        state = self._optimizer.state[part.master]
+        return [self._piece(part, key, value) for key, value in state.items() if key != "step" and value is not None]
+
+    def _piece(self, part: Owned, key: str, value: object) -> Piece:
+        name = f"optimizer.{key}/{part.name}"
+        if isinstance(value, Tensor) and value.shape == part.master.shape:
+            return Piece(name, part.shape, part.offset, value)
+        if isinstance(value, Tensor) and value.dim() == 0:
+            return Piece(name, (), 0, value.view(1))
+        kind = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
+        raise PlanError(
+            f"{type(self._optimizer).__name__}'s state {key!r} of {part.name} {kind}: neither a number for each of its "
+            f"{part.master.numel()} elements here nor a single tensor of one, so it cannot be saved or loaded under another "
+            "cut; take an optimizer whose update of an element depends on that element alone, such as AdamW"
+        )
 
     def _materialise(self) -> None:
         """Make the optimizer create its states: a step with zero gradients and zero learning rate, then undone."""

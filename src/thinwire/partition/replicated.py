@@ -12,7 +12,7 @@ from torch import nn
 
 from thinwire.comm.collectives import all_reduce
 from thinwire.comm.world import World
-from thinwire.partition.dtypes import COMPUTE_DTYPES, master_dtype, norm_of, sum_of_squares
+from thinwire.partition.dtypes import computed_in, master_dtype, norm_of, sum_of_squares
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
 from thinwire.plan import Plan
@@ -31,7 +31,7 @@ class Replicated:
             name: torch.zeros_like(m) for name, m in self._masters.items() if self._parameters[name].requires_grad
         }
         for p in self._parameters.values():
-            p.data = p.data.to(COMPUTE_DTYPES[plan.compute_dtype])
+            p.data = p.data.to(computed_in(p.dtype, plan.compute_dtype))
         self.loaded()
 
     @contextmanager

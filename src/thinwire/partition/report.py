@@ -1,5 +1,9 @@
-"""What a cut costs, said before the first step: state -> level -> bytes per rank, level -> bytes sent per step."""
+"""What a cut costs, said before the first step: state -> level -> bytes per rank, level -> bytes sent per step.
 
+And what the plan's codecs do not do: numbers that travel uncoded, codecs that have nothing to code.
+"""
+
+from dataclasses import dataclass
 from functools import partial
 
 from thinwire.comm.codec import IDENTITY, Codec
@@ -36,6 +40,37 @@ def _flow_bytes(sharded: Sharded, flat: Flat, gathers: int) -> dict[int, dict[st
     weights = [partial(bytes_of, flat.cut.weights.get(level, IDENTITY), flat.compute_bytes) for level in levels]
     grads = [partial(bytes_of, flat.cut.grads.get(level, IDENTITY), flat.master.element_size()) for level in levels]
     return step_bytes(flat.flow(gathers), fanouts, accumulate=sharded.plan.accumulate, weights=weights, grads=grads)
+
+
+@dataclass(frozen=True)
+class Uncoded:
+    """Of `of` numbers that this rank sums at a level per step, `numbers` travel without the codec that the plan names."""
+
+    codec: str
+    numbers: int
+    of: int
+
+
+def uncoded(sharded: Sharded) -> dict[str, Uncoded]:
+    """level name -> what `lowrank` sums as it is there: what is no matrix, or too small to gain, and padding."""
+    found: dict[str, Uncoded] = {}
+    for low_rank in (flat.low_rank for unit in sharded.units for flat in unit.flats):
+        if low_rank is not None:
+            name = sharded.world.level_name(low_rank.level)
+            before = found.get(name, Uncoded("lowrank", 0, 0))
+            found[name] = Uncoded("lowrank", before.numbers + low_rank.uncoded, before.of + low_rank.numbers)
+    return {name: counted for name, counted in found.items() if counted.numbers}
+
+
+def idle_codecs(sharded: Sharded) -> dict[str, str]:
+    """`weights.LEVEL` or `grads.LEVEL` -> the codec that the plan names there, where nothing of the kind is sent."""
+    sent = predicted_bytes(sharded)
+    return {
+        f"{direction}.{level}": codec
+        for direction, kind in (("weights", "P-"), ("grads", "G-"))
+        for level, codec in getattr(sharded.plan.wire, direction).items()
+        if codec != "fp32" and not any(purpose.startswith(kind) for purpose in sent.get(level, {}))
+    }
 
 
 def held_bytes(sharded: Sharded) -> dict[str, int]:

@@ -3,13 +3,13 @@
 from rich.table import Table
 
 from thinwire.partition.engine import Sharded
-from thinwire.partition.report import held_bytes, predicted_bytes
+from thinwire.partition.report import held_bytes, idle_codecs, predicted_bytes, uncoded
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.units import show_bytes
 
 
 def plan_table(sharded: Sharded, sync: OuterSync | None = None) -> Table:
-    """state -> level -> bytes on this rank; level -> purpose -> bytes per step by the formula."""
+    """state -> level -> bytes on this rank; level -> purpose -> bytes per step by the formula; what codecs leave out."""
     partition, held = sharded.plan.partition, held_bytes(sharded)
     table = Table("what", "where", "bytes on rank 0", title=f"plan {partition}", title_justify="left")
     for state in ("params", "grads", "optimizer"):
@@ -22,6 +22,11 @@ def plan_table(sharded: Sharded, sync: OuterSync | None = None) -> Table:
         for purpose, count in purposes.items():
             codec = _codec(sharded, level, purpose)
             table.add_row(f"{purpose} a step", f"{level}{codec}", show_bytes(count))
+    table.add_section()
+    for level, left in uncoded(sharded).items():
+        table.add_row("not coded", f"{level} ({left.codec})", f"{left.numbers:,} of {left.of:,} numbers")
+    for where, codec in idle_codecs(sharded).items():
+        table.add_row("nothing to code", f"{where} ({codec})", "-")
     return table
 
 

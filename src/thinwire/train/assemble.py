@@ -1,6 +1,6 @@
 """From a job and a world to the parts of a run: model, engine, optimizer, data feed, checkpoints, telemetry."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from thinwire.parallel.apply import apply_plan
 from thinwire.partition.dtypes import COMPUTE_DTYPES
 from thinwire.partition.engine import Sharded
 from thinwire.partition.optimizer import ShardedOptimizer
-from thinwire.partition.report import held_bytes, predicted_bytes
+from thinwire.partition.report import held_bytes, idle_codecs, predicted_bytes, uncoded
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.announce import plan_table, rounds_table
 from thinwire.train.folder import CHECKPOINTS
@@ -50,6 +50,7 @@ class Parts:
     def begin(self, step: int) -> None:
         """Start feeding from `step` and, on rank 0, say that the run starts."""
         self.feed.start(step)
+        self.world.ledger.drain()  # loading is no step
         if self.world.rank == 0:
             run = self.job.config.run
             settings = self.job.config.model_dump(mode="json")
@@ -68,6 +69,8 @@ class Parts:
                 peak_origin=self.peak_origin,
                 wire_predicted=predicted_bytes(self.sharded),
                 held={**held_bytes(self.sharded), **({"outer": self.sync.held_bytes()} if self.sync else {})},
+                uncoded={level: asdict(left) for level, left in uncoded(self.sharded).items()},
+                idle_codecs=idle_codecs(self.sharded),
             )
             self.telemetry.show(plan_table(self.sharded, self.sync))
             if self.sync is not None:

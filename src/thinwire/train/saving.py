@@ -54,7 +54,9 @@ class Saver:
     def _wanted(self, found: Found) -> list[Piece]:
         """What this rank reads of a checkpoint, whoever saved it under whatever plan."""
         inner = self._parts.sharded.for_load(trained_only=self._adapters)
-        optimizer, sync, saved = self._parts.optimizer.for_load(), self._parts.sync, found.manifest.tensors
+        sync, saved = self._parts.sync, found.manifest.tensors
+        updated = int(found.manifest.meta["updates"]) > 0  # else there are no states yet: the first step makes them
+        optimizer = self._parts.optimizer.for_load() if updated else []
         if sync is None:
             return [*inner, *optimizer, *self._parts.sharded.carried_for_load(saved)]
         same = found.manifest.meta["plan"].get("sync") == sync.sync.model_dump(mode="json")

@@ -23,6 +23,13 @@ def validate(job: Job, parts: Parts, step: int) -> Score | None:
         return None
     start_s = time.perf_counter()
     parts.sharded.drain()
+    with parts.world.ledger.apart():
+        total = _score(job, parts)
+    _tell(parts, step, total, time.perf_counter() - start_s)
+    return total
+
+
+def _score(job: Job, parts: Parts) -> Score:
     with parts.sync.outer_weights() if parts.sync is not None else nullcontext():
         own = score(
             parts.model,
@@ -33,10 +40,7 @@ def validate(job: Job, parts: Parts, step: int) -> Score | None:
         )
     sums = torch.tensor([own.loss_sum, own.tokens, own.text_bytes], dtype=torch.float64)
     all_reduce_small(sums, world=parts.world, op="sum")
-    total = Score(float(sums[0]), int(sums[1]), int(sums[2]))
-    parts.world.ledger.drain()
-    _tell(parts, step, total, time.perf_counter() - start_s)
-    return total
+    return Score(float(sums[0]), int(sums[1]), int(sums[2]))
 
 
 def _share(job: Job, parts: Parts) -> Iterator[Batch]:

@@ -1,0 +1,110 @@
+"""One rank late in the middle of its collectives: nothing changes, and all ranks issue the same collectives in order."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from partition_toy import Toy, plan_of, train, weights
+from thinwire.comm import duplex
+from thinwire.comm.handle import Handle, Waitable
+from thinwire.comm.world import World
+from thinwire.partition.engine import shard
+from worlds import run_world
+
+WIRE = {"weights": {"node": "int8", "cluster": "delta-int4"}, "grads": {"node": "bf16", "cluster": "int4"}}
+SETTINGS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
+    "codecs, error feedback, kept weights": (
+        (0, 0, 1),
+        {"wire": WIRE | {"error_feedback": True}, "keep_gathered": True},
+    ),
+    "low rank": ((0, 0, 1), {"wire": {"grads": {"cluster": "lowrank"}, "rank": 1}}),
+    "gathers across both levels": ((1, 1, 1), {"wire": {"weights": {"cluster": "int8"}}, "keep_gathered": True}),
+}
+LATE = (None, 1, 2)
+"""Which rank is late: none, a neighbour of rank 0 in its node, one in the other node."""
+
+
+@contextmanager
+def late(seed: int) -> Iterator[list[float]]:
+    """Random waits between this rank's receives and its sends, and before it looks whether something has arrived."""
+    chance, waits = random.Random(seed), list[float]()
+    post, wait = duplex._post, Handle.wait
+
+    def pause() -> None:
+        if chance.random() < 0.1:
+            waits.append(chance.uniform(0.001, 0.004))
+            time.sleep(waits[-1])
+
+    def held_up(received: Any, rows: Any, group: Any) -> list[Waitable]:
+        """As `_post`, a pause before every single message."""
+        return post(received, _Pausing(rows, pause), group)
+
+    def slowly(handle: Handle) -> None:
+        pause()
+        wait(handle)
+
+    duplex._post, Handle.wait = held_up, slowly  # type: ignore[method-assign]
+    try:
+        yield waits
+    finally:
+        duplex._post, Handle.wait = post, wait  # type: ignore[method-assign]
+
+
+class _Pausing(list[Any]):
+    """Rows to send; each is handed out after a pause, when the receives are posted already."""
+
+    def __init__(self, rows: Any, pause: Callable[[], None]) -> None:
+        super().__init__(rows)
+        self._pause = pause
+
+    def __getitem__(self, index: Any) -> Any:
+        self._pause()
+        return super().__getitem__(index)
+
+
+def _run(world: World, cut: tuple[int, int, int], more: dict[str, Any]) -> tuple[Any, list[tuple[Any, ...]]]:
+    """(what training gave, the collectives that this rank issued)."""
+    world.ledger.drain()
+    engine = shard(Toy(), plan_of(world, cut, 2, **more), world)
+    seen = train(engine, world, 2, steps=2)
+    issued = [(e.level, e.kind, e.purpose, e.payload_bytes, e.codec) for e in world.ledger.drain().entries]
+    return (seen, weights(engine), engine.timeline), issued
+
+
+def _all(world: World) -> dict[str, Any]:
+    out: dict[str, Any] = {"waits": 0}
+    for name, (cut, more) in SETTINGS.items():
+        out[name] = []
+        for rank in LATE:
+            if rank == world.rank:
+                with late(seed=rank) as waits:
+                    out[name].append(_run(world, cut, more))
+                out["waits"] += len(waits)
+            else:
+                out[name].append(_run(world, cut, more))
+    return out
+
+
+@cache
+def results() -> list[dict[str, Any]]:
+    return run_world((2, 2), _all)
+
+
+def test_a_late_rank_changes_nothing() -> None:
+    assert [result["waits"] > 20 for result in results()] == [False, True, True, False], "nobody was late"
+    for result in results():
+        for name in SETTINGS:
+            assert all(run == result[name][0] for run in result[name]), name
+
+
+def test_all_ranks_issue_the_same_collectives_in_the_same_order() -> None:
+    for name in SETTINGS:
+        for number in range(len(LATE)):
+            orders = [result[name][number][1] for result in results()]
+            assert len(orders[0]) > 50
+            if name == "low rank":  # messages of other sizes where matrices are cut otherwise
+                orders = [[(*entry[:3], entry[4]) for entry in order] for order in orders]
+            assert all(order == orders[0] for order in orders), name

@@ -1,0 +1,89 @@
+"""The most memory that tensors take in a training step, every temporary counted, against the formula."""
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from partition_toy import adamw, plan_of
+from thinwire.comm.world import World
+from thinwire.partition.engine import shard
+from worlds import run_world
+
+WIDTH = 128
+UNIT_BYTES = 4 * WIDTH * WIDTH
+
+
+class Peak(TorchDispatchMode):
+    """Follows every storage that an operation touches while it lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._living: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter((args, kwargs, out)):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._living[storage._cdata] = weakref.ref(storage)
+        self.most = max(self.most, self.now())
+        return out
+
+    def now(self) -> int:
+        living = {key: storage for key, ref in self._living.items() if (storage := ref()) is not None}
+        self._living = {key: self._living[key] for key in living}
+        return sum(storage.nbytes() for storage in living.values())
+
+
+class Deep(nn.Module):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.sum()
+
+
+def _peak(world: World, cut: tuple[int, int, int], blocks: int) -> int:
+    """Most bytes in the third step, two micro-batches of one row each: activations are next to nothing."""
+    torch.manual_seed(0)
+    engine = shard(Deep(blocks), plan_of(world, cut, accumulate=2), world)
+    optimizer = adamw(engine)
+    peak = Peak()
+    with peak:
+        for _ in range(3):
+            peak.most = 0
+            for number in range(2):
+                with engine.micro_batch(last=number == 1):
+                    engine.module(torch.ones(1, WIDTH)).backward()
+            engine.finish_reduce()
+            optimizer.step()
+    engine.drain()
+    return peak.most
+
+
+CUTS = [(-1, -1, -1), (-1, -1, 1), (0, 0, 0), (0, 0, 1), (1, 1, 1)]
+
+
+def _peaks(world: World, blocks: int) -> list[int]:
+    return [_peak(world, cut, blocks) for cut in CUTS]
+
+
+@pytest.mark.parametrize("blocks", [8, 16])
+def test_a_steps_peak_is_the_formulas_at_any_depth(blocks: int) -> None:
+    """States as the table has them; of units, two of whole weights, and of gradients the one being made and two that are
+    being reduced: what is sent and what comes, for each (sums that are whole are sent from where they are)."""
+    for peaks in run_world((2, 2), _peaks, blocks):
+        for cut, most in zip(CUTS, peaks, strict=True):
+            p, g, o = ((1, 2, 4)[depth + 1] for depth in cut)
+            states = blocks * ((0 if p == o else 1 / p) + 1 / g + 3 / o)
+            units = (2 if cut[0] >= 0 else 0) + (5 if cut[1] >= 0 else 3)
+            assert most / UNIT_BYTES == pytest.approx(states + units, rel=0.05), cut
