@@ -11,6 +11,7 @@ from thinwire.partition.engine import Sharded, shard
 from thinwire.partition.optimizer import ShardedOptimizer
 from thinwire.plan import Partition, Plan
 from thinwire.rounds.config import SyncConfig
+from thinwire.rounds.schedule import Exchange
 from thinwire.sync.outer_sync import OuterSync
 from worlds import cluster_of
 
@@ -63,7 +64,9 @@ class Group:
         resolved = SyncConfig.model_validate(sync).resolve([("site", count)])
         self.sync = OuterSync(self.engine, resolved, world, groups=groups, same=same)
 
-    def train(self, steps: int, *, batch: Callable[[int, int], Tensor] | None = None) -> list[float]:
+    def train(
+        self, steps: int, *, batch: Callable[[int, int], Tensor] | None = None, tokens: float = 1.0
+    ) -> list[float]:
         """Losses of this rank; `batch(step, rank)` gives the input, of which the square of the output is the loss."""
         batch = batch or draw
         losses = []
@@ -73,7 +76,7 @@ class Group:
                 loss.backward()
             self.engine.finish_reduce()
             self.optimizer.step(grad_scale=1 / self.inner.size)
-            self.sync.after(step + 1)
+            self.sync.after(step + 1, tokens=tokens)
             losses.append(loss.item())
         self.engine.drain()
         return losses
@@ -87,6 +90,18 @@ class Group:
         """All outer weights, one vector."""
         with self.sync.outer_weights():
             return self.local()
+
+    def changes(self) -> list[Tensor]:
+        """Filled with this rank's change of every exchange from now on, as it is sent."""
+        sent: list[Tensor] = []
+        plain = self.sync._send
+
+        def send(key: Exchange) -> None:
+            sent.append(self.sync.fragments[key.fragment].change().clone())
+            plain(key)
+
+        self.sync._send = send  # type: ignore[method-assign]
+        return sent
 
     def state(self) -> list[int]:
         from thinwire.sync.identity import digest

@@ -7,6 +7,8 @@ CodecName = Literal[
 ]
 OuterCodecName = Literal["fp32", "bf16", "fp16", "int8", "int4", "int4-hadamard", "e3m0", "topk"]
 """Codecs of what worker groups send each other once a round."""
+BLOCK_CODECS = ("int8", "int4", "int4-hadamard", "e3m0")
+"""Codecs with a scale for each block of numbers; `block` and `rounding` are theirs."""
 Rounding = Literal["nearest", "stochastic"]
 
 

@@ -196,6 +196,22 @@ def test_memory_falls_with_every_cut_and_depends_on_the_stage() -> None:
     assert stages[0].live == 0 < stages[-1].live
 
 
+def test_outer_state_is_cut_over_the_whole_group_and_lies_in_host_memory() -> None:
+    """8 bytes a parameter over the K = 32 ranks of a group, 12 with error feedback; one fragment of it on a GPU."""
+    given = setting(8, 4, 2)
+    psi = given.spec.parameters
+    for sync, each in ((Sync(2, 100, fragments=4), 8), (Sync(2, 100, fragments=4, error_feedback=True), 12)):
+        for depths in [(-1, -1, -1), (1, 1, 1)]:
+            candidate = Candidate(depths=depths, recompute="full", sync=sync)
+            memory = peak_memory(given, candidate, place(candidate, given.cluster, given.calibration))
+            assert memory.host == pytest.approx(each * psi / 32)
+            assert memory.outer == pytest.approx(8 * psi / 32 / 4)
+    device = given.cluster.device.model_copy(update={"kind": "cpu"})
+    on_cpu = dataclasses.replace(given, cluster=given.cluster.model_copy(update={"device": device}))
+    memory = peak_memory(on_cpu, candidate, place(candidate, on_cpu.cluster, on_cpu.calibration))
+    assert memory.outer == memory.host == pytest.approx(12 * psi / 32)
+
+
 def test_fits_is_not_said_of_what_five_percent_more_would_break() -> None:
     candidate = Candidate(depths=(1, 1, 1), recompute="full")
     given = setting(8, 4)

@@ -1,14 +1,15 @@
 """Outer synchronisation on real groups of ranks: the invariants I1-I5, I7, I10-I12, I18, I19."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 from partition_toy import Toy
-from sync_toy import Group, Stack, alike, draw, sgd
+from sync_toy import WIDTH, Group, Stack, alike, draw, sgd
 from thinwire.comm.world import World
-from thinwire.errors import ConfigError
+from thinwire.errors import ConfigError, SyncError
 from thinwire.rounds.traffic import exchange_bytes
 from worlds import run_world
 
@@ -185,6 +186,24 @@ def test_i7_i8_all_groups_hold_the_same_outer_state_and_send_the_formulas_bytes(
         assert sent == [expected]
 
 
+def _second_hops(world: World, delay: int | None) -> list[int]:
+    """Steps after which an exchange was on its last hop and not applied yet."""
+    group = Group(world, {"kind": "streaming_diloco", "fragments": 1, "inner_steps": 6, "delay": delay})
+    seen = []
+    for _ in range(12):
+        group.train(1)
+        if any(pending.hops == 1 for pending in group.sync.pending):
+            seen.append(group.sync.step)
+    group.sync.settle()
+    return seen
+
+
+def test_of_three_groups_the_second_hop_travels_behind_a_step_unless_the_delay_is_one() -> None:
+    assert run_world([("site", 3)], _second_hops, None) == [[7]] * 3  # sent after 6, applied after 8; 12's is settled
+    assert run_world([("site", 3)], _second_hops, 1) == [[]] * 3
+    assert run_world([("site", 3)], _second_hops, 5) == [[9, 10]] * 3
+
+
 def _feedback_sums(world: World, how: str) -> float:
     """Largest |sum of sent + residual - sum of changes| over the elements."""
     group = Group(world, {"inner_steps": 1, "codec": how, "error_feedback": True, "mix": 0.0})
@@ -213,32 +232,124 @@ def test_i10_what_is_sent_and_the_residual_add_up_to_the_changes(codec: str) -> 
     assert all(gap < 1e-6 for gap in run_world(SITES, _feedback_sums, codec))
 
 
-def _shards(world: World, groups: list[list[int]] | None, codec: str) -> tuple[torch.Tensor, list[int]]:
-    inner = 1 if groups is None else len(next(ranks for ranks in groups if world.rank in ranks))
-    cut = ("replica", "node", "node") if inner > 1 else ("replica", "replica", "replica")
+CUT = ("replica", "node", "node")
+"""zero2 in groups of more than one rank."""
+
+
+def _shards(
+    world: World, groups: list[list[int]] | None, codec: str, cuts: list[tuple[str, str, str]]
+) -> tuple[torch.Tensor, int, int, int]:
+    """Outer weights, the largest number of cliques of a fragment, what was sent, what the formula says."""
+    number = world.rank if groups is None else next(g for g, ranks in enumerate(groups) if world.rank in ranks)
+    cut = ("replica", "replica", "replica") if groups is None else cuts[number]
     sync = {"kind": "streaming_diloco", "inner_steps": 4, "fragments": 2, "delay": 1, "codec": codec}
     group = Group(world, sync, cut=cut, groups=groups)
-    number = group.sync.group
+    world.ledger.drain()
     group.train(9, batch=lambda step, rank: draw(step, number))
-    return group.outer(), [len(places) for places in group.sync._cliques]
+    group.sync.settle()
+    sent = sum(e.sent_bytes for e in world.ledger.drain().entries if e.purpose.startswith("outer-"))
+    formula = sum(group.sync.bytes_of(each.fragment) for each in group.sync.schedule.table(9))
+    return group.outer(), max(sum(map(bool, places)) for places in group.sync.links.places), sent, formula
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_i12_the_cut_inside_the_groups_does_not_matter_and_groups_may_differ_in_size(codec: str) -> None:
-    single = run_world([("site", 2)], _shards, None, codec)[0][0]
-    fours = run_world([("flat", 4)], _shards, [[0, 1], [2, 3]], codec)
-    mixed = run_world([("flat", 6)], _shards, [[0, 1], [2, 3, 4, 5]], codec)
-    for outer, cliques in fours:
+    single = run_world([("site", 2)], _shards, None, codec, [CUT, CUT])[0][0]
+    fours = run_world([("flat", 4)], _shards, [[0, 1], [2, 3]], codec, [CUT, CUT])
+    mixed = run_world([("flat", 6)], _shards, [[0, 1], [2, 3, 4, 5]], codec, [CUT, CUT])
+    for outer, _, sent, formula in (*fours, *mixed):
         assert torch.allclose(outer, single, rtol=1e-4, atol=1e-5 if codec == "fp32" else 2e-3)
-        assert set(cliques) == {1}
-    for outer, _ in mixed:
-        assert torch.allclose(outer, single, rtol=1e-4, atol=1e-5 if codec == "fp32" else 2e-3)
-    assert max(max(cliques) for _, cliques in mixed) > 1
+        assert sent == formula > 0
+    assert {cliques for _, cliques, _, _ in fours} == {1}
+    assert max(cliques for _, cliques, _, _ in mixed) > 1
+
+
+def test_i12_groups_may_differ_in_cut_and_in_the_order_of_their_ranks() -> None:
+    """zero1 against zero3, the second group's ranks among those of the first."""
+    cuts = [("replica", "replica", "node"), ("node", "node", "node")]
+    single = run_world([("site", 2)], _shards, None, "fp32", cuts)[0][0]
+    for groups in ([[0, 1], [2, 3]], [[1, 2], [0, 3]]):
+        for outer, _, sent, formula in run_world([("flat", 4)], _shards, groups, "fp32", cuts):
+            assert torch.allclose(outer, single, rtol=1e-4, atol=1e-5)
+            assert sent == formula > 0
+
+
+def _aggregated(world: World, how: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """What this group changed in one round, by how much the outer weights moved, what was sent."""
+    group = Group(world, {"inner_steps": 2, "aggregate": how, "outer_lr": 1.0, "outer_momentum": 0.0})
+    changes, (fragment,) = group.changes(), group.sync.fragments
+    before = fragment.weights.clone()
+    world.ledger.drain()
+    group.train(2, tokens=1.0 + world.rank)
+    sent = sum(e.sent_bytes for e in world.ledger.drain().entries if e.purpose.startswith("outer-"))
+    return changes[0], before - fragment.weights, sent
+
+
+def test_every_aggregate_of_real_groups_is_that_of_their_changes_and_costs_the_same_bytes() -> None:
+    bytes_sent = set()
+    for how in ("mean", "tokens", "median", "trimmed"):
+        results = run_world([("site", 3)], _aggregated, how)
+        parts = torch.stack([change for change, _, _ in results])
+        middle = parts.median(dim=0).values
+        weights = torch.tensor([1.0, 2.0, 3.0] if how == "tokens" else [1.0, 1.0, 1.0])[:, None]
+        expected = middle if how in ("median", "trimmed") else (parts * weights).sum(0) / weights.sum()
+        for _, moved, sent in results:
+            assert torch.allclose(moved, expected, atol=1e-6), how
+            bytes_sent.add(sent)
+        assert (parts[0] - expected).abs().max() > 1e-3
+    assert len(bytes_sent) == 1
+
+
+def _one_round_late(world: World) -> tuple[list[torch.Tensor], list[torch.Tensor], bool]:
+    """CO2: the outer weights after every round, this group's changes, whether it starts a round from the outer weights."""
+    group = Group(world, {"kind": "co2", "inner_steps": 2, "outer_momentum": 0.5, "gap_penalty": False, "clip": 0.01})
+    changes, (fragment,) = group.changes(), group.sync.fragments
+    seen, together = [fragment.weights.clone()], True
+    for _ in range(4):
+        group.train(2)
+        seen.append(fragment.weights.clone())
+        together = together and torch.equal(group.local(), group.outer())
+    group.sync.settle()
+    return [*seen, fragment.weights.clone()], changes, together
+
+
+def test_i16_co2_applies_the_last_rounds_change_with_clipped_momentum() -> None:
+    (a_seen, a, together), (b_seen, b, _) = run_world(SITES, _one_round_late)
+    assert together
+    expected, momentum = a_seen[0], torch.zeros_like(a[0])
+    assert torch.equal(a_seen[1], expected)  # in the first round there is nothing to apply
+    for number in range(4):
+        momentum = (0.5 * momentum + (a[number] + b[number]) / 2).clamp(-0.01, 0.01)
+        expected = expected - momentum
+        assert torch.allclose(a_seen[number + 2], expected, rtol=1e-5, atol=1e-6), number
+        assert torch.equal(a_seen[number + 2], b_seen[number + 2])
+    assert momentum.abs().max() == 0.01
+    assert momentum.abs().min() < 0.009
+
+
+def _held(world: World, feedback: bool) -> tuple[int, int]:
+    sync = {"inner_steps": 3, "fragments": 2, "codec": "int8", "error_feedback": feedback}
+    group = Group(world, sync, cut=("replica", "node", "node"))
+    kept = [
+        tensor for f in group.sync.fragments for tensor in (f.weights, f.momentum, f.residual) if tensor is not None
+    ]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == group.sync.held_bytes()
+    return group.sync.held_bytes(), sum(p.numel() for p in Stack().parameters())
+
+
+@pytest.mark.parametrize(("feedback", "each"), [(False, 8), (True, 12)])
+def test_a_group_holds_8_bytes_a_parameter_over_its_ranks_and_4_more_with_error_feedback(
+    feedback: bool, each: int
+) -> None:
+    held = run_world([("node", 2), ("site", 2)], _held, feedback)
+    for first, second in (held[:2], held[2:]):
+        assert first[0] + second[0] == each * first[1]
+        assert abs(first[0] - second[0]) < 0.05 * first[0]
 
 
 def _eager(world: World, sync: dict[str, Any]) -> torch.Tensor:
     group = Group(world, sync)
-    group.train(9, batch=alike_of_round if world.size > 1 else draw)
+    group.train(9)
     group.sync.settle()
     return group.local()
 
@@ -249,39 +360,77 @@ def test_i18_eager_with_one_group_is_diloco() -> None:
     assert torch.allclose(eager, diloco, rtol=1e-5, atol=1e-7)
 
 
-def _late(world: World) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """By hand: the eager rule on what every group changed, for three rounds."""
+class Slope(torch.nn.Module):
+    """The square of its output grows evenly with every weight, so that all rounds change the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight @ torch.arange(1.0, WIDTH + 1) + 1000).sqrt()
+
+
+def _equal_rounds(world: World, kind: str) -> list[torch.Tensor]:
+    sync = {"kind": kind, "inner_steps": 3, "outer_lr": 0.5, "outer_momentum": 0.0}
+    group = Group(world, sync, module=Slope(), build=sgd(0.01))
+    seen = []
+    for _ in range(4):
+        group.train(3)
+        seen.append(group.sync.fragments[0].weights.clone())
+    group.sync.settle()
+    return [after - before for before, after in pairwise(seen)]
+
+
+def test_i18_eager_in_equal_rounds_of_identical_data_is_synchronous() -> None:
+    """From its second round on: in the first there is nothing of the others yet."""
+    for eager, diloco in zip(
+        run_world(SITES, _equal_rounds, "eager"), run_world(SITES, _equal_rounds, "diloco"), strict=True
+    ):
+        for moved, expected in zip(eager, diloco, strict=True):
+            assert torch.allclose(moved, expected, rtol=1e-3)
+            assert expected.abs().min() > 1e-3
+
+
+def _late(world: World, tokens: list[float]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Outer weights and changes of three rounds; in round r group 1 trains on `tokens[r]` tokens a step."""
     group = Group(world, {"kind": "eager", "inner_steps": 2, "outer_lr": 0.5, "outer_momentum": 0.0})
-    seen, changes = [], []
-    fragment = group.sync.fragments[0]
-    plain = group.sync._send
-
-    def send(key: Any) -> None:
-        changes.append(fragment.change().clone())
-        plain(key)
-
-    group.sync._send = send  # type: ignore[method-assign]
-    for _ in range(6):
-        group.train(1)
+    changes, (fragment,) = group.changes(), group.sync.fragments
+    seen = []
+    for count in tokens:
+        group.train(2, tokens=count if world.rank == 1 else 1.0)
         seen.append(fragment.weights.clone())
     group.sync.settle()
-    return seen[1::2], changes
+    return seen, changes
 
 
 def test_i18_eager_takes_its_own_newest_change_and_the_others_last() -> None:
-    (a_seen, a), (b_seen, b) = run_world(SITES, _late)
+    (a_seen, a), (b_seen, b) = run_world(SITES, _late, [1.0, 1.0, 1.0])
     for seen, own, other in ((a_seen, a, b), (b_seen, b, a)):
-        zero = torch.zeros_like(own[0])
         for number in range(1, 3):
-            late = (own[number - 1] + other[number - 1]) / 2 if number else zero
-            change = late + (own[number] - own[number - 1]) / 2
+            change = (own[number - 1] + other[number - 1]) / 2 + (own[number] - own[number - 1]) / 2
             assert torch.allclose(seen[number], seen[number - 1] - 0.5 * change, rtol=1e-5, atol=1e-6)
+
+
+def test_i18_an_eager_update_is_the_mean_over_the_groups_that_count() -> None:
+    """Group 1 is left out of rounds 0 and 1, and back in round 2."""
+    (a_seen, a), (b_seen, b) = run_world(SITES, _late, [0.0, 0.0, 1.0])
+    taken = {
+        0: [a[0] / 2, a[1], a[2]],  # before the first answer the others count as unmoved
+        1: [torch.zeros_like(b[0]), a[0], (a[1] + b[2]) / 2],
+    }
+    for group, seen in enumerate((a_seen, b_seen)):
+        for number in range(1, 3):
+            moved = seen[number - 1] - seen[number]
+            assert torch.allclose(moved, 0.5 * taken[group][number], rtol=1e-4, atol=1e-6), (group, number)
 
 
 def _strangers(world: World, what: str) -> str:
     module = Stack(seed=3 if what != "weights" or world.rank == 0 else 4)
     if what == "parameters" and world.rank == 1:
         module = Toy()  # type: ignore[assignment]
+    if what == "frozen weights":
+        module.head.requires_grad_(False).weight.data[2, 3] += 1e-6 * world.rank
     same = {"corpus": "a" if what != "corpus" or world.rank == 0 else "b"}
     try:
         Group(world, {"inner_steps": 2}, module=module, same=same)
@@ -290,25 +439,71 @@ def _strangers(world: World, what: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("what", ["weights", "parameters", "corpus"])
+def _late_strangers(world: World) -> str:
+    group = Group(world, {"inner_steps": 2})
+    with group.engine.rewriting(range(len(group.engine.units))):
+        for share in group.engine.shares():
+            share.master.add_(1.0 + 1e-6 * world.rank)
+    try:
+        group.sync.start_here()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_i19_weights_that_are_read_after_meeting_are_compared_again() -> None:
+    for said in run_world(SITES, _late_strangers):
+        assert "group 1 and group 0 do not start from the same weights" in said
+
+
+@pytest.mark.parametrize("what", ["weights", "frozen weights", "parameters", "corpus"])
 def test_i19_groups_that_do_not_start_alike_are_refused_by_name(what: str) -> None:
     for said in run_world(SITES, _strangers, what):
         assert f"group 1 and group 0 do not start from the same {what}" in said
 
 
-def _gone_astray(world: World) -> str:
-    group = Group(world, {"inner_steps": 2})
-    group.train(2)
-    if world.rank == 1:
+def _gone_astray(world: World) -> tuple[str, list[int], list[int]]:
+    """Three groups of two ranks; one rank of group 1 alters its outer state between a send and an apply."""
+    sync = {"kind": "streaming_diloco", "inner_steps": 4, "fragments": 2, "delay": 2, "codec": "fp32"}
+    group = Group(world, sync, cut=("node", "node", "node"))
+    group.train(4)
+    if world.rank == 3:
         group.sync.fragments[0].momentum[3] += 1e-7
     try:
-        group.train(2)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return str(group.sync.step)
+        group.train(10)
+    except SyncError as error:
+        return str(error), [], []
+    group.sync.settle()
+    return str(group.sync.step), group.state(), sorted(group.sync.present)
 
 
-def test_a_group_whose_outer_state_differs_is_left_out_and_stops_alone() -> None:
-    results = run_world([("site", 3)], _gone_astray)
-    assert results[0] == results[2] == "4"
-    assert results[1].startswith("SyncError: group 1: its outer weights or momentum of fragment 0")
+def test_a_group_whose_outer_state_differs_stops_with_all_its_ranks_and_the_others_go_on() -> None:
+    results = run_world([("node", 2), ("site", 3)], _gone_astray)
+    for said, _, _ in results[2:4]:
+        assert said.startswith("group 1: its outer weights or momentum of fragment 0 are not those of the other groups")
+    others = [results[rank] for rank in (0, 1, 4, 5)]
+    assert all((said, present) == ("14", [0, 2]) for said, _, present in others)
+    assert results[0][1] == results[4][1]
+    assert results[1][1] == results[5][1]
+
+
+def _astray_at_the_end(world: World, kind: str) -> str:
+    group = Group(world, {"kind": kind, "inner_steps": 2})
+    group.train(4)
+    if world.rank == 1 and kind == "eager":
+        group.sync.drain()
+        group.sync.pending[-1].change[3] += 1e-7
+    elif world.rank == 1:
+        group.sync.fragments[0].weights[3] += 1e-6
+    try:
+        group.sync.settle()
+    except SyncError as error:
+        return str(error)
+    return f"goes on with {sorted(group.sync.present)}"
+
+
+@pytest.mark.parametrize("kind", ["diloco", "eager"])
+def test_i7_the_outer_state_a_run_ends_with_is_compared_and_of_two_groups_the_first_is_trusted(kind: str) -> None:
+    first, second = run_world(SITES, _astray_at_the_end, kind)
+    assert first == "goes on with [0]"
+    assert "group 1: its outer weights or momentum are not those of the other groups after the last round" in second

@@ -66,12 +66,30 @@ def resolve(**given: object) -> Sync:
         ({"level": "node"}, "must be the outermost level; set level = 'site'"),
         ({"kind": "co2", "delay": 2}, "one whole round late; leave delay out"),
         ({"kind": "eager", "fragments": 2}, "sends the whole model at once"),
+        ({"gap_penalty": True}, "one round late, without Nesterov momentum; kind 'diloco'"),
+        ({"kind": "eager", "gap_penalty": True}, "kind 'eager' has none such; use kind = 'co2'"),
+        ({"clip": 1.0}, "clip = 1 bounds the outer step only without Nesterov momentum"),
+        ({"error_feedback": True}, "codec 'fp32' loses nothing; set a codec such as 'int8'"),
+        ({"codec": "bf16", "rounding": "stochastic"}, "rounding = 'stochastic' belongs to the block codecs"),
+        ({"codec": "topk", "block": 64}, "block = 64 belongs to the block codecs .* not to 'topk'"),
         ({"kind": "eager", "aggregate": "median"}, "replaces its own part of the mean; leave aggregate out"),
     ],
 )
 def test_impossible_rounds_get_one_sentence(given: dict[str, object], sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
         resolve(**given)
+
+
+@pytest.mark.parametrize("aggregate", ["median", "trimmed"])
+def test_two_groups_have_no_median_of_their_own(aggregate: str) -> None:
+    with pytest.raises(PlanError, match="needs at least 3 groups, there are 2; use 'mean'"):
+        SyncConfig.model_validate({"aggregate": aggregate}).resolve([("site", 2)])
+
+
+def test_the_second_hop_of_three_groups_has_a_step_to_hide_behind() -> None:
+    delays = [SyncConfig(kind="streaming_diloco").resolve([("site", groups)]).delay for groups in (1, 2, 3, 8)]
+    assert delays == [1, 1, 2, 2]
+    assert SyncConfig(kind="streaming_diloco", delay=1).resolve([("site", 4)]).delay == 1
 
 
 def test_more_fragments_than_units_and_odd_spellings_get_one_sentence() -> None:
@@ -91,7 +109,7 @@ def test_kinds_are_points_with_the_papers_settings_and_the_users_win() -> None:
         0,
     )
     streaming = SyncConfig(kind="streaming_diloco").resolve(LINK)
-    assert (streaming.codec, streaming.delay, streaming.mix, streaming.fragments) == ("e3m0", 1, 0.5, "3 blocks")
+    assert (streaming.codec, streaming.delay, streaming.mix, streaming.fragments) == ("e3m0", 2, 0.5, "3 blocks")
     local = SyncConfig(kind="local_sgd").resolve(LINK)
     assert (local.outer_lr, local.outer_momentum) == (1.0, 0.0)
     co2 = SyncConfig(kind="co2", inner_steps=7).resolve(LINK)

@@ -1,16 +1,19 @@
 """Training with worker groups: I14 and I20, what a checkpoint holds, who may go on from it, wrong input."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from runs import make_corpus, run_tree, thinwire, write_run
 from thinwire.checkpoint.read import newest_whole, read_tensors
 from thinwire.comm.world import World
 from thinwire.config import build
+from thinwire.errors import ConfigError
 from thinwire.events import read_events, steps
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE, open_folder
@@ -75,6 +78,69 @@ def test_i14_a_run_resumed_in_the_middle_of_a_round_goes_on_bit_for_bit(
         assert torch.equal(tensor, expected[name]), name
 
 
+def _train_settling(world: World, tree: dict[str, Any], at: int) -> None:
+    """As `_train`, but what is in flight after step `at` is applied then, as at the end of a run."""
+    from thinwire.train import loop
+
+    agree = loop.agree
+    loop.agree = lambda parts, step, *, tokens, last: agree(parts, step, tokens=tokens, last=last or step == at)
+    _train(world, tree)
+
+
+@pytest.mark.parametrize("kind", ["streaming", "feedback", "eager"])
+def test_a_run_that_ended_goes_on_to_more_steps_from_the_outer_weights_it_ended_with(
+    kind: str, corpus: Path, tmp_path: Path
+) -> None:
+    """What was in flight at the end was applied then: going on applies nothing a second time."""
+    plan = {"partition": "ddp", "sync": KINDS[kind]}
+    sections: dict[str, Any] = {"schedule": {"kind": "constant"}, "checkpoint": {"every_steps": 0, "keep_last": 9}}
+    run(tmp_path / "run", corpus, [2], plan, run={"steps": 8}, **sections)
+    run(tmp_path / "run", corpus, [2], plan, run={"steps": 16}, **sections)
+    whole = run_tree(tmp_path / "whole", corpus, cluster={"levels": [2]}, plan=plan, run={"steps": 16}, **sections)
+    run_world([2], _train_settling, whole, 8)
+    ends = [newest_whole(tmp_path / name / "checkpoints") for name in ("run", "whole")]
+    went_on, expected = (dict(read_tensors(path, manifest, "")) for path, manifest in ends)
+    assert went_on.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(went_on[name], tensor), name
+
+
+def _train_forgetful(world: World, tree: dict[str, Any], what: str) -> str:
+    """As `_train`, but rank 1 does not read `what` back."""
+    from thinwire.train import saving
+
+    to_load = saving.to_load
+    if world.rank == 1:
+        saving.to_load = lambda *given, same: [
+            piece for piece in to_load(*given, same=same) if not piece.name.startswith(what)
+        ]
+    try:
+        _train(world, tree)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("params/norm", "weights"),
+        ("outer/momentum/norm", "outer momentum"),
+        ("outer/pending/norm", "changes in flight"),
+    ],
+)
+def test_i19_groups_that_do_not_resume_alike_are_refused_by_name(
+    lost: str, named: str, corpus: Path, tmp_path: Path
+) -> None:
+    plan = {"partition": "ddp", "sync": {"kind": "diloco", "inner_steps": 3, "delay": 2}}
+    kept: dict[str, Any] = {"checkpoint": {"every_steps": 7, "keep_last": 9}, "run": {"steps": 8}}
+    tree = run_tree(tmp_path / "run", corpus, cluster={"levels": [2]}, plan=plan, **kept)
+    run_world([2], _train, tree)
+    forget_after(tmp_path / "run", 7)
+    for said in run_world([2], _train_forgetful, tree, lost):
+        assert f"group 1 and group 0 do not start from the same {named} " in said
+
+
 def test_any_plan_goes_on_from_the_outer_weights_and_worker_groups_from_any_plan(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     groups = {"partition": "ddp", "sync": {"kind": "diloco", "inner_steps": 7}}
@@ -122,6 +188,9 @@ def test_i20_four_bit_outer_gradients_end_where_fp32_ones_do(corpus: Path, tmp_p
         (["plan.sync.inner_steps=2", "plan.sync.fragments=3"], "fragments = 3 must be between 1 and inner_steps = 2"),
         (["plan.sync.inner_steps=4", "plan.sync.delay=4"], "delay = 4 must be below inner_steps = 4"),
         (["plan.sync.level=rack"], "'rack' is no level"),
+        (["plan.sync.fragments=3 blokcs"], "fragments = '3 blokcs' is neither a number nor like"),
+        (["plan.sync.fragments=9"], "sync.fragments = 9, but the model has only 4 units; try 4"),
+        (["plan.sync.clip=1"], "use kind = 'co2', or leave clip out"),
         (["plan.sync.kind=diloco", 'plan.partition={optimizer="node"}'], "groups agree once a round"),
     ],
 )
@@ -133,3 +202,32 @@ def test_impossible_rounds_are_answered_in_one_sentence(
     assert done.returncode == 2
     assert sentence in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_eval_and_export_give_the_outer_weights(corpus: Path, tmp_path: Path) -> None:
+    """With mixing every group keeps weights of its own: 3 steps after the last round they differ from the outer ones."""
+    folder, out = tmp_path / "run", tmp_path / "out"
+    sync = {"kind": "diloco", "inner_steps": 4, "mix": 0.5}
+    run(folder, corpus, [2], {"partition": "ddp", "sync": sync}, run={"steps": 11, "eval_sequences": 0})
+    path, manifest = newest_whole(folder / "checkpoints")
+    outer, own = (dict(read_tensors(path, manifest, prefix)) for prefix in ("params/", "groups/0/params/"))
+    assert (outer["embedding.weight"] - own["embedding.weight"]).abs().max() > 1e-4
+    scored = json.loads(thinwire("eval", folder, "--json").stdout)
+    *_, last = read_events(folder / EVENTS_FILE, "eval")
+    assert scored["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    done = thinwire("export", folder, "-o", out, "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    exported = load_file(out / "model.safetensors")
+    assert torch.equal(exported["model.embed_tokens.weight"], outer["embedding.weight"])
+
+
+def test_one_group_is_told_that_it_is_lookahead_and_what_its_outer_state_takes(corpus: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"cluster": {"levels": [1]}, "plan": {"sync": {"inner_steps": 2}}, "run": {"steps": 4}}
+    done = thinwire("train", write_run(tmp_path, corpus, **sections))
+    assert done.returncode == 0, done.stderr
+    assert "one group, every 2 steps: it agrees with itself (Lookahead, arXiv 1907.08610)" in " ".join(
+        done.stdout.split()
+    )
+    start = next(iter(read_events(tmp_path / "run" / EVENTS_FILE, "run_start")))
+    assert start["held"]["outer"] == 8 * start["parameters"]
+    assert "outer weights and momentum" in done.stdout

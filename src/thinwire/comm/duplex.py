@@ -5,8 +5,12 @@ all-to-all and ring send first: the announcement then waits behind this rank's o
 take turns. Here every receive is posted before the first send. Sends start with the next rank of the group, so that no
 two ranks begin with the same receiver. All ranks of a group issue the same calls in the same order.
 
-Shapes: k ranks of the group; one row of a matrix for each
+`among` leaves ranks of the group out, for instance because they are gone: only those at the given places take part.
+
+Shapes: k ranks of the group that take part; one row of a matrix for each
 """
+
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -14,31 +18,46 @@ from torch import Tensor
 from thinwire.comm.handle import Waitable
 
 
-def all_to_all(received: Tensor, sent: Tensor, *, group: dist.ProcessGroup) -> list[Waitable]:
-    """Row j of `sent` goes to rank j of the group, row i of `received` (k rows) comes from rank i. Wait for all works.
+def all_to_all(
+    received: Tensor, sent: Tensor, *, group: dist.ProcessGroup, among: Sequence[int] | None = None
+) -> list[Waitable]:
+    """Row j of `sent` goes to the j-th rank, row i of `received` (k rows) comes from the i-th. Wait for all works.
 
     This rank's own row is copied at once.
     """
-    if received.is_cuda:
+    places = _places(group, among)
+    if received.is_cuda and len(places) == dist.get_world_size(group):
         return [dist.all_to_all_single(received, sent, group=group, async_op=True)]
-    me, k = dist.get_rank(group), dist.get_world_size(group)
+    me = places.index(dist.get_rank(group))
     received[me].copy_(sent[me])
-    return _post(received, [sent[j] for j in range(k)], group)
+    return _post(received, list(sent), group, places)
 
 
-def all_gather(received: Tensor, row: Tensor, *, group: dist.ProcessGroup) -> list[Waitable]:
-    """Row i of `received` (k rows) becomes rank i's `row`; this rank's own may be that row itself. Wait for all works."""
-    if received.is_cuda:
+def all_gather(
+    received: Tensor, row: Tensor, *, group: dist.ProcessGroup, among: Sequence[int] | None = None
+) -> list[Waitable]:
+    """Row i of `received` (k rows) becomes the i-th rank's `row`; the own one may be that row itself. Wait for all works."""
+    places = _places(group, among)
+    if received.is_cuda and len(places) == dist.get_world_size(group):
         return [dist.all_gather_single(received.view(-1), row, group=group, async_op=True)]
-    me, k = dist.get_rank(group), dist.get_world_size(group)
+    me = places.index(dist.get_rank(group))
     if received[me].data_ptr() != row.data_ptr():
         received[me].copy_(row)
-    return _post(received, [row] * k, group)
+    return _post(received, [row] * len(places), group, places)
 
 
-def _post(received: Tensor, rows: list[Tensor], group: dist.ProcessGroup) -> list[Waitable]:
-    me, k = dist.get_rank(group), len(rows)
-    works = [dist.irecv(received[(me - d) % k], group=group, group_src=(me - d) % k) for d in range(1, k)]
-    works += [dist.isend(rows[(me + d) % k], group=group, group_dst=(me + d) % k) for d in range(1, k)]
+def _places(group: dist.ProcessGroup, among: Sequence[int] | None) -> list[int]:
+    return list(range(dist.get_world_size(group)) if among is None else among)
+
+
+def _post(received: Tensor, rows: list[Tensor], group: dist.ProcessGroup, places: list[int]) -> list[Waitable]:
+    me, k = places.index(dist.get_rank(group)), len(places)
+    sources, targets = [(me - d) % k for d in range(1, k)], [(me + d) % k for d in range(1, k)]
+    if received.is_cuda:  # NCCL wants sends and receives of several peers in one batch
+        come = [dist.P2POp(dist.irecv, received[j], group=group, group_peer=places[j]) for j in sources]
+        go = [dist.P2POp(dist.isend, rows[j], group=group, group_peer=places[j]) for j in targets]
+        return list(dist.batch_isend_irecv([*come, *go])) if k > 1 else []
+    works = [dist.irecv(received[j], group=group, group_src=places[j]) for j in sources]
+    works += [dist.isend(rows[j], group=group, group_dst=places[j]) for j in targets]
     assert all(work is not None for work in works), "every rank of a group takes part"
     return [work for work in works if work is not None]

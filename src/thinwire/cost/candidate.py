@@ -59,6 +59,7 @@ class Sync:
     overlap_steps: int = 0
     """Steps during which a fragment may travel behind compute."""
     codec: CodecName = "bf16"
+    error_feedback: bool = False
 
     def groups(self, cluster: Cluster) -> int:
         """How many groups there are: ranks of the cluster over ranks inside one member of `level`."""

@@ -35,8 +35,10 @@ class Memory:
     live: float
     """The larger of what the loss needs beside them and of a block that is live again while it is recomputed."""
     outer: float
-    """Outer weights and momentum, if they are kept on the device."""
+    """Outer weights and momentum on the device: of the fragment that is due; on a CPU, which is its own host, all."""
     framework: float
+    host: float
+    """Outer weights, momentum and the residual of error feedback, where they are kept; not in the total."""
 
     @property
     def total(self) -> float:
@@ -63,6 +65,7 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
     kept = block_bytes(setting, candidate) * counted.kind.blocks * flying
     live = whole_block_bytes(setting, candidate) if candidate.recompute == "full" else 0.0
     framework = setting.framework
+    host, due = outer_bytes(total, setting, candidate)
     return Memory(
         stage=counted.index,
         params=setting.compute_bytes * total / cut_p,
@@ -71,9 +74,23 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
         gathered=_gathered(setting, candidate, units, counted.kind, cut_p, cut_g),
         activations=kept,
         live=max(live, _logits(setting, candidate, counted.kind)),
-        outer=8.0 * total / cut_o if candidate.sync else 0.0,
+        outer=host if setting.cluster.device.kind == "cpu" else due,
         framework=float(setting.calibration.framework_bytes),
+        host=host,
     )
+
+
+def outer_bytes(parameters: float, setting: Setting, candidate: Candidate) -> tuple[float, float]:
+    """(in host memory, of the fragment that is due) of a rank whose stage and tensor part has so many parameters.
+
+    fp32 weights and momentum, and the residual with error feedback, cut over all ranks of the group that hold the same
+    parameters, whatever the partition.
+    """
+    sync = candidate.sync
+    if sync is None:
+        return 0.0, 0.0
+    own = parameters / max(1, candidate.data(setting.cluster) * candidate.context)
+    return (12.0 if sync.error_feedback else 8.0) * own, 8.0 * own / sync.fragments
 
 
 def peak_memory(setting: Setting, candidate: Candidate, axes: Axes) -> Memory:

@@ -370,11 +370,11 @@ class Sharded:
         """This rank's trained masters, for the optimizer."""
         return [part for unit in self.units for flat in unit.flats for part in flat.owned()]
 
-    def shares(self) -> list[Share]:
-        """What this rank alone stands for of every trained flat buffer, in the canonical order of the model."""
+    def shares(self, *, trained: bool = True) -> list[Share]:
+        """What this rank alone stands for of every trained (or every frozen) flat buffer, in the model's canonical order."""
         found, base = [], 0
         for index, unit in enumerate(self.units):
-            for flat in (flat for flat in unit.flats if flat.trained):
+            for flat in (flat for flat in unit.flats if flat.trained == trained):
                 first, view = flat.share()
                 named: list[tuple[str, tuple[int, ...], int, slice]] = []
                 flat.parts(lambda *part: named.append(part), depth=len(self.world.cluster.levels) - 1)  # noqa: B023

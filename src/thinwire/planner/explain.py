@@ -128,6 +128,8 @@ def _memory(memory: Memory, setting: Setting) -> list[str]:
         count = getattr(memory, name)
         if count > 0:
             lines.append(f"  {text:<26} {count / 2**30:9.2f} GiB")
+    if memory.host > 0:
+        lines.append(f"host memory: {show_bytes(memory.host)} a rank for outer states")
     return lines
 
 

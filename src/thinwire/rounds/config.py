@@ -7,13 +7,13 @@ what a user writes, `Sync` what it resolves to: every decision spelled out, one 
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from thinwire.config import Frozen, explain
 from thinwire.errors import PlanError
-from thinwire.rounds.fragments import Order
+from thinwire.rounds.fragments import Order, fragment_count
 from thinwire.rounds.schedule import Schedule
-from thinwire.wire import OuterCodecName, Rounding
+from thinwire.wire import BLOCK_CODECS, OuterCodecName, Rounding
 
 Kind = Literal["local_sgd", "diloco", "streaming_diloco", "eager", "co2", "sparse"]
 Aggregate = Literal["mean", "tokens", "median", "trimmed"]
@@ -31,10 +31,10 @@ PRESETS: dict[Kind, dict[str, Any]] = {
 """What a kind sets unless the user does.
 
 local_sgd: the average of the groups' weights (arXiv 1805.09767). diloco: outer Nesterov momentum on the groups' mean
-change (2311.08105). streaming_diloco: fragments, 4-bit outer gradients, overlap and mixing (2501.18512). eager: one
-round late, but a group's own part of the change is fresh (2502.12996). co2: one round late, with staleness-gap penalty
-and clipped outer momentum (2401.16265). sparse: top-k per chunk in 2 bits with error feedback instead of momentum
-(SparseLoCo, 2508.15706).
+change (2311.08105). streaming_diloco: fragments, 4-bit outer gradients, overlap and mixing (2501.18512); with three
+groups or more its delay is 2, see `SyncConfig.resolve`. eager: one round late, but a group's own part of the change is
+fresh (2502.12996). co2: one round late, with staleness-gap penalty and clipped outer momentum (2401.16265). sparse: top-k
+per chunk in 2 bits with error feedback instead of momentum (SparseLoCo, 2508.15706).
 """
 
 OUTER_LR = ((1, 0.4), (2, 0.6), (4, 0.6), (8, 0.8))
@@ -62,6 +62,16 @@ class SyncConfig(Frozen):
     gap_penalty: bool | None = None
     clip: float | None = Field(default=None, gt=0)
 
+    @field_validator("fragments")
+    @classmethod
+    def _countable(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str):
+            try:
+                fragment_count(value, 1)
+            except PlanError as error:
+                raise ValueError(str(error).removeprefix("sync.")) from None
+        return value
+
     def resolve(self, levels: Sequence[tuple[str, int]]) -> "Sync":
         """Every decision for (name, fanout) of each level, inner to outer. Raises PlanError with one sentence."""
         names = [name for name, _ in levels]
@@ -73,7 +83,10 @@ class SyncConfig(Frozen):
         groups = levels[-1][1]
         given = self.model_dump(exclude_none=True)
         default_lr = [lr for least, lr in OUTER_LR if least <= groups][-1]
-        decided = {"outer_lr": default_lr, **PRESETS[self.kind], **given, "level": level, "groups": groups}
+        preset = dict(PRESETS[self.kind])
+        if groups > 2 and preset.get("delay") == 1 and self.inner_steps > 2:
+            preset["delay"] = 2  # the result comes back in a second hop, which needs a step of its own to hide behind
+        decided = {"outer_lr": default_lr, **preset, **given, "level": level, "groups": groups}
         if decided.get("late"):
             if self.delay is not None and self.delay != self.inner_steps:
                 raise PlanError(f"sync.delay: kind {self.kind!r} applies one whole round late; leave delay out")
@@ -135,9 +148,36 @@ class Sync(Frozen):
             raise ValueError(
                 f"aggregate = {self.aggregate!r}: kind {self.kind!r} replaces its own part of the mean; leave aggregate out"
             )
-        if self.aggregate == "trimmed" and self.groups < 3:
-            raise ValueError(f"aggregate 'trimmed' needs at least 3 groups, there are {self.groups}; use 'mean'")
+        if self.aggregate in ("trimmed", "median") and self.groups < 3:
+            raise ValueError(
+                f"aggregate {self.aggregate!r} needs at least 3 groups, there are {self.groups}; use 'mean'"
+            )
+        self._meaningful()
         return self
+
+    def _meaningful(self) -> None:
+        """Raises ValueError for a setting that would do nothing, or nothing sound, at this point."""
+        if self.gap_penalty and (self.nesterov or not self.late):
+            raise ValueError(
+                f"gap_penalty divides a change that is one round late, without Nesterov momentum; kind {self.kind!r} has "
+                f"none such; use kind = 'co2', or leave gap_penalty out"
+            )
+        if self.clip is not None and self.nesterov:
+            raise ValueError(
+                f"clip = {self.clip:g} bounds the outer step only without Nesterov momentum, which kind {self.kind!r} has; "
+                f"use kind = 'co2', or leave clip out"
+            )
+        if self.error_feedback and self.codec == "fp32":
+            raise ValueError(
+                "error_feedback carries what coding loses, and codec 'fp32' loses nothing; set a codec such as 'int8', or "
+                "error_feedback = false"
+            )
+        if self.codec not in BLOCK_CODECS and (self.rounding != "nearest" or self.block != 128):
+            key = "block" if self.rounding == "nearest" else "rounding"
+            raise ValueError(
+                f"{key} = {getattr(self, key)!r} belongs to the block codecs ({', '.join(BLOCK_CODECS)}), not to "
+                f"{self.codec!r}; leave it out, or set codec = 'int8'"
+            )
 
     def schedule(self, fragments: int) -> Schedule:
         """The table of sends and applies, for F `fragments`. Raises PlanError if there are more than inner steps."""

@@ -8,8 +8,8 @@ aggregation function sees all contributions of a chunk at once, at no extra traf
 A message begins with 16 bytes: the weight of the contribution, and a hash of the outer state it was taken from.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -57,11 +57,27 @@ class Raw:
 
 @dataclass(frozen=True)
 class Clique:
-    """One rank of each group; `me` is this rank's place in it. `communicators` has one for each hop."""
+    """One rank of each group, in the order of their ranks, with a communicator for each hop."""
 
-    me: int
-    size: int
-    communicators: dict[str, dist.ProcessGroup]
+    groups: tuple[int, ...]
+    """The group of each rank of the communicators."""
+    present: tuple[int, ...]
+    """The places in the communicators of those that take part."""
+    communicators: Mapping[str, dist.ProcessGroup]
+
+    @property
+    def size(self) -> int:
+        """M, how many take part."""
+        return len(self.present)
+
+    @property
+    def members(self) -> list[int]:
+        """The groups that take part, in the order of their rows."""
+        return [self.groups[place] for place in self.present]
+
+    def without(self, groups: Collection[int]) -> "Clique":
+        """The clique of those that are left."""
+        return replace(self, present=tuple(place for place in self.present if self.groups[place] not in groups))
 
 
 @dataclass
@@ -72,7 +88,7 @@ class Outcome:
     """The aggregate, n elements."""
     own: Tensor
     """This member's contribution as the others decoded it."""
-    weights: list[float] = field(default_factory=list)
+    weights: dict[int, float] = field(default_factory=dict)
     """Of the contributions that count, by group; 0 for those left out."""
     astray: list[int] = field(default_factory=list)
     """Groups that are left out because their outer state is not that of the others."""
@@ -98,13 +114,13 @@ def exchange(
     if members == 1:
         outcome.own.copy_(codec.decode(codec.encode(change), n, change.dtype))
         outcome.change.copy_(aggregate(outcome.own[None], [weight], how))
-        outcome.weights = [weight]
+        outcome.weights = dict.fromkeys(clique.members, weight)
     elif swaps(members, codec.name):
         coded = codec.encode(change)
         outcome.own.copy_(codec.decode(coded, n, change.dtype))
         yield from hop.gather(torch.cat([header, coded]), SEND, change.nbytes)
         parts = hop.read(n, change.dtype, outcome)
-        outcome.change.copy_(aggregate(parts, outcome.weights, how))
+        outcome.change.copy_(aggregate(parts, list(outcome.weights.values()), how))
     else:
         chunk = chunk_elements(n, members, block)
         chunks = torch.nn.functional.pad(change, (0, members * chunk - n)).view(members, chunk)
@@ -113,9 +129,17 @@ def exchange(
         outcome.own.copy_(decoded[:n])
         yield from hop.scatter(torch.stack([torch.cat([header, part]) for part in coded_chunks]), change.nbytes)
         parts = hop.read(chunk, change.dtype, outcome)
-        mine = aggregate(parts, outcome.weights, how)
+        mine = aggregate(parts, list(outcome.weights.values()), how)
         yield from hop.gather(torch.cat([header, codec.encode(mine)]), RETURN, change.nbytes)
         outcome.change.copy_(hop.read(chunk, change.dtype, outcome).flatten()[:n])
+
+
+def check(digest: int, outcome: Outcome, *, clique: Clique, world: World, level: str) -> Iterator[Handle]:
+    """Tell the others a hash of the outer state, and nothing else; `outcome` says who is astray."""
+    hop = _Hop(world, level, clique, Raw(torch.float32))
+    if clique.size > 1:
+        yield from hop.gather(_header(1.0, digest, world.device), SEND, HEADER_BYTES, said="control")
+        hop.heads(outcome)
 
 
 class _Hop:
@@ -125,24 +149,31 @@ class _Hop:
         self._world, self._level, self._clique, self._codec = world, level, clique, codec
         self._received = torch.empty(0)
 
-    def gather(self, message: Tensor, purpose: str, payload_bytes: int) -> Iterator[Handle]:
-        """Send `message` to all members."""
-        self._received = torch.empty(self._clique.size, message.numel(), dtype=torch.uint8, device=message.device)
-        works = duplex.all_gather(self._received, message, group=self._clique.communicators[purpose])
-        yield self._handle("all_gather", purpose, payload_bytes, message.numel(), works, message)
+    def gather(self, message: Tensor, hop: str, payload_bytes: int, *, said: str | None = None) -> Iterator[Handle]:
+        """Send `message` to all members; the ledger calls it `said`, else by the name of the hop."""
+        clique = self._clique
+        self._received = torch.empty(clique.size, message.numel(), dtype=torch.uint8, device=message.device)
+        works = duplex.all_gather(self._received, message, group=clique.communicators[hop], among=clique.present)
+        yield self._handle("all_gather", said or hop, payload_bytes, message.numel(), works, message)
 
     def scatter(self, messages: Tensor, payload_bytes: int) -> Iterator[Handle]:
         """Send message m to member m."""
+        clique = self._clique
         self._received = torch.empty_like(messages)
-        works = duplex.all_to_all(self._received, messages, group=self._clique.communicators[SEND])
+        works = duplex.all_to_all(self._received, messages, group=clique.communicators[SEND], among=clique.present)
         yield self._handle("all_to_all", SEND, payload_bytes, messages.shape[1], works, messages)
+
+    def heads(self, outcome: Outcome) -> None:
+        """Whose messages, of those that came last, count: into `outcome`."""
+        headers = self._received[:, :HEADER_BYTES].cpu().contiguous()
+        weights = dict(zip(self._clique.members, headers.view(torch.float64)[:, 0].tolist(), strict=True))
+        digests = dict(zip(self._clique.members, headers.view(torch.int64)[:, 1].tolist(), strict=True))
+        outcome.astray = strays({group: digests[group] for group, weight in weights.items() if weight > 0})
+        outcome.weights = {group: 0.0 if group in outcome.astray else weight for group, weight in weights.items()}
 
     def read(self, n: int, dtype: torch.dtype, outcome: Outcome) -> Tensor:
         """The decoded numbers (M, n) of what came last; whose count, `outcome` says afterwards."""
-        headers = self._received[:, :HEADER_BYTES].cpu().contiguous()
-        weights = headers.view(torch.float64)[:, 0].tolist()
-        outcome.astray = strays(headers.view(torch.int64)[:, 1].tolist(), weights)
-        outcome.weights = [0.0 if group in outcome.astray else weight for group, weight in enumerate(weights)]
+        self.heads(outcome)
         return torch.stack([self._codec.decode(message[HEADER_BYTES:], n, dtype) for message in self._received])
 
     def _handle(

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from thinwire.partition.engine import Sharded
 from thinwire.partition.pieces import Piece, Share
+from thinwire.rounds.config import Sync
+from thinwire.rounds.fragments import deal, fragment_count
 
 
 class Fragment:
@@ -30,6 +33,12 @@ class Fragment:
     @property
     def numel(self) -> int:
         return self.weights.numel()
+
+    @property
+    def held_bytes(self) -> int:
+        """8 n, with error feedback 12 n, for fp32 masters."""
+        kept = (self.weights, self.momentum) if self.residual is None else (self.weights, self.momentum, self.residual)
+        return sum(tensor.nbytes for tensor in kept)
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -74,3 +83,19 @@ class Fragment:
         """`values` of all n elements as pieces of logical tensors."""
         pairs = zip(self.shares, self.split(values), strict=True)
         return [piece for share, part in pairs for piece in share.pieces(prefix, part)]
+
+
+def make_fragments(engine: Sharded, sync: Sync) -> list[Fragment]:
+    """The fragments of the trained units, dealt out as `sync` says. Raises PlanError if there are fewer units."""
+    shares = engine.shares()
+    units: dict[int, tuple[str, int]] = {}
+    for share in shares:
+        used = sum(flat.layout.used for flat in engine.units[share.unit].flats if flat.trained)
+        units[share.unit] = (share.unit_name, used)
+    blocks = sum(name.rpartition(".")[2].isdigit() for name, _ in units.values())
+    indices = list(units)
+    dealt = deal(list(units.values()), fragment_count(sync.fragments, blocks), sync.order)
+    chosen = [[indices[position] for position in positions] for positions in dealt]
+    return [
+        Fragment(own, [share for share in shares if share.unit in own], feedback=sync.error_feedback) for own in chosen
+    ]

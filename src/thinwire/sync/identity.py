@@ -24,7 +24,7 @@ def fingerprint(values: Tensor, start: int) -> int:
     Each element counts with 20 bits of a hash of its bits and its position; sums of up to 2^33 elements are exact in fp64.
     """
     total, size = 0, 1 << 20
-    bits = torch.int64 if values.element_size() == 8 else torch.int32 if values.element_size() == 4 else torch.int16
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[values.element_size()]
     for first in range(0, values.numel(), size):
         part = values[first : first + size].detach().cpu()
         place = torch.arange(start + first + 1, start + first + 1 + part.numel())
@@ -47,17 +47,16 @@ def compare(statements: Sequence[Mapping[str, str]], groups: Sequence[int]) -> N
             if set(values) != reference:
                 raise ConfigError(
                     f"group {group} and group 0 do not start from the same {what} ({sorted(set(values))[0][:60]} and "
-                    f"{sorted(reference)[0][:60]}); give every group the same run file and corpus"
+                    f"{sorted(reference)[0][:60]}); give every group the same run file, corpus and checkpoint"
                 )
 
 
-def strays(digests: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """The groups whose digest is not that of most groups that are in; of as many, the one with the lowest group counts."""
-    present = [group for group, weight in enumerate(weights) if weight > 0]
+def strays(digests: Mapping[int, int]) -> list[int]:
+    """The groups whose digest is not that of most; of as many on each side, that with the lowest group is trusted."""
     counts: dict[int, list[int]] = {}
-    for group in present:
+    for group in sorted(digests):
         counts.setdefault(digests[group], []).append(group)
     if len(counts) <= 1:
         return []
     trusted = max(counts.values(), key=lambda groups: (len(groups), -groups[0]))
-    return [group for group in present if group not in trusted]
+    return [group for group in sorted(digests) if group not in trusted]

@@ -1,89 +1,34 @@
 """Outer synchronisation: worker groups train on their own and agree on one fragment after the other, behind the steps.
 
 Four separate parts: when (`rounds.schedule`, a pure function of the step), how precisely (`comm.codecs`), with whom and
-how (`cliques`, `exchange`), and what is made of it (`outer`). Any partition inside the groups: each rank exchanges the
-elements it stands for directly with the ranks of the other groups that stand for the same ones, K flows side by side,
-and what it gets goes to its group's replicas over the fast links.
+how (`cliques`, `exchange`, `links`), and what is made of it (`outer`, `applying`). Any partition inside the groups: each
+rank exchanges the elements it stands for directly with the ranks of the other groups that stand for the same ones, K flows
+side by side, and what it gets goes to its group's replicas over the fast links.
 
 Work is keyed by (epoch of membership, round, fragment). A contribution of weight 0 is left out of the aggregate; nothing
 a group did locally depends on the others' answers until a round is applied.
 """
 
-import time
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.comm.codecs import make_codec
 from thinwire.comm.collectives import all_reduce_small
-from thinwire.comm.flight import Flight
-from thinwire.comm.topk import TopK
 from thinwire.comm.world import World
 from thinwire.errors import PlanError, SyncError
 from thinwire.partition.engine import Sharded
 from thinwire.rounds.config import Sync
-from thinwire.rounds.fragments import deal, fragment_count
 from thinwire.rounds.schedule import Exchange, Schedule
-from thinwire.rounds.traffic import exchange_bytes, swaps
-from thinwire.sync.cliques import Range, find_cliques, meet
-from thinwire.sync.exchange import RETURN, SEND, Clique, Coder, Outcome, Raw, exchange
-from thinwire.sync.fragment import Fragment
-from thinwire.sync.identity import compare, digest, fingerprint
-from thinwire.sync.outer import mix_into, outer_step
-
-
-@dataclass(frozen=True)
-class Round:
-    """What became of one exchange, for the log."""
-
-    epoch: int
-    round: int
-    fragment: int
-    send: int
-    apply: int
-    stall_s: float
-    """How long this rank waited for it when it was due."""
-    sent_bytes: int
-    groups: int
-    """How many groups' contributions it holds."""
-
-
-@dataclass
-class Pending:
-    """An exchange in flight, or landed and not applied."""
-
-    key: Exchange
-    change: Tensor
-    """The aggregate, filled as the cliques' parts land."""
-    own: Tensor
-    """This rank's contribution as the others decoded it."""
-    flights: list[tuple[Flight, Outcome]] = field(default_factory=list)
-    places: list[list[slice]] = field(default_factory=list)
-    sent_bytes: int = 0
-    groups: int = 0
-    on_second_hop: bool = False
-    stall_s: float = 0.0
-    """Seconds for which training stood still because it was late."""
-
-    def advance(self) -> None:
-        """Issue the second hop; waits for the first if it is late."""
-        start_s = time.perf_counter()
-        for flight, _ in self.flights:
-            flight.advance()
-        self.on_second_hop = True
-        self.stall_s += time.perf_counter() - start_s
-
-    def land(self) -> None:
-        """Wait for all of it."""
-        start_s = time.perf_counter()
-        for flight, _ in self.flights:
-            flight.land()
-        self.stall_s += time.perf_counter() - start_s
+from thinwire.sync.applying import apply_change, restart
+from thinwire.sync.eager import fresh_change
+from thinwire.sync.fragment import make_fragments
+from thinwire.sync.links import Links
+from thinwire.sync.meeting import Meeting
+from thinwire.sync.pending import Pending, Round
+from thinwire.sync.statement import layout_of, state_of
 
 
 class OuterSync:
@@ -110,99 +55,43 @@ class OuterSync:
         if len(self.groups) != sync.groups:
             raise PlanError(f"sync is for {sync.groups} groups, this world has {len(self.groups)}")
         self.group = next(number for number, ranks in enumerate(self.groups) if world.rank in ranks)
-        self.fragments = self._fragments()
+        self.fragments = make_fragments(engine, sync)
         self.schedule: Schedule = sync.schedule(len(self.fragments))
-        self._cliques = self._meet(dict(same or {}))
         self._pending: deque[Pending] = deque()
         self.tokens = torch.zeros(len(self.fragments), dtype=torch.float64)
         """Trained on since the last send of each fragment: the weight of its next contribution."""
+        self.counted = torch.ones(sync.groups, dtype=torch.float64)
+        """Weights, by group, of what an eager update holds in flight when a run is resumed."""
+        self._meeting = Meeting(world, self.groups)
+        self._same = {"parameters": layout_of(engine), "sync": sync.model_dump_json(), **(same or {})}
+        self.compare()
+        self.links = Links(sync, world, self._meeting, self.fragments)
 
-    def _fragments(self) -> list[Fragment]:
-        shares = self.engine.shares()
-        units: dict[int, tuple[str, int]] = {}
-        for share in shares:
-            used = sum(flat.layout.used for flat in self.engine.units[share.unit].flats if flat.trained)
-            units[share.unit] = (share.unit_name, used)
-        blocks = sum(name.rpartition(".")[2].isdigit() for name, _ in units.values())
-        indices = list(units)
-        dealt = deal(list(units.values()), fragment_count(self.sync.fragments, blocks), self.sync.order)
-        chosen = [[indices[position] for position in positions] for positions in dealt]
-        return [
-            Fragment(own, [share for share in shares if share.unit in own], feedback=self.sync.error_feedback)
-            for own in chosen
-        ]
+    def compare(self) -> None:
+        """Raises ConfigError, naming a group and what differs, if the groups do not hold the same now.
 
-    # -- meeting -------------------------------------------------------------------------------------------------------
+        Compared are `same`, the outer weights and momentum, what is in flight, and frozen weights; of eager updates, whose
+        groups have outer weights of their own, only those they start with. Call it again after loading weights.
+        """
+        self._meeting.compare({**self._same, **state_of(self.engine, self.fragments, self._pending, self._own_outer)})
 
-    def _meet(self, same: dict[str, str]) -> list[list[tuple[Clique, list[slice]]]]:
-        """Compare what every group starts from; for each fragment the cliques of this rank and their elements."""
-        layout = [
-            (slot.name, slot.shape, str(flat.master.dtype))
-            for unit in self.engine.units
-            for flat in unit.flats
-            for slot in flat.layout.slots
-        ]
-        mine = {"parameters": str(layout), "sync": self.sync.model_dump_json(), **same, "weights": self._weights_hash()}
-        own = ({what: f"{digest([], value):x}" for what, value in mine.items()}, self._ranges())
-        everyone = [own]
-        if self.world.size > 1:
-            everyone = [own] * self.world.size
-            dist.all_gather_object(everyone, own, group=dist.new_group(backend="gloo"))
-        ranks = [rank for group in self.groups for rank in group]
-        compare([everyone[rank][0] for rank in ranks], [n for n, group in enumerate(self.groups) for _ in group])
-        cliques = find_cliques([[(rank, everyone[rank][1]) for rank in group] for group in self.groups])
-        memberships = Counter(rank for clique in cliques for rank in clique)
-        one_each = all(memberships[rank] == 1 for rank in ranks)
-        made = [(self._clique(ranks, one_each), ranges) for ranks, ranges in cliques.items()]
-        belongs = [(clique, ranges) for clique, ranges in made if clique is not None]
-        return [self._places(fragment, belongs) for fragment in self.fragments]
+    @property
+    def _own_outer(self) -> bool:
+        """Whether every group has outer weights of its own."""
+        return self.sync.own_fresh and self.step > 0
 
-    def _ranges(self) -> list[Range]:
-        return sorted(range_ for fragment in self.fragments for range_ in fragment.ranges)
-
-    def _weights_hash(self) -> str:
-        """Of all initial weights of the group, however they are cut."""
-        shares = [share for fragment in self.fragments for share in fragment.shares]
-        total = torch.tensor([sum(fingerprint(share.master, share.start) for share in shares)], dtype=torch.float64)
-        all_reduce_small(total, world=self.engine.world, op="sum")
-        return str(total.item())
-
-    def _clique(self, ranks: tuple[int, ...], one_each: bool) -> Clique | None:
-        """The clique of `ranks` with its communicators; None if this rank is not in it."""
-        belongs, kinds = self.world.rank in ranks, (SEND, RETURN) if len(ranks) > 1 else ()
-        if one_each and not belongs:
-            return None
-        made = {kind: self.world.communicator(ranks, members_only=one_each) for kind in kinds}
-        return Clique(ranks.index(self.world.rank), len(ranks), made) if belongs else None
-
-    def _places(
-        self, fragment: Fragment, cliques: list[tuple[Clique, list[Range]]]
-    ) -> list[tuple[Clique, list[slice]]]:
-        """Where in the fragment's vector the elements of each clique are."""
-        found, base = [], {}
-        at = 0
-        for start, end in fragment.ranges:
-            base[start, end] = at - start
-            at += end - start
-        for clique, ranges in cliques:
-            met = [(a + base[mine], b + base[mine]) for mine in fragment.ranges for a, b in meet([mine], ranges)]
-            if met:
-                found.append((clique, _merged(met)))
-        return found
+    @property
+    def present(self) -> set[int]:
+        """The groups that take part."""
+        return self.links.groups
 
     def bytes_of(self, fragment: int) -> int:
         """Bytes that this rank sends across groups in one exchange of `fragment`, by the formula."""
-        element_bytes = self.fragments[fragment].weights.element_size()
-        return sum(
-            exchange_bytes(
-                sum(place.stop - place.start for place in places),
-                groups=clique.size,
-                codec=self.sync.codec,
-                block=self.sync.block,
-                element_bytes=element_bytes,
-            )
-            for clique, places in self._cliques[fragment]
-        )
+        return self.links.bytes_of(fragment)
+
+    def held_bytes(self) -> int:
+        """Bytes of host memory on this rank: outer weights and momentum, and the residual of error feedback."""
+        return sum(fragment.held_bytes for fragment in self.fragments)
 
     # -- the loop's one call -------------------------------------------------------------------------------------------
 
@@ -210,7 +99,8 @@ class OuterSync:
         """Step `step` (counted from 1) is over: send, advance and apply what the schedule says.
 
         `tokens` is what this group trained on in the step; contributions are weighted with it if the aggregate asks for
-        it. Returns the rounds applied. Raises SyncError if this group's outer state is not that of the others.
+        it. Returns the rounds applied. Raises SyncError, on all ranks of the group alike, if this group's outer state is
+        not that of the others; they go on without it.
         """
         assert step == self.step + 1, f"step {step} comes after {self.step}: the schedule follows committed steps"
         self.step = step
@@ -219,11 +109,15 @@ class OuterSync:
         applied = []
         sent, due = self.schedule.sent_after(step), self.schedule.applied_after(step)
         if sent is not None:
+            if self.sync.own_fresh:
+                self.drain()
             self._send(sent)
             if self.sync.own_fresh:
                 applied.append(self._apply_fresh(sent))
         if due is not None and not self.sync.own_fresh and self._pending and self._pending[0].key == due:
             applied.append(self._apply(self._pending.popleft()))
+        elif sent is not None and self.sync.late and not self.sync.own_fresh:
+            restart(self.engine, self.fragments[sent.fragment], self.sync)
         self._fetch_next(step + 1)
         return applied
 
@@ -233,10 +127,8 @@ class OuterSync:
         Backends do not tell reliably whether something has come (gloo's sends and receives are "not completed" until
         waited for), so the time is fixed by the schedule instead.
         """
-        if swaps(self.sync.groups, self.sync.codec):
-            return
         for pending in self._pending:
-            if not pending.on_second_hop and step >= pending.key.send + (self.schedule.delay + 1) // 2:
+            if pending.hops > 1 and not pending.landed and step >= pending.key.send + (self.schedule.delay + 1) // 2:
                 pending.advance()
 
     def _fetch_next(self, step: int) -> None:
@@ -252,64 +144,45 @@ class OuterSync:
         change = fragment.change()
         if fragment.residual is not None:
             change.add_(fragment.residual.to(change.device), alpha=self.sync.feedback_decay)
-        pending = Pending(
-            key, torch.zeros_like(change), torch.zeros_like(change), sent_bytes=self.bytes_of(key.fragment)
-        )
-        for clique, places in self._cliques[key.fragment]:
-            part = torch.cat([change[place] for place in places])
-            outcome = Outcome(torch.empty_like(part), torch.empty_like(part))
-            chain = exchange(
-                part,
-                outcome,
-                weight=float(self.tokens[key.fragment]),
-                digest=self._digest(key, places),
-                clique=clique,
-                codec=self._codec(key, part.dtype),
-                block=self.sync.block,
-                how=self.sync.aggregate,
-                world=self.world,
-                level=self.sync.level,
-            )
-            pending.flights.append((Flight(chain), outcome))
-            pending.places.append(places)
-            _fill(pending.own, places, outcome.own)
+        weight = float(self.tokens[key.fragment])
+        pending = self.links.send(key, change, weight=weight, epoch=self.epoch, alike=self._alike)
         if fragment.residual is not None:
             fragment.residual.copy_(change.sub_(pending.own))
         self.tokens[key.fragment] = 0.0
         self._pending.append(pending)
 
-    def _digest(self, key: Exchange, places: list[slice]) -> int:
-        """Of the outer state that this exchange starts from; eager updates keep one for each group, not comparable."""
-        if self.sync.own_fresh:
-            return 0
-        fragment = self.fragments[key.fragment]
-        state = [whole[place] for whole in (fragment.weights, fragment.momentum) for place in places]
-        return digest(state, self.epoch, key.round, key.fragment)
-
-    def _codec(self, key: Exchange, dtype: torch.dtype) -> Coder:
-        """A codec for one exchange, with a salt of its own."""
-        if self.sync.codec == "topk":
-            return TopK()
-        if self.sync.codec == "fp32":
-            return Raw(dtype)
-        codec = make_codec(self.sync.codec, block=self.sync.block, rounding=self.sync.rounding)
-        codec.salt = (key.round * len(self.fragments) + key.fragment) * self.world.size + self.world.rank
-        return codec
+    def _alike(self, fragment: int) -> list[Tensor]:
+        """What all groups must hold alike of it: outer weights and momentum; of eager updates the last mean change."""
+        kept = self.fragments[fragment]
+        return [pending.change for pending in self._pending] if self.sync.own_fresh else [kept.weights, kept.momentum]
 
     # -- applying ------------------------------------------------------------------------------------------------------
 
     def _land(self, pending: Pending) -> None:
-        """Wait for what has not come. Raises SyncError if this group's state is astray."""
-        pending.land()
-        for (_, outcome), places in zip(pending.flights, pending.places, strict=True):
-            _fill(pending.change, places, outcome.change)
-            pending.groups = sum(weight > 0 for weight in outcome.weights)
-            if self.group in outcome.astray:
-                raise SyncError(
-                    f"group {self.group}: its outer weights or momentum of fragment {pending.key.fragment} are not those of "
-                    f"the other groups before round {pending.key.round}; it stops, start it again from a checkpoint"
-                )
-        pending.flights, pending.places = [], []
+        """Wait for what has not come; groups found astray are left out from now on. Raises SyncError if this one is."""
+        if not pending.landed:
+            self._leave_out(pending.land(), pending.key.fragment, f"before round {pending.key.round}")
+
+    def _leave_out(self, found: set[int], fragment: int | None, when: str) -> None:
+        """Go on without the groups that any rank of this group `found` astray: every group finds the same ones.
+
+        This group, if it is one of them, gives the others what they still wait for, then stops.
+        """
+        named = torch.tensor([float(group in found) for group in range(self.sync.groups)])
+        all_reduce_small(named, world=self.engine.world, op="max")
+        astray = {group for group in self.present if named[group] > 0}
+        if not astray:
+            return
+        if self.group in astray:
+            for pending in self._pending:
+                pending.land()
+            what = "" if fragment is None else f" of fragment {fragment}"
+            raise SyncError(
+                f"group {self.group}: its outer weights or momentum{what} are not those of the other groups {when}; it "
+                f"stops, start it again from a checkpoint"
+            )
+        self.epoch += 1
+        self.links.drop(astray)
 
     def _apply(self, pending: Pending) -> Round:
         """The outer step of a fragment, and the group's own weights mixed with what comes out."""
@@ -317,15 +190,10 @@ class OuterSync:
         return self._step(pending, pending.change)
 
     def _step(self, pending: Pending, change: Tensor) -> Round:
-        fragment = self.fragments[pending.key.fragment]
-        weights, momentum = fragment.take()
-        rms = self._rms(fragment, momentum) if self.sync.gap_penalty else None
-        outer_step(weights, momentum, change, self.sync, rms=rms)
-        fragment.put(weights, momentum)
-        self._write(fragment, weights, self.sync.mix)
         key = pending.key
+        apply_change(self.engine, self.fragments[key.fragment], change, self.sync)
         return Round(
-            self.epoch,
+            pending.epoch,
             key.round,
             key.fragment,
             key.send,
@@ -336,38 +204,27 @@ class OuterSync:
         )
 
     def _apply_fresh(self, key: Exchange) -> Round:
-        """Eager updates (arXiv 2502.12996): the last mean change, but this group's own part is its newest."""
+        """Apply the last mean change with this group's newest in the place of its own part of it."""
         newest = self._pending[-1]
         last = self._pending.popleft() if len(self._pending) > 1 else None
-        if last is not None:
-            self._land(last)
-        fragment = self.fragments[key.fragment]
-        change = fragment.change().div_(self.sync.groups)
-        if last is not None:
-            change.add_(last.change).sub_(last.own, alpha=1 / self.sync.groups)
-        return self._step(last or newest, change)
-
-    def _rms(self, fragment: Fragment, momentum: Tensor) -> float:
-        """Root mean square over the fragment, all ranks of the group together; rounded so that any cut gives the same."""
-        sums = torch.tensor([momentum.double().square().sum().item(), fragment.numel], dtype=torch.float64)
-        all_reduce_small(sums, world=self.engine.world, op="sum")
-        squares, count = sums.tolist()
-        return float(torch.tensor((squares / max(1.0, count)) ** 0.5, dtype=torch.float32))
-
-    def _write(self, fragment: Fragment, weights: Tensor, mix: float) -> None:
-        with self.engine.rewriting(fragment.units):
-            for share, outer in zip(fragment.shares, fragment.split(weights), strict=True):
-                mix_into(share.master, outer, mix)
+        fresh, counts = self.fragments[key.fragment].change(), newest.weight > 0
+        if last is None:  # nothing of the others yet: they count as unmoved
+            return self._step(newest, fresh.mul_(counts / len(self.present)))
+        return self._step(last, fresh_change(last, fresh, group=self.group, fresh_counts=counts))
 
     # -- the outer weights ---------------------------------------------------------------------------------------------
 
     def settle(self) -> list[Round]:
-        """At the end of a run: apply what is still in flight now, so that nothing that was sent is lost."""
+        """At the end of a run: apply what is still in flight now, so that nothing that was sent is lost, and compare.
+
+        Raises SyncError if the outer state that this leaves is not that of the other groups. Eager updates keep what is
+        in flight: the next round replaces a part of it.
+        """
         applied = []
         while self._pending and not self.sync.own_fresh:
             applied.append(self._apply(self._pending.popleft()))
-        for pending in self._pending:
-            self._land(pending)
+        self.drain()
+        self._leave_out(self.links.check(self.epoch, self._alike), None, "after the last round")
         return applied
 
     @property
@@ -376,17 +233,23 @@ class OuterSync:
         return tuple(self._pending)
 
     def start_here(self) -> None:
-        """The masters were written from outside before the first step: the outer weights are these."""
+        """The masters were written from outside before the first step: the outer weights are these. Raises as `compare`."""
         for fragment in self.fragments:
             fragment.weights.copy_(torch.cat([share.master for share in fragment.shares]))
+        self.compare()
 
-    def go_on(self, step: int, *, flights: bool) -> None:
-        """Go on after `step`; with `flights`, what was in flight then has landed and waits for its values to be read."""
+    def go_on(self, step: int, *, flights: Collection[int]) -> None:
+        """Go on after `step`. What was in flight then of the fragments `flights` waits for its values to be read."""
         self.step = step
         self._pending.clear()
-        for key in self.schedule.in_flight(step) if flights else ():
-            like = self.fragments[key.fragment].shares[0].master.new_zeros(self.fragments[key.fragment].numel)
-            self._pending.append(Pending(key, like, like.clone(), groups=self.sync.groups, on_second_hop=True))
+        for key in self.schedule.in_flight(step):
+            if key.fragment not in flights:
+                continue
+            fragment = self.fragments[key.fragment]
+            like = fragment.shares[0].master.new_zeros(fragment.numel)
+            pending = Pending(key, like, like.clone(), epoch=self.epoch, groups=self.sync.groups, landed=True)
+            pending.counted.append(([slice(0, fragment.numel)], self.counted))
+            self._pending.append(pending)
 
     def drain(self) -> None:
         """Wait for everything in flight without applying it."""
@@ -409,23 +272,3 @@ class OuterSync:
                 for share, part in zip(fragment.shares, parts, strict=True):
                     share.master.copy_(part)
         self.engine.drain()
-
-
-def _merged(ranges: list[Range]) -> list[slice]:
-    """Ascending ranges as slices, neighbours joined."""
-    out: list[Range] = []
-    for start, end in ranges:
-        if out and out[-1][1] == start:
-            out[-1] = (out[-1][0], end)
-        else:
-            out.append((start, end))
-    return [slice(start, end) for start, end in out]
-
-
-def _fill(target: Tensor, places: Sequence[slice], values: Tensor) -> None:
-    """Spread `values` over the places of `target`."""
-    at = 0
-    for place in places:
-        size = place.stop - place.start
-        target[place] = values[at : at + size]
-        at += size

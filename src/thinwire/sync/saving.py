@@ -4,6 +4,7 @@
     optimizer.KEY/NAME        the optimizer states of group 0, as does carried/... what its coded gradients carry over
     outer/momentum/NAME       outer momentum
     outer/pending/NAME        what the groups agreed on and is not applied yet, of the fragments in flight
+    outer/counted             whose contributions that holds, for eager updates
     groups/G/...              what group G alone has: its own weights, its optimizer states (G > 0), the residual of error
                               feedback, the tokens since its last sends; for eager updates its outer state too
 
@@ -27,7 +28,8 @@ def to_save(sync: OuterSync, inner: Sequence[Piece], optimizer: Sequence[Piece])
         pieces += [piece for piece in inner if piece.name.removeprefix("params/") not in trained]
     pieces += [piece if sync.group == 0 else _of_group(sync, piece) for piece in optimizer]
     pieces += [piece for piece in _outer(sync) if sync.group == 0 or piece.name.startswith("groups/")]
-    return pieces + ([_tokens(sync)] if sync.engine.world.rank == 0 else [])
+    pieces += [_tokens(sync)] if sync.engine.world.rank == 0 else []
+    return pieces + ([_counted(sync)] if sync.world.rank == sync.groups[0][0] and sync.sync.own_fresh else [])
 
 
 def to_load(
@@ -44,8 +46,17 @@ def to_load(
             pieces.append(piece)
         elif "/outer/weights/" in piece.name:
             pieces.append(shared)
-    tokens = _tokens(sync)
-    return [*pieces, tokens] if same and tokens.name in saved else pieces
+    small = (_tokens(sync), _counted(sync)) if same else ()
+    return pieces + [piece for piece in small if piece.name in saved]
+
+
+def in_flight(sync: OuterSync, saved: Container[str]) -> set[int]:
+    """The fragments of which a checkpoint holds an exchange in flight; a run that ended had applied all of its own."""
+    return {
+        number
+        for number, fragment in enumerate(sync.fragments)
+        if any(f"outer/pending/{name}" in saved for name in _names(sync, fragment.units))
+    }
 
 
 def own_names(sync: OuterSync, saved: Iterable[str]) -> set[str]:
@@ -58,9 +69,12 @@ def own_names(sync: OuterSync, saved: Iterable[str]) -> set[str]:
 
 def _trained(sync: OuterSync) -> set[str]:
     """Names of the trained parameters, also those of which this rank has nothing."""
-    return {
-        slot.name for unit in sync.engine.units for flat in unit.flats if flat.trained for slot in flat.layout.slots
-    }
+    return _names(sync, range(len(sync.engine.units)))
+
+
+def _names(sync: OuterSync, units: Iterable[int]) -> set[str]:
+    flats = [flat for unit in units for flat in sync.engine.units[unit].flats if flat.trained]
+    return {slot.name for flat in flats for slot in flat.layout.slots}
 
 
 def _outer(sync: OuterSync) -> list[Piece]:
@@ -85,6 +99,15 @@ def _outer(sync: OuterSync) -> list[Piece]:
 def _tokens(sync: OuterSync) -> Piece:
     """Tokens since the last send of each fragment: one small tensor, written by one rank of the group."""
     return Piece(f"groups/{sync.group}/outer/tokens", tuple(sync.tokens.shape), 0, sync.tokens)
+
+
+def _counted(sync: OuterSync) -> Piece:
+    """The weights of what an eager update has in flight."""
+    for _, weights in (counted for pending in sync.pending for counted in pending.counted):
+        if weights is not sync.counted:
+            sync.counted.zero_()
+            sync.counted[: len(weights)] = weights
+    return Piece("outer/counted", tuple(sync.counted.shape), 0, sync.counted)
 
 
 def _of_group(sync: OuterSync, piece: Piece) -> Piece:

@@ -8,13 +8,15 @@ from thinwire.sync.outer_sync import OuterSync
 from thinwire.units import show_bytes
 
 
-def plan_table(sharded: Sharded) -> Table:
+def plan_table(sharded: Sharded, sync: OuterSync | None = None) -> Table:
     """state -> level -> bytes on this rank; level -> purpose -> bytes per step by the formula; what codecs leave out."""
     partition, held = sharded.plan.partition, held_bytes(sharded)
     table = Table("what", "where", "bytes on rank 0", title=f"plan {partition}", title_justify="left")
     for state in ("params", "grads", "optimizer"):
         shown = show_bytes(held[state]) if held[state] else "they are the fp32 masters"
         table.add_row(state, getattr(partition, state), shown)
+    if sync is not None:
+        table.add_row("outer weights and momentum", "host memory", show_bytes(sync.held_bytes()))
     table.add_section()
     for level, purposes in predicted_bytes(sharded).items():
         for purpose, count in purposes.items():
@@ -34,6 +36,8 @@ def rounds_table(sync: OuterSync) -> Table:
     title = f"{point.groups} groups across {point.level}: {point.kind}, every {point.inner_steps} steps ({point.codec})"
     table = Table("fragment", "units", "first sent, applied after step", f"bytes of rank {ours} a round", title=title)
     table.title_justify = "left"
+    if point.groups == 1:
+        table.title = f"one group, every {point.inner_steps} steps: it agrees with itself (Lookahead, arXiv 1907.08610)"
     for first in sync.schedule.table(point.inner_steps):
         fragment = sync.fragments[first.fragment]
         units = ", ".join(dict.fromkeys(share.unit_name for share in fragment.shares))

@@ -68,11 +68,11 @@ class Parts:
                 peak_flops_per_s=self.peak_flops_per_s,
                 peak_origin=self.peak_origin,
                 wire_predicted=predicted_bytes(self.sharded),
-                held=held_bytes(self.sharded),
+                held={**held_bytes(self.sharded), **({"outer": self.sync.held_bytes()} if self.sync else {})},
                 uncoded={level: asdict(left) for level, left in uncoded(self.sharded).items()},
                 idle_codecs=idle_codecs(self.sharded),
             )
-            self.telemetry.show(plan_table(self.sharded))
+            self.telemetry.show(plan_table(self.sharded, self.sync))
             if self.sync is not None:
                 self.telemetry.show(rounds_table(self.sync))
 

@@ -1,5 +1,6 @@
 """From a run file to everything a run needs to know before it starts. No torch: wrong input is answered at once."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from thinwire.errors import ConfigError, DataError
 from thinwire.hub.init import Init, read_init
 from thinwire.hub.native_spec import AnySpec
 from thinwire.model.config import check_vocabulary
+from thinwire.model.spec import ModelSpec
 from thinwire.plan import Plan
+from thinwire.rounds.config import Sync
+from thinwire.rounds.fragments import deal, fragment_count
 from thinwire.train.config import RunConfig
 
 
@@ -50,7 +54,18 @@ def resolve(run_file: Path, config: RunConfig) -> Job:
     if init is not None or config.model.hf is not None:
         check_vocabulary(spec.vocab_size, corpus.vocab_size, "prepare the corpus with the tokenizer.json of that model")
     _check_lengths(run_file, config, spec, corpus)
+    if plan.sync is not None and isinstance(spec, ModelSpec):
+        _check_rounds(plan.sync, spec)
     return Job(config, folder, cluster, plan, spec, corpus, init)
+
+
+def _check_rounds(sync: Sync, spec: ModelSpec) -> None:
+    """Raises PlanError if the model has fewer units, or a round fewer steps, than fragments are asked for."""
+    shapes = spec.parameter_shapes()
+    units = [(unit.name, sum(math.prod(shapes[name]) for name in unit.parameters)) for unit in spec.units()]
+    fragments = fragment_count(sync.fragments, spec.layers)
+    deal(units, fragments, sync.order)
+    sync.schedule(fragments)
 
 
 def _spec(config: RunConfig, corpus: Corpus, folder: Path) -> AnySpec:

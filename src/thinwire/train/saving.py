@@ -5,7 +5,7 @@ from thinwire.checkpoint.store import Found, SaveFailed, Saving
 from thinwire.errors import CheckpointError
 from thinwire.hub.init import load_pieces
 from thinwire.partition.pieces import Piece
-from thinwire.sync.saving import own_names, to_load, to_save
+from thinwire.sync.saving import in_flight, own_names, to_load, to_save
 from thinwire.train.assemble import Parts
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
@@ -24,7 +24,10 @@ class Saver:
         """The frozen base is read from where it came from; only the adapters are saved."""
 
     def resume(self) -> int:
-        """Load the newest good checkpoint, else imported weights: the step to go on from. Raises CheckpointError."""
+        """Load the newest good checkpoint, else imported weights: the step to go on from.
+
+        Raises CheckpointError, and ConfigError if worker groups do not hold the same afterwards.
+        """
         found = self._parts.checkpoints.newest()
         self._warnings = list(self._parts.checkpoints.warnings)
         if found is None:
@@ -43,6 +46,8 @@ class Saver:
             )
         self._parts.sharded.loaded()
         self._parts.optimizer.loaded(int(meta["updates"]))
+        if self._parts.sync is not None:
+            self._parts.sync.compare()
         self._last_asked, self._newest = found.step, found.path.name
         return found.step
 
@@ -55,7 +60,7 @@ class Saver:
         if sync is None:
             return [*inner, *optimizer, *self._parts.sharded.carried_for_load(saved)]
         same = found.manifest.meta["plan"].get("sync") == sync.sync.model_dump(mode="json")
-        sync.go_on(found.step, flights=same)
+        sync.go_on(found.step, flights=in_flight(sync, saved) if same else ())
         carried = self._parts.sharded.carried_for_load(own_names(sync, saved))
         return to_load(sync, inner, [*optimizer, *carried], saved, same=same)
 

@@ -1,0 +1,118 @@
+"""What crosses groups: this rank's cliques, and the exchanges of fragments with them."""
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.codecs import make_codec
+from thinwire.comm.flight import Flight
+from thinwire.comm.topk import TopK
+from thinwire.comm.world import World
+from thinwire.rounds.config import Sync
+from thinwire.rounds.schedule import Exchange
+from thinwire.rounds.traffic import exchange_bytes, swaps
+from thinwire.sync.exchange import Clique, Coder, Outcome, Raw, check, exchange
+from thinwire.sync.fragment import Fragment
+from thinwire.sync.identity import digest
+from thinwire.sync.meeting import Meeting, places_in
+from thinwire.sync.pending import Part, Pending, fill
+
+Alike = Callable[[int], list[Tensor]]
+"""fragment -> what all groups must hold alike of it, as vectors over its elements."""
+
+
+class Links:
+    """Made by all ranks together, once they have met. `groups` are those that take part."""
+
+    def __init__(self, sync: Sync, world: World, meeting: Meeting, fragments: Sequence[Fragment]) -> None:
+        self._sync, self._world = sync, world
+        self.groups = set(range(sync.groups))
+        self._element_bytes = [fragment.weights.element_size() for fragment in fragments]
+        met = meeting.cliques(sorted(range_ for fragment in fragments for range_ in fragment.ranges))
+        self._cliques: list[Clique] = [clique for clique, _ in met]
+        self.places = [[places_in(fragment, ranges) for _, ranges in met] for fragment in fragments]
+        """Of each fragment, the elements that it exchanges with each clique."""
+
+    def bytes_of(self, fragment: int) -> int:
+        """Bytes that this rank sends across groups in one exchange of `fragment`, by the formula."""
+        return sum(
+            exchange_bytes(
+                sum(place.stop - place.start for place in places),
+                groups=clique.size,
+                codec=self._sync.codec,
+                block=self._sync.block,
+                element_bytes=self._element_bytes[fragment],
+            )
+            for clique, places in zip(self._cliques, self.places[fragment], strict=True)
+        )
+
+    def send(self, key: Exchange, change: Tensor, *, weight: float, epoch: int, alike: Alike) -> Pending:
+        """Start the exchange `key` of this rank's `change` (n,); a contribution of `weight` 0 is left out."""
+        sync = self._sync
+        pending = Pending(
+            key,
+            torch.zeros_like(change),
+            torch.zeros_like(change),
+            epoch=epoch,
+            groups=len(self.groups),
+            weight=weight,
+            sent_bytes=self.bytes_of(key.fragment),
+            hops=1 if swaps(len(self.groups), sync.codec) else 2,
+        )
+        state = alike(key.fragment)
+        for clique, places in zip(self._cliques, self.places[key.fragment], strict=True):
+            if not places:
+                continue
+            part = torch.cat([change[place] for place in places])
+            outcome = Outcome(torch.empty_like(part), torch.empty_like(part))
+            told = digest([whole[place] for whole in state for place in places], epoch, key.round, key.fragment)
+            chain = exchange(
+                part,
+                outcome,
+                weight=weight,
+                digest=told,
+                clique=clique,
+                codec=self._codec(key, part.dtype),
+                block=sync.block,
+                how=sync.aggregate,
+                world=self._world,
+                level=sync.level,
+            )
+            pending.parts.append(Part(Flight(chain), outcome, places))
+            fill(pending.own, places, outcome.own)
+        return pending
+
+    def check(self, epoch: int, alike: Alike) -> set[int]:
+        """Compare what all groups must hold alike, once more than every exchange does: the groups found astray."""
+        states = [alike(fragment) for fragment in range(len(self.places))]
+        flights = []
+        for number, clique in enumerate(self._cliques):
+            parts = [
+                whole[place]
+                for state, places in zip(states, self.places, strict=True)
+                for whole in state
+                for place in places[number]
+            ]
+            outcome = Outcome(torch.empty(0), torch.empty(0))
+            told = check(digest(parts, epoch), outcome, clique=clique, world=self._world, level=self._sync.level)
+            flights.append((Flight(told), outcome))
+        for flight, _ in flights:
+            flight.land()
+        return {group for _, outcome in flights for group in outcome.astray}
+
+    def drop(self, astray: Collection[int]) -> None:
+        """Exchange with the other groups alone from now on; what is in flight still counts on all."""
+        self.groups -= set(astray)
+        self._cliques = [clique.without(astray) for clique in self._cliques]
+
+    def _codec(self, key: Exchange, dtype: torch.dtype) -> Coder:
+        """A codec for one exchange, with a salt of its own."""
+        sync = self._sync
+        if sync.codec == "topk":
+            return TopK()
+        if sync.codec == "fp32":
+            return Raw(dtype)
+        codec = make_codec(sync.codec, block=sync.block, rounding=sync.rounding)
+        codec.salt = (key.round * len(self.places) + key.fragment) * self._world.size + self._world.rank
+        return codec

@@ -1,0 +1,71 @@
+"""How groups meet: what each of them states is compared, and every rank learns with whom it exchanges which elements."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from thinwire.comm.world import World
+from thinwire.sync.cliques import Range, find_cliques, meet
+from thinwire.sync.exchange import RETURN, SEND, Clique
+from thinwire.sync.fragment import Fragment
+from thinwire.sync.identity import compare, digest
+
+Stated = TypeVar("Stated")
+
+
+class Meeting:
+    """All ranks of `groups`. Every rank makes it and calls its methods in the same order."""
+
+    def __init__(self, world: World, groups: Sequence[Sequence[int]]) -> None:
+        self._world, self._groups = world, groups
+        self._everyone = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
+
+    def compare(self, statement: Mapping[str, str]) -> None:
+        """Every rank states what its group has, by name. Raises ConfigError naming a group that has something else."""
+        said = self._gather({what: f"{digest([], value):x}" for what, value in statement.items()})
+        ranks = [(rank, number) for number, group in enumerate(self._groups) for rank in group]
+        compare([said[rank] for rank, _ in ranks], [number for _, number in ranks])
+
+    def cliques(self, owned: Sequence[Range]) -> list[tuple[Clique, list[Range]]]:
+        """This rank's cliques with their elements, in an order that all ranks share. `owned`: what this rank stands for.
+
+        Raises PlanError if the groups do not own the same elements.
+        """
+        ranges = self._gather(list(owned))
+        cliques = find_cliques([[(rank, ranges[rank]) for rank in group] for group in self._groups])
+        memberships = Counter(rank for clique in cliques for rank in clique)
+        one_each = all(memberships[rank] == 1 for group in self._groups for rank in group)
+        made = [(self._clique(ranks, one_each), met) for ranks, met in cliques.items()]
+        return [(clique, met) for clique, met in made if clique is not None]
+
+    def _gather(self, own: Stated) -> list[Stated]:
+        """What every rank says, by rank."""
+        everyone = [own] * self._world.size
+        if self._everyone is not None:
+            dist.all_gather_object(everyone, own, group=self._everyone)
+        return everyone
+
+    def _clique(self, ranks: tuple[int, ...], one_each: bool) -> Clique | None:
+        """The clique of one rank of each group, with its communicators; None if this rank is not in it."""
+        belongs, kinds = self._world.rank in ranks, (SEND, RETURN) if len(ranks) > 1 else ()
+        if one_each and not belongs:
+            return None
+        made = {kind: self._world.communicator(ranks, members_only=one_each) for kind in kinds}
+        groups = tuple(ranks.index(rank) for rank in sorted(ranks))  # communicators are in the order of the ranks
+        return Clique(groups, tuple(range(len(ranks))), made) if belongs else None
+
+
+def places_in(fragment: Fragment, ranges: Sequence[Range]) -> list[slice]:
+    """Where in the fragment's vector the elements `ranges` of the canonical order are, neighbours joined."""
+    found: list[Range] = []
+    at = 0
+    for start, end in fragment.ranges:
+        for first, last in meet([(start, end)], ranges):
+            here = (first - start + at, last - start + at)
+            if found and found[-1][1] == here[0]:
+                here = (found.pop()[0], here[1])
+            found.append(here)
+        at += end - start
+    return [slice(first, last) for first, last in found]

@@ -1,0 +1,97 @@
+"""What is under way: an exchange of one fragment with all cliques of this rank, from its sending to its applying."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.flight import Flight
+from thinwire.rounds.schedule import Exchange
+from thinwire.sync.exchange import Outcome
+
+
+@dataclass(frozen=True)
+class Round:
+    """What became of one exchange, for the log."""
+
+    epoch: int
+    round: int
+    fragment: int
+    send: int
+    apply: int
+    stall_s: float
+    """How long this rank waited for it when it was due."""
+    sent_bytes: int
+    groups: int
+    """How many groups' contributions it holds."""
+
+
+@dataclass
+class Part:
+    """What one clique exchanges of it."""
+
+    flight: Flight
+    outcome: Outcome
+    places: list[slice]
+    """Its elements in the fragment's vector."""
+
+
+@dataclass
+class Pending:
+    """An exchange in flight, or landed and not applied."""
+
+    key: Exchange
+    change: Tensor
+    """The aggregate, filled as the cliques' parts land."""
+    own: Tensor
+    """This rank's contribution as the others decoded it."""
+    epoch: int
+    groups: int
+    """How many groups take part; once it has landed, how many count everywhere."""
+    parts: list[Part] = field(default_factory=list)
+    counted: list[tuple[list[slice], Tensor]] = field(default_factory=list)
+    """Weights (groups,) of the contributions that `change` holds at these places, once it has landed."""
+    weight: float = 1.0
+    """Of this group's own contribution."""
+    sent_bytes: int = 0
+    hops: int = 1
+    landed: bool = False
+    stall_s: float = 0.0
+    """Seconds for which training stood still because it was late."""
+
+    def advance(self) -> None:
+        """Issue the second hop; waits for the first if it is late."""
+        start_s = time.perf_counter()
+        for part in self.parts:
+            part.flight.advance()
+        self.hops -= 1
+        self.stall_s += time.perf_counter() - start_s
+
+    def land(self) -> set[int]:
+        """Wait for all of it and take it in: the groups that a clique of this rank found astray."""
+        start_s = time.perf_counter()
+        astray: set[int] = set()
+        for part in self.parts:
+            part.flight.land()
+            weights = part.outcome.weights
+            self.groups = min(self.groups, sum(weight > 0 for weight in weights.values()))
+            fill(self.change, part.places, part.outcome.change)
+            by_group = torch.zeros(max(weights) + 1, dtype=torch.float64)
+            for group, weight in weights.items():
+                by_group[group] = weight
+            self.counted.append((part.places, by_group))
+            astray |= set(part.outcome.astray)
+        self.parts, self.landed = [], True
+        self.stall_s += time.perf_counter() - start_s
+        return astray
+
+
+def fill(target: Tensor, places: Sequence[slice], values: Tensor) -> None:
+    """Spread `values` over the places of `target`."""
+    at = 0
+    for place in places:
+        size = place.stop - place.start
+        target[place] = values[at : at + size]
+        at += size
