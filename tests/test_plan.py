@@ -140,6 +140,20 @@ def test_wrong_plans_get_a_sentence(tree: dict[str, object], says: str) -> None:
         build(PlanConfig, tree, "run.toml").resolve(CLUSTER, micro_batch=1, accumulate=1)
 
 
+@pytest.mark.parametrize(
+    ("grads", "says"),
+    [
+        ({"cluster": "fp32"}, "coded gradient levels are none"),
+        ({"cluster": "lowrank"}, "leave error_feedback out"),
+        ({"node": "int8", "cluster": "lowrank"}, "leave error_feedback out"),
+    ],
+)
+def test_error_feedback_that_could_not_be_is_refused(grads: dict[str, str], says: str) -> None:
+    tree = {"partition": "ddp", "wire": {"grads": grads, "error_feedback": True}}
+    with pytest.raises(PlanError, match=says):
+        build(PlanConfig, tree, "run.toml").resolve(CLUSTER, micro_batch=1, accumulate=1)
+
+
 def test_equal_plans_have_equal_digests_and_survive_json() -> None:
     plan = PlanConfig(partition="frontier").resolve(CLUSTER, micro_batch=2, accumulate=3)
     again = Plan.model_validate_json(plan.model_dump_json())

@@ -181,10 +181,16 @@ class Plan(Frozen):
                     f"wire.grads.{level} = 'lowrank' needs the outermost level ({names[-1]}) and gradients cut inside it, "
                     f"so that it runs once a step; partition is {self.partition}"
                 )
-        if self.wire.error_feedback and not any(names.index(level) > lg for level in self.wire.grads):
+        if self.wire.error_feedback and "lowrank" in self.wire.grads.values():
+            raise ValueError(
+                "wire.error_feedback: lowrank carries over what it loses without being asked, and only one hop can; leave "
+                "error_feedback out"
+            )
+        coded = [level for level, codec in self.wire.grads.items() if codec != "fp32"]
+        if self.wire.error_feedback and not any(names.index(level) > lg for level in coded):
             raise ValueError(
                 "wire.error_feedback needs a coded gradient hop that runs once a step, outside the gradients' level; "
-                f"partition is {self.partition}, coded gradient levels are {', '.join(self.wire.grads) or 'none'}"
+                f"partition is {self.partition}, coded gradient levels are {', '.join(coded) or 'none'}"
             )
         return self
 
