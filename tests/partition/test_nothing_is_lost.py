@@ -113,9 +113,6 @@ def test_a_skipped_step_leaves_references_residuals_and_warm_starts_as_they_were
             assert with_skip == without
 
 
-@pytest.mark.xfail(
-    strict=True, reason="feedback is put at the outermost coded level even where that joins only one member"
-)
 def test_feedback_is_at_the_outermost_level_that_joins_more_than_one() -> None:
     world = World(0, 2, 0, cluster_of((2, 1)), torch.device("cpu"))
     wire = {"grads": {"node": "int4", "cluster": "int4"}, "error_feedback": True}

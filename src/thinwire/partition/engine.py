@@ -73,7 +73,8 @@ class Sharded:
         self._flights: deque[Flight] = deque()
         """Reductions in flight, oldest first."""
         self._inside, self._last, self._backward = False, False, False
-        self._step = 0
+        self._step, self._first = 0, True
+        """Steps taken, and whether no micro-batch of the next one has begun."""
         module.register_forward_pre_hook(lambda module, args: self._before_root())
         module.register_forward_hook(lambda module, args, out: self._after_root())
         for index, unit in enumerate(self.units):
@@ -101,7 +102,7 @@ class Sharded:
         lp, lg, lo = self.plan.depths
         master = master_dtype(next(iter(parameters.values())).dtype)
         weights, grads, deltas = codecs_of(self.plan, master)
-        outer = [level for level in grads if level > lg]
+        outer = [level for level in grads if level > lg and self.world.fanout(level) > 1]
         cut = Cut(
             lp=min(lp, lg) if trained else lp,
             lg=lg,
@@ -128,6 +129,9 @@ class Sharded:
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Forward and backward of one micro-batch happen inside; `last` is the one before the optimizer's step."""
         assert not self._inside, "micro-batches do not nest"
+        if self._first:  # what a validation has drawn since the step changes nothing
+            self.at_step(self._step)
+        self._first = False
         self._inside, self._last, self._issued, self._complete = True, last, 0, []
         self.timeline = []
         for unit in self.units:
@@ -261,6 +265,7 @@ class Sharded:
                 flat.applied()
             self._refresh(unit, exact=False)
         self.at_step(self._step + 1)
+        self._first = True
 
     def at_step(self, step: int) -> None:
         """Steps taken so far: what stochastic rounding draws its numbers from, besides rank and position."""
@@ -360,6 +365,7 @@ class Sharded:
 
     def dropped(self) -> None:
         """Forget the gradients of a step that is not taken."""
+        self._first = True
         for unit in self.units:
             for flat in unit.flats:
                 flat.dropped()

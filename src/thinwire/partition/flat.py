@@ -8,6 +8,7 @@ the owner too, uses what was decoded from the wire, so replicas hold the same bi
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from thinwire.partition.layout import Interval, Layout, Slot, interval, matrices
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
 from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, SPREAD, Flow
+
+_DRAWING = (P_GATHER, P_REFRESH, G_REDUCE, G_GATHER)
+"""Purposes that draw random numbers, each its own."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Flat:
         self._away = [away.expand(slot.shape) for slot in self.layout.slots]
         """What parameters are while their weights are not here: of the right shape, and not a number wherever read."""
         self.gathered = cut.lp < 0
-        self._step, self._number, self._draws = 0, 0, 0
+        self._step, self._number = 0, 0
+        self._draws: Counter[str] = Counter()
         self._point(self._views)
         if not self.gathered:
             self.release()
@@ -139,15 +144,17 @@ class Flat:
 
     def salt(self, step: int, number: int) -> None:
         """What stochastic rounding draws from: steps taken so far, and the number of this buffer among all."""
-        self._step, self._number, self._draws = step, number, 0
+        self._step, self._number = step, number
+        self._draws.clear()
 
-    def _coding(self, codecs: Mapping[int, Codec], level: int, depth: int) -> Codec:
+    def _coding(self, codecs: Mapping[int, Codec], level: int, depth: int, purpose: str) -> Codec:
         """The codec of a level, about to code anew. Ranks that hold the same interval at `depth` draw the same numbers."""
         codec, part = codecs.get(level, IDENTITY), self.at(depth)
         if codec is not IDENTITY:
-            self._draws += 1
+            self._draws[purpose] += 1
+            draw = (self._draws[purpose] << 3) + _DRAWING.index(purpose)
             who = part.start // len(part)
-            codec.salt = (((self._step << 20) + self._number << 12) + self._draws) * self.world.size + who
+            codec.salt = (((self._step << 20) + self._number << 12) + draw) * self.world.size + who
         return codec
 
     def flow(self, gathers: int) -> Flow:
@@ -168,7 +175,7 @@ class Flat:
             self._whole.data.copy_(part)
         for level in reversed(levels):
             out = self._whole.data if level == levels[0] else self._like(part, self.at(level - 1))
-            codec = self._coding(self.cut.weights, level, level)
+            codec = self._coding(self.cut.weights, level, level, P_GATHER)
             yield all_gather(out, part, world=self.world, level=level, purpose=P_GATHER, codec=codec)
             part = out
         self._point(self._views)
@@ -192,7 +199,7 @@ class Flat:
             return
         held, part = self.weights.data, self.master
         for level in reversed(self._levels(self.cut.lp + 1, self.cut.lo)):
-            codec = IDENTITY if exact else self._coding(self.cut.weights, level, level)
+            codec = IDENTITY if exact else self._coding(self.cut.weights, level, level, P_REFRESH)
             there = held[self.at(level - 1).inside(self.at(self.cut.lp))]
             if level in self.cut.delta_levels and not exact:
                 reference = held[self.at(level).inside(self.at(self.cut.lp))]
@@ -337,11 +344,11 @@ class Flat:
             yield from low_rank.reduce(held[-1], held[-1], slice(None))
         for level in reversed(levels if low_rank is None else levels[:-1]):
             inner = held.pop()
-            codec = self._coding(self.cut.grads, level, level)
+            codec = self._coding(self.cut.grads, level, level, G_GATHER)
             yield all_gather(held[-1], inner, world=self.world, level=level, purpose=G_GATHER, codec=codec)
 
     def _reduce(self, out: Tensor, part: Tensor, level: int) -> Handle:
-        codec = self._coding(self.cut.grads, level, len(self.world.cluster.levels) - 1)
+        codec = self._coding(self.cut.grads, level, len(self.world.cluster.levels) - 1, G_REDUCE)
         if level == self.cut.feedback_level:
             part = self._with_residual(part, codec, self.world.fanout(level))
         return reduce_scatter(out, part, world=self.world, level=level, purpose=G_REDUCE, codec=codec)
