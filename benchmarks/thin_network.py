@@ -2,13 +2,15 @@
 
 Sides take turns. Each one is a command on the lab: it trains `--loss-steps` steps on an unlimited link, says its loss on
 held-out text, then trains at every rate. Bytes are what the kernel counted at the interface of the busier host, times
-are means over the steps of a phase and medians over rounds. A side that fails has its error in its row.
+are means over the steps of a phase and medians over rounds; the longest step is in units of the median one. A side that
+fails has its error in its row.
 
     OMP_NUM_THREADS=1 python benchmarks/thin_network.py --rates 1000 100 20 --rounds 2
 """
 
 import argparse
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -89,7 +91,10 @@ def row_of(name: str, side: Result, tokens: int, free_s: float | None, options: 
         if phases:
             step_s = statistics.median(phase["step_s"] for phase in phases)
             share = None if free_s is None else free_s / step_s
-            row["rates"][rate_name(rate)] = {"tokens_per_s": tokens / step_s, "step_s": step_s, "share": share}
+            longest = statistics.median(phase.get("longest_step", math.nan) for phase in phases)
+            row["rates"][rate_name(rate)] = {
+                "tokens_per_s": tokens / step_s, "step_s": step_s, "share": share, "longest_step": longest,
+            }  # fmt: skip
     return row
 
 
@@ -121,15 +126,20 @@ def cells(row: Result, rates: list[str], bound: Result) -> list[str]:
     if not row["rates"]:
         return [f"{row['side']}: {row['error'] or 'not measured'}", *[""] * (len(rates) + 3)]
     shown = [row["rates"].get(rate) for rate in rates]
-    speeds = [
-        "-" if s is None else f"{s['tokens_per_s']:.0f}" + ("" if s["share"] is None else f" ({s['share']:.0%})")
-        for s in shown
-    ]
+    speeds = ["-" if s is None else speed(s) for s in shown]
     sent = f"{row['sent_mb']:.2f}"
     of_least = f"{row['sent_mb'] / bound['least_exact_mb']:.3f}"
     loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
     name = row["side"] + (" (exact)" if row["side"] in EXACT else "")
     return [name + (f": {row['error']}" if row["error"] else ""), sent, of_least, *speeds, loss]
+
+
+def speed(at_rate: Result) -> str:
+    """tokens/s, the share of the no-network speed, the longest step over the median one."""
+    notes = [] if at_rate["share"] is None else [f"{at_rate['share']:.0%}"]
+    if not math.isnan(at_rate["longest_step"]):
+        notes.append(f"longest step {at_rate['longest_step']:.2f}")
+    return f"{at_rate['tokens_per_s']:.0f}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def header(options: argparse.Namespace) -> tuple[list[str], list[str]]:

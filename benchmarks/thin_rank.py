@@ -8,6 +8,7 @@ the kernel counted at the host's interface; time is rank 0's, from a barrier to 
 import json
 import math
 import os
+import statistics
 import sys
 import sysconfig
 import time
@@ -89,19 +90,27 @@ def timed(side: Side, feed: Iterator[list[Tensor]], steps: int, budget_s: float)
     """Up to `steps` steps, fewer if they would take longer than the budget, at least one period."""
     dist.barrier()
     before, start_s = sent_bytes(), time.perf_counter()
-    for _ in range(side.period):
-        side.step(next(feed))
+    lasted_s = [one_step(side, feed) for _ in range(side.period)]
     took_s = time.perf_counter() - start_s
     periods = agree(max(1, int(min(-(-steps // side.period), budget_s / took_s))))
-    for _ in range((periods - 1) * side.period):
-        side.step(next(feed))
+    lasted_s += [one_step(side, feed) for _ in range((periods - 1) * side.period)]
     side.finish()
     dist.barrier()
     seconds = time.perf_counter() - start_s
-    most = torch.tensor([float(sent_bytes() - before)], dtype=torch.float64)
+    longest = max(lasted_s) / statistics.median(lasted_s)
+    most = torch.tensor([float(sent_bytes() - before), longest], dtype=torch.float64)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     count = periods * side.period
-    return {"steps": count, "step_s": seconds / count, "sent_bytes": float(most) / count}
+    return {
+        "steps": count, "step_s": seconds / count, "sent_bytes": float(most[0]) / count, "longest_step": float(most[1]),
+    }  # fmt: skip
+
+
+def one_step(side: Side, feed: Iterator[list[Tensor]]) -> float:
+    """Seconds it took this rank."""
+    start_s = time.perf_counter()
+    side.step(next(feed))
+    return time.perf_counter() - start_s
 
 
 def wait_for_go(folder: Path, phase: int, rank: int) -> None:

@@ -1,9 +1,9 @@
 """Which parameters of a module move together: its units.
 
-By default every entry of a ModuleList is a unit (the transformer blocks), and so is every other child of the root that
-holds parameters (embedding, final norm, head). A parameter belongs to the first unit that meets it; tied parameters are
-counted once. What hangs on the root itself, or is shared by several units, stays gathered from its first use in forward
-to the end of backward.
+By default every entry of a ModuleList or Sequential is a unit (the transformer blocks), and so is every other child of the
+root that holds parameters (embedding, final norm, head). A parameter belongs to the first unit that meets it; tied
+parameters are counted once. What hangs on the root itself, or is shared by several units, stays gathered from its first
+use in forward to the end of backward.
 """
 
 from collections.abc import Sequence
@@ -50,9 +50,9 @@ def find_units(root: nn.Module, chosen: Sequence[str] | None = None) -> list[Uni
 
 
 def _default(root: nn.Module) -> dict[str, nn.Module]:
-    lists = {name: module for name, module in root.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {n: m for n, m in root.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and n}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists if other != n)}
-    heads = {f"{name}.{i}": entry for name, entries in outer.items() for i, entry in enumerate(entries)}
+    heads = {f"{name}.{key}": entry for name, entries in outer.items() for key, entry in entries.named_children()}
     covered = {id(module) for entry in heads.values() for module in entry.modules()}
     for name, module in root.named_modules():
         inside = any(name.startswith(head + ".") for head in heads)
