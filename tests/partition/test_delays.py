@@ -38,9 +38,9 @@ def late(seed: int) -> Iterator[list[float]]:
             waits.append(chance.uniform(0.001, 0.004))
             time.sleep(waits[-1])
 
-    def held_up(received: Any, rows: Any, group: Any) -> list[Waitable]:
+    def held_up(received: Any, rows: Any, *where: Any) -> list[Waitable]:
         """As `_post`, a pause before every single message."""
-        return post(received, _Pausing(rows, pause), group)
+        return post(received, _Pausing(rows, pause), *where)
 
     def slowly(handle: Handle) -> None:
         pause()
