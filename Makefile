@@ -31,7 +31,7 @@ demo: $(READY)
 	$(BIN)/thinwire train $(DEMO) $(if $(FRESH),--fresh)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 # Job scripts on a real Slurm, started for the tests on this machine (installed first if need be; needs root).
 test-slurm: $(READY)

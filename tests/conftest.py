@@ -4,7 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import settings
 
@@ -15,10 +14,3 @@ if not torch.cuda.is_available():
 
 settings.register_profile("untimed", deadline=None)  # timings never decide a test
 settings.load_profile("untimed")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, a file stays whole (its worlds are run once), and labs take turns."""
-    for item in items:
-        labs = "need_lab" in vars(getattr(item, "module", None) or object)
-        item.add_marker(pytest.mark.xdist_group("labs" if labs else str(item.path)))
