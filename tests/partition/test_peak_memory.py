@@ -77,7 +77,7 @@ def _peaks(world: World, blocks: int) -> list[int]:
     return [_peak(world, cut, blocks) for cut in CUTS]
 
 
-@pytest.mark.parametrize("blocks", [6, 12])
+@pytest.mark.parametrize("blocks", [8, 12])
 def test_a_steps_peak_is_the_formulas_at_any_depth(blocks: int) -> None:
     """States as the table has them; of units, two of whole weights, and of gradients the one being made and two that are
     being reduced: what is sent and what comes, for each (sums that are whole are sent from where they are)."""
