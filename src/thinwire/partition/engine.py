@@ -22,37 +22,14 @@ from thinwire.comm.flight import Flight
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.partition import carried
-from thinwire.partition.dtypes import COMPUTE_DTYPES, master_dtype, norm_of, sum_of_squares
-from thinwire.partition.flat import Cut, Flat
+from thinwire.partition.dtypes import norm_of, sum_of_squares
 from thinwire.partition.guard import check_whole, refuse_backward, refuse_gradient, tensors_in
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece, Share
 from thinwire.partition.state_dict import hook_state_dict
-from thinwire.partition.units import UnitModules, find_units
-from thinwire.partition.wire import codecs_of, low_rank_of
+from thinwire.partition.unit import Unit, unit_of
+from thinwire.partition.units import find_units
 from thinwire.plan import Plan
-
-
-class Unit:
-    """A unit's flat buffers (one for each kind of parameter in it) and what of them is in flight."""
-
-    def __init__(self, found: UnitModules, flats: list[Flat], *, keep: bool) -> None:
-        self.name, self.entries, self.flats = found.name, found.entries, flats
-        self.resident = found.resident
-        self.keep = keep
-        """Gathered once a step: from its first use to the backward of the last micro-batch."""
-        self.gathering: Flight | None = None
-        self.refreshing: Flight | None = None
-        self.waiting = 0
-        """Trained parameters whose gradient has not come yet in this micro-batch."""
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        return [p for flat in self.flats if flat.trained for p in flat.parameters.values()]
-
-    @property
-    def gathered(self) -> bool:
-        return all(flat.gathered for flat in self.flats)
 
 
 class Sharded:
@@ -62,9 +39,8 @@ class Sharded:
         self.module, self.plan, self.world = module, plan, world
         self.timeline: list[str] = []
         """What was issued in the latest micro-batch and step, in order."""
-        self._keep = plan.partition.keep_gathered
         self._slowest = next((level.name for level in reversed(world.cluster.levels) if level.fanout > 1), None)
-        self.units = [self._unit(found) for found in find_units(module, units)]
+        self.units = [unit_of(found, plan, world) for found in find_units(module, units)]
         self._order: list[Unit] = []
         """Units in order of first use in forward."""
         self._reductions: list[int] | None = None
@@ -85,36 +61,6 @@ class Sharded:
         self.at_step(0)
 
     # -- making it -----------------------------------------------------------------------------------------------------
-
-    def _unit(self, found: UnitModules) -> Unit:
-        kinds: dict[tuple[bool, torch.dtype, torch.dtype], dict[str, nn.Parameter]] = {}
-        for name, parameter in found.parameters.items():
-            kind = parameter.requires_grad, self._compute_dtype(parameter), master_dtype(parameter.dtype)
-            kinds.setdefault(kind, {})[name] = parameter
-        flats = [self._flat(parameters, trained, compute) for (trained, compute, _), parameters in kinds.items()]
-        return Unit(found, flats, keep=self._keep)
-
-    def _compute_dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        """fp32 parameters are computed with in the plan's precision; others keep the one they were given in."""
-        return COMPUTE_DTYPES[self.plan.compute_dtype] if parameter.dtype == torch.float32 else parameter.dtype
-
-    def _flat(self, parameters: dict[str, nn.Parameter], trained: bool, compute: torch.dtype) -> Flat:
-        lp, lg, lo = self.plan.depths
-        master = master_dtype(next(iter(parameters.values())).dtype)
-        weights, grads, deltas = codecs_of(self.plan, master)
-        outer = [level for level in grads if level > lg and self.world.fanout(level) > 1]
-        cut = Cut(
-            lp=min(lp, lg) if trained else lp,
-            lg=lg,
-            lo=lo,
-            weights=weights,
-            grads=grads,
-            delta_levels=deltas,
-            feedback_level=max(outer) if self.plan.wire.error_feedback and outer else None,
-            low_rank=low_rank_of(self.plan),
-        )
-        multiple = self.world.size * (self.plan.wire.block if self.plan.wire.coded else 1)
-        return Flat(parameters, compute=compute, master=master, multiple=multiple, cut=cut, world=self.world)
 
     def _hook(self, index: int, unit: Unit) -> None:
         for entry in unit.entries:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from thinwire.comm.codec import IDENTITY, Codec
-from thinwire.partition.engine import Sharded, Unit
+from thinwire.partition.engine import Sharded
 from thinwire.partition.flat import Flat
+from thinwire.partition.unit import Unit
 from thinwire.traffic import step_bytes, total
 
 

@@ -20,7 +20,7 @@ from thinwire.model.config import ModelConfig
 from thinwire.model.spec import ModelSpec
 from thinwire.planner.choose import choose
 from thinwire.planner.explain import report, rests_on
-from thinwire.planner.space import Space
+from thinwire.planner.space import Codecs, Space
 from thinwire.report.read import Run
 
 
@@ -101,6 +101,6 @@ def candidate_of(run: Run) -> Candidate:
 
 def advice(setting: Setting, run: Run) -> tuple[str, ...]:
     """The best plans that the trainer runs, with weights and gradients as they are unless the run codes them."""
-    codecs = "all" if run.plan.wire.weights or run.plan.wire.grads else "none"
-    answer = choose(setting, Space(runnable=True, codecs=codecs), keep=20, outer="never")  # type: ignore[arg-type]
+    codecs: Codecs = "all" if run.plan.wire.weights or run.plan.wire.grads else "none"
+    answer = choose(setting, Space(runnable=True, codecs=codecs), keep=20, outer="never")
     return tuple(report(answer, setting, top=5))
