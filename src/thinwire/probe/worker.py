@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,8 +15,7 @@ from thinwire.cluster.cluster import Cluster
 from thinwire.comm.place import Place
 from thinwire.config import dump_toml
 from thinwire.errors import ConfigError
-from thinwire.train.report import describe
-from thinwire.train.worker import leave_now, leave_with_launcher
+from thinwire.train.worker import failures_reported, leave_with_launcher
 
 
 def probe_rank(cluster: Cluster, place: Place, out: Path, *, quick: bool) -> None:
@@ -59,14 +57,9 @@ def main(arguments: Sequence[str]) -> int:
     own = json.loads(arguments[0])
     leave_with_launcher(own["launcher_pipe"])
     place = Place(**own["place"])
-    try:
+    with failures_reported(place, Path(own["report"])):
         cluster = Cluster.model_validate_json(arguments[1])
         probe_rank(cluster, place, Path(arguments[2]), quick=arguments[3] == "quick")
-    except BaseException as error:
-        describe(place.rank, error).write(Path(own["report"]))
-        if place.rank != 0:
-            traceback.print_exception(error)
-        leave_now(1)
     return 0
 
 

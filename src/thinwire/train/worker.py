@@ -6,7 +6,8 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,15 +44,22 @@ def main(arguments: Sequence[str]) -> int:
     stop = StopRequest()
     stop.listen()
     place = Place(**own["place"])
-    try:
+    with failures_reported(place, Path(own["report"])):
         run_file = Path(arguments[1])
         run_rank(resolve(run_file, read_config(run_file, arguments[2:])), place, stop)
+    return 0
+
+
+@contextmanager
+def failures_reported(place: Place, report: Path) -> Iterator[None]:
+    """A failure inside is written to `report`, shown by ranks that nobody watches, and ends this process at once."""
+    try:
+        yield
     except BaseException as error:
-        describe(place.rank, error).write(Path(own["report"]))
+        describe(place.rank, error).write(report)
         if place.rank != 0:
             traceback.print_exception(error)
         leave_now(1)
-    return 0
 
 
 def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh: bool) -> None:
