@@ -41,7 +41,7 @@ def peer(*words: str) -> list[str]:
     return [sys.executable, PEER, *words]
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
+def eventually(holds: Callable[[], bool], seconds: float = 60.0) -> bool:
     """Whether `holds()` becomes true in time."""
     end_s = time.monotonic() + seconds
     while time.monotonic() < end_s:

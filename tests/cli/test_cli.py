@@ -187,9 +187,7 @@ def test_wrong_arguments_get_one_sentence(finished: Path, tmp_path: Path, argume
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(finished: Path) -> None:
     before = sorted(path.name for path in (finished / "checkpoints").iterdir())
-    start_s = time.monotonic()
     again = thinwire("train", finished.parent / "run.toml")
     assert again.returncode == 0, again.stderr
     assert "8 of 8" in again.stdout
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == before
-    assert time.monotonic() - start_s < 60

@@ -74,7 +74,7 @@ def test_killing_the_inside_is_told_in_one_sentence_and_leaves_nothing(running: 
     assert callable(who)
     for pid in who(running.mark):
         os.kill(pid, signal.SIGKILL)
-    output, _ = running.owner.communicate(timeout=20)
+    output, _ = running.owner.communicate(timeout=60)
     assert running.owner.returncode == 1
     assert "is gone: its process was killed from outside" in output.splitlines()[-1]
     assert eventually(running.is_gone)
@@ -108,7 +108,7 @@ def test_clean_all_removes_one_in_use(running: Running) -> None:
     assert [lab.alive for lab in mine] == [True]
     clean.remove(mine[0])
     assert eventually(lambda: not peers(running.mark))
-    running.owner.communicate(timeout=20)
+    running.owner.communicate(timeout=60)
     assert running.owner.returncode == 1
     assert eventually(running.is_gone)
 
