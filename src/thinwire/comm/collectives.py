@@ -75,17 +75,31 @@ def reduce_scatter(
     received = torch.empty_like(sent)
     entry = _entry(world, level, "reduce_scatter", purpose, full_kn, sent.nbytes // k * (k - 1), codec)
     sent = sent.contiguous()
-    works = duplex.all_to_all(received, sent, group=group)
+    me = world.coordinate(level)
+    works = duplex.all_to_all(received, sent, group=group, copy_own=codec is not IDENTITY)
 
     def finish() -> None:
-        if codec is not IDENTITY:
+        if codec is IDENTITY:
+            _sum(
+                [sent[me] if rank == me else row for rank, row in enumerate(received)],
+                out_n.view(-1),
+                spare=received[me],
+            )
+        else:
             codec.sum_into(received, out_n.view(-1))
-            return
-        out_n.copy_(received[0])
-        for chunk in received[1:]:
-            out_n.add_(chunk)
 
     return Handle(world.outstanding, entry, works, finish=finish, keep=(sent, received))
+
+
+def _sum(rows: Sequence[Tensor], out: Tensor, *, spare: Tensor) -> None:
+    """`out` becomes the sum of the rows in their order, in its precision; `spare` is scratch of a row's shape.
+
+    `out` may be one of the rows: it is written by the last addition only.
+    """
+    total, *others = (row.to(out.dtype) for row in rows)
+    spare = spare if spare.dtype == out.dtype else torch.empty_like(out)
+    for number, row in enumerate(others, 1):
+        total = torch.add(total, row, out=out if number == len(others) else spare)
 
 
 def all_reduce(x: Tensor, *, world: World, level: int, purpose: str, codec: Codec = IDENTITY) -> None:

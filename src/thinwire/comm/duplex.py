@@ -19,45 +19,50 @@ from thinwire.comm.handle import Waitable
 
 
 def all_to_all(
-    received: Tensor, sent: Tensor, *, group: dist.ProcessGroup, among: Sequence[int] | None = None
-) -> list[Waitable]:
+    received: Tensor,
+    sent: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    among: Sequence[int] | None = None,
+    copy_own: bool = True,
+) -> Sequence[Waitable]:
     """Row j of `sent` goes to the j-th rank, row i of `received` (k rows) comes from the i-th. Wait for all works.
 
-    This rank's own row is copied at once.
+    This rank's own row is copied at once; without `copy_own` it may be left as it is.
     """
     places = _places(group, among)
-    if received.is_cuda and len(places) == dist.get_world_size(group):
+    if received.is_cuda and len(places) == group.size():
         return [dist.all_to_all_single(received, sent, group=group, async_op=True)]
-    me = places.index(dist.get_rank(group))
-    received[me].copy_(sent[me])
+    me = places.index(group.rank())
+    if copy_own:
+        received[me].copy_(sent[me])
     return _post(received, list(sent), group, places)
 
 
 def all_gather(
     received: Tensor, row: Tensor, *, group: dist.ProcessGroup, among: Sequence[int] | None = None
-) -> list[Waitable]:
+) -> Sequence[Waitable]:
     """Row i of `received` (k rows) becomes the i-th rank's `row`; the own one may be that row itself. Wait for all works."""
     places = _places(group, among)
-    if received.is_cuda and len(places) == dist.get_world_size(group):
+    if received.is_cuda and len(places) == group.size():
         return [dist.all_gather_single(received.view(-1), row, group=group, async_op=True)]
-    me = places.index(dist.get_rank(group))
+    me = places.index(group.rank())
     if received[me].data_ptr() != row.data_ptr():
         received[me].copy_(row)
     return _post(received, [row] * len(places), group, places)
 
 
 def _places(group: dist.ProcessGroup, among: Sequence[int] | None) -> list[int]:
-    return list(range(dist.get_world_size(group)) if among is None else among)
+    return list(range(group.size()) if among is None else among)
 
 
-def _post(received: Tensor, rows: list[Tensor], group: dist.ProcessGroup, places: list[int]) -> list[Waitable]:
-    me, k = places.index(dist.get_rank(group)), len(places)
+def _post(received: Tensor, rows: list[Tensor], group: dist.ProcessGroup, places: list[int]) -> Sequence[Waitable]:
+    me, k = places.index(group.rank()), len(places)
     sources, targets = [(me - d) % k for d in range(1, k)], [(me + d) % k for d in range(1, k)]
     if received.is_cuda:  # NCCL wants sends and receives of several peers in one batch
         come = [dist.P2POp(dist.irecv, received[j], group=group, group_peer=places[j]) for j in sources]
         go = [dist.P2POp(dist.isend, rows[j], group=group, group_peer=places[j]) for j in targets]
         return list(dist.batch_isend_irecv([*come, *go])) if k > 1 else []
-    works = [dist.irecv(received[j], group=group, group_src=places[j]) for j in sources]
-    works += [dist.isend(rows[j], group=group, group_dst=places[j]) for j in targets]
-    assert all(work is not None for work in works), "every rank of a group takes part"
-    return [work for work in works if work is not None]
+    # The group's own calls: `dist.irecv` looks ranks up in both directions, which costs more than a small message.
+    works = [group.recv([received[j]], places[j], 0) for j in sources]
+    return works + [group.send([rows[j]], places[j], 0) for j in targets]

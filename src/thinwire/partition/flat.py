@@ -65,6 +65,7 @@ class Flat:
         self.layout = Layout.of([(name, tuple(p.shape)) for name, p in parameters.items()], multiple=multiple)
         self._device = next(iter(parameters.values())).device
         self._compute, self._master_dtype = compute, master
+        self._held = self._intervals()
         whole = torch.zeros(self.layout.numel, dtype=master, device=self._device)
         for slot, parameter in zip(self.layout.slots, parameters.values(), strict=True):
             whole[slot.offset : slot.offset + slot.numel] = parameter.detach().flatten()
@@ -73,7 +74,7 @@ class Flat:
         self.weights = self.master if self._shared else whole[self._slice(cut.lp)].to(compute, copy=True)
         self.grads = torch.zeros(len(self.at(cut.lg)) if self.trained else 0, dtype=master, device=self._device)
         self._begun = False
-        """Whether the sums hold anything of the step under way; what they held before counts for nothing."""
+        """Whether a micro-batch of the step under way is in the sums or on its way; what they held before is nothing."""
         self._complete = False
         """Whether the sums at lo are those of the whole step."""
         self.low_rank = self._make_low_rank()
@@ -119,8 +120,13 @@ class Flat:
 
     def at(self, depth: int) -> Interval:
         """The interval that this rank holds of a state that is cut at `depth`."""
-        fanouts = [level.fanout for level in self.world.cluster.levels]
-        return interval(self.layout.numel, fanouts, self.world.cluster.coordinates(self.world.rank), depth)
+        return self._held[depth]
+
+    def _intervals(self) -> dict[int, Interval]:
+        """What this rank holds at each depth, -1 (whole) to the outermost level."""
+        cluster = self.world.cluster
+        fanouts, place = [level.fanout for level in cluster.levels], cluster.coordinates(self.world.rank)
+        return {depth: interval(self.layout.numel, fanouts, place, depth) for depth in range(-1, len(fanouts))}
 
     def _slice(self, depth: int) -> slice:
         part = self.at(depth)
@@ -278,15 +284,15 @@ class Flat:
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
-    def _add_grads(self) -> None:
+    def _add_grads(self, first: bool) -> None:
         """Add the parameters' gradients to the sums, which are whole; the first ones of a step begin them."""
         for slot, parameter in zip(self.layout.slots, self.parameters.values(), strict=True):
             total = self.grads[slot.offset : slot.offset + slot.numel]
             if parameter.grad is not None:
-                add = total.add_ if self._begun else total.copy_
+                add = total.copy_ if first else total.add_
                 add(parameter.grad.flatten())
                 parameter.grad = None
-            elif not self._begun:
+            elif first:
                 total.zero_()
 
     def _take_grads(self) -> Tensor:
@@ -305,16 +311,18 @@ class Flat:
 
     def reduce_chain(self, *, last: bool) -> Iterator[Handle]:
         """This micro-batch's gradients into the sum at depth lg; after the last one on to depth lo, replicas included."""
+        first, self._begun = not self._begun, True
         if self.cut.lg < 0:
-            self._add_grads()
+            self._add_grads(first)
         else:
             part = self._take_grads()
-            for level in self._levels(0, self.cut.lg):
-                out = self._like(part, self.at(level))
+            levels = self._levels(0, self.cut.lg)
+            for level in levels:
+                out = self.grads if first and level == levels[-1] else self._like(part, self.at(level))
                 yield self._reduce(out, part, level)
                 part = out
-            (self.grads.add_ if self._begun else self.grads.copy_)(part)
-        self._begun = True
+            if part is not self.grads:
+                (self.grads.copy_ if first else self.grads.add_)(part)
         if not last:
             return
         part = self.grads
