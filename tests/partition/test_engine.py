@@ -236,17 +236,17 @@ def _filled(pieces: list[Piece], saved: dict[str, Tensor]) -> None:
 
 
 def _cross_load(world: World) -> None:
-    """State saved under one cut, loaded under another, gives the identical next step."""
+    """State saved under one cut, loaded under another (also one that has trained), gives the identical next step."""
     cuts = [(-1, -1, -1), (-1, -1, 1), (-1, 1, 1), (0, 0, 0), (0, 0, 1), (1, 1, 1)]
+    fresh = {cut: shard(Toy(), plan_of(world, cut), world) for cut in cuts}
+    loading = {cut: (engine, adamw(engine)) for cut, engine in fresh.items()}
     for cut in cuts:
         engine = shard(Toy(), plan_of(world, cut), world)
         optimizer = adamw(engine)
         one_step(engine, optimizer, world, 0)
         saved = _gathered(world, [*engine.for_save(), *optimizer.for_save()])
         reference = one_step(engine, optimizer, world, 1)
-        for other in cuts:
-            engine = shard(Toy(), plan_of(world, other), world)
-            optimizer = adamw(engine)
+        for other, (engine, optimizer) in loading.items():
             _filled([*engine.for_load(), *optimizer.for_load()], saved)
             engine.loaded()
             optimizer.loaded(1)
