@@ -1,5 +1,7 @@
 """Small runs for tests: a corpus of made-up text, run files, the command line in a process of its own."""
 
+import contextlib
+import io
 import os
 import random
 import subprocess
@@ -9,7 +11,10 @@ from typing import Any
 
 import tomli_w
 
+from thinwire.cli import main
 from thinwire.data.prepare import Options, prepare
+
+_STARTS_NO_RANKS = ("data", "eval", "export", "generate", "import", "plan", "simulate")
 
 _WORDS = (
     *("def", "return", "class", "import", "self", "value", "for", "in", "if", "else", "while", "yield"),
@@ -69,10 +74,22 @@ def write_run(folder: Path, corpus: Path, name: str = "run", **sections: dict[st
 def thinwire(
     *arguments: str | Path, cwd: Path | None = None, timeout_s: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
+    """Run the command line to its end: in a process of its own if it starts ranks, else in this one (torch is loaded)."""
+    if arguments and arguments[0] in _STARTS_NO_RANKS:
+        return _here([str(argument) for argument in arguments], cwd or Path.cwd())
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, cwd=cwd, timeout=timeout_s, env=environment(), check=False
     )
+
+
+def _here(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as left:
+            status = left.code if isinstance(left.code, int) else int(left.code is not None)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
