@@ -4,7 +4,7 @@ A side is made from the same weights, takes the same batches and uses AdamW with
 over all ranks. `THINWIRE` and `TORCH` map a side's name to what builds it; other kinds of side join as further dicts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,8 @@ from torch.distributed.fsdp import fully_shard
 
 from thinwire import Cluster, OuterSync, ShardedOptimizer, World, shard
 from thinwire.cluster.cluster import Level
+from thinwire.comm.flight import Flight
+from thinwire.comm.handle import Handle
 from thinwire.model.presets import preset
 from thinwire.model.transformer import Transformer
 from thinwire.plan import PlanConfig
@@ -195,10 +197,26 @@ def alone(setting: Setting) -> Side:
     return Side(step, partial(loss_of, model), close=leave_torch)
 
 
+def waiting_side(setting: Setting, options: Mapping[str, Any]) -> Side:
+    """thinwire with every collective waited for as soon as it is issued: nothing is behind anything."""
+    start = Flight.__init__
+
+    def start_and_land(self: Flight, *chains: Iterator[Handle]) -> None:
+        start(self, *chains)
+        self.land()
+
+    Flight.__init__ = start_and_land  # type: ignore[method-assign]
+    return thinwire_side(setting, options)
+
+
 NO_NETWORK = "no network"
 THINWIRE: dict[str, Builder] = {
     f"thinwire {name}": partial(thinwire_side, options=options) for name, options in WIRES.items()
 } | {f"thinwire {name}": partial(rounds_side, sync=sync) for name, sync in ROUNDS.items()}
+WAITING: dict[str, Builder] = {
+    f"thinwire {name}, waiting": partial(waiting_side, options=WIRES[name]) for name in ("ddp", "hsdp", "auto")
+}
+"""Twins that overlap nothing, each in a process of its own."""
 TORCH: dict[str, Builder] = {
     "torch DDP": ddp,
     "DDP + fp16 hook": partial(ddp, hook="fp16_compress_hook"),

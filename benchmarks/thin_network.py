@@ -25,7 +25,7 @@ from driver import Result, drive
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from sides import EXACT, NO_NETWORK
+from sides import EXACT, NO_NETWORK, WAITING
 from thin_rank import SIDES
 
 from thinwire.lab.config import LabConfig
@@ -212,10 +212,12 @@ def main() -> None:
     show(report_of(seen, options), options)
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rates", type=float, nargs="*", default=[1000, 100, 20], help="Mbit/s, besides unlimited")
-    arguments.add_argument("--sides", nargs="*", default=list(SIDES), help="default: all; " + ", ".join(SIDES))
+    arguments.add_argument(
+        "--sides", nargs="*", default=[n for n in SIDES if n not in WAITING], help="of: " + ", ".join(SIDES)
+    )
     arguments.add_argument("--rounds", type=int, default=2)
     arguments.add_argument("--steps", type=int, default=4, help="most steps of a side at each rate in a round")
     arguments.add_argument(
@@ -234,7 +236,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--out", type=Path, help="folder for JSON, Markdown, PNG and HTML, say docs/benchmarks")
     arguments.add_argument("--again", type=Path, help="measure nothing: tables and figure from this report's JSON")
-    options = arguments.parse_args()
+    options = arguments.parse_args(words)
     unknown = [name for name in options.sides if name not in SIDES]
     if unknown:
         arguments.error(f"there is no side {unknown[0]!r}; there are {', '.join(SIDES)}")

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peers import PEERS
-from sides import NO_NETWORK, THINWIRE, TORCH, Builder, Setting, Side, alone
+from sides import NO_NETWORK, THINWIRE, TORCH, WAITING, Builder, Setting, Side, alone
 from torch import Tensor
 
 from thinwire.lab.counters import read_interfaces
 
-SIDES: dict[str, Builder] = {NO_NETWORK: alone, **THINWIRE, **TORCH, **PEERS}
+SIDES: dict[str, Builder] = {NO_NETWORK: alone, **THINWIRE, **TORCH, **PEERS, **WAITING}
 TEXT_BYTES, HELD_OUT_SEQUENCES = 4_000_000, 8
 
 
