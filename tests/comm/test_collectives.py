@@ -52,6 +52,21 @@ def test_a_gather_may_be_in_place() -> None:
     assert all(run_world(2, _in_place))
 
 
+def _reduced_in_place(world: World) -> tuple[list[float], list[float]]:
+    """What a reduction into this rank's own chunk leaves there, and the same sum in rank order by hand."""
+    everybodys = [torch.randn(3 * 5, generator=torch.Generator().manual_seed(rank)) for rank in range(3)]
+    mine = slice(5 * world.rank, 5 * world.rank + 5)
+    full = everybodys[world.rank].clone()
+    reduce_scatter(full[mine], full, world=world, level=0, purpose="reduce").wait()
+    first, second, third = (each[mine] for each in everybodys)
+    return full[mine].tolist(), ((first + second) + third).tolist()
+
+
+def test_a_reduction_may_be_in_place_and_adds_in_the_order_of_the_ranks() -> None:
+    for seen, expected in run_world(3, _reduced_in_place):
+        assert seen == expected
+
+
 def _small(world: World) -> tuple[list[float], list[float]]:
     total = torch.tensor([1.0, 0.1 * world.rank], dtype=torch.float64)
     largest = torch.tensor([float(world.rank)])
