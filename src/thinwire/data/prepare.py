@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from thinwire.data.corpus import FORMAT, MANIFEST, PREFIXES
 from thinwire.data.indexed import IndexedWriter, dtype_for, paths_of
-from thinwire.data.sources import documents, files_of
+from thinwire.data.inputs import Input, identities, texts_of
 from thinwire.data.tokenizer import ByteTokenizer, Tokenizer, load_file, parse_choice, train_bpe
 from thinwire.errors import DataError
 from thinwire.folders import whole_folder
@@ -43,8 +43,8 @@ class Options:
     heldout_fraction: float = 0.02
 
 
-Progress = Callable[[str, int, int], None]
-"""Called with (phase, bytes of source files done, bytes of all source files)."""
+Progress = Callable[[str, int, int | None], None]
+"""Called with (phase, bytes of sources done, bytes of all sources or None if they are not known)."""
 
 
 def prepare(
@@ -54,31 +54,33 @@ def prepare(
 
     Raises DataError: no such source, no documents, not text, a target that exists (unless `force`), no room on disk.
     """
-    files = [
-        path for source in options.sources
-        for path in files_of(source, include=options.include, exclude=options.exclude)
-    ]  # fmt: skip
+    inputs = texts_of(options.sources, field=options.field, include=options.include, exclude=options.exclude)
     choice = parse_choice(options.tokenizer)
     with whole_folder(out, force=force, error=DataError) as folder:
-        return _fill(folder, options, files, choice, workers or os.cpu_count() or 1, progress or _silent)
+        return _fill(folder, options, inputs, choice, workers or os.cpu_count() or 1, progress or _silent)
 
 
-def _silent(phase: str, done: int, total: int) -> None:
+def _silent(phase: str, done: int, total: int | None) -> None:
     """No progress wanted."""
 
 
 def _fill(
-    folder: Path, options: Options, files: Sequence[Path], choice: int | Path | None, workers: int, progress: Progress
+    folder: Path,
+    options: Options,
+    inputs: Sequence[Input[str]],
+    choice: int | Path | None,
+    workers: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Tokenizer, token files and manifest into `folder`."""
-    total = sum(path.stat().st_size for path in files)
-    tokenizer = _tokenizer(options, files, choice, lambda done: progress("training the tokenizer", done, total))
+    total = _total_bytes(inputs)
+    tokenizer = _tokenizer(options, inputs, choice, lambda done: progress("training the tokenizer", done, total))
     tokenizer.save(folder)
     spec = "bytes" if isinstance(tokenizer, ByteTokenizer) else str(folder / "tokenizer.json")
     counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in PREFIXES}
     with ExitStack() as open_files:
         writers = {n: open_files.enter_context(IndexedWriter(folder / n, tokenizer.vocab_size)) for n in PREFIXES}
-        for chunk, done in _tokenised(_chunks(files, options.field), spec, options.heldout_fraction, workers):
+        for chunk, done in _tokenised(_chunks(inputs), spec, options.heldout_fraction, workers):
             for name, part in chunk.items():
                 writers[name].add(part.tokens, part.sizes)
                 _count(counts[name], part)
@@ -86,11 +88,14 @@ def _fill(
         for writer in writers.values():
             writer.close()
     if counts["train"]["tokens"] == 0:
-        raise DataError(f"{', '.join(options.sources)}: no text in {len(files)} files; nothing to train on")
+        raise DataError(
+            f"{', '.join(options.sources)}: no text in {len(inputs)} files or data sets; nothing to train on"
+        )
     manifest = {
         "format": FORMAT,
         "tokenizer": {"file": "bytes" if spec == "bytes" else "tokenizer.json", "vocab_size": tokenizer.vocab_size},
         "sources": list(options.sources),
+        **identities(inputs),
         "heldout_fraction": options.heldout_fraction,
         "splits": {name: {**counts[name], **digests(folder / name)} for name in PREFIXES},
     }
@@ -105,7 +110,7 @@ def _count(counts: dict[str, int], part: "_Part") -> None:
 
 
 def _tokenizer(
-    options: Options, files: Sequence[Path], choice: int | Path | None, progress: Callable[[int], None]
+    options: Options, inputs: Sequence[Input[str]], choice: int | Path | None, progress: Callable[[int], None]
 ) -> Tokenizer:
     if choice is None:
         return ByteTokenizer()
@@ -113,7 +118,7 @@ def _tokenizer(
         return load_file(choice)
 
     def training_texts() -> Iterator[str]:
-        for texts, done in _chunks(files, options.field):
+        for texts, done in _chunks(inputs):
             progress(done)
             yield from (text for text in texts if not held_out(text.encode("utf-8"), options.heldout_fraction))
 
@@ -126,13 +131,22 @@ def held_out(text: bytes, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < int(fraction * 2.0 ** (8 * _HASH_BYTES))
 
 
-def _chunks(files: Sequence[Path], field: str) -> Iterator[tuple[list[str], int]]:
-    """Documents in order, about two million characters at a time, with the bytes of source files begun so far."""
+def _total_bytes(inputs: Sequence[Input[str]]) -> int | None:
+    sizes = [one.size_bytes for one in inputs if one.size_bytes is not None]
+    return sum(sizes) if len(sizes) == len(inputs) else None
+
+
+def _chunks(inputs: Sequence[Input[str]]) -> Iterator[tuple[list[str], int]]:
+    """Documents in order, about two million characters at a time, with the bytes of sources begun so far.
+
+    Of a data set whose size is not known, the characters read count instead.
+    """
     texts: list[str] = []
     size = done = 0
-    for path in files:
-        done += path.stat().st_size
-        for text in documents(path, field=field):
+    for one in inputs:
+        done += one.size_bytes or 0
+        for text in one.read():
+            done += len(text) if one.size_bytes is None else 0
             if not text:
                 continue
             texts.append(text)
