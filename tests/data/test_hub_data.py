@@ -245,8 +245,8 @@ def test_an_error_in_the_middle_leaves_nothing_and_the_next_try_is_whole(
     expected, _ = corpus_of(source, tmp_path / "whole")
     reading = hub.HubRows.rows
 
-    def breaking(self: hub.HubRows, column: str) -> Any:
-        for number, row in enumerate(reading(self, column)):
+    def breaking(self: hub.HubRows, column: str, start: Any = None) -> Any:
+        for number, row in enumerate(reading(self, column, start)):
             with hub._as_data_errors(self.written):
                 if number == 3:
                     raise ConnectionError("the connection was closed")
@@ -260,24 +260,102 @@ def test_an_error_in_the_middle_leaves_nothing_and_the_next_try_is_whole(
     assert corpus_of(source, tmp_path / "out")[0] == expected
 
 
-def test_a_killed_preparation_is_not_taken_for_whole_and_the_next_one_gives_the_same(tmp_path: Path) -> None:
-    source = f"hf:{tmp_path / 'set'}"
-    texts = [path.read_text() for path in sorted(make_text(tmp_path / "text", 40).iterdir())]
-    write_jsonl(tmp_path / "set" / "train.jsonl", [{"text": text} for text in texts])
+def _long_set(folder: Path, kind: str) -> str:
+    """40 documents of some hundred characters, in four files where the kind allows."""
+    texts = [path.read_text() for path in sorted(make_text(folder.with_name("text"), 40).iterdir())]
+    for part in range(4):
+        rows = [{"n": i, "text": text} for i, text in enumerate(texts[10 * part : 10 * part + 10])]
+        folder.mkdir(exist_ok=True)
+        if kind == "jsonl":
+            write_jsonl(folder / f"train-{part}.jsonl", rows)
+        elif kind == "parquet":
+            datasets.Dataset.from_list(rows).to_parquet(folder / f"train-{part}.parquet", batch_size=4)
+    if kind == "saved":
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(folder)
+    return f"hf:{folder}"
+
+
+class Reading:
+    """Counts the rows that come through `HubRows.rows`, and breaks the connection after so many."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, breaks_after: int | None = None) -> None:
+        self.rows, self._breaks_after, self._real = 0, breaks_after, hub.HubRows.rows
+        reading = self
+        patch.setattr(hub.HubRows, "rows", lambda rows, column, start=None: reading._read(rows, column, start))
+
+    def _read(self, rows: hub.HubRows, column: str, start: Any) -> Iterator[Any]:
+        for row in self._real(rows, column, start):
+            if self.rows == self._breaks_after:
+                raise DataError("the connection was closed")
+            self.rows += 1
+            yield row
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers", "tokenizer_"), [("jsonl", 1, "bytes"), ("parquet", 2, "bpe:270"), ("saved", 1, "bytes")]
+)
+def test_a_preparation_that_broke_goes_on_where_it_was_and_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, workers: int, tokenizer_: str
+) -> None:
+    monkeypatch.setattr("thinwire.data.prepare._CHUNK_CHARS", 1)  # each document a chunk, a note every eighth
+    source, passes = _long_set(tmp_path / "set", kind), 2 if tokenizer_.startswith("bpe") else 1
+    options = Options((source,), tokenizer_, heldout_fraction=0.3)
+    expected = prepare(options, tmp_path / "whole", workers=workers)
+    with monkeypatch.context() as patch:
+        Reading(patch, breaks_after=40 * (passes - 1) + 30)
+        with pytest.raises(DataError, match="the connection was closed"):
+            prepare(options, tmp_path / "out", workers=workers)
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.glob(".out.partial-*"))) == 1
+    with monkeypatch.context() as patch:
+        second = Reading(patch)
+        assert prepare(options, tmp_path / "out", workers=workers) == expected
+    assert second.rows == 16 if workers == 1 else second.rows in (16, 24, 32)  # chunks under way were not noted yet
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("change", ["options", "rows", "a lost file"])
+def test_what_was_begun_otherwise_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    monkeypatch.setattr("thinwire.data.prepare._CHUNK_CHARS", 1)
+    source = _long_set(tmp_path / "set", "jsonl")
+    with monkeypatch.context() as patch:
+        Reading(patch, breaks_after=30)
+        with pytest.raises(DataError, match="the connection was closed"):
+            corpus_of(source, tmp_path / "out")
+    (partial,) = tmp_path.glob(".out.partial-*")
+    if change == "rows":
+        write_jsonl(tmp_path / "set" / "train-0.jsonl", [{"n": 0, "text": "other text"}] * 10)
+    elif change == "a lost file":
+        (partial / "train.bin").write_bytes(b"")
+    options = {"heldout_fraction": 0.5 if change == "options" else 0.3}
+    with monkeypatch.context() as patch:
+        second = Reading(patch)
+        found, _ = corpus_of(source, tmp_path / "out", **options)
+    assert second.rows == 40
+    assert found == corpus_of(source, tmp_path / "whole", **options)[0]
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_killed_preparation_is_not_taken_for_whole_and_the_next_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _long_set(tmp_path / "set", "jsonl")
     expected, _ = corpus_of(source, tmp_path / "whole")
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from thinwire.data import hub\n"
+        "from thinwire.data import prepare as module\n"
         "from thinwire.data.prepare import Options, prepare\n"
-        "reading = hub.HubRows.rows\n"
-        "def slow(self, column):\n"
-        "    for number, row in enumerate(reading(self, column)):\n"
-        "        if number == 20:\n"
-        "            print('going', flush=True); time.sleep(60)\n"
-        "        yield row\n"
-        "hub.HubRows.rows = slow\n"
-        "prepare(Options((sys.argv[1],), heldout_fraction=0.3), Path(sys.argv[2]), workers=1)\n"
+        "module._CHUNK_CHARS = 1\n"
+        "calls = []\n"
+        "def slow(phase, done, total):\n"
+        "    calls.append(done)\n"
+        "    if len(calls) == 20:\n"
+        "        print('going', flush=True); time.sleep(60)\n"
+        "prepare(Options((sys.argv[1],), heldout_fraction=0.3), Path(sys.argv[2]), workers=1, progress=slow)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, source, str(tmp_path / "out")], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -288,7 +366,9 @@ def test_a_killed_preparation_is_not_taken_for_whole_and_the_next_one_gives_the_
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1
     with pytest.raises(DataError, match="there is no corpus"):
         Corpus.open(DataConfig(path=tmp_path / "out"))
+    second = Reading(monkeypatch)
     assert corpus_of(source, tmp_path / "out")[0] == expected
+    assert second.rows == 24
     assert not list(tmp_path.glob(".out.partial-*"))
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from thinwire.data.sources import text_of
 from thinwire.errors import DataError, ThinwireError
 
+Place = dict[str, Any]
+"""How far a data set has been read, as JSON can hold it."""
 PREFIX = "hf:"
 _FORM = "hf:NAME[@REVISION][:CONFIG[:SPLIT]]"
 _DEFAULT_FIELD = "text"
@@ -52,7 +54,7 @@ def parse(written: str) -> HubSource:
     return source
 
 
-@dataclass(frozen=True)
+@dataclass
 class HubRows:
     """One split of a data set, opened. What the library raises comes as DataError with its sentence."""
 
@@ -60,6 +62,8 @@ class HubRows:
     stream: Any
     identity: dict[str, str | None]
     """`source` `name` `config` `split`, and a hub's `revision` or a folder's `fingerprint`, as `datasets` tells them."""
+    _reading: Any = None
+    _row: int = 0
 
     def column(self, field: str) -> str:
         """`field`; or where `text` is asked for and not there, the only column of text. Raises DataError."""
@@ -73,19 +77,27 @@ class HubRows:
             f"{self.written} has no column {field!r} (it has: {there}); name the column with --field or data.field"
         )
 
-    def texts(self, column: str) -> Iterator[str]:
-        """The texts of a column, in order. Raises DataError for a row without text, or if there are no rows."""
-        for row, where in self.rows(column):
+    def texts(self, column: str, start: Place | None = None) -> Iterator[str]:
+        """The texts of a column, in order, after `start`. Raises DataError for a row without text, or no rows."""
+        for row, where in self.rows(column, start):
             yield text_of(row, column, where)
 
-    def rows(self, column: str) -> Iterator[tuple[dict[str, Any], str]]:
-        """({column: value}, where it stands), in order. Raises DataError if there are no rows."""
-        number = 0
+    def rows(self, column: str, start: Place | None = None) -> Iterator[tuple[dict[str, Any], str]]:
+        """({column: value}, where it stands), in order, after `start`. Raises DataError if there are no rows."""
+        self._reading, self._row = self.stream.select_columns([column]), 0
+        if start is not None:
+            self._reading.load_state_dict(start["stream"])
+            self._row = start["row"]
         with _as_data_errors(self.written):
-            for number, row in enumerate(self.stream.select_columns([column]), 1):
-                yield {column: _as_written(row[column])}, f"{self.written} row {number}"
-        if number == 0:
+            for row in self._reading:
+                self._row += 1
+                yield {column: _as_written(row[column])}, f"{self.written} row {self._row}"
+        if self._row == 0:
             raise _no_rows(self.written)
+
+    def place(self) -> Place:
+        """After the row that came last: where a later reading, of a later process too, can start."""
+        return {"row": self._row, "stream": self._reading.state_dict()}
 
     def _columns(self) -> tuple[list[str], list[str]]:
         """All columns, and those of text: as declared, or where nothing is, as the first row has them."""

@@ -14,11 +14,14 @@ Item = TypeVar("Item")
 class Input(Generic[Item]):
     """Something to read, again and again in the same order."""
 
-    read: Callable[[], Iterator[Item]]
+    read: Callable[..., Iterator[Item]]
+    """From the beginning; or given what `place` once returned, after that."""
     size_bytes: int | None
     """None: not known before it is read."""
     identity: dict[str, str | None] | None = None
     """Which data set of the hub it is; None for a file."""
+    place: Callable[[], hub.Place] | None = None
+    """How far the reading has come; None where it cannot be taken up again."""
 
 
 def texts_of(
@@ -30,7 +33,7 @@ def texts_of(
         if name.startswith(hub.PREFIX):
             rows = hub.open_hub(name)
             column = rows.column(field)
-            found.append(Input(partial(rows.texts, column), None, {**rows.identity, "column": column}))
+            found.append(Input(partial(rows.texts, column), None, {**rows.identity, "column": column}, rows.place))
         else:
             files = sources.files_of(name, include=include, exclude=exclude)
             found += [Input(partial(sources.documents, file, field=field), file.stat().st_size) for file in files]
