@@ -92,6 +92,9 @@ def test_a_data_set_gives_the_same_corpus_as_its_texts_in_plain_files(tmp_path: 
     (known,) = manifest["hub"]
     assert (known["source"], known["split"], known["column"]) == (source, "train", "text")
     assert known["fingerprint"]
+    assert (
+        known["reader"] == f"{'json' if kind == 'jsonl' else kind.partition(' ')[0]} of datasets {datasets.__version__}"
+    )
     again, its_manifest = corpus_of(source, tmp_path / "again", tokenizer="bpe:270")
     assert (again, its_manifest) == (found, manifest)
 
@@ -228,6 +231,7 @@ def test_without_network_the_librarys_own_copy_is_read_if_it_is_of_the_pinned_re
         rows = open_hub(source)
         assert rows.identity["revision"] == "0123abc"
         assert list(rows.texts("text")) == TEXTS
+        assert rows.identity["reader"] == f"cache of datasets {datasets.__version__}"
     with pytest.raises(DataError, match="cached copy is of revision 0123abc, not 4567def; try again with network"):
         open_hub("hf:someone/something@4567def")
 
@@ -317,7 +321,7 @@ def test_a_preparation_that_broke_goes_on_where_it_was_and_gives_the_same(
     assert not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.parametrize("change", ["options", "rows", "a lost file"])
+@pytest.mark.parametrize("change", ["options", "rows", "a lost file", "the reader"])
 def test_what_was_begun_otherwise_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     monkeypatch.setattr("thinwire.data.prepare._CHUNK_CHARS", 1)
     source = _long_set(tmp_path / "set", "jsonl")
@@ -328,6 +332,8 @@ def test_what_was_begun_otherwise_is_begun_anew(tmp_path: Path, monkeypatch: pyt
     (partial,) = tmp_path.glob(".out.partial-*")
     if change == "rows":
         write_jsonl(tmp_path / "set" / "train-0.jsonl", [{"n": 0, "text": "other text"}] * 10)
+    elif change == "the reader":
+        monkeypatch.setattr("datasets.__version__", "9.9")
     elif change == "a lost file":
         (partial / "train.bin").write_bytes(b"")
     options = {"heldout_fraction": 0.5 if change == "options" else 0.3}

@@ -61,7 +61,8 @@ class HubRows:
     written: str
     stream: Any
     identity: dict[str, str | None]
-    """`source` `name` `config` `split`, and a hub's `revision` or a folder's `fingerprint`, as `datasets` tells them."""
+    """`source` `name` `config` `split`, a hub's `revision` or a folder's `fingerprint`, as `datasets` tells them; and the
+    `reader`, as places are only good for the same one."""
     _reading: Any = None
     _row: int = 0
 
@@ -124,12 +125,15 @@ def open_hub(written: str) -> HubRows:
         raise DataError(f"{written} has no split {source.split!r}; it has: {', '.join(splits)}")
     split = splits[source.split]
     identity = {"source": written, "name": source.name, "config": split.config, "split": source.split}
-    return HubRows(written, split.stream, {**identity, "fingerprint" if source.folder else "revision": split.version})
+    identity["fingerprint" if source.folder else "revision"] = split.version
+    identity["reader"] = f"{split.kind} of datasets {library.__version__}"
+    return HubRows(written, split.stream, identity)
 
 
 @dataclass(frozen=True)
 class _Split:
     stream: Any
+    kind: str
     config: str | None
     version: str | None
 
@@ -159,7 +163,7 @@ def _built(library: Any, source: HubSource, written: str) -> dict[str, _Split]:
             f"{source.revision}; try again with network"
         )
     streams = builder.as_streaming_dataset()
-    return {name: _Split(stream, builder.config.name, builder.hash) for name, stream in streams.items()}
+    return {name: _Split(stream, builder.name, builder.config.name, builder.hash) for name, stream in streams.items()}
 
 
 def _is_saved(folder: Path | None) -> bool:
@@ -174,7 +178,7 @@ def _saved(library: Any, source: HubSource, written: str) -> dict[str, _Split]:
         raise _no_rows(written)
     found = library.load_from_disk(source.name)
     splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
-    return {name: _Split(one.to_iterable_dataset(), None, one._fingerprint) for name, one in splits.items()}
+    return {name: _Split(one.to_iterable_dataset(), "saved", None, one._fingerprint) for name, one in splits.items()}
 
 
 @contextmanager
