@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,12 +11,12 @@ app = typer.Typer(help="Prepare token files from text, and look at them.", no_ar
 
 @app.command()
 def prepare(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, or `stdlib`.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, `stdlib`, or hf:DATASET.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to make.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, bpe:SIZE, or the path of a tokenizer.json.")] = "bytes",
     include: Annotated[list[str] | None, typer.Option(help="Glob of files to take from folders; may repeat.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may repeat.")] = None,
-    field: Annotated[str, typer.Option(help="Field of JSON lines or column of parquet that holds the text.")] = "text",
+    field: Annotated[str, typer.Option(help="Field of JSON lines, or column of tables, that holds the text.")] = "text",
     heldout_fraction: Annotated[float, typer.Option(help="Share of documents kept for validation.")] = 0.02,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
@@ -44,7 +44,9 @@ def prepare(
 
 @app.command()
 def chat(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="JSON lines files, or folders of them.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="JSON lines, folders of them, or hf:DATASET.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to make.")],
     tokenizer: Annotated[Path, typer.Option(help="A folder with tokenizer.json and a chat template, as INIT/hub.")],
     field: Annotated[str, typer.Option(help="Field that holds the list of {role, content}.")] = "messages",
@@ -87,9 +89,12 @@ def show(
         _describe(folder, manifest)
 
 
-def _describe(folder: Path, manifest: dict[str, dict[str, dict[str, int]]]) -> None:
+def _describe(folder: Path, manifest: dict[str, Any]) -> None:
     vocabulary = manifest["tokenizer"]["vocab_size"]
     typer.echo(f"{folder}: {manifest['tokenizer']['file']} with {vocabulary:,} ids")
+    for known in manifest.get("hub", []):
+        version = known.get("revision") or known.get("fingerprint")
+        typer.echo(f"  from {known['source']}, column {known['column']}, version {version}")
     for name, split in manifest["splits"].items():
         each = split["bytes"] / max(1, split["tokens"])
         typer.echo(

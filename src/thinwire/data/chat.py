@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 
 from thinwire.data.corpus import FORMAT, MANIFEST, PREFIXES
 from thinwire.data.indexed import IndexedWriter, answers_path
+from thinwire.data.inputs import Input, identities, rows_of
 from thinwire.data.prepare import digests, held_out
-from thinwire.data.sources import files_of, rows
 from thinwire.data.tokenizer import FileTokenizer, load_file
 from thinwire.errors import DataError
 from thinwire.folders import whole_folder
 
 _TOKENIZER = "tokenizer.json"
 Message = dict[str, Any]
+Rows = Input[tuple[Any, str]]
 Render = Callable[[Sequence[Message], bool], str]
 """(messages, whether the prompt for an answer follows) -> text."""
 
@@ -46,11 +47,11 @@ def prepare_chat(options: ChatOptions, out: Path, *, force: bool = False) -> dic
     Raises DataError: no such source, a row without messages, no chat template, a conversation that the template cannot
     render or whose answers cannot be told apart, a target that exists (unless `force`) or cannot be written.
     """
-    files = [path for source in options.sources for path in files_of(source)]
+    inputs = rows_of(options.sources, field=options.field)
     tokenizer = load_file(options.tokenizer / _TOKENIZER)
     render = template_of(options.tokenizer)
     with whole_folder(out, force=force, error=DataError) as folder:
-        return _fill(folder, options, files, tokenizer, render)
+        return _fill(folder, options, inputs, tokenizer, render)
 
 
 def template_of(folder: Path) -> Render:
@@ -107,7 +108,7 @@ def marked(text: str, spans: Sequence[range], tokenizer: FileTokenizer) -> tuple
 
 
 def _fill(
-    folder: Path, options: ChatOptions, files: Sequence[Path], tokenizer: FileTokenizer, render: Render
+    folder: Path, options: ChatOptions, inputs: Sequence[Rows], tokenizer: FileTokenizer, render: Render
 ) -> dict[str, Any]:
     """Tokenizer, token files, marks and manifest into `folder`."""
     tokenizer.save(folder)
@@ -115,7 +116,7 @@ def _fill(
     with ExitStack() as stack:
         writers = {n: stack.enter_context(IndexedWriter(folder / n, tokenizer.vocab_size)) for n in PREFIXES}
         masks = {n: stack.enter_context(answers_path(folder / n).open("wb")) for n in PREFIXES}
-        for text, spans in _conversations(files, options, render):
+        for text, spans in _conversations(inputs, options, render):
             raw = text.encode("utf-8")
             name = "heldout" if held_out(raw, options.heldout_fraction) else "train"
             ids, marks = marked(text, spans, tokenizer)
@@ -131,11 +132,14 @@ def _fill(
         for writer in writers.values():
             writer.close()
     if counts["train"]["answer_tokens"] == 0:
-        raise DataError(f"{', '.join(options.sources)}: no answers in {len(files)} files; nothing to train on")
+        raise DataError(
+            f"{', '.join(options.sources)}: no answers in {len(inputs)} files or data sets; nothing to train on"
+        )
     manifest = {
         "format": FORMAT,
         "tokenizer": {"file": _TOKENIZER, "vocab_size": tokenizer.vocab_size},
         "sources": list(options.sources),
+        **identities(inputs),
         "heldout_fraction": options.heldout_fraction,
         "splits": {
             name: {**counts[name], **digests(folder / name), **_mask_digest(folder / name)} for name in PREFIXES
@@ -145,9 +149,9 @@ def _fill(
     return manifest
 
 
-def _conversations(files: Sequence[Path], options: ChatOptions, render: Render) -> Iterator[tuple[str, list[range]]]:
-    for path in files:
-        for row, where in rows(path):
+def _conversations(inputs: Sequence[Rows], options: ChatOptions, render: Render) -> Iterator[tuple[str, list[range]]]:
+    for one in inputs:
+        for row, where in one.read():
             messages = _messages(row, options.field, where)
             try:
                 yield answer_spans(messages, render, last_only=options.last_answer_only)

@@ -18,10 +18,11 @@ class DataConfig(Frozen):
     cross_documents: bool = True
     """False: attention stays inside a document, positions start again at 0, and no token predicts the next document."""
     sources: tuple[str, ...] = ()
-    """If `path` is not there yet, it is prepared from these: files, folders, or `stdlib`."""
+    """If `path` is not there yet, it is prepared from these: files, folders, `stdlib`, or `hf:NAME[:CONFIG[:SPLIT]]`."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe:SIZE` or the path of a tokenizer.json; used when `path` is prepared."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     field: str = "text"
+    """Field of JSON lines, or column of parquet and of `hf:` data sets, that holds the text."""
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02

@@ -5,6 +5,7 @@ uint8 dtype code, uint64 number of sequences, uint64 number of document marks, t
 int64 document marks (first sequence of each document, and the end). Corpora tokenised for Megatron or NeMo load as is.
 """
 
+import os
 import struct
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +17,7 @@ from thinwire.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+_SIZE = np.dtype("<i4")
 _DTYPES: dict[int, type[np.generic]] = {
     1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
 }  # fmt: skip
@@ -31,35 +33,52 @@ def answers_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".answers")
 
 
+def sizes_path(prefix: Path) -> Path:
+    """PREFIX.sizes: an int32 per document, there only while the dataset is being written."""
+    return prefix.with_name(prefix.name + ".sizes")
+
+
 def dtype_for(vocab_size: int) -> type[np.generic]:
     """uint16 while ids fit with Megatron's margin, else int32."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
 class IndexedWriter:
-    """Appends documents; `close()` writes the index. One sequence per document. As a context it never leaks its file."""
+    """Appends documents; `close()` writes the index. One sequence per document. As a context it never leaks its files.
 
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
+    Given the `documents` and `tokens` that an earlier writer had synced, it goes on after those.
+    """
+
+    def __init__(self, prefix: Path, vocab_size: int, *, documents: int = 0, tokens: int = 0) -> None:
         self._dtype = np.dtype(dtype_for(vocab_size))
-        self._bin_path, self._idx_path = paths_of(prefix)
-        self._bin: IO[bytes] = self._bin_path.open("wb")
-        self._sizes: list[NDArray[np.int32]] = []
+        bin_path, self._idx_path = paths_of(prefix)
+        self._sizes_path = sizes_path(prefix)
+        self._bin = _open_at(bin_path, tokens * self._dtype.itemsize)
+        self._sizes = _open_at(self._sizes_path, documents * _SIZE.itemsize)
 
     def __enter__(self) -> "IndexedWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._bin.close()
+        self._sizes.close()
 
     def add(self, tokens: NDArray[Any], sizes: NDArray[np.int32]) -> None:
         """Documents back to back in `tokens`, their lengths in `sizes`."""
         assert int(sizes.sum()) == tokens.size
         self._bin.write(tokens.astype(self._dtype, copy=False).tobytes())
-        self._sizes.append(sizes.astype(np.int32))
+        self._sizes.write(sizes.astype(_SIZE).tobytes())
+
+    def sync(self) -> None:
+        """What was added is on the disk when this returns."""
+        for file in (self._bin, self._sizes):
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         self._bin.close()
-        sizes = np.concatenate([np.zeros(0, np.int32), *self._sizes])
+        self._sizes.close()
+        sizes = np.fromfile(self._sizes_path, _SIZE)
         offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)[:-1]]) if sizes.size else np.zeros(0)
         code = next(code for code, dtype in _DTYPES.items() if np.dtype(dtype) == self._dtype)
         with self._idx_path.open("wb") as index:
@@ -67,6 +86,15 @@ class IndexedWriter:
             index.write(sizes.tobytes())
             index.write((offsets * self._dtype.itemsize).astype(np.int64).tobytes())
             index.write(np.arange(sizes.size + 1, dtype=np.int64).tobytes())
+        self._sizes_path.unlink()
+
+
+def _open_at(path: Path, size: int) -> IO[bytes]:
+    """To write on after the first `size` bytes; what stands behind them goes."""
+    file = path.open("r+b" if size else "wb")
+    file.truncate(size)
+    file.seek(size)
+    return file
 
 
 class IndexedTokens:

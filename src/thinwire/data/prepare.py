@@ -1,7 +1,7 @@
 """Text to token files: read in order, tokenised in parallel, written in order, renamed into place when whole.
 
-Everything is written in a hidden folder beside the target; a run that is interrupted, however, leaves no target. The
-result does not depend on the number of workers.
+Everything is written in a hidden folder beside the target; a run that is interrupted, however, leaves no target. From
+data sets of the hub the next run goes on from there. The result does not depend on the number of workers.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from thinwire.data.corpus import FORMAT, MANIFEST, PREFIXES
 from thinwire.data.indexed import IndexedWriter, dtype_for, paths_of
-from thinwire.data.sources import documents, files_of
+from thinwire.data.inputs import Input, identities, texts_of
 from thinwire.data.tokenizer import ByteTokenizer, Tokenizer, load_file, parse_choice, train_bpe
+from thinwire.data.unfinished import Journal, Mark, key_of
 from thinwire.errors import DataError
 from thinwire.folders import whole_folder
 
@@ -43,8 +44,8 @@ class Options:
     heldout_fraction: float = 0.02
 
 
-Progress = Callable[[str, int, int], None]
-"""Called with (phase, bytes of source files done, bytes of all source files)."""
+Progress = Callable[[str, int, int | None], None]
+"""Called with (phase, bytes of sources done, bytes of all sources or None if they are not known)."""
 
 
 def prepare(
@@ -54,48 +55,76 @@ def prepare(
 
     Raises DataError: no such source, no documents, not text, a target that exists (unless `force`), no room on disk.
     """
-    files = [
-        path for source in options.sources
-        for path in files_of(source, include=options.include, exclude=options.exclude)
-    ]  # fmt: skip
+    inputs = texts_of(options.sources, field=options.field, include=options.include, exclude=options.exclude)
     choice = parse_choice(options.tokenizer)
-    with whole_folder(out, force=force, error=DataError) as folder:
-        return _fill(folder, options, files, choice, workers or os.cpu_count() or 1, progress or _silent)
+    key = _key(options, inputs, choice)
+    with whole_folder(
+        out, force=force, error=DataError, goes_on=lambda f: Journal(f, key).begun() is not None
+    ) as folder:
+        journal = Journal(folder, key)
+        return _fill(folder, options, inputs, choice, workers or os.cpu_count() or 1, progress or _silent, journal)
 
 
-def _silent(phase: str, done: int, total: int) -> None:
+def _key(options: Options, inputs: Sequence[Input[str]], choice: int | Path | None) -> str | None:
+    """What this preparation is, if it can be taken up after it ended early."""
+    if any(one.place is None for one in inputs):
+        return None
+    tokenizer = hashlib.sha256(choice.read_bytes()).hexdigest() if isinstance(choice, Path) and choice.is_file() else ""
+    return key_of(asdict(options), [one.identity for one in inputs], tokenizer)
+
+
+def _silent(phase: str, done: int, total: int | None) -> None:
     """No progress wanted."""
 
 
 def _fill(
-    folder: Path, options: Options, files: Sequence[Path], choice: int | Path | None, workers: int, progress: Progress
+    folder: Path,
+    options: Options,
+    inputs: Sequence[Input[str]],
+    choice: int | Path | None,
+    workers: int,
+    progress: Progress,
+    journal: Journal,
 ) -> dict[str, Any]:
-    """Tokenizer, token files and manifest into `folder`."""
-    total = sum(path.stat().st_size for path in files)
-    tokenizer = _tokenizer(options, files, choice, lambda done: progress("training the tokenizer", done, total))
-    tokenizer.save(folder)
-    spec = "bytes" if isinstance(tokenizer, ByteTokenizer) else str(folder / "tokenizer.json")
-    counts = {name: {"documents": 0, "tokens": 0, "bytes": 0} for name in PREFIXES}
+    """Tokenizer, token files and manifest into `folder`, going on where `journal` says."""
+    total = _total_bytes(inputs)
+    begun = journal.begun()
+    spec = "bytes" if choice is None else str(folder / "tokenizer.json")
+    if begun:
+        tokenizer = _open(spec)
+    else:
+        tokenizer = _tokenizer(options, inputs, choice, lambda done: progress("training the tokenizer", done, total))
+        tokenizer.save(folder)
+    counts, start = begun or ({name: {"documents": 0, "tokens": 0, "bytes": 0} for name in PREFIXES}, Mark())
     with ExitStack() as open_files:
-        writers = {n: open_files.enter_context(IndexedWriter(folder / n, tokenizer.vocab_size)) for n in PREFIXES}
-        for chunk, done in _tokenised(_chunks(files, options.field), spec, options.heldout_fraction, workers):
+        writers = {n: open_files.enter_context(_writer(folder / n, tokenizer, counts[n])) for n in PREFIXES}
+        for chunk, mark in _tokenised(_chunks(inputs, start), spec, options.heldout_fraction, workers):
             for name, part in chunk.items():
                 writers[name].add(part.tokens, part.sizes)
                 _count(counts[name], part)
-            progress("tokenising", done, total)
+            journal.note(writers.values(), counts, mark)
+            progress("tokenising", mark.done, total)
+        journal.remove()
         for writer in writers.values():
             writer.close()
     if counts["train"]["tokens"] == 0:
-        raise DataError(f"{', '.join(options.sources)}: no text in {len(files)} files; nothing to train on")
+        raise DataError(
+            f"{', '.join(options.sources)}: no text in {len(inputs)} files or data sets; nothing to train on"
+        )
     manifest = {
         "format": FORMAT,
         "tokenizer": {"file": "bytes" if spec == "bytes" else "tokenizer.json", "vocab_size": tokenizer.vocab_size},
         "sources": list(options.sources),
+        **identities(inputs),
         "heldout_fraction": options.heldout_fraction,
         "splits": {name: {**counts[name], **digests(folder / name)} for name in PREFIXES},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def _writer(prefix: Path, tokenizer: Tokenizer, kept: dict[str, int]) -> IndexedWriter:
+    return IndexedWriter(prefix, tokenizer.vocab_size, documents=kept["documents"], tokens=kept["tokens"])
 
 
 def _count(counts: dict[str, int], part: "_Part") -> None:
@@ -105,7 +134,7 @@ def _count(counts: dict[str, int], part: "_Part") -> None:
 
 
 def _tokenizer(
-    options: Options, files: Sequence[Path], choice: int | Path | None, progress: Callable[[int], None]
+    options: Options, inputs: Sequence[Input[str]], choice: int | Path | None, progress: Callable[[int], None]
 ) -> Tokenizer:
     if choice is None:
         return ByteTokenizer()
@@ -113,8 +142,8 @@ def _tokenizer(
         return load_file(choice)
 
     def training_texts() -> Iterator[str]:
-        for texts, done in _chunks(files, options.field):
-            progress(done)
+        for texts, mark in _chunks(inputs, Mark()):
+            progress(mark.done)
             yield from (text for text in texts if not held_out(text.encode("utf-8"), options.heldout_fraction))
 
     return train_bpe(choice, training_texts())
@@ -126,22 +155,31 @@ def held_out(text: bytes, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < int(fraction * 2.0 ** (8 * _HASH_BYTES))
 
 
-def _chunks(files: Sequence[Path], field: str) -> Iterator[tuple[list[str], int]]:
-    """Documents in order, about two million characters at a time, with the bytes of source files begun so far."""
+def _total_bytes(inputs: Sequence[Input[str]]) -> int | None:
+    sizes = [one.size_bytes for one in inputs if one.size_bytes is not None]
+    return sum(sizes) if len(sizes) == len(inputs) else None
+
+
+def _chunks(inputs: Sequence[Input[str]], start: Mark) -> Iterator[tuple[list[str], Mark]]:
+    """Documents in order, after `start`, about two million characters at a time, each with the mark it ends at.
+
+    Of a data set whose size is not known, the characters read count instead.
+    """
     texts: list[str] = []
-    size = done = 0
-    for path in files:
-        done += path.stat().st_size
-        for text in documents(path, field=field):
+    size, done, number = 0, start.done, start.number
+    for number, one in enumerate(inputs[start.number :], start.number):
+        done += one.size_bytes or 0
+        for text in one.read(start.place) if start.place and number == start.number else one.read():
+            done += len(text) if one.size_bytes is None else 0
             if not text:
                 continue
             texts.append(text)
             size += len(text)
             if size >= _CHUNK_CHARS:
-                yield texts, done
+                yield texts, Mark(done, number, one.place() if one.place else None)
                 texts, size = [], 0
     if texts:
-        yield texts, done
+        yield texts, Mark(done, number)
 
 
 @dataclass(frozen=True)
@@ -154,24 +192,24 @@ class _Part:
 
 
 def _tokenised(
-    chunks: Iterable[tuple[list[str], int]], spec: str, fraction: float, workers: int
-) -> Iterator[tuple[dict[str, _Part], int]]:
+    chunks: Iterable[tuple[list[str], Mark]], spec: str, fraction: float, workers: int
+) -> Iterator[tuple[dict[str, _Part], Mark]]:
     """Chunks tokenised by `workers` processes, in order; one worker works in this process."""
     if workers == 1:
         tokenizer = _open(spec)
-        for texts, done in chunks:
-            yield tokenise(texts, tokenizer, fraction), done
+        for texts, mark in chunks:
+            yield tokenise(texts, tokenizer, fraction), mark
         return
     context = mp.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(spec,)) as pool:
-        waiting: deque[tuple[Future[dict[str, _Part]], int]] = deque()
-        for texts, done in chunks:
-            waiting.append((pool.submit(_work, texts, fraction), done))
+        waiting: deque[tuple[Future[dict[str, _Part]], Mark]] = deque()
+        for texts, mark in chunks:
+            waiting.append((pool.submit(_work, texts, fraction), mark))
             if len(waiting) > 2 * workers:
-                first, its_done = waiting.popleft()
-                yield first.result(), its_done
-        for first, its_done in waiting:
-            yield first.result(), its_done
+                first, its_mark = waiting.popleft()
+                yield first.result(), its_mark
+        for first, its_mark in waiting:
+            yield first.result(), its_mark
 
 
 def tokenise(texts: Sequence[str], tokenizer: Tokenizer, fraction: float) -> dict[str, _Part]:

@@ -21,7 +21,7 @@ def prepare_shown(options: Options, out: Path, *, workers: int | None = None, fo
     with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, Any] = {}
 
-        def shown(phase: str, done: int, total: int) -> None:
+        def shown(phase: str, done: int, total: int | None) -> None:
             if phase not in tasks:
                 tasks[phase] = bar.add_task(phase, total=total)
             bar.update(tasks[phase], completed=done)

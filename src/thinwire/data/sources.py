@@ -31,7 +31,7 @@ def files_of(source: str, *, include: Sequence[str] = (), exclude: Sequence[str]
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise DataError(f"{source} does not exist; give a file, a folder or {STDLIB!r}")
+        raise DataError(f"{source} does not exist; give a file, a folder, {STDLIB!r} or hf:DATASET")
     found = [path for path in _walk(root) if _passes(path.relative_to(root).as_posix(), include, exclude)]
     if not found:
         globs = f" that match {', '.join(include)}" if include else ""
@@ -93,7 +93,7 @@ def rows(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _json_rows(path: Path, field: str) -> Iterator[str]:
     for row, where in _json_lines(path):
-        yield _text_of(row, field, where)
+        yield text_of(row, field, where)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[Any, str]]:
@@ -107,7 +107,8 @@ def _json_lines(path: Path) -> Iterator[tuple[Any, str]]:
                 raise DataError(f"{path} line {number} is not JSON: {error.msg}") from None
 
 
-def _text_of(row: Any, field: str, where: str) -> str:
+def text_of(row: Any, field: str, where: str) -> str:
+    """The text of a row. Raises DataError, with where the row stands, if it has none."""
     if not isinstance(row, dict) or field not in row:
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{where} has no field {field!r} (it has: {keys}); name the field with --field")
@@ -138,6 +139,6 @@ def _parquet_rows(path: Path, column: str) -> Iterator[str]:
                 raise DataError(f"{path} has no column {column!r} (it has: {there}); name the column with --field")
             for batch in file.iter_batches(columns=[column]):
                 for value in batch.column(0).to_pylist():
-                    yield _text_of({column: value}, column, str(path))
+                    yield text_of({column: value}, column, str(path))
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path} is not a parquet file: {error}") from None

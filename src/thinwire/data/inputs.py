@@ -1,0 +1,59 @@
+"""What sources mean, opened: one input for each file, and one for each data set of the hub."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from thinwire.data import hub, sources
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Input(Generic[Item]):
+    """Something to read, again and again in the same order."""
+
+    read: Callable[..., Iterator[Item]]
+    """From the beginning; or given what `place` once returned, after that."""
+    size_bytes: int | None
+    """None: not known before it is read."""
+    identity: dict[str, str | None] | None = None
+    """Which data set of the hub it is; None for a file."""
+    place: Callable[[], hub.Place] | None = None
+    """How far the reading has come; None where it cannot be taken up again."""
+
+
+def texts_of(
+    names: Sequence[str], *, field: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[Input[str]]:
+    """The documents of every source. Raises DataError as `files_of`, `open_hub` and `HubRows.column` do."""
+    found: list[Input[str]] = []
+    for name in names:
+        if name.startswith(hub.PREFIX):
+            rows = hub.open_hub(name)
+            column = rows.column(field)
+            found.append(Input(partial(rows.texts, column), None, {**rows.identity, "column": column}, rows.place))
+        else:
+            files = sources.files_of(name, include=include, exclude=exclude)
+            found += [Input(partial(sources.documents, file, field=field), file.stat().st_size) for file in files]
+    return found
+
+
+def rows_of(names: Sequence[str], *, field: str) -> list[Input[tuple[Any, str]]]:
+    """(row, where it stands) of every source; of a data set only the column `field`. Raises DataError as `texts_of`."""
+    found: list[Input[tuple[Any, str]]] = []
+    for name in names:
+        if name.startswith(hub.PREFIX):
+            rows = hub.open_hub(name)
+            column = rows.column(field)
+            found.append(Input(partial(rows.rows, column), None, {**rows.identity, "column": column}))
+        else:
+            found += [Input(partial(sources.rows, file), file.stat().st_size) for file in sources.files_of(name)]
+    return found
+
+
+def identities(inputs: Sequence[Input[Any]]) -> dict[str, list[dict[str, str | None]]]:
+    """`hub` of a manifest: which data sets were read; empty if none were."""
+    known = [one.identity for one in inputs if one.identity is not None]
+    return {"hub": known} if known else {}
