@@ -5,6 +5,7 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,14 @@ def _assert_as_predicted(log: Path) -> None:
     for level, purposes in predicted.items():
         for purpose, count in purposes.items():
             assert sum(record["wire"][level].get(purpose, 0) for record in records) == len(records) * count
+
+
+def test_the_run_file_on_the_page_is_part_of_the_one_that_is_run() -> None:
+    shown = re.search(r"^```toml\n(.*?)^```$", _section(), re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    whole = tomllib.loads((ROOT / "examples" / "tiny-llama.toml").read_text(encoding="utf-8"))
+    for section, keys in tomllib.loads(shown[1]).items():
+        assert keys == {key: whole[section][key] for key in keys}
 
 
 @pytest.mark.slow
