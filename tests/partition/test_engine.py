@@ -364,6 +364,25 @@ def test_a_skipped_step_advances_nothing() -> None:
     run_world((2, 2), _skip)
 
 
+def _abandoned(world: World) -> None:
+    """One or two micro-batches of a step that is given up, their reductions still in flight, leave no trace."""
+    for cut in [(-1, -1, -1), (-1, -1, 1), (0, 0, 0), (0, 0, 1), (1, 1, 1)]:
+        plain = shard(Toy(), plan_of(world, cut), world)
+        expected = one_step(plain, adamw(plain), world, 0)
+        for given_up in (1, 2):
+            engine = shard(Toy(), plan_of(world, cut), world)
+            optimizer = adamw(engine)
+            for tokens, targets in batches(world, 1, given_up):
+                with engine.micro_batch(last=False):
+                    F.cross_entropy(engine.module(tokens).view(-1, 11), targets.view(-1)).backward()
+            optimizer.skip()
+            assert one_step(engine, optimizer, world, 0) == expected, (cut, given_up)
+
+
+def test_a_step_given_up_half_way_leaves_no_trace() -> None:
+    run_world((2, 2), _abandoned)
+
+
 def _states(world: World, cut: tuple[int, int, int], dtype: str) -> tuple[float, float]:
     """(bytes of all states that this rank holds between steps, the formula's)."""
     torch.manual_seed(0)

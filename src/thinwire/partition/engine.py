@@ -310,7 +310,8 @@ class Sharded:
         return norm_of(total.item(), {flat.grads.dtype for unit in self.units for flat in unit.flats if flat.trained})
 
     def dropped(self) -> None:
-        """Forget the gradients of a step that is not taken."""
+        """Forget the gradients of a step that is not taken, those still on their way too."""
+        self._land_all()
         self._first = True
         for unit in self.units:
             for flat in unit.flats:
