@@ -14,7 +14,7 @@ from thinwire.cli import main
 from thinwire.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def losses(folder: Path) -> list[float]:
     return [recorded[step]["loss"] for step in sorted(recorded)]
 
 
-def at_step(folder: Path, step: int, timeout_s: float = 150) -> None:
+def at_step(folder: Path, step: int, timeout_s: float = 300) -> None:
     """Wait until the run in `folder` has done `step` steps."""
     end_s = time.monotonic() + timeout_s
     while not (folder / EVENTS_FILE).exists() or max(steps(folder / EVENTS_FILE), default=0) < step:
@@ -81,7 +81,7 @@ def finish(cluster: Slurm, number: str, folder: Path) -> None:
     """Let a requeued job start at once (Slurm waits two minutes) and end."""
     cluster.wait(number, "PENDING")
     cluster.call("scontrol", "update", f"JobId={number}", "StartTime=now")
-    job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", timeout_s=240)
+    job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", timeout_s=400)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log(folder)
     assert next(read_events(folder / EVENTS_FILE, "run_end"))["reason"] != "finished"
     assert list(read_events(folder / EVENTS_FILE, "run_end"))[-1]["reason"] == "finished"
