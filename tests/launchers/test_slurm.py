@@ -77,10 +77,19 @@ def reference(folder: Path, corpus: Path, **sections: dict[str, object]) -> list
     return losses(folder / "reference")
 
 
+def start_soon(cluster: Slurm, number: str) -> None:
+    """Not after the two minutes that Slurm lets a requeued job wait.
+
+    Not at once either: Slurm revokes the credential of the run before by the second, and in that same second a new run
+    is refused for it ("Job credential revoked").
+    """
+    cluster.call("scontrol", "update", f"JobId={number}", "StartTime=now+3")
+
+
 def finish(cluster: Slurm, number: str, folder: Path) -> None:
-    """Let a requeued job start at once (Slurm waits two minutes) and end."""
+    """Let a requeued job start soon and end."""
     cluster.wait(number, "PENDING")
-    cluster.call("scontrol", "update", f"JobId={number}", "StartTime=now")
+    start_soon(cluster, number)
     job = cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", timeout_s=400)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log(folder)
     assert next(read_events(folder / EVENTS_FILE, "run_end"))["reason"] != "finished"
@@ -141,7 +150,7 @@ def test_it_saves_before_the_time_limit_and_goes_on_in_the_same_job(
     assert [path.name for path in (here / "run" / "checkpoints").iterdir()] == [f"step-{done:08d}"]
     assert "asking for job" in log(here / "run")
     cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=10")
-    cluster.call("scontrol", "update", f"JobId={number}", "StartTime=now")
+    start_soon(cluster, number)
     at_step(here / "run", done + 2)
     cluster.call("scancel", number)
     assert f"going on with {here / 'run'}" in log(here / "run").replace("\n", " ")
