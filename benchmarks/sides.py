@@ -24,6 +24,7 @@ from thinwire.comm.flight import Flight
 from thinwire.comm.handle import Handle
 from thinwire.model.presets import preset
 from thinwire.model.transformer import Transformer
+from thinwire.partition import engine
 from thinwire.plan import PlanConfig
 
 CLUSTER = Cluster(levels=(Level(name="node", fanout=2), Level(name="cluster", fanout=2)))
@@ -197,15 +198,17 @@ def alone(setting: Setting) -> Side:
     return Side(step, partial(loss_of, model), close=leave_torch)
 
 
-def waiting_side(setting: Setting, options: Mapping[str, Any]) -> Side:
-    """thinwire with every collective waited for as soon as it is issued: nothing is behind anything."""
-    start = Flight.__init__
+class Landed(Flight):
+    """Chains that are waited for as soon as they are issued."""
 
-    def start_and_land(self: Flight, *chains: Iterator[Handle]) -> None:
-        start(self, *chains)
+    def __init__(self, *chains: Iterator[Handle]) -> None:
+        super().__init__(*chains)
         self.land()
 
-    Flight.__init__ = start_and_land  # type: ignore[method-assign]
+
+def waiting_side(setting: Setting, options: Mapping[str, Any]) -> Side:
+    """thinwire with nothing behind anything, for the rest of this process."""
+    engine.Flight = Landed
     return thinwire_side(setting, options)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from runs import make_text, run_tree
+from runs import run_tree
+from talks import talk
 from thinwire.cli import main
 from thinwire.comm.world import World
 from thinwire.config import build
@@ -18,7 +19,6 @@ from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
 from thinwire.data.indexed import answers_path
 from thinwire.data.loader import IGNORED, Packing
-from thinwire.data.prepare import Options, prepare
 from thinwire.errors import DataError
 from thinwire.events import steps
 from thinwire.train.config import RunConfig
@@ -28,11 +28,6 @@ from thinwire.train.loop import train
 from thinwire.train.stop import StopRequest
 from worlds import run_world
 
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('no role ' + m.role) }}"
-    "{% endif %}<|{{ m.role }}|>\n{{ m.content }}<|endoftext|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 REWRITING = (
     "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
     "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -42,21 +37,6 @@ TALKS = [
     [("system", "be brief"), ("user", "self value"), ("assistant", "for in if")],
     [("user", "while"), ("assistant", "else")],
 ]
-
-
-def talk(turns: Sequence[tuple[str, str]]) -> list[Message]:
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as INIT/hub: byte-level BPE with a chat template."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    prepare(Options((str(make_text(folder / "text")),), "bpe:300"), folder / "corpus", workers=1)
-    (folder / "corpus" / "tokenizer.json").rename(folder / "tokenizer.json")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def write(path: Path, rows: Sequence[Any]) -> Path:

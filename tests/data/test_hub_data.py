@@ -12,9 +12,9 @@ from typing import Any
 
 import datasets
 import pytest
-from test_chat import talk, tokenizer  # noqa: F401  (a fixture)
 
 from runs import make_text
+from talks import talk
 from thinwire.cli import main
 from thinwire.config import build
 from thinwire.data import hub
@@ -391,7 +391,7 @@ def test_a_run_file_prepares_from_a_data_set_and_show_names_it(
     assert f"from {source}::train, column body, version " in capsys.readouterr().out
 
 
-def test_conversations_are_read_as_from_json_lines(tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_conversations_are_read_as_from_json_lines(tokenizer: Path, tmp_path: Path) -> None:
     rows = [{"messages": talk([("user", "def?"), ("assistant", f"class {i}")]), "n": i} for i in range(4)]
     rows[0]["messages"][0]["name"] = "someone"  # a key that only one message has
     file = write_jsonl(tmp_path / "set" / "train.jsonl", rows)

@@ -15,9 +15,21 @@ from labs import PEER, SOURCE, as_ordinary_user, eventually, marked, need_lab, n
 from thinwire.errors import ConfigError, LabError
 from thinwire.lab.config import Fault, LabConfig
 from thinwire.lab.lab import Lab
+from thinwire.lab.outcome import Outcome
 
 MBIT = 1e6 / 8
 SIZE = 2_000_000
+PACKET = 1514  # bytes on these links, with its headers
+
+
+def seconds(outcome: Outcome) -> list[float]:
+    """Of each rank of a ring."""
+    return [float(end.tail().split()[0]) for end in outcome.ends]
+
+
+def resent(outcome: Outcome) -> int:
+    """Bytes that kernels sent a second time in a ring, at most."""
+    return PACKET * sum(int(end.tail().split()[1]) for end in outcome.ends)
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +46,14 @@ def test_a_ring_over_all_hosts_carries_what_was_sent_and_leaves_nothing(
     monkeypatch.setenv("LAB_MARK", mark := uuid.uuid4().hex)
     with Lab(LabConfig(hosts=hosts), rootless=rootless) as lab:
         outcome = lab.run(peer("ring", str(SIZE)), timeout_s=60)
+        most = 1.02 * SIZE + resent(outcome)
         namespaces, folder = network_namespaces(marked(mark)), lab.folder
         assert namespaces
     assert outcome.ok
     assert [end.rank for end in outcome.ends] == list(range(hosts))
     for link in outcome.traffic.hosts:
-        assert SIZE <= link.sent_bytes <= 1.02 * SIZE
-        assert SIZE <= link.received_bytes <= 1.02 * SIZE
+        assert SIZE <= link.sent_bytes <= most
+        assert SIZE <= link.received_bytes <= most
     assert not marked(mark)
     assert not network_namespaces() & namespaces
     assert not folder.exists()
@@ -55,7 +68,8 @@ hosts, size = int(sys.argv[1]), int(sys.argv[3])
 with Lab(LabConfig(hosts=hosts, ranks_per_host=2, host_rate=12.5e6)) as lab:
     outcome = lab.run([sys.executable, sys.argv[2], "ring", sys.argv[3]], timeout_s=60)
     assert outcome.ok, outcome
-    assert all(size <= link.sent_bytes <= 1.02 * size for link in outcome.traffic.hosts), outcome.traffic
+    most = 1.02 * size + 1514 * sum(int(end.tail().split()[1]) for end in outcome.ends)
+    assert all(size <= link.sent_bytes <= most for link in outcome.traffic.hosts), outcome.traffic
     print("ran on", len(outcome.traffic.hosts))
 """
 
@@ -90,10 +104,10 @@ def open_folder() -> Iterator[Path]:
 def test_a_link_has_its_rate_both_ways_at_once() -> None:
     with Lab(LabConfig(hosts=2, host_rate=20 * MBIT)) as lab:
         outcome = lab.run(peer("ring", str(SIZE)), timeout_s=60)
-        seconds = [float(end.tail()) for end in outcome.ends]
+        slowest = max(seconds(outcome))
     # The link is never faster than its rate, however busy the machine; how close to it: `benchmarks/lab_accuracy.py`.
     assert outcome.ok
-    assert max(seconds) > 0.98 * SIZE / (20 * MBIT)
+    assert slowest > 0.98 * SIZE / (20 * MBIT)
 
 
 def test_ranks_of_a_host_talk_over_its_loopback() -> None:
@@ -107,10 +121,10 @@ def test_a_sites_uplink_is_what_its_hosts_share() -> None:
     config = LabConfig(hosts=4, hosts_per_site=2, site_rate=20 * MBIT)
     with Lab(config) as lab:
         outcome = lab.run(peer("ring", str(SIZE)), timeout_s=60)
-        seconds = [float(end.tail()) for end in outcome.ends]
+        slowest, most = max(seconds(outcome)), 1.05 * SIZE + resent(outcome)
     assert outcome.ok
-    assert [SIZE <= site.sent_bytes <= 1.05 * SIZE for site in outcome.traffic.sites] == [True, True]
-    assert max(seconds) > 0.95 * SIZE / (20 * MBIT)
+    assert [SIZE <= site.sent_bytes <= most for site in outcome.traffic.sites] == [True, True]
+    assert slowest > 0.95 * SIZE / (20 * MBIT)
 
 
 @pytest.fixture(scope="module")

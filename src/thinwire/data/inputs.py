@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from thinwire.data import hub, sources
@@ -28,28 +29,34 @@ def texts_of(
     names: Sequence[str], *, field: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[Input[str]]:
     """The documents of every source. Raises DataError as `files_of`, `open_hub` and `HubRows.column` do."""
-    found: list[Input[str]] = []
-    for name in names:
-        if name.startswith(hub.PREFIX):
-            rows = hub.open_hub(name)
-            column = rows.column(field)
-            found.append(Input(partial(rows.texts, column), None, {**rows.identity, "column": column}, rows.place))
-        else:
-            files = sources.files_of(name, include=include, exclude=exclude)
-            found += [Input(partial(sources.documents, file, field=field), file.stat().st_size) for file in files]
-    return found
+    of_file = partial(sources.documents, field=field)
+    return _opened(names, field, hub.HubRows.texts, of_file, include=include, exclude=exclude)
 
 
 def rows_of(names: Sequence[str], *, field: str) -> list[Input[tuple[Any, str]]]:
     """(row, where it stands) of every source; of a data set only the column `field`. Raises DataError as `texts_of`."""
-    found: list[Input[tuple[Any, str]]] = []
+    return _opened(names, field, hub.HubRows.rows, sources.rows)
+
+
+def _opened(
+    names: Sequence[str],
+    field: str,
+    of_set: Callable[..., Iterator[Item]],
+    of_file: Callable[[Path], Iterator[Item]],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[Input[Item]]:
+    """Read by `of_set(rows, column)` or `of_file(path)`."""
+    found: list[Input[Item]] = []
     for name in names:
         if name.startswith(hub.PREFIX):
             rows = hub.open_hub(name)
             column = rows.column(field)
-            found.append(Input(partial(rows.rows, column), None, {**rows.identity, "column": column}))
+            found.append(Input(partial(of_set, rows, column), None, {**rows.identity, "column": column}, rows.place))
         else:
-            found += [Input(partial(sources.rows, file), file.stat().st_size) for file in sources.files_of(name)]
+            files = sources.files_of(name, include=include, exclude=exclude)
+            found += [Input(partial(of_file, file), file.stat().st_size) for file in files]
     return found
 
 
