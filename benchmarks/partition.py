@@ -1,8 +1,9 @@
 """steps/s and bytes of the engine's settings against torch's DDP, FSDP2 and FSDP2-HSDP, alternating in one run.
 
 Two nodes of two ranks on loopback (so: no slow link), the same model, batch, AdamW and accumulation for all. HSDP's
-all-reduce is deferred to the last micro-batch, the fair baseline. Bytes are what the kernel counted on loopback per step
-over all ranks, for everybody alike (acknowledgements and headers included).
+all-reduce is deferred to the last micro-batch, the fair baseline. Bytes over all ranks and per step: what the ledger says
+was sent, and what the kernel counted on loopback (acknowledgements and headers included). thinwire's ranks of one host
+read each other's memory, so nothing is on loopback but for the rows named "sockets", where they do as the peers do.
 
     OMP_NUM_THREADS=1 python benchmarks/partition.py
 """
@@ -31,6 +32,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "zero3": {"partition": "zero3"},
     "auto, kept": {"partition": "auto", "keep_gathered": True},
 }
+SOCKETS = ("ddp", "auto")
 PEERS = ("torch DDP", "FSDP2", "FSDP2-HSDP")
 
 
@@ -39,15 +41,19 @@ def loopback_bytes() -> int:
     return int(line.split(":")[1].split()[8])
 
 
-def timed(side: Side, batches: list[Tensor], steps: int) -> tuple[float, float]:
-    """(seconds per step, loopback bytes per step), after everybody is ready."""
+def timed(side: Side, batches: list[Tensor], steps: int, world: World) -> tuple[float, float, float]:
+    """(seconds, bytes by the ledger, bytes on loopback) per step, after everybody is ready."""
+    world.ledger.drain()
     dist.barrier()
     before, start_s = loopback_bytes(), time.perf_counter()
     for _ in range(steps):
         side.step(batches)
     side.finish()
     dist.barrier()
-    return (time.perf_counter() - start_s) / steps, (loopback_bytes() - before) / steps
+    took_s, crossed = time.perf_counter() - start_s, loopback_bytes() - before
+    sent = torch.tensor([float(sum(entry.sent_bytes for entry in world.ledger.drain().entries))])
+    dist.all_reduce(sent)
+    return took_s / steps, float(sent) / steps, crossed / steps
 
 
 def rank_main(rank: int, port: int, options: argparse.Namespace, out: Any) -> None:
@@ -58,14 +64,16 @@ def rank_main(rank: int, port: int, options: argparse.Namespace, out: Any) -> No
     vocab = preset(options.model).vocab_size
     batches = [torch.randint(0, vocab, (SEQUENCES, TOKENS + 1), generator=draw) for _ in range(ACCUMULATE)]
     sides = {name: thinwire_side(setting, options=plan, world=world) for name, plan in PLANS.items()}
+    far = world.through_sockets(range(len(CLUSTER.levels)))
+    sides |= {f"{name}, sockets": thinwire_side(setting, options=PLANS[name], world=far) for name in SOCKETS}
     sides |= {name: TORCH[name](setting) for name in PEERS}
     for side in sides.values():
-        timed(side, batches, 2)
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        timed(side, batches, 2, world)
+    rounds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sides}
     for number in range(options.rounds):
         names = list(sides)
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            rounds[name].append(timed(sides[name], batches, options.steps))
+            rounds[name].append(timed(sides[name], batches, options.steps, world))
     world.leave()
     if rank == 0:
         out.put(rounds)
@@ -85,19 +93,20 @@ def main() -> None:
     rounds = out.get()
     for process in ranks:
         process.join()
-    best = min(statistics.median(seconds for seconds, _ in rounds[name]) for name in PEERS)
-    table = Table("setting", "steps/s", "against the best peer", "loopback MB a step")
+    best = min(statistics.median(seconds for seconds, *_ in rounds[name]) for name in PEERS)
+    table = Table("setting", "steps/s", "against the best peer", "sent, MB a step", "on loopback, MB")
     for name, seen in rounds.items():
-        seconds = statistics.median(seconds for seconds, _ in seen)
+        seconds = statistics.median(seconds for seconds, *_ in seen)
         ratios = [min(rounds[p][i][0] for p in PEERS) / seen[i][0] for i in range(options.rounds)]
-        sent = statistics.median(count for _, count in seen)
+        sent, crossed = (statistics.median(counts) for counts in list(zip(*seen, strict=True))[1:])
         table.add_row(
             name,
             f"{1 / seconds:.3f}",
             f"{best / seconds:.3f} ({min(ratios):.2f}-{max(ratios):.2f})",
-            f"{sent / 1e6:.1f}",
+            f"{sent / 1e6:.1f}" if name not in PEERS else "",
+            f"{crossed / 1e6:.1f}",
         )
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,6 @@ def thinwire_side(setting: Setting, options: Mapping[str, Any], world: World | N
         optimizer.step(grad_scale=1 / (group.size * len(batches)))
         if sync is not None:
             sync.after(optimizer.updates)
-        world.ledger.drain()
 
     def loss(tokens: Tensor) -> Tensor:
         with sync.outer_weights() if sync is not None else nullcontext():

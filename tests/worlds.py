@@ -24,10 +24,13 @@ def cluster_of(levels: Levels) -> Cluster:
     return Cluster(levels=tuple(Level(name=name, fanout=fanout) for name, fanout in pairs))
 
 
-def run_world(levels: int | Levels, fn: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_world(
+    levels: int | Levels, fn: Callable[..., Any], *args: Any, timeout_s: float = 120, sockets: Sequence[int] = ()
+) -> list[Any]:
     """`fn(world, *args)` on every rank of a new world: the results by rank. Raises what a rank raised, or TimeoutError.
 
-    Leaving the world checks that no handle was dropped.
+    All ranks are neighbours on this host; those of the levels in `sockets` talk as if they were not. Leaving the world
+    checks that no handle was dropped.
     """
     cluster = cluster_of([levels] if isinstance(levels, int) else levels)
     context = mp.get_context("forkserver")
@@ -36,7 +39,7 @@ def run_world(levels: int | Levels, fn: Callable[..., Any], *args: Any, timeout_
     pipes, processes = [], []
     for rank in range(cluster.ranks):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, cluster, rank, port, fn, args), daemon=True)
+        process = context.Process(target=_rank, args=(theirs, cluster, rank, port, sockets, fn, args), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -71,7 +74,9 @@ def _results(pipes: list[Connection], timeout_s: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(pipe: Connection, cluster: Cluster, rank: int, port: int, fn: Callable[..., Any], args: Any) -> None:
+def _rank(
+    pipe: Connection, cluster: Cluster, rank: int, port: int, sockets: Sequence[int], fn: Callable[..., Any], args: Any
+) -> None:
     import torch
 
     from thinwire.comm.world import World
@@ -81,7 +86,7 @@ def _rank(pipe: Connection, cluster: Cluster, rank: int, port: int, fn: Callable
         world = World.join(
             cluster, rank=rank, size=cluster.ranks, local_rank=rank, host="127.0.0.1", port=port, timeout_s=60
         )
-        result = fn(world, *args)
+        result = fn(world.through_sockets(sockets), *args)
         world.leave()
         pipe.send_bytes(pickle.dumps((True, result)))
     except BaseException:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from thinwire.comm import dull
 from thinwire.comm.collectives import all_gather, all_reduce, all_reduce_small, reduce_scatter
@@ -28,9 +29,12 @@ def _against_twins(world: World) -> dict[str, dict[str, int]]:
     return world.ledger.drain().sent_bytes()
 
 
+@pytest.mark.parametrize("sockets", [(), (0, 1)], ids=["neighbours", "sockets"])
 @pytest.mark.parametrize("levels", [(1,), (2,), (3,), (2, 2), (1, 2), (2, 1)])
-def test_collectives_equal_their_twins_and_send_the_least_bytes(levels: tuple[int, ...]) -> None:
-    for sent in run_world(levels, _against_twins):
+def test_collectives_equal_their_twins_and_send_the_least_bytes(
+    levels: tuple[int, ...], sockets: tuple[int, ...]
+) -> None:
+    for sent in run_world(levels, _against_twins, sockets=sockets):
         for name, k in zip(("node", "cluster"), levels, strict=False):
             if k == 1:
                 assert name not in sent
@@ -86,6 +90,7 @@ def test_small_sums_and_maxima_are_the_same_bits_on_all_ranks(levels: tuple[int,
 
 def _drop(world: World) -> None:
     all_gather(torch.empty(4), torch.ones(2), world=world, level=0, purpose="gather")
+    dist.barrier()  # nobody leaves before all have issued it
 
 
 def test_a_handle_nobody_waits_for_is_found() -> None:

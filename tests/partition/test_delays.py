@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import pytest
+
 from partition_toy import Toy, plan_of, train, weights
 from thinwire.comm import duplex
 from thinwire.comm.handle import Handle, Waitable
@@ -25,6 +27,7 @@ SETTINGS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
 }
 LATE = (None, 1, 2)
 """Which rank is late: none, a neighbour of rank 0 in its node, one in the other node."""
+LINKS = pytest.mark.parametrize("sockets", [(), (1,), (0, 1)], ids=["one host", "two hosts", "four hosts"])
 
 
 @contextmanager
@@ -89,21 +92,23 @@ def _all(world: World) -> dict[str, Any]:
 
 
 @cache
-def results() -> list[dict[str, Any]]:
-    return run_world((2, 2), _all)
+def results(sockets: tuple[int, ...]) -> list[dict[str, Any]]:
+    return run_world((2, 2), _all, sockets=sockets)
 
 
-def test_a_late_rank_changes_nothing() -> None:
-    assert [result["waits"] > 20 for result in results()] == [False, True, True, False], "nobody was late"
-    for result in results():
+@LINKS
+def test_a_late_rank_changes_nothing(sockets: tuple[int, ...]) -> None:
+    assert [result["waits"] > 20 for result in results(sockets)] == [False, True, True, False], "nobody was late"
+    for result in results(sockets):
         for name in SETTINGS:
             assert all(run == result[name][0] for run in result[name]), name
 
 
-def test_all_ranks_issue_the_same_collectives_in_the_same_order() -> None:
+@LINKS
+def test_all_ranks_issue_the_same_collectives_in_the_same_order(sockets: tuple[int, ...]) -> None:
     for name in SETTINGS:
         for number in range(len(LATE)):
-            orders = [result[name][number][1] for result in results()]
+            orders = [result[name][number][1] for result in results(sockets)]
             assert len(orders[0]) > 50
             if name == "low rank":  # messages of other sizes where matrices are cut otherwise
                 orders = [[(*entry[:3], entry[4]) for entry in order] for order in orders]

@@ -40,12 +40,12 @@ def all_gather(
     n = shard_n.numel()
     if codec is IDENTITY:
         entry = _entry(world, level, "all_gather", purpose, out_kn, shard_n.nbytes * (k - 1), codec)
-        works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), group=group)
+        works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), group=group, near=world.neighbours(level))
         return Handle(world.outstanding, entry, works, keep=(out_kn, shard_n))
     coded = codec.encode(shard_n.reshape(-1))
     received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
     entry = _entry(world, level, "all_gather", purpose, out_kn, coded.nbytes * (k - 1), codec)
-    works = duplex.all_gather(received.view(k, -1), coded, group=group)
+    works = duplex.all_gather(received.view(k, -1), coded, group=group, near=world.neighbours(level))
 
     def finish() -> None:
         for part, chunk in zip(out_kn.view(k, n), received.view(k, 1, -1), strict=True):
@@ -76,7 +76,7 @@ def reduce_scatter(
     entry = _entry(world, level, "reduce_scatter", purpose, full_kn, sent.nbytes // k * (k - 1), codec)
     sent = sent.contiguous()
     me = world.coordinate(level)
-    works = duplex.all_to_all(received, sent, group=group, copy_own=codec is not IDENTITY)
+    works = duplex.all_to_all(received, sent, group=group, copy_own=codec is not IDENTITY, near=world.neighbours(level))
 
     def finish() -> None:
         if codec is IDENTITY:

@@ -5,6 +5,8 @@ all-to-all and ring send first: the announcement then waits behind this rank's o
 take turns. Here every receive is posted before the first send. Sends start with the next rank of the group, so that no
 two ranks begin with the same receiver. All ranks of a group issue the same calls in the same order.
 
+Where the ranks of a group are `near`, on one host, rows are read from each other's memory (`thinwire.comm.neighbours`).
+
 `among` leaves ranks of the group out, for instance because they are gone: only those at the given places take part.
 
 Shapes: k ranks of the group that take part; one row of a matrix for each
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.comm.handle import Waitable
+from thinwire.comm.neighbours import Neighbours
 
 
 def all_to_all(
@@ -25,6 +28,7 @@ def all_to_all(
     group: dist.ProcessGroup,
     among: Sequence[int] | None = None,
     copy_own: bool = True,
+    near: Neighbours | None = None,
 ) -> Sequence[Waitable]:
     """Row j of `sent` goes to the j-th rank, row i of `received` (k rows) comes from the i-th. Wait for all works.
 
@@ -36,11 +40,16 @@ def all_to_all(
     me = places.index(group.rank())
     if copy_own:
         received[me].copy_(sent[me])
-    return _post(received, list(sent), group, places)
+    return _post(received, list(sent), group, places, near)
 
 
 def all_gather(
-    received: Tensor, row: Tensor, *, group: dist.ProcessGroup, among: Sequence[int] | None = None
+    received: Tensor,
+    row: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    among: Sequence[int] | None = None,
+    near: Neighbours | None = None,
 ) -> Sequence[Waitable]:
     """Row i of `received` (k rows) becomes the i-th rank's `row`; the own one may be that row itself. Wait for all works."""
     places = _places(group, among)
@@ -49,20 +58,24 @@ def all_gather(
     me = places.index(group.rank())
     if received[me].data_ptr() != row.data_ptr():
         received[me].copy_(row)
-    return _post(received, [row] * len(places), group, places)
+    return _post(received, [row] * len(places), group, places, near)
 
 
 def _places(group: dist.ProcessGroup, among: Sequence[int] | None) -> list[int]:
     return list(range(group.size()) if among is None else among)
 
 
-def _post(received: Tensor, rows: list[Tensor], group: dist.ProcessGroup, places: list[int]) -> Sequence[Waitable]:
+def _post(
+    received: Tensor, rows: list[Tensor], group: dist.ProcessGroup, places: list[int], near: Neighbours | None
+) -> Sequence[Waitable]:
     me, k = places.index(group.rank()), len(places)
     sources, targets = [(me - d) % k for d in range(1, k)], [(me + d) % k for d in range(1, k)]
     if received.is_cuda:  # NCCL wants sends and receives of several peers in one batch
         come = [dist.P2POp(dist.irecv, received[j], group=group, group_peer=places[j]) for j in sources]
         go = [dist.P2POp(dist.isend, rows[j], group=group, group_peer=places[j]) for j in targets]
         return list(dist.batch_isend_irecv([*come, *go])) if k > 1 else []
+    if near is not None:
+        return [near.exchange({places[j]: received[j] for j in sources}, {places[j]: rows[j] for j in targets})]
     # The group's own calls: `dist.irecv` looks ranks up in both directions, which costs more than a small message.
     works = [group.recv([received[j]], places[j], 0) for j in sources]
     return works + [group.send([rows[j]], places[j], 0) for j in targets]

@@ -5,8 +5,8 @@ it in that level's coordinate alone. Different kinds of collective have communic
 never queues behind a reduction (pytorch issue 177011). A world of one rank has no communicator and no process group.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Literal, get_args
 
@@ -16,7 +16,9 @@ import torch.distributed as dist
 from thinwire.cluster.cluster import Cluster, Level, check_size
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Ledger
+from thinwire.comm.neighbours import Exchanges, Neighbours
 from thinwire.comm.place import Place
+from thinwire.comm.same_host import find_neighbours
 from thinwire.errors import ConfigError, LinkError
 
 Kind = Literal["gather", "reduce", "small"]
@@ -35,6 +37,7 @@ class World:
     outstanding: set[Handle] = field(default_factory=set)
     """Handles not waited for yet."""
     _groups: dict[tuple[int, Kind], dist.ProcessGroup] = field(default_factory=dict)
+    _neighbours: dict[int, Neighbours] = field(default_factory=dict)
     timeout: timedelta = timedelta(seconds=600)
 
     @staticmethod
@@ -73,6 +76,7 @@ class World:
         return World.join(cluster, **asdict(place), timeout_s=timeout_s)
 
     def _make_groups(self, timeout: timedelta, base: Sequence[int] | None = None) -> None:
+        exchanges = Exchanges()
         for index in range(len(self.cluster.levels)):
             ranks = self.cluster.group(self.rank, index)
             ranks = ranks if base is None else tuple(base[rank] for rank in ranks)
@@ -83,6 +87,10 @@ class World:
                 self._groups[index, kind] = dist.new_group(
                     list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
                 )
+            if self.device.type == "cpu":
+                found = find_neighbours(self._groups[index, "small"], exchanges, timeout_s=timeout.total_seconds())
+                if found is not None:
+                    self._neighbours[index] = found
 
     def inside(self, level: int) -> "World":
         """The world of one group: the levels below `level` alone, with this world's communicators, ledger and handles.
@@ -92,9 +100,10 @@ class World:
         levels = self.cluster.levels[:level] or (Level(name="rank", fanout=1),)
         cluster = Cluster(device=self.cluster.device, levels=levels)
         groups = {key: group for key, group in self._groups.items() if key[0] < level}
+        near = {index: found for index, found in self._neighbours.items() if index < level}
         return World(
             self.rank % cluster.ranks, cluster.ranks, self.local_rank, cluster, self.device, self.ledger,
-            self.outstanding, groups, self.timeout,
+            self.outstanding, groups, near, self.timeout,
         )  # fmt: skip
 
     def among(self, ranks: Sequence[int], cluster: Cluster) -> "World":
@@ -105,6 +114,11 @@ class World:
         )  # fmt: skip
         part._make_groups(self.timeout, base=ranks)
         return part
+
+    def through_sockets(self, levels: Container[int]) -> "World":
+        """This world, except that at the given levels ranks of one host talk as if they were on several."""
+        far = {index: near for index, near in self._neighbours.items() if index not in levels}
+        return replace(self, _neighbours=far)
 
     def communicator(self, ranks: Sequence[int], *, members_only: bool) -> dist.ProcessGroup:
         """A new communicator of `ranks`.
@@ -123,6 +137,10 @@ class World:
         """This rank's communicator at a level; None where the level joins only one member."""
         return self._groups.get((level, kind))
 
+    def neighbours(self, level: int) -> Neighbours | None:
+        """The group at a level, if its ranks are on one host and read each other's memory."""
+        return self._neighbours.get(level)
+
     def fanout(self, level: int) -> int:
         return self.cluster.levels[level].fanout
 
@@ -136,6 +154,8 @@ class World:
     def leave(self) -> None:
         """Close every communicator. A handle that nobody waited for is a bug, and raises AssertionError."""
         dropped = list(self.outstanding)
+        for near in self._neighbours.values():
+            near.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         assert not dropped, f"{len(dropped)} handles were never waited for, the first is {dropped[0]}"

@@ -1,0 +1,118 @@
+"""Ranks of one host that read each other's memory: found by trying, right in any order of waiting, gone with a word."""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from thinwire.comm import dull, same_host
+from thinwire.comm.collectives import all_gather, reduce_scatter
+from thinwire.comm.line import Line
+from thinwire.comm.memory import read_memory
+from thinwire.comm.world import World
+from thinwire.errors import LinkError
+from worlds import run_world
+
+N = 300_000
+
+
+def _waited_backwards(world: World) -> bool:
+    """Exchanges of both levels in flight together, waited for in another order than issued, and that by rank."""
+    assert world.neighbours(0) is not None
+    assert world.neighbours(1) is not None
+    torch.manual_seed(world.rank)
+    handles, sources, expected, outs = [], [], [], []
+    for level in (0, 1, 0, 1):
+        shard, full = torch.randn(N), torch.randn(2 * N)
+        outs += [torch.empty(2 * N), torch.empty(N)]
+        handles.append(all_gather(outs[-2], shard, world=world, level=level, purpose="gather"))
+        handles.append(reduce_scatter(outs[-1], full, world=world, level=level, purpose="reduce"))
+        sources += [shard, full]
+        expected += [
+            dull.all_gather(shard, world=world, level=level),
+            dull.reduce_scatter(full, world=world, level=level),
+        ]
+    turn = 2 * world.rank
+    for number in reversed(list(range(8))[turn:] + list(range(8))[:turn]):
+        handles[number].wait()
+        sources[number].fill_(torch.nan)  # what has been waited for is this rank's own again
+    return all(torch.equal(out, right) for out, right in zip(outs, expected, strict=True))
+
+
+def test_exchanges_may_be_waited_for_in_any_order() -> None:
+    assert all(run_world((2, 2), _waited_backwards))
+
+
+def _one_cannot_read(world: World) -> bool:
+    def reads(into: torch.Tensor, pid: int, address: int) -> bool:
+        return world.rank != 1 and read_memory(into, pid, address)
+
+    same_host.read_memory = reads
+    group = world.group(0, "small")
+    assert group is not None
+    return same_host.find_neighbours(group, world.neighbours(0).exchanges, timeout_s=10) is None  # type: ignore[union-attr]
+
+
+def test_where_one_rank_cannot_read_nobody_does() -> None:
+    assert run_world(3, _one_cannot_read) == [True] * 3
+
+
+def _one_dies(world: World, told: Path) -> None:
+    out = torch.empty(2 * N)
+    if world.rank == 1:
+        os._exit(9)
+    handle = all_gather(out, torch.ones(N), world=world, level=0, purpose="gather")
+    try:
+        handle.wait()
+    except LinkError as error:
+        told.write_text(str(error))
+    raise AssertionError
+
+
+def test_a_rank_that_dies_is_noticed_at_once(tmp_path: Path) -> None:
+    with pytest.raises((RuntimeError, AssertionError)):
+        run_world(2, _one_dies, tmp_path / "told", timeout_s=60)
+    assert "lost a rank of this host" in (tmp_path / "told").read_text()
+
+
+@pytest.fixture
+def ends() -> Iterator[Sequence[socket.socket]]:
+    here, there = socket.socketpair()
+    with here, there:
+        yield here, there
+
+
+def test_a_line_hears_each_kind_in_order_however_the_bytes_arrive(ends: Sequence[socket.socket]) -> None:
+    here, there = ends
+    sender, line = Line(here, 5), Line(there, 5)
+    for kind, number in ((1, 10), (2, -1), (1, 2**62), (2, 0)):
+        sender.say(kind, number)
+    assert [line.hear(2), line.hear(2), line.hear(1), line.hear(1)] == [-1, 0, 10, 2**62]
+    message = b"\x01" + (77).to_bytes(8, "little")
+    here.sendall(message[:4])
+    there.setblocking(True)
+    here.sendall(message[4:] + message)
+    assert [line.hear(1), line.hear(1)] == [77, 77]
+
+
+def test_a_line_tells_of_an_end_that_is_gone_or_silent(ends: Sequence[socket.socket]) -> None:
+    here, there = ends
+    line = Line(there, 0.05)
+    with pytest.raises(LinkError, match="lost a rank of this host while waiting for it: timed out"):
+        line.hear(1)
+    here.close()
+    with pytest.raises(LinkError, match="closed its connection"):
+        line.hear(1)
+    with pytest.raises(LinkError, match="lost a rank of this host"):
+        line.say(1, 0)
+
+
+def test_memory_that_is_not_there_is_not_read() -> None:
+    source, into = torch.arange(5), torch.zeros(5, dtype=torch.int64)
+    assert read_memory(into, os.getpid(), source.data_ptr())
+    assert torch.equal(into, source)
+    assert not read_memory(into, os.getpid(), 8)
+    assert not read_memory(into, 2**22 + 1, source.data_ptr())
