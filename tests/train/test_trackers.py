@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from labs import eventually
 from thinwire.errors import ConfigError
 from thinwire.events import read_events
 from thinwire.train.telemetry import Telemetry
@@ -40,26 +41,6 @@ def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_mlflow_holds_what_was_logged_and_a_second_start_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    from mlflow.tracking import MlflowClient
-
-    uri = (tmp_path / "store").as_uri()
-    config = TrackingConfig(to=("mlflow",), mlflow_uri=uri, project="p")
-    for step in (1, 2):
-        tracker = open_trackers(config, tmp_path, first_step=step, settings={"run": {"steps": 2}})["mlflow"]
-        tracker.log({"train/loss": 3.0 / step}, step)
-        tracker.close()
-    client = MlflowClient(tracking_uri=uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("p").experiment_id])
-    assert run.data.params == {"run.steps": "2"}
-    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")] == [(1, 3.0), (2, 1.5)]
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_wandb_writes_offline_into_the_run_folder(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     config = TrackingConfig(to=("wandb",), wandb_mode="offline")
@@ -67,4 +48,4 @@ def test_wandb_writes_offline_into_the_run_folder(tmp_path: Path) -> None:
     tracker.log({"train/loss": 3.0}, 1)
     tracker.close()
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert b"train/loss" in written.read_bytes()
+    assert eventually(lambda: b"train/loss" in written.read_bytes())  # by a process of its own

@@ -5,6 +5,8 @@ A tracker is a guest: one that fails while the run goes on is dropped with a war
 
 import importlib.util
 import json
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,6 +18,7 @@ from thinwire.errors import ConfigError
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 TENSORBOARD = "tensorboard"
+_ANSWER_S = 20
 KEPT = "trackers.json"
 """In the run folder: the trackers' own names of this run, so that a resumed run goes on with the same curves."""
 
@@ -93,6 +96,7 @@ class Mlflow:
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
+        _must_answer(config.mlflow_uri)
         self._metric, self._client = Metric, MlflowClient(tracking_uri=config.mlflow_uri)
         known = _kept(folder, "mlflow")
         if known is None:
@@ -111,6 +115,18 @@ class Mlflow:
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
+
+
+def _must_answer(uri: str | None) -> None:
+    """A server that is not there is noticed now: MLflow itself would try again for minutes. Raises OSError."""
+    if uri is None or not uri.startswith(("http://", "https://")):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_ANSWER_S).close()
+    except urllib.error.HTTPError:  # an answer, if one that asks who we are
+        return
+    except OSError as error:
+        raise OSError(f"{uri} does not answer ({getattr(error, 'reason', error)})") from None
 
 
 def open_trackers(
