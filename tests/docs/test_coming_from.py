@@ -43,6 +43,8 @@ DEEPSPEED_SECTIONS = {
     "zero_optimization": ("runtime/zero/config.py", "DeepSpeedZeroConfig"),
     "activation_checkpointing": ("runtime/activation_checkpointing/config.py", None),
     "tensor_parallel": ("runtime/tensor_parallel/config.py", "TPTrainingConfig"),
+    "bf16": ("runtime/precision_config.py", "DeepSpeedBF16Config"),
+    "fp16": ("runtime/precision_config.py", "DeepSpeedFP16Config"),
 }
 """Where a section's keys are read: the fields of a class, or (None) the names that a file has as constants."""
 DEEPSPEED_KEYS = (
@@ -50,6 +52,7 @@ DEEPSPEED_KEYS = (
     "runtime/swap_tensor/constants.py", "runtime/data_pipeline/constants.py", "runtime/tensor_parallel/init_utils.py",
     "runtime/lr_schedules.py", "monitor/config.py", "comm/constants.py", "autotuning/constants.py",
 )  # fmt: skip
+"""Whose constants are sections, keys outside of sections, and keys of the sections that have no class."""
 TORCHTITAN_SECTIONS = {
     "training": (("config/configs.py", "TrainingConfig"),),
     "parallelism": (("config/configs.py", "ParallelismConfig"),),
@@ -324,7 +327,7 @@ def test_a_name_of_deepspeed_exists(cell: str, name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["zero_optimization.stages", "zero_optimization.mics_shard_size", "gradient_clip", "bf16.enable", "fp15.enabled",
-     "offload_optimiser", "DeepSpeedEngine.nosync", "sparse_attention"],
+     "bf16.loss_scale", "offload_optimiser", "DeepSpeedEngine.nosync", "sparse_attention"],
 )  # fmt: skip
 def test_a_name_that_deepspeed_does_not_have_is_found_out(name: str) -> None:
     with pytest.raises(AssertionError):
