@@ -78,11 +78,13 @@ def page(columns: Sequence[str], rows: Sequence[Sequence[str]], lines: Sequence[
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     told = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
     style = (
-        "body{font:15px sans-serif;margin:2em}img{max-width:100%}"
+        "body{font:15px sans-serif;margin:5vw}img{max-width:100%}.wide{overflow-x:auto}p{overflow-wrap:anywhere}"
         "td,th{padding:.2em .7em;text-align:left;border-bottom:1px solid #ddd}"
     )
     return (
-        f"<!doctype html><meta charset=utf-8><title>Slow links</title><style>{style}</style><h1>Slow links, in one run</h1>"
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>Slow links</title><style>{style}</style><h1>Slow links, in one run</h1>'
         f'<img alt="tokens/s by side and rate" src="data:image/png;base64,{inline}">'
-        f"<table><tr>{head}</tr>{body}</table>{told}\n"
+        f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>{told}\n'
     )

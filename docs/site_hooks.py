@@ -20,6 +20,10 @@ from thinwire.rounds.config import SyncConfig
 from thinwire.train.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
+_PLOT = re.compile(r'<img [^>]*src="([^"]+\.png)"[^>]*>')
+_INLINE = re.compile(r"<code>([^<]*)</code>")
+_HYPHENATED = re.compile(r"[\w-]*-[\w-]+")
+_BARE_BAR = re.compile(r"(`[^`]*`)|\|")
 _OUTSIDE = re.compile(r"\]\(\.\./(examples|benchmarks)/([^)]+)\)")
 
 
@@ -37,6 +41,16 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links to files outside docs/ lead to their copies."""
     return _OUTSIDE.sub(r"](source/\1/\2.txt)", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """A picture of many small figures opens alone at a click, where a phone can enlarge it; `--options` stay in a line."""
+    html = _INLINE.sub(lambda code: f"<code>{_HYPHENATED.sub(_kept, code[1])}</code>", html)
+    return _PLOT.sub(r'<a href="\1">\g<0></a>', html)
+
+
+def _kept(match: re.Match[str]) -> str:
+    return f'<span class="word">{match[0]}</span>' if len(match[0]) < 25 else match[0]
 
 
 def _links(page: Path) -> Iterator[re.Match[str]]:
@@ -69,13 +83,19 @@ def _table(model: type[BaseModel]) -> Iterator[str]:
     yield "| key | type | default | meaning |\n| --- | --- | --- | --- |"
     for name, field in model.model_fields.items():
         cells = (f"`{name}`", f"`{_type(field)}`", _default(field), said.get(name, ""))
-        yield "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+        yield "| " + " | ".join(_BARE_BAR.sub(_escaped, " ".join(cell.split())) for cell in cells) + " |"
     yield ""
+
+
+def _escaped(match: re.Match[str]) -> str:
+    """Between backticks a bar is no border of a cell, and a backslash before it would be seen."""
+    return match[1] or "\\|"
 
 
 def _type(field: FieldInfo) -> str:
     text = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    return re.sub(r"\b(typing|collections\.abc|pathlib|thinwire(\.\w+)*)\.", "", text).replace("NoneType", "None")
+    text = re.sub(r"\b(typing|collections\.abc|pathlib|thinwire(\.\w+)*)\.", "", text).replace("NoneType", "None")
+    return re.sub(r"^Optional\[(.*)\]$", r"\1 | None", text)
 
 
 def _default(field: FieldInfo) -> str:

@@ -43,14 +43,14 @@ class Browser:
                 return match[1]
         raise RuntimeError("the browser ended before it listened")
 
-    def open(self, path: Path, *, width: int, height: int, dark: bool) -> None:
-        """Load a file and wait until it has loaded and drawn."""
+    def open(self, page: Path | str, *, width: int, height: int, dark: bool) -> None:
+        """Load a file or an address and wait until it has loaded and drawn."""
         self._events.clear()
         mobile = width < 600
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._call("Emulation.setEmulatedMedia", features=scheme)
-        self._call("Page.navigate", url=path.as_uri())
+        self._call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._events.append(json.loads(self._socket.recv()))
         self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
