@@ -64,7 +64,7 @@ class ScheduleConfig(Frozen):
     kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(default=20, ge=0)
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
-    """`wsd`: the share of the run that the final decay takes."""
+    """`wsd`: the share of the steps after warm-up that the final decay takes."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
 
