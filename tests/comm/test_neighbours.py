@@ -14,6 +14,7 @@ from thinwire.comm.line import Line
 from thinwire.comm.memory import read_memory
 from thinwire.comm.world import World
 from thinwire.errors import LinkError
+from thinwire.train.report import describe
 from worlds import run_world
 
 N = 300_000
@@ -68,6 +69,7 @@ def _one_dies(world: World, told: Path) -> None:
     try:
         handle.wait()
     except LinkError as error:
+        assert describe(0, error).cascade, "it is the other rank's failure"
         told.write_text(str(error))
     raise AssertionError
 

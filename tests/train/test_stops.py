@@ -128,6 +128,22 @@ def test_a_first_signal_finishes_the_step_saves_and_exits_0(
     assert losses(tmp_path / "run") == uninterrupted
 
 
+def test_a_signal_before_the_ranks_can_listen_is_kept(corpus: Path, tmp_path: Path) -> None:
+    """As Slurm may send it while they still import; a rank of its own session does not see what only the launcher gets."""
+    path = write_run(tmp_path, corpus, cluster=CLUSTER, run={**RUN, "steps": 100000})
+    process = start("train", path)
+    told: set[int] = set()
+    end_s = time.monotonic() + 60
+    while len(told) < 2 and time.monotonic() < end_s:
+        for pid in set(ranks_of(process)) - told:
+            os.kill(pid, signal.SIGUSR1)
+            told.add(pid)
+    output, _ = process.communicate(timeout=100)
+    assert len(told) == 2
+    assert process.returncode == 0, output
+    assert max(losses(tmp_path / "run")) == 1
+
+
 def test_a_second_ctrl_c_leaves_at_once(corpus: Path, tmp_path: Path) -> None:
     path = write_run(tmp_path, corpus, cluster=CLUSTER, run={**RUN, "steps": 100000})
     process = start("train", path)

@@ -46,7 +46,7 @@ class Reading:
         for place, into in self._into.items():
             line, pid = self._others.lines[place], self._others.pids[place]
             if not read_memory(into, pid, line.hear(_ADDRESS)):
-                raise LinkError(f"the memory of process {pid} on this host can no longer be read: is it gone?")
+                raise LinkError(f"lost a rank of this host: the memory of process {pid} can no longer be read")
             line.say(_DONE, 0)
         self._read = True
 

@@ -22,7 +22,7 @@ from thinwire.comm.place import Place
 from thinwire.errors import ConfigError
 from thinwire.train.folder import LOGS
 from thinwire.train.report import FailureReport, root_cause
-from thinwire.train.stop import INTERRUPTED_STATUS, STOP_SIGNALS
+from thinwire.train.stop import INTERRUPTED_STATUS, STOP_SIGNALS, held_for_children
 
 _POLL_S, _GRACE_S, _KILL_S = 0.05, 2.0, 5.0
 
@@ -94,8 +94,9 @@ class Crew:
         self._logs.mkdir(parents=True, exist_ok=True)
         self._before = {number: signal.signal(number, self._on_stop) for number in STOP_SIGNALS}
         watched, self._alive = os.pipe()
-        for local_rank in range(self._share.count):
-            self._processes.append(self._start(local_rank, watched))
+        with held_for_children():
+            for local_rank in range(self._share.count):
+                self._processes.append(self._start(local_rank, watched))
         os.close(watched)
         return self
 

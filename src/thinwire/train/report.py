@@ -16,6 +16,8 @@ _CASCADE = re.compile(
     r"|Connection refused|Broken pipe|Socket Timeout|wait timeout|NCCL.*(abort|remote)|Software caused connection abort",
     re.IGNORECASE,
 )
+_LOST = "lost a rank of this host"
+"""How a LinkError of `thinwire.comm.line` begins."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def describe(rank: int, error: BaseException) -> FailureReport:
         sentence=text if known else f"{type(error).__name__}: {text.splitlines()[0]}",
         details="" if known else "".join(traceback.format_exception(error)),
         exit_status=error.exit_status if isinstance(error, ThinwireError) else 1,
-        cascade=not known and bool(_CASCADE.search(text)),
+        cascade=text.startswith(_LOST) if known else bool(_CASCADE.search(text)),
     )
 
 

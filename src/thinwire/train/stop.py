@@ -2,10 +2,22 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 INTERRUPTED_STATUS = 130
+
+
+@contextmanager
+def held_for_children() -> Iterator[None]:
+    """Processes started inside keep a SIGUSR1 waiting until they `listen`: a scheduler may send it before they can."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 class StopRequest:
@@ -19,6 +31,7 @@ class StopRequest:
         """Take over the stop signals of this process. Call from the main thread."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:

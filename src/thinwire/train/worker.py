@@ -78,10 +78,10 @@ def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh
         open_folder(job, fresh=fresh)
     try:
         run_rank(job, place, stop)
-    except ThinwireError:
-        raise
     except BaseException as error:
         report = describe(place.rank, error)
+        if isinstance(error, ThinwireError) and not report.cascade:
+            raise
         print(f"thinwire: rank {place.rank}: {report.sentence}", file=sys.stderr)
         if not report.cascade:
             traceback.print_exception(error)
