@@ -10,7 +10,7 @@ _MESSAGE = struct.Struct("=Bq")
 
 
 class Line:
-    """Says and hears messages; those of one kind arrive in the order in which they were said. It never closes silently."""
+    """Says and hears messages; those of one kind arrive in the order in which they were said."""
 
     def __init__(self, end: socket.socket, timeout_s: float) -> None:
         end.settimeout(timeout_s)

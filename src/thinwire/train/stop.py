@@ -13,11 +13,11 @@ INTERRUPTED_STATUS = 130
 @contextmanager
 def held_for_children() -> Iterator[None]:
     """Processes started inside keep a SIGUSR1 waiting until they `listen`: a scheduler may send it before they can."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopRequest:
