@@ -91,14 +91,14 @@ def ends() -> Iterator[Sequence[socket.socket]]:
 def test_a_line_hears_each_kind_in_order_however_the_bytes_arrive(ends: Sequence[socket.socket]) -> None:
     here, there = ends
     sender, line = Line(here, 5), Line(there, 5)
-    for kind, number in ((1, 10), (2, -1), (1, 2**62), (2, 0)):
-        sender.say(kind, number)
-    assert [line.hear(2), line.hear(2), line.hear(1), line.hear(1)] == [-1, 0, 10, 2**62]
-    message = b"\x01" + (77).to_bytes(8, "little")
+    for kind, *numbers in ((1, 10, 3), (2, -1, 0), (1, 2**62, -5), (2, 0, 2**40)):
+        sender.say(kind, *numbers)
+    assert [line.hear(2), line.hear(2), line.hear(1), line.hear(1)] == [(-1, 0), (0, 2**40), (10, 3), (2**62, -5)]
+    message = b"\x01" + (77).to_bytes(8, "little") + (78).to_bytes(8, "little")
     here.sendall(message[:4])
     there.setblocking(True)
     here.sendall(message[4:] + message)
-    assert [line.hear(1), line.hear(1)] == [77, 77]
+    assert [line.hear(1), line.hear(1)] == [(77, 78), (77, 78)]
 
 
 def test_a_line_tells_of_an_end_that_is_gone_or_silent(ends: Sequence[socket.socket]) -> None:

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import pytest
-import torch
 
 from thinwire.cluster.calibration import Calibration
 from thinwire.cluster.cluster import Cluster, Device, Level
@@ -246,7 +245,6 @@ def test_goodput_is_youngs_optimum_and_islands_lose_less() -> None:
 
 
 def _engine_bytes(world: World, depths: tuple[int, int, int], coded: bool) -> dict[str, dict[str, int]]:
-    torch.manual_seed(0)
     given = _cpu_setting(tuple(level.fanout for level in world.cluster.levels))
     candidate = _coded(Candidate(depths=depths, micro_batch=1), coded)
     return predicted_bytes(shard(Transformer(SPEC), candidate.to_plan(given), world))

@@ -128,8 +128,7 @@ def test_too_many_tokens_are_refused() -> None:
 
 def test_weights_depend_on_the_seed_alone() -> None:
     def weights(seed: int) -> list[Tensor]:
-        torch.manual_seed(seed)
-        return [p.detach().clone() for p in Transformer(preset("llama-1m")).parameters()]
+        return [p.detach().clone() for p in Transformer(preset("llama-1m"), seed=seed).parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(weights(1), weights(1), strict=True))
     assert not torch.equal(weights(1)[0], weights(2)[0])

@@ -1,7 +1,8 @@
-"""Forwards that are no straight line: reentrant recompute, a block used twice, blocks skipped at random."""
+"""Forwards that are no straight line: reentrant recompute, a block used twice, blocks skipped, by some ranks alone too."""
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from partition_toy import Toy, plan_of, train, weights
 from thinwire.comm.world import World
+from thinwire.errors import ThinwireError, UseError
 from thinwire.partition.engine import shard
 from thinwire.partition.replicated import replicate
 from worlds import run_world
@@ -113,3 +115,62 @@ def test_skipping_skips_and_using_twice_is_another_model() -> None:
     recomputed = [seen[name] for name in MODULES if name.startswith("recomputed")]
     assert all(other == recomputed[0] for other in recomputed)
     assert len({str(seen[name]) for name in ("used twice", "skipping", "recomputed in one stretch")}) == 3
+
+
+class Diverging(Straight):
+    """Every rank leaves out a block of its own choice: as many as the others, or one more on rank 1."""
+
+    def __init__(self, left_out: tuple[int, ...]) -> None:
+        super().__init__()
+        self.left_out = left_out
+
+    def through(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            if number not in self.left_out:
+                x = x + block(x)
+        return x
+
+
+def _diverges(world: World, cut: tuple[int, int, int]) -> str:
+    engine = shard(Diverging((world.rank % 3,)), plan_of(world, cut), world)
+    with pytest.raises(UseError) as told:
+        train(engine, world, 1, steps=1)
+    return str(told.value)
+
+
+def test_ranks_that_share_weights_and_use_other_units_are_told_so() -> None:
+    """The blocks are equally long: each rank would compute with the weights of another one."""
+    told = run_world(3, _diverges, (0, 0, 0))
+    assert [message.split("(here: ")[1].split(")")[0].count("blocks") for message in told] == [4, 4, 4]
+    assert all(message.startswith("ranks that share weights gathered different units") for message in told)
+
+
+def _one_uses_less(world: World, folder: Path) -> None:
+    engine = shard(Diverging((0, 1)[: 1 + world.rank]), plan_of(world, (0, 0, 0)), world)
+    try:
+        train(engine, world, 1, steps=1)
+    except ThinwireError as error:
+        (folder / str(world.rank)).write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def test_ranks_of_one_host_in_different_collectives_are_told_so_at_once(tmp_path: Path) -> None:
+    with pytest.raises((AssertionError, RuntimeError)):
+        run_world(2, _one_uses_less, tmp_path)
+    told = [path.read_text() for path in tmp_path.iterdir()]
+    assert any("UseError: this rank is in an all-" in message for message in told), told
+
+
+def _paths(world: World, cut: tuple[int, int, int]) -> Any:
+    def make() -> Toy:
+        return Diverging((world.rank % 3,))
+
+    twin = replicate(make(), plan_of(world, (-1, -1, -1)), world)
+    engine = shard(make(), plan_of(world, cut), world)
+    return (train(twin, world, 1), weights(twin)), (train(engine, world, 1), weights(engine))
+
+
+@pytest.mark.parametrize("cut", [(-1, -1, -1), (-1, 0, 1), (-1, 1, 1)], ids=str)
+def test_ranks_with_whole_weights_may_take_paths_of_their_own(cut: tuple[int, int, int]) -> None:
+    for twin, engine in run_world((2, 2), _paths, cut):
+        assert engine == twin

@@ -49,8 +49,7 @@ def losses(levels: list[int], folder: Path, corpus: Path, **sections: dict[str, 
 def reference_losses(corpus: Path, tmp_path: Path, dtype: torch.dtype) -> list[float]:
     """The same training as a bare PyTorch loop: whole batches, mean loss, torch's own AdamW and clipping."""
     job = job_of(run_tree(tmp_path, corpus))
-    torch.manual_seed(job.config.run.seed)
-    model = Transformer(job.spec).to(dtype)
+    model = Transformer(job.spec, seed=job.config.run.seed).to(dtype)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]

@@ -40,7 +40,7 @@ def all_to_all(
     me = places.index(group.rank())
     if copy_own:
         received[me].copy_(sent[me])
-    return _post(received, list(sent), group, places, near)
+    return _post(received, list(sent), group, places, near, gathers=False)
 
 
 def all_gather(
@@ -58,7 +58,7 @@ def all_gather(
     me = places.index(group.rank())
     if received[me].data_ptr() != row.data_ptr():
         received[me].copy_(row)
-    return _post(received, [row] * len(places), group, places, near)
+    return _post(received, [row] * len(places), group, places, near, gathers=True)
 
 
 def _places(group: dist.ProcessGroup, among: Sequence[int] | None) -> list[int]:
@@ -66,7 +66,13 @@ def _places(group: dist.ProcessGroup, among: Sequence[int] | None) -> list[int]:
 
 
 def _post(
-    received: Tensor, rows: list[Tensor], group: dist.ProcessGroup, places: list[int], near: Neighbours | None
+    received: Tensor,
+    rows: list[Tensor],
+    group: dist.ProcessGroup,
+    places: list[int],
+    near: Neighbours | None,
+    *,
+    gathers: bool,
 ) -> Sequence[Waitable]:
     me, k = places.index(group.rank()), len(places)
     sources, targets = [(me - d) % k for d in range(1, k)], [(me + d) % k for d in range(1, k)]
@@ -75,7 +81,8 @@ def _post(
         go = [dist.P2POp(dist.isend, rows[j], group=group, group_peer=places[j]) for j in targets]
         return list(dist.batch_isend_irecv([*come, *go])) if k > 1 else []
     if near is not None:
-        return [near.exchange({places[j]: received[j] for j in sources}, {places[j]: rows[j] for j in targets})]
+        come_near, go_near = {places[j]: received[j] for j in sources}, {places[j]: rows[j] for j in targets}
+        return [near.exchange(come_near, go_near, gathers=gathers)]
     # The group's own calls: `dist.irecv` looks ranks up in both directions, which costs more than a small message.
     works = [group.recv([received[j]], places[j], 0) for j in sources]
     return works + [group.send([rows[j]], places[j], 0) for j in targets]

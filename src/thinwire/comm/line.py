@@ -1,4 +1,4 @@
-"""A socket between two ranks of one host, for short messages: a kind and a number each."""
+"""A socket between two ranks of one host, for short messages: a kind and two numbers each."""
 
 import socket
 import struct
@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 
 from thinwire.errors import LinkError
 
-_MESSAGE = struct.Struct("=Bq")
+_MESSAGE = struct.Struct("=Bqq")
 
 
 class Line:
@@ -15,17 +15,17 @@ class Line:
     def __init__(self, end: socket.socket, timeout_s: float) -> None:
         end.settimeout(timeout_s)
         self._socket, self._unread = end, b""
-        self._heard: defaultdict[int, deque[int]] = defaultdict(deque)
+        self._heard: defaultdict[int, deque[tuple[int, int]]] = defaultdict(deque)
 
-    def say(self, kind: int, number: int) -> None:
+    def say(self, kind: int, number: int, note: int = 0) -> None:
         """Raises LinkError if the other end is gone, or has not listened in time."""
         try:
-            self._socket.sendall(_MESSAGE.pack(kind, number))
+            self._socket.sendall(_MESSAGE.pack(kind, number, note))
         except OSError as error:
             raise LinkError(f"lost a rank of this host: {error}") from error
 
-    def hear(self, kind: int) -> int:
-        """Wait for the next message of a kind. Raises LinkError if the other end is gone, or says nothing in time."""
+    def hear(self, kind: int) -> tuple[int, int]:
+        """The next message of a kind, as (number, note). Raises LinkError if the other end is gone or silent for long."""
         while not self._heard[kind]:
             try:
                 received = self._socket.recv(4096)
@@ -35,8 +35,8 @@ class Line:
                 raise LinkError("lost a rank of this host: it closed its connection")
             data = self._unread + received
             whole = len(data) - len(data) % _MESSAGE.size
-            for said, number in _MESSAGE.iter_unpack(data[:whole]):
-                self._heard[said].append(number)
+            for said, number, note in _MESSAGE.iter_unpack(data[:whole]):
+                self._heard[said].append((number, note))
             self._unread = data[whole:]
         return self._heard[kind].popleft()
 

@@ -2,8 +2,7 @@
 
 Pre-norm residual blocks on `scaled_dot_product_attention`. Llama family: RMSNorm (arXiv 1910.07467), rotary positions
 (2104.09864, half-split form), SwiGLU (2002.05202), grouped queries (2305.13245). GPT-2 family: LayerNorm, learned
-positions, GELU (tanh form), biases. Initial weights are normal(0, init_std), the projections into the residual stream
-scaled by 1/sqrt(2 x layers) (GPT-2), drawn in parameter order from torch's global generator.
+positions, GELU (tanh form), biases. `thinwire.model.initial` makes the initial weights.
 
 Shapes: B batch, T tokens, S keys, D hidden, H query heads, G key/value heads, K head size, F ffn, V vocabulary
 """
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinwire.model.initial import initial_weight
 from thinwire.model.spec import ModelSpec, RopeScaling
 
 
@@ -127,9 +127,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """tokens (B, T) -> logits (B, T, V)."""
+    """tokens (B, T) -> logits (B, T, V). Initial weights depend on `seed` alone; on the meta device there are none."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, seed: int = 0) -> None:
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocab_size, spec.hidden)
@@ -140,7 +140,8 @@ class Transformer(nn.Module):
         self.head = nn.Linear(spec.hidden, spec.vocab_size, bias=False)
         if spec.tied:
             self.head.weight = self.embedding.weight
-        self._initialise()
+        if not self.embedding.weight.is_meta:
+            self._initialise(seed)
 
     def forward(
         self,
@@ -176,14 +177,10 @@ class Transformer(nn.Module):
         """An empty cache for generation."""
         return KVCache()
 
-    def _initialise(self) -> None:
-        std, residual_std = self.spec.init_std, self.spec.init_std / math.sqrt(2 * self.spec.layers)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                into_residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
-                nn.init.normal_(parameter, std=residual_std if into_residual else std)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+    def _initialise(self, seed: int) -> None:
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(initial_weight(self.spec, name, tuple(parameter.shape), seed=seed))
 
 
 def make_norm(spec: ModelSpec) -> nn.Module:

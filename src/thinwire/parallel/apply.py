@@ -6,11 +6,14 @@ from torch import nn
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.parallel.recompute import apply_recompute
+from thinwire.partition.deferred import Initial
 from thinwire.partition.engine import Sharded, shard
 from thinwire.plan import Plan
 
 
-def apply_plan(model: nn.Module, plan: Plan, world: World, *, compile_blocks: bool = False) -> Sharded:
+def apply_plan(
+    model: nn.Module, plan: Plan, world: World, *, compile_blocks: bool = False, initial: Initial | None = None
+) -> Sharded:
     """recompute -> compile -> partition. Raises PlanError if the model has no list of blocks.
 
     Compiling comes after recompute so that the recomputed region is compiled too. Only the blocks' forward is compiled,
@@ -22,7 +25,7 @@ def apply_plan(model: nn.Module, plan: Plan, world: World, *, compile_blocks: bo
     if compile_blocks:
         for block in blocks:
             block.forward = torch.compile(block.forward)
-    return shard(model, plan, world)
+    return shard(model, plan, world, initial=initial)
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:

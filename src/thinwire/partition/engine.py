@@ -6,7 +6,8 @@ reduction starts behind the rest of backward. `finish_reduce` lands what is stil
 the new weights set out over the outer levels in forward order, and are awaited by their first use.
 
 All collectives are issued from the thread that runs forward and backward, in an order that is the same on all ranks:
-gathers in the order of use, reductions in an order recorded on rank 0 in the first micro-batch. `timeline` has it.
+gathers in the order of use, reductions and refreshes in orders recorded on rank 0 in the first micro-batch. `timeline`
+has it, and ranks that gathered in different orders are told so (`thinwire.partition.order`).
 """
 
 from collections import deque
@@ -22,9 +23,11 @@ from thinwire.comm.flight import Flight
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.partition import carried
+from thinwire.partition.deferred import FirstValues, Initial
 from thinwire.partition.dtypes import norm_of, sum_of_squares
 from thinwire.partition.guard import check_whole, refuse_backward, refuse_gradient, tensors_in
 from thinwire.partition.optimizer import Owned
+from thinwire.partition.order import GatherOrder, of_rank_0
 from thinwire.partition.pieces import Piece, Share
 from thinwire.partition.state_dict import hook_state_dict
 from thinwire.partition.unit import Unit, unit_of
@@ -35,19 +38,33 @@ from thinwire.plan import Plan
 class Sharded:
     """A module whose states are cut as a plan says. Make it with `shard`."""
 
-    def __init__(self, module: nn.Module, plan: Plan, world: World, units: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        world: World,
+        units: Sequence[str] | None = None,
+        *,
+        initial: Initial | None = None,
+    ) -> None:
         self.module, self.plan, self.world = module, plan, world
         self.timeline: list[str] = []
         """What was issued in the latest micro-batch and step, in order."""
         self._slowest = next((level.name for level in reversed(world.cluster.levels) if level.fanout > 1), None)
-        self.units = [unit_of(found, plan, world) for found in find_units(module, units)]
+        first = FirstValues(module, initial, world.device)
+        self.units = [unit_of(found, plan, world, first) for found in find_units(module, units)]
         self._order: list[Unit] = []
         """Units in order of first use in forward."""
         self._reductions: list[int] | None = None
+        self._refreshes = list(range(len(self.units)))
+        """Units in rank 0's order of first use, as the first micro-batch found it."""
+        self._gathers = GatherOrder(world, plan.depths[0])
         self._complete: list[int] = []
         self._issued = 0
         self._flights: deque[Flight] = deque()
         """Reductions in flight, oldest first."""
+        self._refreshing: deque[Unit] = deque()
+        """Units whose new weights are on their way, oldest first."""
         self._inside, self._last, self._backward = False, False, False
         self._step, self._first = 0, True
         """Steps taken, and whether no micro-batch of the next one has begun."""
@@ -151,7 +168,8 @@ class Sharded:
     def _end_backward(self) -> None:
         """Reduce what has not been, in order, and record that order the first time. No unit stays gathered."""
         if self._reductions is None:
-            self._reductions = self._agreed_order()
+            self._agree_on_orders()
+            assert self._reductions is not None
         rest = [index for index in self._reductions if index not in self._complete]
         self._complete += rest
         self._reduce_ready()
@@ -186,6 +204,7 @@ class Sharded:
     def _start_gather(self, unit: Unit) -> None:
         self._land_refresh(unit)
         self._note("gather", unit)
+        self._gathers.note(unit.name or "root")
         unit.gathering = Flight(*(flat.gather_chain() for flat in unit.flats))
 
     def _land_gather(self, unit: Unit) -> None:
@@ -194,9 +213,16 @@ class Sharded:
             unit.gathering = None
 
     def _land_refresh(self, unit: Unit) -> None:
-        if unit.refreshing is not None:
-            unit.refreshing.land()
-            unit.refreshing = None
+        """Older ones first: inner hops are issued as they land, and ranks may use units in different orders."""
+        while unit.refreshing is not None:
+            older = self._refreshing.popleft()
+            assert older.refreshing is not None
+            older.refreshing.land()
+            older.refreshing = None
+
+    def _land_refreshes(self) -> None:
+        while self._refreshing:
+            self._land_refresh(self._refreshing[-1])
 
     def _release(self, unit: Unit) -> None:
         if unit.gathering is None:
@@ -206,7 +232,7 @@ class Sharded:
 
     def updated(self) -> None:
         """The masters have changed: send the new weights out, outermost level first, in forward order."""
-        for unit in self._forward_order():
+        for unit in (self.units[index] for index in self._refreshes):
             for flat in unit.flats:
                 flat.applied()
             self._refresh(unit, exact=False)
@@ -248,21 +274,26 @@ class Sharded:
         self._release(unit)
         self._note("refresh", unit)
         unit.refreshing = Flight(*(flat.refresh_chain(exact=exact) for flat in unit.flats if exact or flat.trained))
+        self._refreshing.append(unit)
 
     def drain(self) -> None:
         """Land everything in flight; call it before reading state or evaluating."""
         self._land_all()
+        self._land_refreshes()
         for unit in self.units:
-            self._land_refresh(unit)
             for flat in unit.flats:
                 flat.absorb_edits()
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
     def _reduce_ready(self) -> None:
-        """Start the reductions whose turn it is: in the recorded order, as far as the units are complete."""
+        """Start the reductions whose turn it is: in the recorded order, as far as the units are complete.
+
+        What this forward has not used of the new weights is awaited first, so that no rank's reduction overtakes it.
+        """
         if self._reductions is None:
             return
+        self._land_refreshes()
         while self._issued < len(self._reductions) and self._reductions[self._issued] in self._complete:
             unit = self.units[self._reductions[self._issued]]
             self._issued += 1
@@ -279,13 +310,13 @@ class Sharded:
             if flight is not self._flights[-1] or self._slowest not in flight.levels:
                 flight.advance()
 
-    def _agreed_order(self) -> list[int]:
-        """The order in which gradients came on rank 0, then the units that got none."""
+    def _agree_on_orders(self) -> None:
+        """As gradients came on rank 0, then the units that got none; as rank 0's forward used units, then the others."""
         trained = [index for index, unit in enumerate(self.units) if unit.trained]
         seen = self._complete + [index for index in reversed(trained) if index not in self._complete]
-        places = torch.tensor(seen if self.world.rank == 0 else [0] * len(seen), dtype=torch.float64)
-        all_reduce_small(places, world=self.world, op="max", purpose="control")
-        return [int(place) for place in places]
+        used = [self.units.index(unit) for unit in self._order]
+        orders = of_rank_0([*seen, *used, *(index for index in self._refreshes if index not in used)], self.world)
+        self._reductions, self._refreshes = orders[: len(seen)], orders[len(seen) :]
 
     def _land_all(self) -> None:
         """Hop by hop over all reductions in flight, so that they go on overlapping each other."""
@@ -296,8 +327,12 @@ class Sharded:
                 self._flights.popleft()
 
     def finish_reduce(self) -> None:
-        """Wait for the reductions in flight: the owned gradients are the sums over all ranks and micro-batches."""
+        """Wait for the reductions in flight: the owned gradients are the sums over all ranks and micro-batches.
+
+        Raises UseError if ranks that share weights have not gathered the same units in the same order.
+        """
         self._land_all()
+        self._gathers.check()
 
     def grad_norm(self) -> float:
         """Global 2-norm of the summed gradient, every logical element counted once; the same on all ranks.
@@ -387,20 +422,26 @@ class Sharded:
 
     # -- small things --------------------------------------------------------------------------------------------------
 
-    def _forward_order(self) -> list[Unit]:
-        return self._order + [unit for unit in self.units if unit not in self._order]
-
     def _note(self, what: str, unit: Unit) -> None:
         self.timeline.append(f"{what} {unit.name or 'root'}")
 
 
-def shard(module: nn.Module, plan: Plan, world: World, units: Sequence[str] | None = None) -> Sharded:
+def shard(
+    module: nn.Module,
+    plan: Plan,
+    world: World,
+    units: Sequence[str] | None = None,
+    *,
+    initial: Initial | None = None,
+) -> Sharded:
     """Cut the states of `module` as `plan` says. Its weights must be equal on all ranks; it is changed in place.
 
     `units` names submodules whose states move together; the default is every ModuleList entry, and each other child.
-    Raises PlanError if the plan's levels are not the world's, or a unit's name is wrong.
+    Parameters on the meta device get the values that `initial(name)` makes, on any device, the same on all ranks: asked
+    for one by one, so that no rank holds more at a time than its own states and one unit. A tied one is asked for once.
+    Raises PlanError if the plan's levels are not the world's, or a unit's name is wrong; UseError if values are missing.
     """
     levels = tuple((level.name, level.fanout) for level in world.cluster.levels)
     if plan.levels != levels:
         raise PlanError(f"the plan is for levels {plan.levels}, this world has {levels}; make the plan anew")
-    return Sharded(module, plan, world, units)
+    return Sharded(module, plan, world, units, initial=initial)

@@ -21,6 +21,7 @@ from thinwire.comm.handle import Handle
 from thinwire.comm.lowrank import LowRank, Matrix
 from thinwire.comm.residual import Residual
 from thinwire.comm.world import World
+from thinwire.partition.deferred import FirstValues
 from thinwire.partition.layout import Interval, Layout, Slot, interval, matrices_in
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
@@ -59,6 +60,7 @@ class Flat:
         multiple: int,
         cut: Cut,
         world: World,
+        first: FirstValues,
     ) -> None:
         self.parameters, self.cut, self.world = parameters, cut, world
         self.trained = next(iter(parameters.values())).requires_grad
@@ -68,7 +70,7 @@ class Flat:
         self._held = self._intervals()
         whole = torch.zeros(self.layout.numel, dtype=master, device=self._device)
         for slot, parameter in zip(self.layout.slots, parameters.values(), strict=True):
-            whole[slot.offset : slot.offset + slot.numel] = parameter.detach().flatten()
+            whole[slot.offset : slot.offset + slot.numel] = first.of(slot.name, parameter).flatten()
         self.master = whole[self._slice(cut.lo)].clone()
         self._shared = compute == master and cut.lp == cut.lo
         self.weights = self.master if self._shared else whole[self._slice(cut.lp)].to(compute, copy=True)

@@ -5,6 +5,7 @@ from torch import nn
 
 from thinwire.comm.flight import Flight
 from thinwire.comm.world import World
+from thinwire.partition.deferred import FirstValues
 from thinwire.partition.dtypes import computed_in, master_dtype
 from thinwire.partition.flat import Cut, Flat
 from thinwire.partition.units import UnitModules
@@ -34,14 +35,14 @@ class Unit:
         return all(flat.gathered for flat in self.flats)
 
 
-def unit_of(found: UnitModules, plan: Plan, world: World) -> Unit:
+def unit_of(found: UnitModules, plan: Plan, world: World, first: FirstValues) -> Unit:
     """The unit of these modules: parameters that are trained, computed with and kept alike share a buffer."""
     kinds: dict[tuple[bool, torch.dtype, torch.dtype], dict[str, nn.Parameter]] = {}
     for name, parameter in found.parameters.items():
         kind = parameter.requires_grad, computed_in(parameter.dtype, plan.compute_dtype), master_dtype(parameter.dtype)
         kinds.setdefault(kind, {})[name] = parameter
     flats = [
-        _flat(parameters, plan, world, trained=trained, compute=compute, master=master)
+        _flat(parameters, plan, world, first, trained=trained, compute=compute, master=master)
         for (trained, compute, master), parameters in kinds.items()
     ]
     return Unit(found, flats, keep=plan.partition.keep_gathered)
@@ -51,6 +52,7 @@ def _flat(
     parameters: dict[str, nn.Parameter],
     plan: Plan,
     world: World,
+    first: FirstValues,
     *,
     trained: bool,
     compute: torch.dtype,
@@ -70,4 +72,4 @@ def _flat(
         low_rank=low_rank_of(plan),
     )
     multiple = world.size * (plan.wire.block if plan.wire.coded else 1)
-    return Flat(parameters, compute=compute, master=master, multiple=multiple, cut=cut, world=world)
+    return Flat(parameters, compute=compute, master=master, multiple=multiple, cut=cut, world=world, first=first)

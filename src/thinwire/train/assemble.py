@@ -9,9 +9,12 @@ from thinwire.checkpoint.store import Checkpoints
 from thinwire.comm.world import World
 from thinwire.data.loader import Loader, Packing, Prefetcher
 from thinwire.hub.native_spec import NativeSpec
+from thinwire.model.initial import initial_weight
 from thinwire.model.language import LanguageModel
+from thinwire.model.spec import ModelSpec
 from thinwire.model.transformer import Transformer
 from thinwire.parallel.apply import apply_plan
+from thinwire.partition.deferred import Initial
 from thinwire.partition.dtypes import COMPUTE_DTYPES
 from thinwire.partition.engine import Sharded
 from thinwire.partition.optimizer import ShardedOptimizer
@@ -102,9 +105,9 @@ class Parts:
 def assemble(job: Job, world: World) -> Parts:
     """Build every part. All ranks draw the same initial weights from `run.seed`, whatever the world's size."""
     config = job.config
-    model, module = build_model(job, world)
+    model, module, initial = build_model(job, world)
     group = world if job.plan.sync is None else world.inside(len(world.cluster.levels) - 1)
-    sharded = apply_plan(module, job.plan.of_group(), group, compile_blocks=config.run.compile)
+    sharded = apply_plan(module, job.plan.of_group(), group, compile_blocks=config.run.compile, initial=initial)
     optimizer = adamw(sharded, job)
     loader = Loader(
         Packing(
@@ -151,8 +154,11 @@ def identity(job: Job) -> dict[str, str]:
     }
 
 
-def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module]:
-    """(what the loop calls, the module to cut) with initial weights: fp32 masters, or fp64 for an fp64 run."""
+def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module, Initial]:
+    """(what the loop calls, the module to cut, its first values): fp32 masters, or fp64 for an fp64 run.
+
+    This project's own model is on the meta device, so that no rank ever holds it whole.
+    """
     model: LanguageModel
     module: torch.nn.Module
     if isinstance(job.spec, NativeSpec):
@@ -161,11 +167,24 @@ def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module]
         model = build_native(job.spec, job.config.model.hf, seed=job.config.run.seed)
         module = model.module.to(world.device)
     else:
-        torch.manual_seed(job.config.run.seed)
-        model = module = Transformer(job.spec).to(world.device)
+        with torch.device("meta"):
+            model = module = Transformer(job.spec)
     if job.plan.compute_dtype == "fp64":
         module.double()
-    return model, module
+    return model, module, _first_values(job, module)
+
+
+def _first_values(job: Job, module: torch.nn.Module) -> Initial:
+    """Drawn from `run.seed`; not a number where imported weights, or a checkpoint of them, come afterwards."""
+    spec, shapes = job.spec, {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+    def initial(name: str) -> torch.Tensor:
+        assert isinstance(spec, ModelSpec)
+        if job.init is not None:
+            return torch.tensor(torch.nan).expand(shapes[name])
+        return initial_weight(spec, name, shapes[name], seed=job.config.run.seed)
+
+    return initial
 
 
 def adamw(sharded: Sharded, job: Job) -> ShardedOptimizer:
