@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "thinwire"
 RANKS = {
-    "units": 0, "errors": 0, "config": 0, "events": 0, "wire": 0, "traffic": 0, "folders": 0,
+    "units": 0, "errors": 0, "config": 0, "events": 0, "wire": 0, "traffic": 0, "trace": 0, "folders": 0,
     "cluster": 1, "model": 1, "data": 1, "rounds": 1,
     "plan": 2, "comm": 2,
     "cost": 3, "partition": 3,

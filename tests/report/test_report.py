@@ -1,5 +1,6 @@
 """`thinwire report` on real runs: what it reads and predicts, and the page in a real browser."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 
 from browser import PROGRAM, Browser
 from runs import make_corpus, thinwire, write_run
+from thinwire.errors import ConfigError
 from thinwire.report.figures import merged, said, thinned, wire_rows
 from thinwire.report.predict import Predicted, predict
 from thinwire.report.read import read_run, read_runs
+from thinwire.report.timeline import course_of_a_step, last_step
 
 needs_browser = pytest.mark.skipif(PROGRAM is None, reason="there is no chromium here: `make packages` installs it")
 DEVICE = {
@@ -75,6 +78,38 @@ def test_a_resumed_step_counts_once_and_a_torn_line_not_at_all(runs: dict[str, P
     events.write_text(events.read_text() + json.dumps(again | {"loss": "nan"}) + '\n{"event":"st')
     run = read_run(tmp_path / "run", "run")
     assert len(run.steps) == 6 and run.steps[3]["loss"] == "nan"
+
+
+def test_the_trace_is_what_rank_0_did(runs: dict[str, Path]) -> None:
+    run = read_run(runs["pair"], "pair")
+    whole = {span.name: span.end_s - span.start_s for span in run.trace if span.lane == "steps"}
+    assert list(whole) == ["step 2", "step 3", "step 4"], "the first step of a start warms up"
+    for record in run.steps[1:4]:
+        assert whole[f"step {record['step']}"] == pytest.approx(record["step_s"], abs=1e-4)
+    step = last_step(run.trace)
+    length = whole["step 4"]
+    assert all(0 <= span.start_s <= span.end_s <= length + 1e-9 for span in step)
+    compute = [span for span in step if span.lane == "compute"]
+    assert [span.name for span in compute if span.name in ("forward", "backward", "optimizer")] == (
+        ["forward", "backward"] * run.plan.accumulate + ["optimizer"]
+    )
+    lanes = {lane: [span for span in step if span.lane == lane] for lane in {span.lane for span in step}}
+    assert {"compute", "node all_gather", "node reduce_scatter"} <= set(lanes)
+    for spans in lanes.values():
+        assert all(before.end_s <= after.start_s + 1e-9 for before, after in itertools.pairwise(spans))
+    assert {span.name.split()[0] for span in lanes["node all_gather"]} == {"gather"}
+
+
+def test_a_run_without_a_trace_has_no_timeline_and_a_damaged_one_is_named(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(runs["alone"], tmp_path / "run")
+    assert course_of_a_step(read_run(runs["alone"], "alone"), "no figures") is not None
+    (tmp_path / "run" / "trace.json").unlink()
+    assert course_of_a_step(read_run(tmp_path / "run", "run"), "no figures") is None
+    (tmp_path / "run" / "trace.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"trace\.json is no trace of thinwire"):
+        read_run(tmp_path / "run", "run")
 
 
 def test_long_curves_keep_their_mean() -> None:
@@ -144,7 +179,7 @@ def test_the_page_draws_every_figure_without_a_network_or_a_complaint(
     assert browser.complaints() == []
     assert browser.requests() == [written.as_uri()]
     figures = browser.evaluate(DRAWN)
-    assert {each["id"].split("-")[2] for each in figures} == {"loss", "time", "course", "wire", "memory"}
+    assert {each["id"].split("-")[2] for each in figures} == {"loss", "time", "course", "timeline", "wire", "memory"}
     for figure in figures:
         assert figure["traces"] and all(figure["traces"]), figure
         assert figure["marks"] > 0 and 250 < figure["width"] <= width, figure

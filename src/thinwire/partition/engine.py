@@ -10,7 +10,6 @@ gathers in the order of use, reductions and refreshes in orders recorded on rank
 has it, and ranks that gathered in different orders are told so (`thinwire.partition.order`).
 """
 
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,11 +26,12 @@ from thinwire.partition.deferred import FirstValues, Initial
 from thinwire.partition.dtypes import norm_of, sum_of_squares
 from thinwire.partition.guard import check_whole, refuse_backward, refuse_gradient, tensors_in
 from thinwire.partition.optimizer import Owned
-from thinwire.partition.order import GatherOrder, of_rank_0
 from thinwire.partition.pieces import Piece, Share
+from thinwire.partition.reductions import Reductions
 from thinwire.partition.state_dict import hook_state_dict
 from thinwire.partition.unit import Unit, unit_of
 from thinwire.partition.units import find_units
+from thinwire.partition.weights import Weights
 from thinwire.plan import Plan
 
 
@@ -50,25 +50,14 @@ class Sharded:
         self.module, self.plan, self.world = module, plan, world
         self.timeline: list[str] = []
         """What was issued in the latest micro-batch and step, in order."""
-        self._slowest = next((level.name for level in reversed(world.cluster.levels) if level.fanout > 1), None)
         first = FirstValues(module, initial, world.device)
         self.units = [unit_of(found, plan, world, first) for found in find_units(module, units)]
-        self._order: list[Unit] = []
-        """Units in order of first use in forward."""
-        self._reductions: list[int] | None = None
-        self._refreshes = list(range(len(self.units)))
-        """Units in rank 0's order of first use, as the first micro-batch found it."""
-        self._gathers = GatherOrder(world, plan.depths[0])
-        self._complete: list[int] = []
-        self._issued = 0
-        self._flights: deque[Flight] = deque()
-        """Reductions in flight, oldest first."""
-        self._refreshing: deque[Unit] = deque()
-        """Units whose new weights are on their way, oldest first."""
-        self._inside, self._last, self._backward = False, False, False
+        self._weights = Weights(self.units, world, depth=plan.depths[0], note=self._note)
+        self._reductions = Reductions(self.units, world, note=self._note, before=self._weights.land_refreshes)
+        self._inside, self._backward = False, False
         self._step, self._first = 0, True
         """Steps taken, and whether no micro-batch of the next one has begun."""
-        module.register_forward_pre_hook(lambda module, args: self._before_root())
+        module.register_forward_pre_hook(lambda module, args: self._weights.land_refreshes_of_unused())
         module.register_forward_hook(lambda module, args, out: self._after_root())
         for index, unit in enumerate(self.units):
             self._hook(index, unit)
@@ -95,10 +84,10 @@ class Sharded:
         if self._first:  # what a validation has drawn since the step changes nothing
             self.at_step(self._step)
         self._first = False
-        self._inside, self._last, self._issued, self._complete = True, last, 0, []
-        self.timeline = []
+        self._inside, self.timeline = True, []
+        self._weights.begin(last=last)
+        self._reductions.begin(last=last)
         for unit in self.units:
-            unit.waiting = len(unit.trained)
             for flat in unit.flats:
                 check_whole(flat, refreshing=unit.refreshing is not None)
                 flat.absorb_edits()
@@ -110,14 +99,12 @@ class Sharded:
 
     def _before_forward(self, unit: Unit, entry: nn.Module) -> None:
         if self._backward:  # a recomputed forward: its backward comes next, so the weights stay
-            self._release_after(unit)
-            self._use(unit)
+            self._weights.release_after(unit)
+            self._weights.use(unit)
             return
-        self._use(unit)
-        if unit not in self._order:
-            self._order.append(unit)
+        self._weights.first_use(unit)
         if entry is unit.entries[0]:
-            self._prefetch(unit, +1)
+            self._weights.prefetch(unit, +1)
 
     def _after_forward(self, unit: Unit, out: Any) -> None:
         if self._backward:
@@ -128,33 +115,19 @@ class Sharded:
                 if tensor.requires_grad:
                     tensor.register_hook(hook)  # type: ignore[no-untyped-call]
         if not (self._inside and (unit.keep or unit.resident)):
-            self._release(unit)
+            self._weights.release(unit)
 
     def _before_backward(self, unit: Unit) -> None:
         """The unit's backward begins, so those of all units after it are over, unless its uses are in several places."""
         self._backward = True
-        self._release_after(unit)
-        self._use(unit)
-        self._prefetch(unit, -1)
-
-    def _release_after(self, unit: Unit) -> None:
-        if not unit.resident and unit in self._order:
-            for done in self._order[self._order.index(unit) + 1 :]:
-                if not (done.resident or self._kept(done)):
-                    self._release(done)
-
-    def _before_root(self) -> None:
-        """Units that no forward has been seen to use may be used in other ways: their weights are brought up to date."""
-        for unit in self.units:
-            if unit not in self._order:
-                self._land_refresh(unit)
+        self._weights.release_after(unit)
+        self._weights.use(unit)
+        self._weights.prefetch(unit, -1)
 
     def _after_root(self) -> None:
         """A forward without backward (evaluation) leaves nothing gathered and nothing in flight."""
         if not self._inside:
-            for unit in self.units:
-                self._land_gather(unit)
-                self._release(unit)
+            self._weights.release_all(unless_kept=False)
 
     def _grad_came(self, index: int) -> None:
         unit = self.units[index]
@@ -162,80 +135,25 @@ class Sharded:
         if not self._inside or unit.waiting < 0:
             refuse_gradient(f"unit {unit.name or 'root'}", inside=self._inside)
         if unit.waiting == 0:
-            self._complete.append(index)
-            self._reduce_ready()
+            self._reductions.came(index)
 
     def _end_backward(self) -> None:
-        """Reduce what has not been, in order, and record that order the first time. No unit stays gathered."""
-        if self._reductions is None:
-            self._agree_on_orders()
-            assert self._reductions is not None
-        rest = [index for index in self._reductions if index not in self._complete]
-        self._complete += rest
-        self._reduce_ready()
-        for unit in self.units:
-            self._land_gather(unit)
-            if not self._kept(unit):
-                self._release(unit)
+        """Reduce what has not been; the first time, agree on orders. No unit stays gathered."""
+        if not self._reductions.agreed:
+            self._reductions.agree()
+            self._weights.agree()
+        self._reductions.end()
+        self._weights.release_all(unless_kept=True)
         self._backward = False
 
-    def _kept(self, unit: Unit) -> bool:
-        """Whether the unit's weights stay whole for the next micro-batch: they do not change before the step."""
-        return unit.keep and not self._last
-
-    # -- weights -------------------------------------------------------------------------------------------------------
-
-    def _use(self, unit: Unit) -> None:
-        """The unit's weights are whole when this returns."""
-        if not unit.gathered and unit.gathering is None:
-            self._start_gather(unit)
-        self._land_refresh(unit)
-        self._land_gather(unit)
-
-    def _prefetch(self, unit: Unit, direction: int) -> None:
-        """Start gathering the unit that comes next in this direction."""
-        position = self._order.index(unit) + direction
-        if not 0 <= position < len(self._order):
-            return
-        following = self._order[position]
-        if not following.gathered and following.gathering is None:
-            self._start_gather(following)
-
-    def _start_gather(self, unit: Unit) -> None:
-        self._land_refresh(unit)
-        self._note("gather", unit)
-        self._gathers.note(unit.name or "root")
-        unit.gathering = Flight(*(flat.gather_chain() for flat in unit.flats))
-
-    def _land_gather(self, unit: Unit) -> None:
-        if unit.gathering is not None:
-            unit.gathering.land()
-            unit.gathering = None
-
-    def _land_refresh(self, unit: Unit) -> None:
-        """Older ones first: inner hops are issued as they land, and ranks may use units in different orders."""
-        while unit.refreshing is not None:
-            older = self._refreshing.popleft()
-            assert older.refreshing is not None
-            older.refreshing.land()
-            older.refreshing = None
-
-    def _land_refreshes(self) -> None:
-        while self._refreshing:
-            self._land_refresh(self._refreshing[-1])
-
-    def _release(self, unit: Unit) -> None:
-        if unit.gathering is None:
-            for flat in unit.flats:
-                if flat.gathered:
-                    flat.release()
+    # -- after a step, and other writes --------------------------------------------------------------------------------
 
     def updated(self) -> None:
         """The masters have changed: send the new weights out, outermost level first, in forward order."""
-        for unit in (self.units[index] for index in self._refreshes):
+        for unit in self.units:
             for flat in unit.flats:
                 flat.applied()
-            self._refresh(unit, exact=False)
+        self._weights.refresh_all(exact=False)
         self.at_step(self._step + 1)
         self._first = True
 
@@ -251,7 +169,7 @@ class Sharded:
         for unit in self.units:
             for flat in unit.flats:
                 flat.residual.arrived()
-            self._refresh(unit, exact=True)
+        self._weights.refresh_all(exact=True)
         self.drain()
 
     @contextmanager
@@ -262,77 +180,29 @@ class Sharded:
         """
         chosen = [self.units[index] for index in units]
         for unit in chosen:
-            self._land_refresh(unit)
+            self._weights.land_refresh(unit)
         yield
         for unit in chosen:
             Flight(*(flat.spread_chain() for flat in unit.flats if flat.trained)).land()
-            self._refresh(unit, exact=exact)
-
-    def _refresh(self, unit: Unit, *, exact: bool) -> None:
-        self._land_refresh(unit)
-        self._land_gather(unit)
-        self._release(unit)
-        self._note("refresh", unit)
-        unit.refreshing = Flight(*(flat.refresh_chain(exact=exact) for flat in unit.flats if exact or flat.trained))
-        self._refreshing.append(unit)
+            self._weights.refresh(unit, exact=exact)
 
     def drain(self) -> None:
         """Land everything in flight; call it before reading state or evaluating."""
-        self._land_all()
-        self._land_refreshes()
+        self._reductions.land()
+        self._weights.land_refreshes()
         for unit in self.units:
             for flat in unit.flats:
                 flat.absorb_edits()
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
-    def _reduce_ready(self) -> None:
-        """Start the reductions whose turn it is: in the recorded order, as far as the units are complete.
-
-        What this forward has not used of the new weights is awaited first, so that no rank's reduction overtakes it.
-        """
-        if self._reductions is None:
-            return
-        self._land_refreshes()
-        while self._issued < len(self._reductions) and self._reductions[self._issued] in self._complete:
-            unit = self.units[self._reductions[self._issued]]
-            self._issued += 1
-            self._advance_older()
-            self._note("reduce", unit)
-            flight = Flight(*(flat.reduce_chain(last=self._last) for flat in unit.flats if flat.trained))
-            self._flights.append(flight)
-            while self._flights and self._flights[0].landed:
-                self._flights.popleft()
-
-    def _advance_older(self) -> None:
-        """Earlier reductions go on by a hop; the latest is let be on the slowest links, which shall never run dry."""
-        for flight in self._flights:
-            if flight is not self._flights[-1] or self._slowest not in flight.levels:
-                flight.advance()
-
-    def _agree_on_orders(self) -> None:
-        """As gradients came on rank 0, then the units that got none; as rank 0's forward used units, then the others."""
-        trained = [index for index, unit in enumerate(self.units) if unit.trained]
-        seen = self._complete + [index for index in reversed(trained) if index not in self._complete]
-        used = [self.units.index(unit) for unit in self._order]
-        orders = of_rank_0([*seen, *used, *(index for index in self._refreshes if index not in used)], self.world)
-        self._reductions, self._refreshes = orders[: len(seen)], orders[len(seen) :]
-
-    def _land_all(self) -> None:
-        """Hop by hop over all reductions in flight, so that they go on overlapping each other."""
-        while self._flights:
-            for flight in self._flights:
-                flight.advance()
-            while self._flights and self._flights[0].landed:
-                self._flights.popleft()
-
     def finish_reduce(self) -> None:
         """Wait for the reductions in flight: the owned gradients are the sums over all ranks and micro-batches.
 
         Raises UseError if ranks that share weights have not gathered the same units in the same order.
         """
-        self._land_all()
-        self._gathers.check()
+        self._reductions.land()
+        self._weights.check()
 
     def grad_norm(self) -> float:
         """Global 2-norm of the summed gradient, every logical element counted once; the same on all ranks.
@@ -346,7 +216,7 @@ class Sharded:
 
     def dropped(self) -> None:
         """Forget the gradients of a step that is not taken, those still on their way too."""
-        self._land_all()
+        self._reductions.land()
         self._first = True
         for unit in self.units:
             for flat in unit.flats:
@@ -406,7 +276,7 @@ class Sharded:
         if outermost:
             self.drain()
             for unit in self.units:
-                self._use(unit)
+                self._weights.use(unit)
         try:
             yield
         finally:
@@ -418,7 +288,7 @@ class Sharded:
         for unit in self.units:
             for flat in unit.flats:
                 flat.absorb_edits()
-            self._release(unit)
+            self._weights.release(unit)
 
     # -- small things --------------------------------------------------------------------------------------------------
 

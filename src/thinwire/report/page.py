@@ -9,6 +9,7 @@ from thinwire.report import figures
 from thinwire.report.figures import Figure
 from thinwire.report.predict import Predicted
 from thinwire.report.read import Run, number
+from thinwire.report.timeline import course_of_a_step
 from thinwire.units import show_bytes, show_count, show_seconds
 
 _STYLE = """
@@ -43,7 +44,7 @@ function draw() {
   for (const f of figures) {
     const layout = { ...f.layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: c.ink, size: 12 }, margin: { l: 50, r: 12, t: 8, b: 44 },
-      xaxis: axis(f.x_title, c), yaxis: { ...axis(f.y_title, c), exponentformat: "SI" },
+      xaxis: axis(f.x_title, c), yaxis: { ...axis(f.y_title, c), exponentformat: "SI", ...f.layout.yaxis },
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, showlegend: true };
     Plotly.react(f.name, f.traces, layout, { responsive: true, displaylogo: false, displayModeBar: false });
   }
@@ -77,13 +78,15 @@ def _sections(runs: Sequence[Run], predictions: Sequence[Predicted | str]) -> tu
     memory = figures.memory_figures(runs, predictions)
     quiet = [run.name for run in runs if run.thin_level is None]
     still = _text(f"{', '.join(quiet)}: one rank, nothing was sent.") if quiet else ""
-    drawn = [*loss, *seconds, *wire, *memory]
+    course = [figure for run, told in zip(runs, predictions, strict=True) if (figure := course_of_a_step(run, told))]
+    drawn = [*loss, *seconds, *course, *wire, *memory]
     # Names of runs may hold anything; ids are numbers.
     ids = {id(figure): f"figure-{index}-{figure.name.split('-')[0]}" for index, figure in enumerate(drawn)}
     sections = [
         _heading("Runs compared", _table(_OVERVIEW, [_overview(run) for run in runs])),
         _heading("Loss", _grid(loss, ids)),
         _heading("Step time", _grid(seconds, ids), _time_table(runs, predictions)),
+        *([_heading("One step, moment by moment", _text(_MOMENTS), _grid(course, ids))] if course else []),
         _heading("Bytes per level", still, _grid(wire, ids), *map(_wire_table, runs)),
         _heading("Memory", _grid(memory, ids) if memory else _text("These runs do not say what they held.")),
         _heading("The plan and why", *(_plan(*pair) for pair in zip(runs, predictions, strict=True))),
@@ -92,6 +95,11 @@ def _sections(runs: Sequence[Run], predictions: Sequence[Predicted | str]) -> tu
         Figure(ids[id(f)], f.title, f.traces, f.x_title, f.y_title, f.layout) for f in drawn
     ]  # fmt: skip
     return sections, named
+
+
+_MOMENTS = (
+    "A measured message lasts from when it was issued until it was waited for; a simulated one, until it arrives."
+)
 
 
 def _heading(title: str, *parts: str) -> str:

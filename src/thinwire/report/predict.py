@@ -22,6 +22,8 @@ from thinwire.planner.choose import choose
 from thinwire.planner.explain import report, rests_on
 from thinwire.planner.space import Codecs, Space
 from thinwire.report.read import Run
+from thinwire.simulate.step import simulate_step
+from thinwire.trace import Span
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Predicted:
     rests_on: str
     advice: tuple[str, ...]
     """Lines: the best runnable plans for this model, batch and cluster."""
+    spans: tuple[Span, ...]
+    """The step as the simulator plays it, on the rank that stands for all."""
 
 
 def predict(run: Run, cluster: Cluster | None = None) -> Predicted | str:
@@ -46,6 +50,7 @@ def predict(run: Run, cluster: Cluster | None = None) -> Predicted | str:
             peak_memory(setting, candidate, axes),
             rests_on(setting),
             advice(setting, run),
+            simulate_step(setting, candidate, axes).spans,
         )
     except ThinwireError as error:
         return str(error)

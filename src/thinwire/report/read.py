@@ -17,6 +17,7 @@ from thinwire.config import explain
 from thinwire.errors import ConfigError
 from thinwire.events import read_events
 from thinwire.plan import Plan
+from thinwire.trace import Span, read_trace
 
 Wire = dict[str, dict[str, float]]
 """level -> purpose -> bytes that rank 0 sends in one step."""
@@ -34,6 +35,8 @@ class Run:
     """The newest `run_start`: what was held and predicted is said of the plan that it started with."""
     steps: tuple[dict[str, Any], ...]
     evals: tuple[dict[str, Any], ...]
+    trace: tuple[Span, ...] = ()
+    """What rank 0 did in a few steps, if the run recorded it."""
 
     @cached_property
     def latest(self) -> tuple[dict[str, Any], ...]:
@@ -116,4 +119,13 @@ def read_run(folder: Path, name: str) -> Run:
     if start is None or not steps:
         raise ConfigError(f"{folder} has no finished step yet; train first")
     ordered = tuple(steps[step] for step in sorted(steps))
-    return Run(name, folder, plan, cluster, start, ordered, tuple(evals[step] for step in sorted(evals)))
+    held_out = tuple(evals[step] for step in sorted(evals))
+    return Run(name, folder, plan, cluster, start, ordered, held_out, _trace(folder / "trace.json"))
+
+
+def _trace(path: Path) -> tuple[Span, ...]:
+    """Raises ConfigError if the file is there and no trace."""
+    try:
+        return tuple(read_trace(path)) if path.is_file() else ()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{error}; remove it, or train on") from None

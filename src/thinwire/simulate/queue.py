@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from thinwire.trace import Span
+
 Then = Callable[[], None]
 
 
@@ -54,17 +56,6 @@ class Signal:
             then()
         else:
             self._waiting.append(then)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Something that took place: for traces."""
-
-    rank: int
-    lane: str
-    name: str
-    start_s: float
-    end_s: float
 
 
 @dataclass

@@ -18,8 +18,9 @@ from thinwire.cost.rhythm import StageUnits
 from thinwire.cost.states import Chain
 from thinwire.cost.step import OPTIMIZER_BYTES, core_of, habit_of, stage_work
 from thinwire.simulate.order import Pass, before, passes
-from thinwire.simulate.queue import Clock, Lane, Message, Signal, Span, Worker, chain
+from thinwire.simulate.queue import Clock, Lane, Message, Signal, Worker, chain
 from thinwire.simulate.trouble import Jitter, Trouble
+from thinwire.trace import Span
 
 Program = Iterator[Signal]
 

@@ -1,44 +1,15 @@
-"""A step as people see it: a trace file for Perfetto or chrome://tracing, and lines of text for a terminal.
+"""A simulated step as people see it: a trace file, and lines of text for a terminal."""
 
-The trace is the Chrome trace event format, complete events ("ph": "X") with times in microseconds; a process is a rank, a
-thread is a lane. The runtime's own traces have the same form, so that both can be opened side by side.
-"""
-
-import json
 from pathlib import Path
-from typing import Any
 
-from thinwire.simulate.queue import Span
+from thinwire import trace
 from thinwire.simulate.step import Simulated
-
-
-def trace_events(simulated: Simulated) -> list[dict[str, Any]]:
-    """Events of the trace: names of ranks and lanes, then what took place."""
-    lanes: dict[tuple[int, str], int] = {}
-    for span in simulated.spans:
-        lanes.setdefault((span.rank, span.lane), len(lanes))
-    ranks = sorted({rank for rank, _ in lanes})
-    names = [_meta("process_name", rank, 0, simulated.ranks[rank]) for rank in ranks]
-    names += [_meta("thread_name", rank, thread, lane) for (rank, lane), thread in lanes.items()]
-    return names + [_complete(span, lanes[span.rank, span.lane]) for span in simulated.spans]
-
-
-def _meta(what: str, rank: int, thread: int, name: str) -> dict[str, Any]:
-    return {"name": what, "ph": "M", "pid": rank, "tid": thread, "args": {"name": name}}
-
-
-def _complete(span: Span, thread: int) -> dict[str, Any]:
-    return {
-        "name": span.name, "cat": "compute" if span.lane == "compute" else "wire", "ph": "X", "pid": span.rank,
-        "tid": thread, "ts": span.start_s * 1e6, "dur": (span.end_s - span.start_s) * 1e6,
-    }  # fmt: skip
+from thinwire.trace import Span
 
 
 def write_trace(simulated: Simulated, path: Path) -> None:
-    """Write the trace file."""
-    path.write_text(
-        json.dumps({"traceEvents": trace_events(simulated), "displayTimeUnit": "ms"}) + "\n", encoding="utf-8"
-    )
+    """Write the trace file. Raises OSError."""
+    trace.write_trace(simulated.spans, dict(enumerate(simulated.ranks)), path)
 
 
 _SIGNS = {"forward": "F", "backward": "B", "optimizer": "O", "gather": "g", "reduce": "r", "refresh": "w", "send": "s"}

@@ -1,11 +1,13 @@
 """From a job and a world to the parts of a run: model, engine, optimizer, data feed, checkpoints, telemetry."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from thinwire.checkpoint.store import Checkpoints
+from thinwire.comm.ledger import Entry
 from thinwire.comm.world import World
 from thinwire.data.loader import Loader, Packing, Prefetcher
 from thinwire.hub.native_spec import NativeSpec
@@ -21,10 +23,12 @@ from thinwire.partition.optimizer import ShardedOptimizer
 from thinwire.partition.report import held_bytes, idle_codecs, predicted_bytes, uncoded
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.announce import plan_table, rounds_table
-from thinwire.train.folder import CHECKPOINTS
+from thinwire.train.clock import Lap
+from thinwire.train.folder import CHECKPOINTS, TRACE_FILE
 from thinwire.train.job import Job
 from thinwire.train.numbers import peak_flops_per_s
 from thinwire.train.telemetry import Telemetry, Totals
+from thinwire.train.tracing import Tracer
 from thinwire.train.trackers import open_trackers
 
 
@@ -49,6 +53,7 @@ class Parts:
     peak_origin: str
     telemetry: Telemetry | None = None
     totals: Totals = field(default_factory=Totals)
+    tracer: Tracer | None = None
 
     def begin(self, step: int) -> None:
         """Start feeding from `step` and, on rank 0, say that the run starts."""
@@ -61,6 +66,7 @@ class Parts:
             self.telemetry = Telemetry(
                 self.job.folder, trackers, total_steps=run.steps, first_step=step, log_every=run.log_every
             )
+            self.tracer = Tracer(self.job.folder / TRACE_FILE, first_step=step, count=run.trace_steps)
             self.telemetry.event(
                 "run_start",
                 step=step,
@@ -84,6 +90,19 @@ class Parts:
             self.totals.add(record)
             self.telemetry.step(record)
 
+    def trace(self, step: int, laps: Sequence[Lap], entries: Sequence[Entry]) -> None:
+        """A step is over: record its course, if it is one of those that are recorded."""
+        if self.tracer is not None:
+            self._trace(lambda tracer: tracer.step(step, laps, entries))
+
+    def _trace(self, act: Callable[[Tracer], None]) -> None:
+        assert self.tracer is not None
+        try:
+            act(self.tracer)
+        except OSError as error:
+            self.tracer = None
+            self.warn(f"{TRACE_FILE} cannot be written: {error.strerror or error}; the run goes on without it")
+
     def event(self, kind: str, **fields: Any) -> None:
         if self.telemetry is not None:
             self.telemetry.event(kind, **fields)
@@ -98,6 +117,8 @@ class Parts:
 
     def close(self) -> None:
         self.feed.close()
+        if self.tracer is not None:
+            self._trace(Tracer.close)
         if self.telemetry is not None:
             self.telemetry.close()
 

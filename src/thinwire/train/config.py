@@ -89,6 +89,8 @@ class RunSection(Frozen):
     """Stop after this many steps in a row whose loss or gradient norm is not finite."""
     compile: bool = False
     """Compile the model's blocks with torch.compile."""
+    trace_steps: int = Field(default=3, ge=0, le=1000)
+    """Steps of each start, the first left out, that rank 0 records moment by moment in `trace.json`; 0: none."""
     timeout: Seconds = Field(default=600.0, gt=0)
     """A collective that takes longer than this ends the run."""
 
@@ -118,8 +120,9 @@ class RunConfig(Frozen):
 
 
 MAY_CHANGE = ("run.steps", "run.folder", "run.log_every", "run.eval_every", "run.eval_sequences", "run.sample_tokens",
-              "run.sample_prompt", "run.max_bad_steps", "run.timeout", "run.compile", "checkpoint.", "cluster.", "plan.",
-              "tracking.",              "batch.micro_batch", "data.path", "data.sources", "data.tokenizer")  # fmt: skip
+              "run.sample_prompt", "run.max_bad_steps", "run.trace_steps", "run.timeout", "run.compile", "checkpoint.",
+              "cluster.", "plan.", "tracking.", "batch.micro_batch", "data.path", "data.sources",
+              "data.tokenizer")  # fmt: skip
 """Keys (or sections) in which a resumed run may differ from the run it goes on with.
 
 Where and how the same numbers are computed may change; what is computed may not. The corpus itself is compared by its

@@ -11,6 +11,7 @@ from thinwire.train.config import MAY_CHANGE, RunConfig
 from thinwire.train.job import Job
 
 RUN_FILE, PLAN_FILE, CLUSTER_FILE, EVENTS_FILE = "run.toml", "plan.json", "cluster.json", "events.jsonl"
+TRACE_FILE = "trace.json"
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 
 

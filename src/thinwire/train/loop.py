@@ -172,6 +172,7 @@ def close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepCloc
         wire=wire.sent_bytes(),
     )
     parts.publish(record)
+    parts.trace(record["step"], clock.laps, wire.entries)
 
 
 def _due(every: int, step: int) -> bool:
