@@ -2,7 +2,6 @@
 
 import multiprocessing as mp
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from thinwire.cluster.cluster import Cluster, Level
+from thinwire.train.launch import free_port
 
 _PRELOADED = ["torch.distributed", "thinwire.checkpoint.store", "thinwire.train.loop", "torch.utils.tensorboard"]
 """Installed modules only: the server does not see the tests' folder."""
@@ -35,7 +35,7 @@ def run_world(
     cluster = cluster_of([levels] if isinstance(levels, int) else levels)
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    port = _free_port()
+    port = free_port()
     pipes, processes = [], []
     for rank in range(cluster.ranks):
         ours, theirs = context.Pipe(duplex=False)
@@ -93,9 +93,3 @@ def _rank(
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         pipe.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -8,6 +8,7 @@ broke because of it. A rank whose launcher vanishes notices the closed pipe and 
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from thinwire.train.report import FailureReport, root_cause
 from thinwire.train.stop import INTERRUPTED_STATUS, STOP_SIGNALS, held_for_children
 
 _POLL_S, _GRACE_S, _KILL_S = 0.05, 2.0, 5.0
+_FIRST_PORT, _OUTGOING, _TRIES = 20_000, 32_768, 50
+"""Where free ports are looked for: from the first up to those of outgoing connections (Linux's default is given)."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,25 @@ class Ending:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port nobody listens on at this moment."""
+    """A port nobody listens on at this moment, of those that are not handed out to anybody's outgoing connections.
+
+    Ranks take seconds to start, in which the kernel may give one of the latter away.
+    """
+    for port in random.sample(range(_FIRST_PORT, _first_outgoing()), k=_TRIES):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def _first_outgoing() -> int:
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = _OUTGOING
+    return max(first, _FIRST_PORT + _TRIES)
 
 
 @dataclass(frozen=True)
