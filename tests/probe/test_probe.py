@@ -10,8 +10,9 @@ from thinwire.cluster.cluster import read_cluster
 from thinwire.comm.world import World
 from thinwire.cost.collectives import gather_hops
 from thinwire.cost.placement import Hop
+from thinwire.probe.effort import Effort
 from thinwire.probe.fit import Timings, line, matmul_curve, measured_cluster, summary
-from thinwire.probe.measure import Effort, measure, parts
+from thinwire.probe.measure import measure, parts
 from worlds import cluster_of, run_world
 
 TINY = Effort(((16, 32, 32), (64, 64, 64)), (2**16, 2**18), (2**10, 2**16), repeats=3)
