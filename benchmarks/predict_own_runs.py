@@ -40,7 +40,7 @@ from thinwire.events import read_events, steps
 from thinwire.planner.explain import rests_on
 from thinwire.train.folder import EVENTS_FILE
 
-NAME = "own_runs"
+NAME, RUNS = "own_runs", "runs.json"
 THINWIRE = [sys.executable, "-c", "from thinwire.cli import main; main()"]
 WARM_UP = 3
 """Steps that do not count: buffers, orders of reduction and connections are made in them."""
@@ -185,15 +185,27 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> tuple[list[
         print(f"{name}: probed in {time.monotonic() - start_s:.0f} s", flush=True)
     plans = {plan: each for plan, each in plans_of(world).items() if not options.plans or plan in options.plans}
     told = {plan: predict(run_file, settings) for plan, settings in plans.items()}
-    seen: dict[str, list[Measured]] = {plan: [] for plan in plans}
-    for repeat in range(options.repeats):
-        order = list(plans)[repeat % len(plans) :] + list(plans)[: repeat % len(plans)]
-        for plan in order:
-            seen[plan].append(run(world, run_file, plans[plan], told[plan][0], options))
+    seen = made(folder / RUNS) if options.keep else {}
+    for _ in range(options.repeats):
+        first = sum(len(runs) for runs in seen.values()) // len(plans) % len(plans)
+        for plan in [*list(plans)[first:], *list(plans)[:first]]:
+            seen.setdefault(plan, []).append(run(world, run_file, plans[plan], told[plan][0], options))
+            (folder / RUNS).write_text(json.dumps({key: [asdict(each) for each in runs] for key, runs in seen.items()}))
             ours, theirs = told[plan][0].step_s, seen[plan][-1].step_s
             print(f"{name}, {plan}: predicted {ours * 1e3:.1f} ms, measured {theirs * 1e3:.1f} ms", flush=True)
-    rows = [Row(plan, told[plan][0], joined(runs)) for plan, runs in seen.items()]
+    rows = [Row(plan, told[plan][0], joined(seen[plan])) for plan in plans if seen.get(plan)]
     return rows, next(iter(told.values()))[1]
+
+
+def made(path: Path) -> dict[str, list[Measured]]:
+    """Runs of an earlier call, by plan."""
+    if not path.exists():
+        return {}
+    told = json.loads(path.read_text())
+    return {
+        plan: [Measured(**{**each, "medians_s": tuple(each["medians_s"])}) for each in runs]
+        for plan, runs in told.items()
+    }
 
 
 def joined(runs: list[Measured]) -> Measured:
@@ -253,8 +265,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as base:
         for name in options.worlds:
             found[name] = measure(name, options, (options.work or Path(base)) / str(list(WORLDS).index(name)))
-            show(name, found[name][0])
-            write(found, options)
+            if found[name][0]:
+                show(name, found[name][0])
+                write(found, options)
 
 
 def parse() -> argparse.Namespace:
@@ -270,7 +283,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--tokens", type=int, default=128)
     arguments.add_argument("--quick", action="store_true", help="a quick probe")
     arguments.add_argument("--work", type=Path, help="folder for run and cluster files; default: a temporary one")
-    arguments.add_argument("--keep", action="store_true", help="use the cluster files that are in --work already")
+    arguments.add_argument("--keep", action="store_true", help="add to what earlier calls probed and ran in --work")
     arguments.add_argument("--before", default="", help="words before every command that is run, say: nice -n -5")
     arguments.add_argument("--out", type=Path, help="folder for JSON and Markdown, say docs/benchmarks")
     return arguments.parse_args()

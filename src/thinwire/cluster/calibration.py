@@ -43,7 +43,7 @@ class Calibration(Frozen):
     """Taking one number of a micro-batch's fresh gradient over into the flat sums."""
     sum_s: Seconds = Field(default=0.0, ge=0)
     """Adding up one number that a reduce-scatter received, beyond its way over the link."""
-    coding_s: dict[str, tuple[Seconds, Seconds]] = {}
+    coding_s: dict[str, tuple[Seconds, Seconds]] = Field(default_factory=dict)
     """Codec -> seconds to code one number and to decode one; those left out take as long as touching their bytes."""
     framework_bytes: Bytes = Field(default=3 * 2**29, ge=0)
     """Memory of the runtime, its communication buffers and what the allocator cannot use."""

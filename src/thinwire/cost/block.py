@@ -87,7 +87,11 @@ def embedding_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Pass
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     moved = tokens * setting.spec.hidden * setting.compute_bytes
     tensor = all_reduce_s(moved, axes.tensor)
-    return Passes(Causes(0.0, touch_s(3 * moved, setting), 0.0, tensor), Causes(0.0, touch_s(6 * moved, setting)))
+    rows = setting.spec.vocab_size * setting.spec.hidden / candidate.tensor * setting.compute_bytes
+    # The gradient of the whole table is made, and added to the head's if that is the same table.
+    table = rows * (4 if setting.spec.tied and candidate.pipeline == 1 else 1)
+    backward = Causes(0.0, touch_s(6 * moved + table, setting))
+    return Passes(Causes(0.0, touch_s(3 * moved, setting), 0.0, tensor), backward)
 
 
 def _linear_s(setting: Setting, tokens: float, tensor: int) -> float:

@@ -7,9 +7,11 @@ of its elements, forward and backward, and a time for each operation. All are fi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from statistics import median, quantiles
 
 import numpy as np
+from numpy.typing import NDArray
 
 from thinwire.cluster.calibration import Calibration
 from thinwire.cluster.cluster import Cluster, Level, Measurement
@@ -17,6 +19,7 @@ from thinwire.model.work import KERNELS, causal_core_flops, kept_inside, kept_ou
 from thinwire.probe.effort import BlockShape, Shape
 
 Samples = Sequence[float]
+Matrix = NDArray[np.float64]
 _FP32_BYTES = 4
 
 
@@ -88,8 +91,10 @@ def line(points: Mapping[int, float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Beyond:
-    """What a block takes beyond its matmuls."""
+    """What blocks of a model show of a device."""
 
+    matmuls: float
+    """Seconds of their matmuls over what the curve says."""
     bytes_per_s: float
     """Of element-wise work in a forward."""
     backward: float
@@ -97,29 +102,38 @@ class Beyond:
     operation_s: float
 
 
-def beyond_matmuls(
+def blocks_show(
     blocks: Mapping[BlockShape, tuple[float, float]], curve: tuple[float, float, float], *, most_bytes_per_s: float
 ) -> Beyond:
-    """The rates that seconds of (forward, forward and backward) show, for the best of a grid of operations' seconds."""
-    rows = [_rests(shape, *seconds, curve) for shape, seconds in blocks.items()]
-    touched = np.array([row[0] for row in rows])
-    best = (float("inf"), 0.0, 0.0, 0.0)
-    for each in np.concatenate([[0.0], np.geomspace(1e-7, 1e-3, 300)]):
-        slopes, error = [], 0.0
-        for launches, which in ((1.0, 1), (2.0, 2)):  # forward, backward
-            seconds = np.array([row[which] for row in rows])
-            whole = np.array([row[which + 2] for row in rows])
-            wanted, weights = (seconds - launches * KERNELS * each) / whole, touched / whole
-            slopes.append(max(1 / most_bytes_per_s, float(wanted @ weights / (weights @ weights))))
-            error += float(np.sum((slopes[-1] * weights - wanted) ** 2))
-        best = min(best, (error, slopes[0], slopes[1], float(each)))
-    return Beyond(1 / best[1], best[2] / best[1], best[3])
+    """The figures that seconds of (forward, forward and backward) show."""
+    rows, seconds = [], []
+    for shape, (forward_s, whole_s) in blocks.items():
+        multiplying, touched = _counted(shape, curve)
+        rows += [(multiplying, touched, 0.0, KERNELS), (2 * multiplying, 0.0, touched, 2 * KERNELS)]
+        seconds += [forward_s, max(1e-9, whole_s - forward_s)]
+    weights = 1 / np.array(seconds)[:, None]
+    matmuls, forward, backward, operation_s = non_negative(np.array(rows) * weights, np.ones(len(rows)))
+    least = 1 / most_bytes_per_s
+    forward, backward = max(forward, least), max(backward, least)
+    return Beyond(matmuls or 1.0, 1 / forward, backward / forward, operation_s)
 
 
-def _rests(
-    shape: BlockShape, forward_s: float, whole_s: float, curve: tuple[float, float, float]
-) -> tuple[float, float, float, float, float]:
-    """(bytes touched, seconds beyond matmuls of a forward, of a backward, all seconds of a forward, of a backward)."""
+def non_negative(system: Matrix, wanted: Matrix) -> list[float]:
+    """Least squares with no unknown below 0: the best of all choices of which unknowns are 0. For few unknowns."""
+    count = system.shape[1]
+    best: tuple[float, list[float]] = (float("inf"), [0.0] * count)
+    for chosen in product((False, True), repeat=count):
+        columns = [i for i in range(count) if chosen[i]]
+        found = np.zeros(count)
+        if columns:
+            found[columns] = np.linalg.lstsq(system[:, columns], wanted, rcond=None)[0]
+        if (found >= 0).all():
+            best = min(best, (float(np.sum((system @ found - wanted) ** 2)), found.tolist()))
+    return best[1]
+
+
+def _counted(shape: BlockShape, curve: tuple[float, float, float]) -> tuple[float, float]:
+    """(seconds of a forward's matmuls by the curve, bytes that its element-wise work touches)."""
     peak, efficiency, half = curve
     spec, tokens = shape.spec, shape.sequences * shape.tokens
     share = efficiency * tokens / (tokens + half)
@@ -129,9 +143,7 @@ def _rests(
     )
     core = causal_core_flops(spec, shape.sequences, shape.tokens, shape.tokens)
     multiplying += core / (peak * efficiency * spec.head_size / (spec.head_size + half))
-    touched = 2.0 * tokens * _FP32_BYTES * (kept_outside(spec) + kept_inside(spec))
-    backward_s = whole_s - forward_s
-    return touched, forward_s - multiplying, backward_s - 2 * multiplying, forward_s, backward_s
+    return multiplying, 2.0 * tokens * _FP32_BYTES * (kept_outside(spec) + kept_inside(spec))
 
 
 def measured_cluster(given: Cluster, timings: Timings) -> Cluster:
@@ -140,10 +152,10 @@ def measured_cluster(given: Cluster, timings: Timings) -> Cluster:
     curve = matmul_curve(rates)
     largest = max(timings.copies)
     copied = largest / median(timings.copies[largest])
-    beyond = Beyond(copied, 2.0, median(timings.launches))
+    beyond = Beyond(1.0, copied, 2.0, median(timings.launches))
     if timings.blocks and given.device.kind == "cpu":  # elsewhere operations are queued ahead of the work
         medians = {shape: (median(once), median(whole)) for shape, (once, whole) in timings.blocks.items()}
-        beyond = beyond_matmuls(medians, curve, most_bytes_per_s=100 * copied)
+        beyond = blocks_show(medians, curve, most_bytes_per_s=100 * copied)
     memory = max(copied, beyond.bytes_per_s)
     device = given.device.model_copy(
         update={
@@ -154,7 +166,7 @@ def measured_cluster(given: Cluster, timings: Timings) -> Cluster:
         }
     )
     calibration = Calibration(
-        matmul_efficiency=curve[1],
+        matmul_efficiency=min(1.0, curve[1] / beyond.matmuls),
         matmul_half=curve[2],
         memory_efficiency=beyond.bytes_per_s / memory,
         memory_backward=beyond.backward,

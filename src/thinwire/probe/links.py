@@ -1,6 +1,6 @@
 """Times of what ranks say to each other: collectives by size on every level, pairs of members, and both beside compute."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from statistics import median
@@ -92,7 +92,8 @@ def exchanges(world: World, chunk: int, repeats: int, progress: Progress) -> dic
     for level, one, other in pairs(world):
         progress(f"members {one} and {other} of {world.level_name(level)}")
         group = world.group(level, "gather")
-        taking_part = world.coordinate(level) in (one, other) and group is not None
+        taking_part = world.coordinate(level) in (one, other)
+        assert group is not None
         row_n = torch.ones(chunk // 4, device=world.device)
         received_kn = torch.empty(2, chunk // 4, device=world.device)
 
@@ -107,18 +108,22 @@ def exchanges(world: World, chunk: int, repeats: int, progress: Progress) -> dic
 
 
 def beside(
-    world: World, effort: Effort, gathers: dict[tuple[int, int], Sequence[float]], dtype: torch.dtype
+    world: World, effort: Effort, gathers: Mapping[tuple[int, int], Sequence[float]], dtype: torch.dtype
 ) -> tuple[dict[int, Samples], Samples]:
     """(level -> share of a gather that goes on while ranks compute, slowdown of compute beside the outermost level's).
 
     Ranks compute for half of the gather's time between issuing and awaiting it. If nothing of it goes on meanwhile that
-    lengthens it by all of the compute.
+    lengthens it by all of the compute. Ranks that copy from each other's memory do so in the thread that awaits it, so
+    there is nothing to time.
     """
     shares: dict[int, Samples] = {}
     slowdowns: Samples = []
     a = torch.rand(256, 256, device=world.device).to(dtype)
     matmul_s = median(timed(world, effort.repeats, lambda: a @ a))
     for level in joined(world):
+        if world.neighbours(level) is not None:
+            shares[level], slowdowns = [0.0], [0.0]
+            continue
         sent, gather_s = max((sent, median(t)) for (at, sent), t in gathers.items() if at == level)
         start = start_gather(world, level, sent // (world.fanout(level) - 1))
         count = max(1, int(0.5 * gather_s / matmul_s))
