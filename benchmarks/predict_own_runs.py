@@ -42,7 +42,7 @@ from thinwire.train.folder import EVENTS_FILE
 
 NAME, RUNS = "own_runs", "runs.json"
 THINWIRE = [sys.executable, "-c", "from thinwire.cli import main; main()"]
-WARM_UP = 3
+WARM_UP = 2
 """Steps that do not count: buffers, orders of reduction and connections are made in them."""
 CAUSES = ("matmul_s", "memory_s", "launch_s", "data_s", "optimizer_s", "hidden_s")
 
@@ -159,8 +159,8 @@ def predict(run_file: Path, settings: list[str]) -> tuple[Predicted, str]:
 def run(
     world: World, run_file: Path, settings: list[str], predicted: Predicted, options: argparse.Namespace
 ) -> Measured:
-    """Train for about `--seconds`, at least five steps that count."""
-    count = WARM_UP + max(5, min(40, round(options.seconds / predicted.step_s)))
+    """Train for about `--seconds`, at least three steps that count."""
+    count = WARM_UP + max(3, min(40, round(options.seconds / predicted.step_s)))
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base) / "run"
         chosen = [*settings, f"run.folder={folder}", f"run.steps={count}"]
@@ -185,6 +185,9 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> tuple[list[
         print(f"{name}: probed in {time.monotonic() - start_s:.0f} s", flush=True)
     plans = {plan: each for plan, each in plans_of(world).items() if not options.plans or plan in options.plans}
     told = {plan: predict(run_file, settings) for plan, settings in plans.items()}
+    for plan in [plan for plan, (each, _) in told.items() if each.step_s > options.longest_s]:
+        print(f"{name}, {plan}: left out, a step is predicted to take {told.pop(plan)[0].step_s:.1f} s", flush=True)
+        plans.pop(plan)
     seen = made(folder / RUNS) if options.keep else {}
     for _ in range(options.repeats):
         first = sum(len(runs) for runs in seen.values()) // len(plans) % len(plans)
@@ -276,6 +279,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--plans", nargs="*", default=[], help="these alone, by name")
     arguments.add_argument("--repeats", type=int, default=3)
     arguments.add_argument("--seconds", type=float, default=12, help="of the steps that count, in each repeat")
+    arguments.add_argument("--longest-s", type=float, default=12, help="plans of longer predicted steps are left out")
     arguments.add_argument("--model", default="llama-3m")
     arguments.add_argument("--corpus", default="runs/corpora/stdlib")
     arguments.add_argument("--sequences", type=int, default=4, help="of a rank in a step")
