@@ -22,13 +22,15 @@ from thinwire.cost.placement import Axes, axis_hops, place
 from thinwire.cost.schedule import in_flight, pipeline_time
 from thinwire.cost.sent import data_bytes, sent_bytes
 from thinwire.cost.stages import Kind, kinds, parameters_of
-from thinwire.cost.step import StepTime, core_of, step_time
+from thinwire.cost.states import unit_moves
+from thinwire.cost.step import StepTime, core_of, optimizer_s, step_time
 from thinwire.errors import ConfigError, PlanError
 from thinwire.model.presets import preset
 from thinwire.model.spec import ModelSpec
 from thinwire.model.transformer import Transformer
 from thinwire.partition.engine import shard
 from thinwire.partition.report import predicted_bytes
+from thinwire.simulate.step import simulate_step
 from worlds import run_world
 
 SPEC = ModelSpec(vocab_size=320, hidden=48, layers=3, heads=4, kv_heads=2, head_size=12, ffn=100, max_tokens=64)
@@ -244,29 +246,62 @@ def test_goodput_is_youngs_optimum_and_islands_lose_less() -> None:
     assert goodput(given, 10_000, islands=10).share > whole.share
 
 
-def _engine_bytes(world: World, depths: tuple[int, int, int], coded: bool) -> dict[str, dict[str, int]]:
-    given = _cpu_setting(tuple(level.fanout for level in world.cluster.levels))
+def _engine_bytes(world: World, depths: tuple[int, int, int], coded: bool, tied: bool) -> dict[str, dict[str, int]]:
+    given = _cpu_setting(tuple(level.fanout for level in world.cluster.levels), tied=tied)
     candidate = _coded(Candidate(depths=depths, micro_batch=1), coded)
-    return predicted_bytes(shard(Transformer(SPEC), candidate.to_plan(given), world))
+    return predicted_bytes(shard(Transformer(given.spec), candidate.to_plan(given), world))
 
 
 def _coded(candidate: Candidate, coded: bool) -> Candidate:
     return dataclasses.replace(candidate, weights=(None, "int8"), grads=(None, "int4")) if coded else candidate
 
 
-def _cpu_setting(fanouts: tuple[int, ...]) -> Setting:
-    return Setting(SPEC, cluster(*fanouts), 8, 32, compute_dtype="fp32")
+def _cpu_setting(fanouts: tuple[int, ...], *, tied: bool = False) -> Setting:
+    return Setting(SPEC.model_copy(update={"tied": tied}), cluster(*fanouts), 8, 32, compute_dtype="fp32")
 
 
 @pytest.mark.parametrize("depths", [(-1, -1, -1), (-1, -1, 1), (0, 0, 1), (0, 1, 1), (1, 1, 1)])
-@pytest.mark.parametrize("coded", [False, True])
-def test_bytes_of_the_data_axis_are_the_engines(depths: tuple[int, int, int], coded: bool) -> None:
-    engine = run_world((2, 2), _engine_bytes, depths, coded)[0]
-    given = _cpu_setting((2, 2))
+@pytest.mark.parametrize(("coded", "tied"), [(False, False), (True, False), (False, True)])
+def test_bytes_of_the_data_axis_are_the_engines(depths: tuple[int, int, int], coded: bool, tied: bool) -> None:
+    engine = run_world((2, 2), _engine_bytes, depths, coded, tied)[0]
+    given = _cpu_setting((2, 2), tied=tied)
     candidate = _coded(Candidate(depths=depths), coded)
     found = data_bytes(given, candidate, place(candidate, given.cluster, given.calibration))
     names = given.cluster.level_names
     assert {names[level]: purposes for level, purposes in sorted(found.items())} == engine
+
+
+@pytest.mark.parametrize("depths", [(-1, -1, -1), (-1, -1, 0), (0, 0, 0)])
+@pytest.mark.parametrize("keep_gathered", [False, True])
+def test_what_ranks_must_carry_themselves_is_never_hidden(depths: tuple[int, int, int], keep_gathered: bool) -> None:
+    if keep_gathered and depths[0] < 0:
+        return
+    free = setting(4, model="llama-3m", sequences=32, rate=4e9)
+    candidate = Candidate(depths=depths, micro_batch=2, keep_gathered=keep_gathered)
+    level = free.cluster.levels[0].model_copy(update={"behind": 0.0})
+    bound = dataclasses.replace(free, cluster=free.cluster.model_copy(update={"levels": (level,)}))
+    fast = bound.cluster.levels[0].model_copy(update={"bytes_per_s": 1e30, "latency_s": 0.0})
+    silent = dataclasses.replace(bound, cluster=bound.cluster.model_copy(update={"levels": (fast,)}))
+    axes = place(candidate, bound.cluster, bound.calibration)
+    sent = sum(data_bytes(bound, candidate, axes)[0].values()) / axes.data[0].bytes_per_s
+    longer = step_of(bound, candidate).total - step_of(silent, candidate).total
+    assert longer >= sent * (1 - 1e-6)  # and latencies besides
+    assert step_of(free, candidate).total < step_of(bound, candidate).total
+    assert simulate_step(bound, candidate, axes).step_s == pytest.approx(step_of(bound, candidate).total, rel=1e-3)
+
+
+def test_a_measured_codec_and_optimizer_take_what_was_measured() -> None:
+    plain = setting(2, model="llama-3m", sequences=4)
+    measured = Calibration(coding_s={"int8": (1e-6, 2e-6)}, optimizer_s=1e-6, collect_s=1e-6)
+    given = dataclasses.replace(plain, calibration=measured)
+    axes = place(Candidate(), given.cluster, measured)
+    coded = Candidate(depths=(-1, -1, 0), weights=("int8",), grads=("int8",), micro_batch=2)
+    exact = Candidate(depths=(-1, -1, 0), micro_batch=2)
+    moves, dull = (unit_moves(1024, given, each, axes.states) for each in (coded, exact))
+    # A reduce-scatter codes and decodes all numbers; a gather codes its half of them and decodes all.
+    assert moves.own_once_s - dull.own_once_s == pytest.approx(1024 * (1e-6 + 2e-6 + 0.5e-6 + 2e-6))
+    assert dull.own_backward_s == pytest.approx(1024e-6)
+    assert optimizer_s(given, 1000, axes) == pytest.approx(1e-3 + optimizer_s(given, 0, axes))
 
 
 def test_axes_the_trainer_does_not_run_are_named_and_counted() -> None:

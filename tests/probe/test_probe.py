@@ -3,18 +3,26 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from runs import thinwire
-from thinwire.cluster.cluster import read_cluster
+from thinwire.cluster.calibration import Calibration
+from thinwire.cluster.cluster import Cluster, Device, Level, read_cluster
 from thinwire.comm.world import World
+from thinwire.cost.block import block_passes
+from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.collectives import gather_hops
-from thinwire.cost.placement import Hop
-from thinwire.probe.fit import Timings, line, matmul_curve, measured_cluster, summary
-from thinwire.probe.measure import Effort, measure, parts
+from thinwire.cost.placement import Axes, Hop
+from thinwire.probe.effort import BlockShape, Effort
+from thinwire.probe.fit import Timings, blocks_show, line, matmul_curve, measured_cluster, non_negative, summary
+from thinwire.probe.measure import measure, parts
 from worlds import cluster_of, run_world
 
-TINY = Effort(((16, 32, 32), (64, 64, 64)), (2**16, 2**18), (2**10, 2**16), repeats=3)
+BLOCK = BlockShape(32, 2, 64, 1, 16)
+TINY = Effort(
+    ((16, 32, 32), (64, 64, 64)), (2**16, 2**18), (2**10, 2**16), repeats=3, blocks=(BLOCK,), codecs=("int8",)
+)
 
 
 def test_a_link_is_found_again_from_times_that_the_cost_formula_gives() -> None:
@@ -37,6 +45,30 @@ def test_a_matmul_curve_is_found_again() -> None:
     assert peak * efficiency == pytest.approx(1e12, rel=0.02)
 
 
+def test_what_blocks_take_beyond_their_matmuls_is_found_again() -> None:
+    spec_of = [BlockShape(h, 4, 3 * h, b, t) for h in (128, 256, 512) for b, t in ((1, 64), (4, 128))]
+    device = Device(peak_flops_per_s=1e11, memory_bytes=2**30, memory_bytes_per_s=1e10)
+    flat = Calibration(matmul_efficiency=0.8, matmul_half=8, memory_efficiency=0.5, memory_backward=1.5, launch_s=2e-5)
+    shown = {}
+    for shape in spec_of:
+        given = Setting(
+            shape.spec, Cluster(device=device, levels=(Level(name="node", fanout=1),)), shape.sequences, shape.tokens,
+            calibration=flat, compute_dtype="fp32",
+        )  # fmt: skip
+        passes = block_passes(given, Candidate(micro_batch=shape.sequences), Axes((), (), (), (), ()))
+        shown[shape] = passes.forward.total, passes.forward.total + passes.backward.total
+    found = blocks_show(shown, (1e11, 0.8, 8.0), most_bytes_per_s=1e12)
+    assert found.matmuls == pytest.approx(1.0) and found.bytes_per_s == pytest.approx(5e9)
+    assert found.backward == pytest.approx(1.5) and found.operation_s == pytest.approx(2e-5)
+
+
+def test_least_squares_without_negative_unknowns() -> None:
+    system = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
+    assert non_negative(system, np.array([3.0, 5.0, 7.0])) == pytest.approx([1.0, 2.0])
+    falling = non_negative(system, np.array([3.0, 2.0, 1.0]))  # a slope below 0 is not offered
+    assert falling == pytest.approx([2.0, 0.0])
+
+
 def test_spread_is_half_of_the_quartiles_range() -> None:
     told = summary("x", "s", [1.0, 2.0, 3.0, 4.0, 5.0])
     assert (told.value, told.samples, told.origin) == (3.0, 5, "measured") and told.spread == pytest.approx(0.5)
@@ -53,13 +85,21 @@ def test_every_level_of_a_real_world_is_timed_and_all_ranks_agree() -> None:
     timings, called, foreseen = results[0]
     assert called == foreseen and all(other[0] == timings for other in results)
     assert set(timings.gathers) == {(level, size) for level in (0, 1) for size in TINY.chunks} == set(timings.reduces)
+    assert set(timings.exchanges) == {(1, 0, 1)} and set(timings.blocks) == {BLOCK} and set(timings.coding) == {"int8"}
+    assert timings.behind == {0: [0.0], 1: [0.0]}  # ranks of one host copy in the thread that waits
     assert all(
         second > 0 for of in (timings.gathers, timings.matmuls, timings.copies) for t in of.values() for second in t
     )
     cluster = measured_cluster(cluster_of([2, 2]), timings)
     assert {cluster.device.origin, *(level.origin for level in cluster.levels)} == {"measured"}
     assert cluster.calibration is not None and cluster.calibration.origin == "measured"
-    assert all(level.bytes_per_s and level.latency_s is not None for level in cluster.levels)
+    assert all(level.bytes_per_s and level.latency_s is not None and level.behind == 0 for level in cluster.levels)
+    assert cluster.calibration.logit_s and cluster.calibration.optimizer_s and "int8" in cluster.calibration.coding_s
+
+
+def test_a_link_between_hosts_goes_on_behind_compute() -> None:
+    timings = run_world([2], _measure, sockets=[0])[0][0]
+    assert len(timings.behind[0]) == TINY.repeats and all(0 <= share <= 1 for share in timings.behind[0])
 
 
 def test_a_probed_cluster_is_what_a_plan_rests_on(tmp_path: Path) -> None:

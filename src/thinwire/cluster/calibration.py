@@ -33,6 +33,18 @@ class Calibration(Frozen):
     """What starting a collective takes beyond the links' latency."""
     overlap_slowdown: float = Field(default=0.1, ge=0)
     """By how much computing is slower while a collective is under way."""
+    memory_backward: float = Field(default=2.0, gt=0)
+    """Element-wise work of a backward, over that of its forward."""
+    logit_s: Seconds | None = Field(default=None, ge=0)
+    """The loss, forward and backward, for one logit; none: as long as its bytes take to be read and written."""
+    optimizer_s: Seconds | None = Field(default=None, ge=0)
+    """Updating one number: scaling its gradient, the norm, AdamW; none: as long as its states take."""
+    collect_s: Seconds = Field(default=0.0, ge=0)
+    """Taking one number of a micro-batch's fresh gradient over into the flat sums."""
+    sum_s: Seconds = Field(default=0.0, ge=0)
+    """Adding up one number that a reduce-scatter received, beyond its way over the link."""
+    coding_s: dict[str, tuple[Seconds, Seconds]] = Field(default_factory=dict)
+    """Codec -> seconds to code one number and to decode one; those left out take as long as touching their bytes."""
     framework_bytes: Bytes = Field(default=3 * 2**29, ge=0)
     """Memory of the runtime, its communication buffers and what the allocator cannot use."""
     origin: Origin = "default"

@@ -25,6 +25,8 @@ class Level(Frozen):
     fanout: int = Field(ge=1)
     bytes_per_s: BytesPerS | None = Field(default=None, gt=0)
     latency_s: Seconds | None = Field(default=None, ge=0)
+    behind: float = Field(default=1.0, ge=0, le=1)
+    """Share of a transfer that goes on while the ranks compute: 0 where they copy from each other's memory themselves."""
     origin: Origin = "given"
 
     @field_validator("name")

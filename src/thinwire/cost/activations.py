@@ -8,21 +8,7 @@ Scores that are stored add 5 a s / h bytes (scores, softmax, dropout mask).
 """
 
 from thinwire.cost.candidate import Candidate, Setting
-
-
-def kept_outside(setting: Setting) -> float:
-    """Elements per token kept outside the tensor-parallel region, without scores."""
-    return (5.0 if setting.spec.family == "gpt2" else 4.0) * setting.spec.hidden
-
-
-def kept_inside(setting: Setting) -> float:
-    """Elements per token kept inside the tensor-parallel region, without scores."""
-    spec = setting.spec
-    queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
-    if spec.family == "gpt2":
-        return 2.0 * queries + 2.0 * keys + 2.0 * spec.ffn
-    elementwise = 0.0 if setting.framework.fused_elementwise else 1.0
-    return 2.0 * queries + 2.0 * keys + (3.0 + elementwise) * spec.ffn
+from thinwire.model.work import kept_inside, kept_outside
 
 
 def score_elements(setting: Setting) -> float:
@@ -34,8 +20,9 @@ def score_elements(setting: Setting) -> float:
 
 def block_elements(setting: Setting, tensor: int) -> tuple[float, float]:
     """(elements per token kept by a block without its scores, its scores), on one of `tensor` ranks."""
-    outside = kept_outside(setting) / (tensor if setting.framework.sequence_parallel else 1)
-    return outside + kept_inside(setting) / tensor, score_elements(setting) / tensor
+    outside = kept_outside(setting.spec) / (tensor if setting.framework.sequence_parallel else 1)
+    inside = kept_inside(setting.spec, fused=setting.framework.fused_elementwise)
+    return outside + inside / tensor, score_elements(setting) / tensor
 
 
 def block_bytes(setting: Setting, candidate: Candidate) -> float:

@@ -7,9 +7,7 @@ from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.collectives import all_reduce_s, gather_s
 from thinwire.cost.device import matmul_s, touch_s
 from thinwire.cost.placement import Axes
-
-KERNELS = 30
-"""Kernels of one eager forward of a block; backward launches twice as many. Fused code launches a third."""
+from thinwire.model.work import KERNELS, causal_core_flops, linear_shapes
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,8 @@ def block_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
     tensor = _tensor_s(setting, candidate, axes)
     ring = _ring_s(setting, candidate, axes)
     forward = _with_floor(Causes(linear + core, memory, 0.0, tensor, max(0.0, ring - core)), setting, 1.0)
-    once = Causes(2 * (linear + core), 2 * memory, 0.0, tensor, max(0.0, 2 * ring - 2 * core))
+    touched = setting.calibration.memory_backward * memory
+    once = Causes(2 * (linear + core), touched, 0.0, tensor, max(0.0, 2 * ring - 2 * core))
     backward = _with_floor(once, setting, 2.0)
     if candidate.recompute == "full":
         return Passes(forward, backward.plus(forward, 1.0 / candidate.recompute_every))
@@ -76,7 +75,9 @@ def head_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     columns = setting.spec.vocab_size / candidate.tensor
     multiply = matmul_s(tokens, columns, setting.spec.hidden, setting)
-    loss = touch_s(tokens * columns * setting.framework.logits_bytes / 2, setting)
+    each = setting.calibration.logit_s
+    by_memory = touch_s(tokens * columns * setting.framework.logits_bytes / 2, setting)
+    loss = by_memory if each is None else tokens * columns * each / 2
     tensor = all_reduce_s(tokens * setting.spec.hidden * setting.compute_bytes, axes.tensor)
     return Passes(Causes(multiply, loss, 0.0, 0.0), Causes(2 * multiply, loss, 0.0, tensor))
 
@@ -86,29 +87,24 @@ def embedding_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Pass
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     moved = tokens * setting.spec.hidden * setting.compute_bytes
     tensor = all_reduce_s(moved, axes.tensor)
-    return Passes(Causes(0.0, touch_s(3 * moved, setting), 0.0, tensor), Causes(0.0, touch_s(6 * moved, setting)))
+    rows = setting.spec.vocab_size * setting.spec.hidden / candidate.tensor * setting.compute_bytes
+    # The gradient of the whole table is made, and added to the head's if that is the same table.
+    table = rows * (4 if setting.spec.tied and candidate.pipeline == 1 else 1)
+    backward = Causes(0.0, touch_s(6 * moved + table, setting))
+    return Passes(Causes(0.0, touch_s(3 * moved, setting), 0.0, tensor), backward)
 
 
 def _linear_s(setting: Setting, tokens: float, tensor: int) -> float:
-    spec = setting.spec
-    queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
-    up = spec.ffn if spec.family == "gpt2" else 2 * spec.ffn
-    return (
-        matmul_s(tokens, (queries + 2 * keys) / tensor, spec.hidden, setting)
-        + matmul_s(tokens, spec.hidden, queries / tensor, setting)
-        + matmul_s(tokens, up / tensor, spec.hidden, setting)
-        + matmul_s(tokens, spec.hidden, spec.ffn / tensor, setting)
-    )
+    return sum(matmul_s(tokens, out, into, setting) for out, into in linear_shapes(setting.spec, tensor))
 
 
 def _core_s(setting: Setting, candidate: Candidate) -> float:
     """Scores and their product with the values; a causal kernel does half of the square."""
     spec, rows = setting.spec, setting.tokens / candidate.context
     heads = candidate.micro_batch * spec.heads / candidate.tensor
-    half = 0.5 if setting.framework.flash_attention else 1.0
     if setting.framework.flash_attention:
         assert setting.cluster.device.peak_flops_per_s
-        flops = 4.0 * rows * setting.tokens * spec.head_size * heads * half
+        flops = causal_core_flops(spec, candidate.micro_batch, rows, setting.tokens, candidate.tensor)
         share = (
             setting.calibration.matmul_efficiency * spec.head_size / (spec.head_size + setting.calibration.matmul_half)
         )
@@ -154,7 +150,9 @@ def _ring_s(setting: Setting, candidate: Candidate, axes: Axes) -> float:
 
 
 def _with_floor(causes: Causes, setting: Setting, launches: float) -> Causes:
+    """On an accelerator launches run ahead of the work and are a floor under it; a CPU does one after the other."""
     kernels = KERNELS * launches / (3 if setting.framework.fused_elementwise else 1)
     floor = kernels * setting.calibration.launch_s
-    missing = max(0.0, floor - causes.matmul_s - causes.memory_s)
+    hidden = 0.0 if setting.cluster.device.kind == "cpu" else causes.matmul_s + causes.memory_s
+    missing = max(0.0, floor - hidden)
     return Causes(causes.matmul_s, causes.memory_s, missing, causes.tensor_s, causes.context_s)

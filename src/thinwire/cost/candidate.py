@@ -88,6 +88,19 @@ class Candidate:
     grads: tuple[CodecName | None, ...] = ()
     sync: Sync | None = None
 
+    @staticmethod
+    def of_plan(plan: Plan) -> "Candidate":
+        """The point that a plan is: its micro-batch, cut and codecs. Rounds of worker groups are left out."""
+        weights, grads = plan.wire.weights, plan.wire.grads
+        return Candidate(
+            micro_batch=plan.micro_batch,
+            recompute=plan.recompute,
+            depths=plan.depths,
+            keep_gathered=plan.partition.keep_gathered,
+            weights=tuple(weights.get(name) for name in plan.level_names) if weights else (),
+            grads=tuple(grads.get(name) for name in plan.level_names) if grads else (),
+        )
+
     def groups(self, cluster: Cluster) -> int:
         return self.sync.groups(cluster) if self.sync else 1
 

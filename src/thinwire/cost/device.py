@@ -27,10 +27,15 @@ def efficiency(m: float, n: float, k: float, calibration: Calibration) -> float:
 
 
 def matmul_s(m: float, n: float, k: float, setting: Setting, *, batch: float = 1.0) -> float:
-    """Seconds of `batch` matmuls of m x k by k x n: compute at its efficiency, or memory, whichever is slower."""
+    """Seconds of `batch` matmuls of m x k by k x n: compute at its efficiency, or memory, whichever is slower.
+
+    A CPU's caches hold what its matmuls read, so that the efficiency curve alone counts there.
+    """
     device, calibration = setting.cluster.device, setting.calibration
     assert device.peak_flops_per_s and device.memory_bytes_per_s
     compute = 2.0 * m * n * k / (device.peak_flops_per_s * efficiency(m, n, k, calibration))
+    if device.kind == "cpu":
+        return batch * compute
     touched = setting.compute_bytes * (m * k + k * n + m * n)
     memory = touched / (device.memory_bytes_per_s * calibration.memory_efficiency)
     return batch * max(compute, memory)

@@ -112,16 +112,16 @@ def forward(
 def backward(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *, last: bool) -> tuple[float, float]:
     """One backward; returns its end, and when the last of its reductions arrives."""
     now, landed, backwards = start, start, units[::-1]
-    arrive = start if habit.keep_gathered else _gather(lanes, start, backwards[0])
+    arrive = start if habit.keep_gathered else lanes.send(start, backwards[0].moves.again)
     late: list[Chain] = []
     for index, unit in enumerate(backwards):
         begin = max(now, arrive)
         gathers = index + 1 < len(backwards) and not habit.keep_gathered
         if gathers and habit.prefetch:
-            arrive = _gather(lanes, begin, backwards[index + 1])
+            arrive = lanes.send(begin, backwards[index + 1].moves.again)
         now = lanes.compute(begin, unit.backward_s)
         if gathers and not habit.prefetch:
-            arrive = _gather(lanes, now, backwards[index + 1])
+            arrive = lanes.send(now, backwards[index + 1].moves.again)
         sent = unit.moves.reduce_last if last else unit.moves.reduce_each
         if habit.overlap_reduce:
             landed = max(landed, lanes.send(now, sent))

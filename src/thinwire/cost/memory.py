@@ -68,7 +68,7 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
     host, due = outer_bytes(total, setting, candidate)
     return Memory(
         stage=counted.index,
-        params=setting.compute_bytes * total / cut_p,
+        params=_weights_bytes(setting, total, cut_p, cut_o),
         grads=framework.grad_bytes * total / cut_g,
         optimizer=framework.optimizer_bytes * total / cut_o,
         gathered=_gathered(setting, candidate, units, counted.kind, cut_p, cut_g),
@@ -78,6 +78,12 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
         framework=float(setting.calibration.framework_bytes),
         host=host,
     )
+
+
+def _weights_bytes(setting: Setting, total: float, cut_p: int, cut_o: int) -> float:
+    """Weights in the compute precision; none of their own where they are the fp32 masters, cut alike."""
+    masters = setting.compute_dtype == "fp32" and cut_p == cut_o
+    return 0.0 if masters else setting.compute_bytes * total / cut_p
 
 
 def outer_bytes(parameters: float, setting: Setting, candidate: Candidate) -> tuple[float, float]:
@@ -104,7 +110,8 @@ def least_state_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> flo
     total = setting.parameters / (candidate.tensor * candidate.pipeline)
     cut_p, cut_g, cut_o = cuts(candidate, axes.states)
     framework = setting.framework
-    return total * (setting.compute_bytes / cut_p + framework.grad_bytes / cut_g + framework.optimizer_bytes / cut_o)
+    weights = _weights_bytes(setting, total, cut_p, cut_o)
+    return weights + total * (framework.grad_bytes / cut_g + framework.optimizer_bytes / cut_o)
 
 
 def cuts(candidate: Candidate, hops: tuple[Hop, ...]) -> tuple[int, int, int]:

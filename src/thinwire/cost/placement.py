@@ -6,7 +6,7 @@ in it: collectives go level by level, so that every rank of a member sends its o
 sharing of a node's link by concurrent groups: with tensor parallelism inside a node, as many rings as ranks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from thinwire.cluster.calibration import Calibration
 from thinwire.cluster.cluster import Cluster
@@ -27,6 +27,8 @@ class Hop:
     """How many times that it can send when only its own stage of the member sends (point to point)."""
     start_s: float = 0.0
     """What starting a collective takes."""
+    behind: float = 1.0
+    """Share of a transfer that goes on while the rank computes."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _merged(inner: tuple[Hop, ...], outer: tuple[Hop, ...]) -> tuple[Hop, ...]:
     for hop in outer:
         known = hops.get(hop.level)
         fanout = hop.fanout * (known.fanout if known else 1)
-        hops[hop.level] = Hop(hop.level, fanout, hop.bytes_per_s, hop.latency_s, hop.alone, hop.start_s)
+        hops[hop.level] = replace(hop, fanout=fanout)
     return tuple(hops[level] for level in sorted(hops))
 
 
@@ -95,6 +97,7 @@ def _hop(index: int, fanout: int, inside: int, cluster: Cluster, calibration: Ca
         level.latency_s or 0.0,
         float(inside),
         calibration.collective_s,
+        level.behind,
     )
 
 

@@ -37,21 +37,27 @@ def sent_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> Sent:
 def data_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> dict[int, dict[str, int]]:
     """level index -> purpose -> bytes of the data axis, for a rank of the first stage."""
     accumulate = candidate.accumulate(setting)
-    sizes = list(_unit_sizes(setting, candidate))
-    return total([unit_bytes(n, setting, candidate, axes.states, accumulate=accumulate) for n in sizes])
+    return total(
+        [
+            unit_bytes(n, setting, candidate, axes.states, accumulate=accumulate, resident=resident)
+            for n, resident in _units(setting, candidate)
+        ]
+    )
 
 
-def _unit_sizes(setting: Setting, candidate: Candidate) -> Iterator[float]:
+def _units(setting: Setting, candidate: Candidate) -> Iterator[tuple[float, bool]]:
+    """(elements, whether it stays whole from forward to backward) of each unit."""
     spec = setting.spec
     if candidate.pipeline == 1:
         shapes = spec.parameter_shapes()
         for unit in spec.units():
-            yield sum(math.prod(shapes[name]) for name in unit.parameters) / candidate.tensor
+            elements = sum(math.prod(shapes[name]) for name in unit.parameters) / candidate.tensor
+            yield elements, spec.tied and "embedding.weight" in unit.parameters
         return
     first = kinds(spec.layers, candidate.pipeline)[0].kind
     held = parameters_of(setting, first, candidate.tensor)
-    yield from [held["block"]] * first.blocks
-    yield held["embedding"]
+    yield from [(held["block"], False)] * first.blocks
+    yield held["embedding"], False
 
 
 def _axes_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> Iterator[tuple[int, str, float]]:

@@ -24,16 +24,25 @@ Chain = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class UnitMoves:
-    """Seconds of everything that moves one unit's states, hop by hop."""
+    """Seconds of everything that moves one unit's states: hop by hop what goes on behind compute, and a rank's own work.
+
+    Its own are the part of a transfer that a level leaves to the ranks, coding, adding up, and taking gradients over.
+    """
 
     gather: Chain = ()
     """Weights become whole: each micro-batch, outermost hop first."""
+    again: Chain = ()
+    """The same in backward; none if the unit stays whole from forward on."""
     reduce_each: Chain = ()
     """Gradients of a micro-batch reach their level."""
     reduce_last: Chain = ()
     """Those of the last micro-batch reach theirs, and are then summed over everything outside it."""
     refresh: Chain = ()
     """New weights go from where they were updated to where they are kept."""
+    own_forward_s: float = 0.0
+    own_backward_s: float = 0.0
+    own_once_s: float = 0.0
+    """Once a step: the last reductions' way beyond those of each micro-batch, new weights, and kept ones' gather."""
 
 
 def hop_depths(candidate: Candidate, hops: Sequence[Hop]) -> tuple[int, int, int]:
@@ -52,18 +61,42 @@ def padded(elements: float, candidate: Candidate, hops: Sequence[Hop]) -> int:
 
 
 def unit_bytes(
-    elements: float, setting: Setting, candidate: Candidate, hops: Sequence[Hop], *, accumulate: int
+    elements: float,
+    setting: Setting,
+    candidate: Candidate,
+    hops: Sequence[Hop],
+    *,
+    accumulate: int,
+    resident: bool = False,
 ) -> dict[int, dict[str, int]]:
-    """level -> purpose -> bytes one rank sends in a step for a unit of so many elements."""
+    """level -> purpose -> bytes one rank sends in a step for a unit of so many elements.
+
+    A `resident` unit stays whole from forward to backward because no single module spans its uses.
+    """
     lp, lg, lo = hop_depths(candidate, hops)
-    gathers = 0 if lp < 0 else 1 if candidate.keep_gathered else 2 * accumulate
+    gathers = 0 if lp < 0 else 1 if candidate.keep_gathered else (1 if resident else 2) * accumulate
     flow = Flow(padded(elements, candidate, hops), lp, lg, lo, gathers, True)
     weights, grads = _formats(setting, candidate, hops)
     found = step_bytes(flow, [hop.fanout for hop in hops], accumulate=accumulate, weights=weights, grads=grads)
     return {hops[index].level: purposes for index, purposes in found.items() if purposes}
 
 
-def unit_moves(elements: float, setting: Setting, candidate: Candidate, hops: Sequence[Hop]) -> UnitMoves:
+class _Chain:
+    """Hops of one chain as they are added up: seconds behind compute by level, and a rank's own."""
+
+    def __init__(self) -> None:
+        self.behind: Chain = ()
+        self.own_s = 0.0
+
+    def plus(self, other: "_Chain") -> "_Chain":
+        both = _Chain()
+        both.behind, both.own_s = self.behind + other.behind, self.own_s + other.own_s
+        return both
+
+
+def unit_moves(
+    elements: float, setting: Setting, candidate: Candidate, hops: Sequence[Hop], *, resident: bool = False
+) -> UnitMoves:
     """Seconds of each chain of a unit of so many elements."""
     if not hops or elements == 0:
         return UnitMoves()
@@ -77,28 +110,57 @@ def unit_moves(elements: float, setting: Setting, candidate: Candidate, hops: Se
     # One broadcast for each owner instead of one gather: their starts, spread over the units.
     owners = held[lp + 1] / held[lo + 1] / (setting.spec.layers + 2)
 
-    def seconds(index: int, purpose: str, codecs: Sequence[str | None]) -> float:
-        hop, sent = hops[index], once.get(index, {}).get(purpose, 0)
-        coding = touch_s(CODING_BYTES * 2 * held[index], setting) if sent and _codec(codecs, hop) else 0.0
-        if not sent:
-            return 0.0
-        broadcast = setting.framework.broadcast_refresh and purpose == P_REFRESH and index == lo
-        starts = owners if broadcast else 1.0
-        return sent / hop.bytes_per_s + (hop.fanout - 1) * hop.latency_s + starts * hop.start_s + coding
-
-    def chain(indices: Sequence[int], purpose: str, codecs: Sequence[str | None]) -> Chain:
-        return tuple((hops[i].level, s) for i in indices if (s := seconds(i, purpose, codecs)) > 0)
+    def chain(indices: Sequence[int], purpose: str, codecs: Sequence[str | None]) -> _Chain:
+        found = _Chain()
+        for index in indices:
+            hop, sent = hops[index], once.get(index, {}).get(purpose, 0)
+            if not sent:
+                continue
+            broadcast = setting.framework.broadcast_refresh and purpose == P_REFRESH and index == lo
+            starts = owners if broadcast else 1.0
+            moving = sent / hop.bytes_per_s + (hop.fanout - 1) * hop.latency_s + starts * hop.start_s
+            coding, own = _coding(setting, _codec(codecs, hop), held[index], hop, purpose)
+            adding = setting.calibration.sum_s * held[index] if purpose == G_REDUCE else 0.0
+            found.own_s += (1 - hop.behind) * moving + own + adding
+            if hop.behind > 0:
+                found.behind += ((hop.level, hop.behind * moving + coding),)
+        return found
 
     every = range(len(hops))
     inward = every[::-1]
-    reduce_each = chain([i for i in every if i <= lg], G_REDUCE, candidate.grads)
-    outside = chain([i for i in every if i > lg], G_REDUCE, candidate.grads) + chain(inward, G_GATHER, candidate.grads)
-    return UnitMoves(
-        gather=chain(inward, P_GATHER, candidate.weights),
-        reduce_each=reduce_each,
-        reduce_last=reduce_each + outside,
-        refresh=chain(inward, P_REFRESH, candidate.weights),
+    gather = chain(inward, P_GATHER, candidate.weights)
+    each = chain([i for i in every if i <= lg], G_REDUCE, candidate.grads)
+    outside = chain([i for i in every if i > lg], G_REDUCE, candidate.grads).plus(
+        chain(inward, G_GATHER, candidate.grads)
     )
+    refresh = chain(inward, P_REFRESH, candidate.weights)
+    collect = setting.calibration.collect_s * flow.numel
+    kept = candidate.keep_gathered
+    return UnitMoves(
+        gather=gather.behind,
+        again=() if resident else gather.behind,
+        reduce_each=each.behind,
+        reduce_last=each.behind + outside.behind,
+        refresh=refresh.behind,
+        own_forward_s=0.0 if kept else gather.own_s,
+        own_backward_s=each.own_s + collect + (0.0 if kept or resident else gather.own_s),
+        own_once_s=outside.own_s + refresh.own_s + (gather.own_s if kept else 0.0),
+    )
+
+
+def _coding(setting: Setting, codec: str | None, whole: int, hop: Hop, purpose: str) -> tuple[float, float]:
+    """(seconds beside the hop, seconds of the rank's own) for coding what it sends and decoding what all send.
+
+    A reduce-scatter codes all of its `whole` numbers, a gather its own share of them. Not measured: as long as touching
+    their bytes takes, between the hops.
+    """
+    if not codec:
+        return 0.0, 0.0
+    known = setting.calibration.coding_s.get(codec.removeprefix("delta-"))
+    if known is None:
+        return touch_s(CODING_BYTES * 2 * whole, setting), 0.0
+    coded = whole if purpose == G_REDUCE else whole / hop.fanout
+    return 0.0, known[0] * coded + known[1] * whole
 
 
 def _codec(codecs: Sequence[str | None], hop: Hop) -> str | None:

@@ -136,11 +136,16 @@ def habit_of(setting: Setting, candidate: Candidate) -> Habit:
 def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> tuple[StageWork, ...]:
     """Every kind of stage with the moves of its units."""
     parameters = {counted: parameters_of(setting, counted.kind, candidate.tensor) for counted in core.stages}
+    resident = setting.spec.tied and candidate.pipeline == 1
     block_moves = unit_moves(parameters[core.stages[0]]["block"], setting, candidate, axes.states)
     found = []
     for counted in core.stages:
         held = parameters[counted]
-        moves = {name: unit_moves(n, setting, candidate, axes.states) for name, n in held.items() if name != "block"}
+        moves = {
+            name: unit_moves(n, setting, candidate, axes.states, resident=name == "embedding" and resident)
+            for name, n in held.items()
+            if name != "block"
+        }
         units = StageUnits(
             before=(_unit(core.embedding, moves["embedding"]),) if "embedding" in moves else (),
             block=_unit(core.block, block_moves),
@@ -160,7 +165,22 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
 
 
 def _unit(passes: Passes, moves: UnitMoves) -> UnitWork:
-    return UnitWork(passes.forward.total, passes.backward.total, moves)
+    """Its own work of moving is compute: nothing else goes on in its lane meanwhile."""
+    forward_s = passes.forward.total + moves.own_forward_s
+    return UnitWork(forward_s, passes.backward.total + moves.own_backward_s, moves)
+
+
+def own_once_s(units: StageUnits) -> float:
+    """Seconds of a rank's own work of moving that comes once a step."""
+    around = sum(unit.moves.own_once_s for unit in (*units.before, *units.after))
+    return around + units.blocks * units.block.moves.own_once_s
+
+
+def optimizer_s(setting: Setting, owned: float, axes: Axes) -> float:
+    """Seconds of updating `owned` parameters, with the two small sums over all ranks before it."""
+    each = setting.calibration.optimizer_s
+    updating = touch_s(OPTIMIZER_BYTES * owned, setting) if each is None else each * owned
+    return updating + 2 * all_reduce_s(8.0, axes.states)
 
 
 def step_time(setting: Setting, candidate: Candidate, axes: Axes, core: Core | None = None) -> StepTime:
@@ -175,8 +195,8 @@ def step_time(setting: Setting, candidate: Candidate, axes: Axes, core: Core | N
         send_s=core.send_s,
     )
     ends = ends_s(works, core.micro_batches)
-    optimizer = touch_s(OPTIMIZER_BYTES * max(work.owned for work in works), setting)
-    optimizer += 2 * all_reduce_s(8.0, axes.states)
+    optimizer = optimizer_s(setting, max(work.owned for work in works), axes)
+    ends += max(own_once_s(work.units) for work in works)
     once = busiest.passes.forward.plus(busiest.passes.backward)
     work_s = once.total * core.micro_batches
     data = pipeline.busiest_s - work_s + ends

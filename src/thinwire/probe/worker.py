@@ -23,8 +23,9 @@ def probe_rank(cluster: Cluster, place: Place, out: Path, *, quick: bool) -> Non
     import torch
 
     from thinwire.comm.world import World
+    from thinwire.probe.effort import FULL, QUICK
     from thinwire.probe.fit import measured_cluster
-    from thinwire.probe.measure import FULL, QUICK, measure, parts
+    from thinwire.probe.measure import measure, parts
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     world = World.join(cluster, **asdict(place))

@@ -43,7 +43,7 @@ def predict(run: Run, cluster: Cluster | None = None) -> Predicted | str:
     """The prediction, on `cluster` instead of the run's own if given; or one sentence on why there is none."""
     try:
         setting = setting_of(run, cluster or run.cluster)
-        candidate = candidate_of(run)
+        candidate = Candidate.of_plan(run.plan)
         axes = place(candidate, setting.cluster, setting.calibration)
         return Predicted(
             step_time(setting, candidate, axes),
@@ -87,21 +87,6 @@ def _spec(run: Run, model: ModelConfig, data: object) -> ModelSpec:
             f"corpus is not where it was"
         )
     return spec
-
-
-def candidate_of(run: Run) -> Candidate:
-    """The run's plan as a point of the planner's space. Raises ConfigError for what costs do not describe."""
-    plan, names = run.plan, run.cluster.level_names
-    weights = tuple(plan.wire.weights.get(name) for name in names) if plan.wire.weights else ()
-    grads = tuple(plan.wire.grads.get(name) for name in names) if plan.wire.grads else ()
-    return Candidate(
-        micro_batch=plan.micro_batch,
-        recompute=plan.recompute,
-        depths=plan.depths,
-        keep_gathered=plan.partition.keep_gathered,
-        weights=weights,
-        grads=grads,
-    )
 
 
 def advice(setting: Setting, run: Run) -> tuple[str, ...]:

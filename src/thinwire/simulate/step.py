@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from thinwire.cost.candidate import Candidate, Setting
-from thinwire.cost.collectives import all_reduce_s
-from thinwire.cost.device import touch_s
 from thinwire.cost.lanes import Habit, UnitWork
 from thinwire.cost.outer import outer_round
 from thinwire.cost.placement import Axes
 from thinwire.cost.rhythm import StageUnits
 from thinwire.cost.states import Chain
-from thinwire.cost.step import OPTIMIZER_BYTES, core_of, habit_of, stage_work
+from thinwire.cost.step import core_of, habit_of, optimizer_s, own_once_s, stage_work
 from thinwire.simulate.order import Pass, before, passes
 from thinwire.simulate.queue import Clock, Lane, Message, Signal, Worker, chain
 from thinwire.simulate.trouble import Jitter, Trouble
@@ -193,7 +191,7 @@ class Actor:
             yield self._compute(f"{_name(each)} unit {index}", unit.forward_s)
 
     def _backward(self, each: Pass, units: list[UnitWork], last: bool, reduced: list[Signal]) -> Program:
-        gathers = not self.habit.keep_gathered and any(unit.moves.gather for unit in units)
+        gathers = not self.habit.keep_gathered and any(unit.moves.again for unit in units)
         quiet = not gathers and not any(self._sent(unit, last) for unit in units)
         if quiet:
             yield self._compute(_name(each), sum(unit.backward_s for unit in units))
@@ -202,11 +200,11 @@ class Actor:
         arrive: Signal | None = None
         for index in reversed(range(len(units))):
             unit = units[index]
-            if gathers and unit.moves.gather:
-                yield arrive or self._collective(("gather", *each, index), unit.moves.gather)
+            if gathers and unit.moves.again:
+                yield arrive or self._collective(("gather", *each, index), unit.moves.again)
             arrive = None
-            if gathers and self.habit.prefetch and index > 0 and units[index - 1].moves.gather:
-                arrive = self._collective(("gather", *each, index - 1), units[index - 1].moves.gather)
+            if gathers and self.habit.prefetch and index > 0 and units[index - 1].moves.again:
+                arrive = self._collective(("gather", *each, index - 1), units[index - 1].moves.again)
             yield self._compute(f"{_name(each)} unit {index}", unit.backward_s)
             sent = self._sent(unit, last)
             if sent and self.habit.overlap_reduce:
@@ -261,8 +259,8 @@ class Actor:
         self.pipe[level].join(message)
 
     def _optimizer_s(self) -> float:
-        setting = self.step.setting
-        return touch_s(OPTIMIZER_BYTES * self.work.owned, setting) + 2 * all_reduce_s(8.0, self.step.axes.states)
+        updating = optimizer_s(self.step.setting, self.work.owned, self.step.axes)
+        return updating + own_once_s(self.work.units)
 
 
 def _after(each: Pass, stage: int, stages: int, chunks: int) -> tuple[int, Pass] | None:

@@ -1,0 +1,297 @@
+"""Does the planner foresee our own runs? Probe, plan, then run: step time, bytes and memory of plans on this machine.
+
+Worlds: 2 ranks and 2 x 2 ranks of this host, and 2 emulated hosts of 2 ranks behind 100 and 20 Mbit/s. In each one the
+cluster is probed, every plan is predicted from that probe alone with the planner's own functions, and only then do plans
+run, taking turns, each with `thinwire train`. A step is the median over the steps after the warm-up, then over the
+repeats; bytes are rank 0's ledger; memory is what the engine's tensors of rank 0 hold for parameters, gradients and
+optimizer states (the resident size of a CPU process says more about libraries).
+
+    OMP_NUM_THREADS=1 python benchmarks/predict_own_runs.py --out docs/benchmarks
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import own_runs
+import tomli_w
+import torch
+from own_runs import Measured, Predicted, Row
+from rich.console import Console
+from rich.table import Table
+
+from thinwire.cli.planning import task
+from thinwire.cost.candidate import Candidate
+from thinwire.cost.memory import peak_memory
+from thinwire.cost.placement import place
+from thinwire.cost.sent import sent_bytes
+from thinwire.cost.step import step_time
+from thinwire.events import read_events, steps
+from thinwire.planner.explain import rests_on
+from thinwire.train.folder import EVENTS_FILE
+
+NAME, RUNS = "own_runs", "runs.json"
+THINWIRE = [sys.executable, "-c", "from thinwire.cli import main; main()"]
+WARM_UP = 2
+"""Steps that do not count: buffers, orders of reduction and connections are made in them."""
+CAUSES = ("matmul_s", "memory_s", "launch_s", "data_s", "optimizer_s", "hidden_s")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where plans run: levels, and the rate between two emulated hosts, if it is not this host alone."""
+
+    levels: tuple[tuple[str, int], ...]
+    mbit_per_s: float | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.levels[0][1] * (self.levels[1][1] if len(self.levels) > 1 else 1)
+
+
+PAIR, SQUARE = (("node", 2),), (("node", 2), ("cluster", 2))
+WORLDS = {
+    "2 ranks": World(PAIR),
+    "2 x 2 ranks": World(SQUARE),
+    "2 hosts x 2 ranks, 100 Mbit/s": World(SQUARE, 100),
+    "2 hosts x 2 ranks, 20 Mbit/s": World(SQUARE, 20),
+}
+
+
+def _coded(weights: str, grads: str, level: str) -> str:
+    return f"plan.wire={{weights={{{level}='{weights}'}}, grads={{{level}='{grads}'}}}}"
+
+
+def plans_of(world: World) -> dict[str, list[str]]:
+    """name -> settings. On one level auto is zero1 and hsdp is zero3, so they are left out there."""
+    outer = world.levels[-1][0]
+    found = {
+        "ddp": ["plan.partition=ddp"],
+        "zero1": ["plan.partition=zero1"],
+        "zero3": ["plan.partition=zero3"],
+        "zero3, micro-batches of 1": ["plan.partition=zero3", "batch.micro_batch=1"],
+        "zero1, recompute": ["plan.partition=zero1", "plan.recompute=full"],
+    }
+    if world.levels == PAIR:
+        return found | {
+            "zero3 kept, micro-batches of 1": [
+                "plan.partition=zero3", "plan.keep_gathered=true", "batch.micro_batch=1",
+            ],
+            "zero1, int8": ["plan.partition=zero1", _coded("int8", "int8", outer)],
+            "zero1, int4 gradients": ["plan.partition=zero1", _coded("int8", "int4", outer)],
+        }  # fmt: skip
+    return found | {
+        "hsdp": ["plan.partition=hsdp"],
+        "auto": ["plan.partition=auto"],
+        "auto kept, micro-batches of 1": ["plan.partition=auto", "plan.keep_gathered=true", "batch.micro_batch=1"],
+        "auto, int8": ["plan.partition=auto", _coded("int8", "int8", outer)],
+        "auto, int4 gradients": ["plan.partition=auto", _coded("int8", "int4", outer)],
+    }
+
+
+def run_tree(world: World, options: argparse.Namespace) -> dict[str, Any]:
+    """The run file of a world, for the cluster file beside it."""
+    return {
+        "model": {"preset": options.model},
+        "data": {"path": str(Path(options.corpus).absolute())},
+        "batch": {
+            "sequences": options.sequences * world.ranks, "tokens": options.tokens, "micro_batch": options.micro_batch,
+        },
+        "cluster": {"file": "cluster.toml"},
+        "schedule": {"warmup_steps": 1},
+        "checkpoint": {"every_steps": 0},
+        "run": {"eval_every": 0, "eval_sequences": 0, "sample_tokens": 0},
+    }  # fmt: skip
+
+
+def start(world: World, words: list[str], folder: Path, options: argparse.Namespace, *, train: bool = False) -> None:
+    """Run thinwire in the world: on its lab if it has one. Raises SystemExit with the last lines if it fails."""
+    command = [*THINWIRE, *words]
+    if world.mbit_per_s is not None:
+        lab = folder / "lab.toml"
+        told = {"hosts": world.levels[1][1], "ranks_per_host": world.levels[0][1]}
+        lab.write_text(tomli_w.dumps({**told, "host_rate": f"{world.mbit_per_s:g} Mbit/s"}))
+        rest = ["--train", *words[1:]] if train else ["--out", str(folder / "logs"), "--", *command]
+        command = [*THINWIRE, "lab", "run", str(lab), *rest]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*shlex.split(options.before), *command], capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise SystemExit("\n".join([shlex.join(command), *(done.stdout + done.stderr).splitlines()[-20:]]))
+
+
+def probe(world: World, folder: Path, options: argparse.Namespace) -> None:
+    """Write `cluster.toml`, and what it was measured as."""
+    levels = ",".join(f"{name}={fanout}" for name, fanout in world.levels)
+    words = ["probe", "--levels", levels, "-o", str(folder / "cluster.toml")]
+    start(world, words + (["--quick"] if options.quick else []), folder, options)
+
+
+def predict(run_file: Path, settings: list[str]) -> tuple[Predicted, str]:
+    """What the planner says of a plan, and on what figures it rests."""
+    found = task(run_file, settings)
+    setting, cluster = found.setting, found.setting.cluster
+    micro_batch, accumulate = found.file.batch.split(cluster.ranks)
+    plan = found.file.plan.resolve(cluster, micro_batch=micro_batch, accumulate=accumulate)
+    candidate = Candidate.of_plan(plan)
+    axes = place(candidate, cluster, setting.calibration)
+    seconds, memory = step_time(setting, candidate, axes), peak_memory(setting, candidate, axes)
+    told = Predicted(
+        step_s=seconds.total,
+        causes={cause: getattr(seconds, cause) for cause in CAUSES},
+        sent=sent_bytes(setting, candidate, axes),
+        states={state: getattr(memory, state) for state in own_runs.STATES},
+    )
+    return told, rests_on(setting)
+
+
+def run(
+    world: World, run_file: Path, settings: list[str], predicted: Predicted, options: argparse.Namespace
+) -> Measured:
+    """Train for about `--seconds`, at least three steps that count."""
+    count = WARM_UP + max(3, min(40, round(options.seconds / predicted.step_s)))
+    with tempfile.TemporaryDirectory() as base:
+        folder = Path(base) / "run"
+        chosen = [*settings, f"run.folder={folder}", f"run.steps={count}"]
+        words = ["train", str(run_file), *(word for setting in chosen for word in ("--set", setting))]
+        start(world, words, run_file.parent, options, train=True)
+        begun = next(iter(read_events(folder / EVENTS_FILE, "run_start")))
+        counted = [record for number, record in steps(folder / EVENTS_FILE).items() if number > WARM_UP]
+    causes = {cause: statistics.fmean(r["seconds"][cause] for r in counted) for cause in counted[0]["seconds"]}
+    median_s = statistics.median(record["step_s"] for record in counted)
+    return Measured((median_s,), causes, counted[-1]["wire"], begun["held"])
+
+
+def measure(name: str, options: argparse.Namespace, folder: Path) -> tuple[list[Row], str]:
+    """Probe, predict every plan, then let the plans take turns."""
+    world = WORLDS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    run_file = folder / "run.toml"
+    run_file.write_text(tomli_w.dumps(run_tree(world, options)))
+    if not (options.keep and (folder / "cluster.toml").exists()):
+        start_s = time.monotonic()
+        probe(world, folder, options)
+        print(f"{name}: probed in {time.monotonic() - start_s:.0f} s", flush=True)
+    plans = {plan: each for plan, each in plans_of(world).items() if not options.plans or plan in options.plans}
+    told = {plan: predict(run_file, settings) for plan, settings in plans.items()}
+    for plan in [plan for plan, (each, _) in told.items() if each.step_s > options.longest_s]:
+        print(f"{name}, {plan}: left out, a step is predicted to take {told.pop(plan)[0].step_s:.1f} s", flush=True)
+        plans.pop(plan)
+    seen = made(folder / RUNS) if options.keep else {}
+    for _ in range(options.repeats):
+        first = sum(len(runs) for runs in seen.values()) // len(plans) % len(plans)
+        for plan in [*list(plans)[first:], *list(plans)[:first]]:
+            seen.setdefault(plan, []).append(run(world, run_file, plans[plan], told[plan][0], options))
+            (folder / RUNS).write_text(json.dumps({key: [asdict(each) for each in runs] for key, runs in seen.items()}))
+            ours, theirs = told[plan][0].step_s, seen[plan][-1].step_s
+            print(f"{name}, {plan}: predicted {ours * 1e3:.1f} ms, measured {theirs * 1e3:.1f} ms", flush=True)
+    rows = [Row(plan, told[plan][0], joined(seen[plan])) for plan in plans if seen.get(plan)]
+    return rows, next(iter(told.values()))[1]
+
+
+def made(path: Path) -> dict[str, list[Measured]]:
+    """Runs of an earlier call, by plan."""
+    if not path.exists():
+        return {}
+    told = json.loads(path.read_text())
+    return {
+        plan: [Measured(**{**each, "medians_s": tuple(each["medians_s"])}) for each in runs]
+        for plan, runs in told.items()
+    }
+
+
+def joined(runs: list[Measured]) -> Measured:
+    """Repeats of one plan as one."""
+    causes = {cause: statistics.fmean(each.causes[cause] for each in runs) for cause in runs[0].causes}
+    return replace(runs[-1], medians_s=tuple(second for each in runs for second in each.medians_s), causes=causes)
+
+
+def report_of(found: dict[str, tuple[list[Row], str]], options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "command": shlex.join(["python", "benchmarks/predict_own_runs.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "kernel": platform.release()},
+        "machine": f"{os.cpu_count()} cores",
+        "options": {key: value for key, value in vars(options).items() if key not in ("out", "work", "before")},
+        "worlds": {
+            name: {
+                "rests_on": rests,
+                "summary": asdict(own_runs.summary(rows)),
+                "rows": [own_runs.as_json(row) for row in rows],
+            }
+            for name, (rows, rests) in found.items()
+        },
+    }
+
+
+def write(found: dict[str, tuple[list[Row], str]], options: argparse.Namespace) -> None:
+    """`own_runs.json` and `own_runs.md` in `--out`, if there is one."""
+    if options.out is None:
+        return
+    report = report_of(found, options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{NAME}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    parts = ["# Our own runs, predicted and measured"]
+    for name, (rows, rests) in found.items():
+        table = [own_runs.COLUMNS, ["---"] * len(own_runs.COLUMNS), *(own_runs.cells(row) for row in rows)]
+        parts += [f"## {name}", "\n".join("| " + " | ".join(each) + " |" for each in table)]
+        parts += [*own_runs.lines(own_runs.summary(rows)), f"Rests on: {rests}."]
+    used = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
+    parts += [f"Command: `{report['command']}`", f"{report['date']}; {report['machine']}; {used}."]
+    (options.out / f"{NAME}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def show(name: str, rows: list[Row]) -> None:
+    table = Table(*own_runs.COLUMNS, title=name, title_justify="left")
+    for row in rows:
+        table.add_row(*own_runs.cells(row))
+    console = Console(width=max(130, Console().width))
+    console.print(table)
+    for line in own_runs.lines(own_runs.summary(rows)):
+        console.print(line, soft_wrap=True)
+
+
+def main() -> None:
+    options = parse()
+    found: dict[str, tuple[list[Row], str]] = {}
+    with tempfile.TemporaryDirectory() as base:
+        for name in options.worlds:
+            found[name] = measure(name, options, (options.work or Path(base)) / str(list(WORLDS).index(name)))
+            if found[name][0]:
+                show(name, found[name][0])
+                write(found, options)
+
+
+def parse() -> argparse.Namespace:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
+    arguments.add_argument("--plans", nargs="*", default=[], help="these alone, by name")
+    arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--seconds", type=float, default=12, help="of the steps that count, in each repeat")
+    arguments.add_argument("--longest-s", type=float, default=12, help="plans of longer predicted steps are left out")
+    arguments.add_argument("--model", default="llama-3m")
+    arguments.add_argument("--corpus", default="runs/corpora/stdlib")
+    arguments.add_argument("--sequences", type=int, default=4, help="of a rank in a step")
+    arguments.add_argument("--micro-batch", type=int, default=4)
+    arguments.add_argument("--tokens", type=int, default=128)
+    arguments.add_argument("--quick", action="store_true", help="a quick probe")
+    arguments.add_argument("--work", type=Path, help="folder for run and cluster files; default: a temporary one")
+    arguments.add_argument("--keep", action="store_true", help="add to what earlier calls probed and ran in --work")
+    arguments.add_argument("--before", default="", help="words before every command that is run, say: nice -n -5")
+    arguments.add_argument("--out", type=Path, help="folder for JSON and Markdown, say docs/benchmarks")
+    return arguments.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What one pass through a block computes, counted: matmuls by shape, attention, elements that are kept. No torch.
+
+Costs are made from these counts, and a probe divides its timings by them.
+"""
+
+from collections.abc import Iterator
+
+from thinwire.model.spec import ModelSpec
+
+KERNELS = 30
+"""Kernels of one eager forward of a block; backward launches twice as many."""
+
+
+def linear_shapes(spec: ModelSpec, tensor: int = 1) -> Iterator[tuple[float, float]]:
+    """(columns out, columns in) of a block's matmuls on one of `tensor` ranks."""
+    queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    up = spec.ffn if spec.family == "gpt2" else 2 * spec.ffn
+    yield (queries + 2 * keys) / tensor, spec.hidden
+    yield spec.hidden, queries / tensor
+    yield up / tensor, spec.hidden
+    yield spec.hidden, spec.ffn / tensor
+
+
+def causal_core_flops(spec: ModelSpec, sequences: float, rows: float, tokens: float, tensor: int = 1) -> float:
+    """Scores and their product with the values, of `rows` queries to `tokens` keys; a causal kernel does half of them."""
+    return 2.0 * rows * tokens * spec.head_size * sequences * spec.heads / tensor
+
+
+def kept_outside(spec: ModelSpec) -> float:
+    """Elements per token kept outside the tensor-parallel region, without scores."""
+    return (5.0 if spec.family == "gpt2" else 4.0) * spec.hidden
+
+
+def kept_inside(spec: ModelSpec, *, fused: bool = False) -> float:
+    """Elements per token kept inside the tensor-parallel region, without scores; fused code keeps no activation."""
+    queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    if spec.family == "gpt2":
+        return 2.0 * queries + 2.0 * keys + 2.0 * spec.ffn
+    return 2.0 * queries + 2.0 * keys + (3.0 if fused else 4.0) * spec.ffn

@@ -1,0 +1,175 @@
+"""Times of what ranks say to each other: collectives by size on every level, pairs of members, and both beside compute."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import combinations
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from thinwire.comm import duplex
+from thinwire.comm.collectives import all_gather, reduce_scatter
+from thinwire.comm.handle import Handle
+from thinwire.comm.world import World
+from thinwire.probe.effort import Effort
+from thinwire.probe.timing import agreed_mean, meet, settle, timed
+
+# k members of a group, n numbers of one member's chunk
+Samples = list[float]
+Progress = Callable[[str], None]
+LONGEST_S = 1.0
+"""Chunks grow until one collective takes this long."""
+_MANY = 8
+"""In larger groups only members that stand next to each other are paired."""
+
+
+def messages(world: World, effort: Effort) -> Iterator[tuple[int, int]]:
+    """(level, bytes of a chunk) that may be timed."""
+    for level in joined(world):
+        yield from ((level, chunk) for chunk in effort.chunks)
+
+
+def joined(world: World) -> list[int]:
+    """Levels that join more than one member."""
+    return [level for level in range(len(world.cluster.levels)) if world.fanout(level) > 1]
+
+
+def pairs(world: World) -> list[tuple[int, int, int]]:
+    """(level, one member, another) of every level outside the innermost that joins several."""
+    found = []
+    for level in [level for level in joined(world) if level > 0]:
+        k = world.fanout(level)
+        near = [(i, (i + 1) % k) for i in range(k)] if k > _MANY else list(combinations(range(k), 2))
+        found += [(level, *pair) for pair in near]
+    return found
+
+
+def collectives(
+    world: World, effort: Effort, progress: Progress
+) -> tuple[dict[tuple[int, int], Samples], dict[tuple[int, int], Samples]]:
+    """(level, bytes one rank sends) -> seconds of a gather, and of a reduce-scatter."""
+    gathers: dict[tuple[int, int], Samples] = {}
+    reduces: dict[tuple[int, int], Samples] = {}
+    full: set[int] = set()
+    for level, chunk in messages(world, effort):
+        progress(f"collectives over {world.level_name(level)}, {chunk} bytes")
+        if level in full:
+            continue
+        sent = chunk * (world.fanout(level) - 1)
+        start = start_gather(world, level, chunk)
+        gathers[level, sent] = timed(world, effort.repeats, lambda: start().wait())  # noqa: B023
+        reduces[level, sent] = timed(world, effort.repeats, _reduce(world, level, chunk))
+        if median(gathers[level, sent]) > LONGEST_S:
+            full.add(level)
+    return gathers, reduces
+
+
+def start_gather(world: World, level: int, chunk: int) -> Callable[[], Handle]:
+    """Issues an all-gather into memory that is new each time, as a training step does."""
+    shard_n = torch.ones(chunk // 4, device=world.device)
+
+    def start() -> Handle:
+        out_kn = torch.empty(world.fanout(level) * shard_n.numel(), device=world.device)
+        return all_gather(out_kn, shard_n, world=world, level=level, purpose="probe")
+
+    return start
+
+
+def _reduce(world: World, level: int, chunk: int) -> Callable[[], None]:
+    full_kn = torch.ones(world.fanout(level) * (chunk // 4), device=world.device)
+
+    def reduce() -> None:
+        out_n = torch.empty(chunk // 4, device=world.device)
+        reduce_scatter(out_n, full_kn, world=world, level=level, purpose="probe").wait()
+
+    return reduce
+
+
+def exchanges(world: World, chunk: int, repeats: int, progress: Progress) -> dict[tuple[int, int, int], Samples]:
+    """(level, one member, another) -> seconds in which all ranks of both exchange a chunk, all others silent."""
+    found = {}
+    for level, one, other in pairs(world):
+        progress(f"members {one} and {other} of {world.level_name(level)}")
+        group = world.group(level, "gather")
+        taking_part = world.coordinate(level) in (one, other)
+        assert group is not None
+        row_n = torch.ones(chunk // 4, device=world.device)
+        received_kn = torch.empty(2, chunk // 4, device=world.device)
+
+        def exchange() -> None:
+            if taking_part:  # noqa: B023
+                among, near = (one, other), world.neighbours(level)  # noqa: B023
+                for work in duplex.all_gather(received_kn, row_n, group=group, among=among, near=near):  # noqa: B023
+                    work.wait()
+
+        found[level, one, other] = timed(world, repeats, exchange)
+    return found
+
+
+def beside(
+    world: World, effort: Effort, gathers: Mapping[tuple[int, int], Sequence[float]], dtype: torch.dtype
+) -> tuple[dict[int, Samples], Samples]:
+    """(level -> share of a gather that goes on while ranks compute, slowdown of compute beside the outermost level's).
+
+    Ranks compute for half of the gather's time between issuing and awaiting it. If nothing of it goes on meanwhile that
+    lengthens it by all of the compute. Ranks that copy from each other's memory do so in the thread that awaits it, so
+    there is nothing to time.
+    """
+    shares: dict[int, Samples] = {}
+    slowdowns: Samples = []
+    a = torch.rand(256, 256, device=world.device).to(dtype)
+    matmul_s = median(timed(world, effort.repeats, lambda: a @ a))
+    for level in joined(world):
+        if world.neighbours(level) is not None:
+            shares[level], slowdowns = [0.0], [0.0]
+            continue
+        sent, gather_s = max((sent, median(t)) for (at, sent), t in gathers.items() if at == level)
+        start = start_gather(world, level, sent // (world.fanout(level) - 1))
+        count = max(1, int(0.5 * gather_s / matmul_s))
+        compute = partial(_matmuls, a, count)
+
+        def both() -> None:
+            handle = start()  # noqa: B023
+            compute()  # noqa: B023
+            handle.wait()
+
+        repeats = min(effort.repeats, 5)
+        alone_s = median(timed(world, repeats, compute))
+        gather_s = median(timed(world, repeats, lambda: start().wait()))  # noqa: B023
+        together = timed(world, repeats, both)
+        shares[level] = [min(1.0, max(0.0, 1.0 - (second - gather_s) / alone_s)) for second in together]
+        slowdowns = _slowdowns(world, repeats, start, compute)
+    return shares, slowdowns
+
+
+def _matmuls(a: torch.Tensor, count: int) -> None:
+    for _ in range(count):
+        a @ a
+
+
+def _slowdowns(world: World, repeats: int, start: Callable[[], Handle], compute: Callable[[], None]) -> Samples:
+    """By how much compute is slower while the gather is under way, the mean over ranks."""
+    found = torch.zeros(repeats, dtype=torch.float64)
+    for i in range(repeats):
+        meet(world)
+        alone_s = _seconds(world, compute)
+        meet(world)
+        handle = start()
+        found[i] = _seconds(world, compute) / alone_s - 1
+        handle.wait()
+        settle(world)
+    return agreed_mean(world, found)
+
+
+def _seconds(world: World, compute: Callable[[], None]) -> float:
+    if world.device.type != "cuda":
+        start_s = perf_counter()
+        compute()
+        return perf_counter() - start_s
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    before.record()
+    compute()
+    after.record()
+    after.synchronize()
+    return float(before.elapsed_time(after)) / 1e3

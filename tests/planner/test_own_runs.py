@@ -1,0 +1,72 @@
+"""Prediction beside measurement of our own runs: ranks, joins and verdicts, and a real run whose bytes are foreseen."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import predict_own_runs
+from own_runs import Measured, Predicted, Row, kendall_tau, lines, summary, told_apart
+
+from runs import make_corpus
+from thinwire.cluster.cluster import Cluster, Device, Level
+from thinwire.config import dump_toml
+
+SENT = {"node": {"G-reduce": 100, "G-gather": 100}}
+
+
+def row(
+    plan: str, predicted_s: float, *measured_s: float, sent: dict[str, dict[str, int]] = SENT, held: int = 40
+) -> Row:
+    states = {"params": 0.0, "grads": 10.0, "optimizer": 30.0}
+    told = Predicted(predicted_s, {}, SENT, states)
+    return Row(plan, told, Measured(measured_s, {}, sent, {"params": 0, "grads": 10, "optimizer": held - 10}))
+
+
+def test_kendalls_tau_is_that_of_the_book() -> None:
+    assert kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1.0
+    assert kendall_tau([1, 2, 3, 4], [40, 30, 20, 10]) == -1.0
+    # Kendall 1938, section 3: the orders 1..10 and 4 7 2 10 3 6 8 1 5 9 score 5 of 45.
+    assert kendall_tau(list(range(10)), [4, 7, 2, 10, 3, 6, 8, 1, 5, 9]) == pytest.approx(5 / 45)
+    assert kendall_tau([1, 2], [3, 3]) == 0.0  # a tie orders nothing
+
+
+def test_pairs_whose_repeats_overlap_are_not_told_apart() -> None:
+    rows = [row("a", 1.0, 1.0, 1.2), row("b", 0.9, 1.1, 1.3), row("c", 2.0, 2.0, 2.1)]
+    assert len(told_apart(rows)) == 2
+    found = summary(rows)
+    assert found.tau_apart == 1.0 and found.tau == pytest.approx(1 / 3) and (found.pairs_apart, found.pairs) == (2, 3)
+
+
+def test_a_miss_is_said_to_be_one() -> None:
+    other = {"node": {"G-reduce": 100, "G-gather": 101}}
+    found = summary([row("a", 1.2, 1.0), row("b", 1.0, 2.0, sent=other), row("c", 3.0, 3.0, held=30)])
+    assert found.met == {
+        "median error within 10%": False, "tau at least 0.8": False, "bytes equal": False, "memory within 8%": False,
+    }  # fmt: skip
+    assert lines(found)[1].count("MISSED") == 4
+
+
+def test_control_messages_and_noughts_are_no_difference() -> None:
+    assert row("a", 1.0, 1.0, sent={"node": {**SENT["node"], "control": 16}, "cluster": {"control": 8}}).bytes_equal
+    assert not row("a", 1.0, 1.0, sent={"node": {"G-reduce": 100}}).bytes_equal
+
+
+@pytest.mark.parametrize("plan", ["zero3", "zero1, int8"])
+def test_bytes_and_states_of_a_real_run_are_foreseen_exactly(tmp_path: Path, plan: str) -> None:
+    level = Level(name="node", fanout=2, bytes_per_s=1e9, latency_s=1e-4)
+    device = Device(peak_flops_per_s=5e10, memory_bytes=2**33, memory_bytes_per_s=1e10)
+    work = tmp_path / "0"
+    work.mkdir()
+    (work / "cluster.toml").write_text(dump_toml(Cluster(device=device, levels=(level,))))
+    options = Namespace(
+        model="llama-1m", corpus=make_corpus(tmp_path / "data"), sequences=2, tokens=32, micro_batch=1, plans=[plan],
+        repeats=1, seconds=0.0, longest_s=1e9, keep=True, quick=True, before="",
+    )  # fmt: skip
+    rows, rests = predict_own_runs.measure("2 ranks", options, work)
+    assert [each.plan for each in rows] == [plan] and "given" in rests
+    assert rows[0].bytes_equal and rows[0].predicted.sent, (rows[0].predicted.sent, rows[0].measured.sent)
+    assert abs(rows[0].memory_error) < 0.01 and rows[0].measured.step_s > 0
