@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from thinwire.partition.engine import Sharded, shard
     from thinwire.partition.optimizer import ShardedOptimizer
     from thinwire.plan import Partition, Plan
+    from thinwire.planner.library import plan_for, simulate_plan
     from thinwire.rounds.config import Sync, SyncConfig
     from thinwire.sync.outer_sync import OuterSync
 
@@ -27,7 +28,9 @@ __all__ = [
     "Sync",
     "SyncConfig",
     "World",
+    "plan_for",
     "shard",
+    "simulate_plan",
 ]
 
 _HOMES = {
@@ -40,7 +43,9 @@ _HOMES = {
     "Sync": "thinwire.rounds.config",
     "SyncConfig": "thinwire.rounds.config",
     "World": "thinwire.comm.world",
+    "plan_for": "thinwire.planner.library",
     "shard": "thinwire.partition.engine",
+    "simulate_plan": "thinwire.planner.library",
 }
 
 
