@@ -102,3 +102,20 @@ def test_median_and_trimmed_mean_ignore_a_wild_group() -> None:
         assert out.abs().max() < 10
     assert torch.equal(aggregate(torch.stack([a, b, c]), [1, 1, 1], "median"), middle)
     assert math.isclose(aggregate(parts, [1, 1, 1, 1], "mean").abs().max().item(), 2.5e8, rel_tol=1e-3)
+
+
+def _furthest_after(rounds: int, point: Sync) -> float:
+    """Groups whose every round goes all the way to 0 from where it begins, the change applied one round late."""
+    weights, before, momentum = torch.ones(4), torch.ones(4), torch.zeros(4)
+    far = []
+    for _ in range(rounds):
+        change, before = before.clone(), weights.clone()
+        outer_step(weights, momentum, change, point, rms=float(momentum.square().mean().sqrt()))
+        far.append(float(weights.abs().max()))
+    return max(far[-10:])
+
+
+def test_co2s_own_momentum_settles_where_rounds_go_all_the_way() -> None:
+    """Gap 2 everywhere: momentum + 1/2 must stay below 1."""
+    assert _furthest_after(60, sync(kind="co2")) < 1e-3
+    assert _furthest_after(60, sync(kind="co2", outer_momentum=0.5)) > 0.5

@@ -23,7 +23,7 @@ PRESETS: dict[Kind, dict[str, Any]] = {
     "diloco": {},
     "streaming_diloco": {"fragments": "3 blocks", "delay": 1, "mix": 0.5, "codec": "e3m0"},
     "eager": {"late": True, "own_fresh": True},
-    "co2": {"late": True, "outer_lr": 1.0, "outer_momentum": 0.5, "nesterov": False, "gap_penalty": True, "clip": 1.0},
+    "co2": {"late": True, "outer_lr": 1.0, "outer_momentum": 0.2, "nesterov": False, "gap_penalty": True, "clip": 1.0},
     "sparse": {
         "codec": "topk", "error_feedback": True, "feedback_decay": 0.95, "outer_lr": 1.0, "outer_momentum": 0.0,
     },
@@ -33,8 +33,10 @@ PRESETS: dict[Kind, dict[str, Any]] = {
 local_sgd: the average of the groups' weights (arXiv 1805.09767). diloco: outer Nesterov momentum on the groups' mean
 change (2311.08105). streaming_diloco: fragments, 4-bit outer gradients, overlap and mixing (2501.18512); with three
 groups or more its delay is 2, see `SyncConfig.resolve`. eager: one round late, but a group's own part of the change is
-fresh (2502.12996). co2: one round late, with staleness-gap penalty and clipped outer momentum (2401.16265). sparse: top-k
-per chunk in 2 bits with error feedback instead of momentum (SparseLoCo, 2508.15706).
+fresh (2502.12996). co2: one round late, with staleness-gap penalty and clipped outer momentum (2401.16265); a change that
+is a round late swings for ever once momentum + (share of the way that a round goes) / gap reaches 1, so the momentum is that
+of the authors' example, 0.2, and not their code's default, 0.5. sparse: top-k per chunk in 2 bits with error feedback instead
+of momentum (SparseLoCo, 2508.15706).
 """
 
 OUTER_LR = ((1, 0.4), (2, 0.6), (4, 0.6), (8, 0.8))
