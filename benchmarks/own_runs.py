@@ -31,6 +31,8 @@ class Measured:
     causes: Mapping[str, float]
     sent: Sent
     held: Mapping[str, float]
+    steps_s: tuple[float, ...] = ()
+    """Every step that counts."""
 
     @property
     def step_s(self) -> float:
