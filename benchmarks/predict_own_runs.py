@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,25 +76,21 @@ def _coded(weights: str, grads: str, level: str) -> str:
 def plans_of(world: World) -> dict[str, list[str]]:
     """name -> settings. On one level auto is zero1 and hsdp is zero3, so they are left out there."""
     outer = world.levels[-1][0]
-    found = {
-        "ddp": ["plan.partition=ddp"],
-        "zero1": ["plan.partition=zero1"],
-        "zero3": ["plan.partition=zero3"],
-        "zero3, micro-batches of 1": ["plan.partition=zero3", "batch.micro_batch=1"],
-        "zero1, recompute": ["plan.partition=zero1", "plan.recompute=full"],
-    }
+    found = {"ddp": ["plan.partition=ddp"], "zero3": ["plan.partition=zero3"]}
     if world.levels == PAIR:
+        small = ["plan.partition=zero3", "batch.micro_batch=1"]
         return found | {
-            "zero3 kept, micro-batches of 1": [
-                "plan.partition=zero3", "plan.keep_gathered=true", "batch.micro_batch=1",
-            ],
+            "zero1": ["plan.partition=zero1"],
+            "zero1, recompute": ["plan.partition=zero1", "plan.recompute=full"],
+            "zero3, micro-batches of 1": small,
+            "zero3 kept, micro-batches of 1": [*small, "plan.keep_gathered=true"],
             "zero1, int8": ["plan.partition=zero1", _coded("int8", "int8", outer)],
             "zero1, int4 gradients": ["plan.partition=zero1", _coded("int8", "int4", outer)],
-        }  # fmt: skip
+        }
     return found | {
         "hsdp": ["plan.partition=hsdp"],
         "auto": ["plan.partition=auto"],
-        "auto kept, micro-batches of 1": ["plan.partition=auto", "plan.keep_gathered=true", "batch.micro_batch=1"],
+        "auto, recompute": ["plan.partition=auto", "plan.recompute=full"],
         "auto, int8": ["plan.partition=auto", _coded("int8", "int8", outer)],
         "auto, int4 gradients": ["plan.partition=auto", _coded("int8", "int4", outer)],
     }
@@ -114,7 +111,7 @@ def run_tree(world: World, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def start(world: World, words: list[str], folder: Path, options: argparse.Namespace, *, train: bool = False) -> None:
+def start(world: World, words: list[str], folder: Path, *, train: bool = False) -> None:
     """Run thinwire in the world: on its lab if it has one. Raises SystemExit with the last lines if it fails."""
     command = [*THINWIRE, *words]
     if world.mbit_per_s is not None:
@@ -124,9 +121,7 @@ def start(world: World, words: list[str], folder: Path, options: argparse.Namesp
         rest = ["--train", *words[1:]] if train else ["--out", str(folder / "logs"), "--", *command]
         command = [*THINWIRE, "lab", "run", str(lab), *rest]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*shlex.split(options.before), *command], capture_output=True, text=True, env=environment, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit("\n".join([shlex.join(command), *(done.stdout + done.stderr).splitlines()[-20:]]))
 
@@ -135,7 +130,7 @@ def probe(world: World, folder: Path, options: argparse.Namespace) -> None:
     """Write `cluster.toml`, and what it was measured as."""
     levels = ",".join(f"{name}={fanout}" for name, fanout in world.levels)
     words = ["probe", "--levels", levels, "-o", str(folder / "cluster.toml")]
-    start(world, words + (["--quick"] if options.quick else []), folder, options)
+    start(world, words + (["--quick"] if options.quick else []), folder)
 
 
 def predict(run_file: Path, settings: list[str]) -> tuple[Predicted, str]:
@@ -165,12 +160,13 @@ def run(
         folder = Path(base) / "run"
         chosen = [*settings, f"run.folder={folder}", f"run.steps={count}"]
         words = ["train", str(run_file), *(word for setting in chosen for word in ("--set", setting))]
-        start(world, words, run_file.parent, options, train=True)
+        start(world, words, run_file.parent, train=True)
         begun = next(iter(read_events(folder / EVENTS_FILE, "run_start")))
         counted = [record for number, record in steps(folder / EVENTS_FILE).items() if number > WARM_UP]
     causes = {cause: statistics.fmean(r["seconds"][cause] for r in counted) for cause in counted[0]["seconds"]}
-    median_s = statistics.median(record["step_s"] for record in counted)
-    return Measured((median_s,), causes, counted[-1]["wire"], begun["held"])
+    seconds = tuple(record["step_s"] for record in counted)
+    # The last step awaits all that is under way, and so has more bytes than its own.
+    return Measured((statistics.median(seconds),), causes, counted[0]["wire"], begun["held"], seconds)
 
 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> tuple[list[Row], str]:
@@ -189,15 +185,21 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> tuple[list[
         print(f"{name}, {plan}: left out, a step is predicted to take {told.pop(plan)[0].step_s:.1f} s", flush=True)
         plans.pop(plan)
     seen = made(folder / RUNS) if options.keep else {}
-    for _ in range(options.repeats):
-        first = sum(len(runs) for runs in seen.values()) // len(plans) % len(plans)
-        for plan in [*list(plans)[first:], *list(plans)[:first]]:
-            seen.setdefault(plan, []).append(run(world, run_file, plans[plan], told[plan][0], options))
-            (folder / RUNS).write_text(json.dumps({key: [asdict(each) for each in runs] for key, runs in seen.items()}))
-            ours, theirs = told[plan][0].step_s, seen[plan][-1].step_s
-            print(f"{name}, {plan}: predicted {ours * 1e3:.1f} ms, measured {theirs * 1e3:.1f} ms", flush=True)
+    while (plan := next_of(plans, seen, options.repeats)) and time.monotonic() < options.end_s:
+        seen.setdefault(plan, []).append(run(world, run_file, plans[plan], told[plan][0], options))
+        (folder / RUNS).write_text(json.dumps({key: [asdict(each) for each in runs] for key, runs in seen.items()}))
+        ours, last = told[plan][0].step_s, seen[plan][-1]
+        spread = f"{min(last.steps_s) * 1e3:.0f} to {max(last.steps_s) * 1e3:.0f}"
+        theirs = f"{last.step_s * 1e3:.1f} ({spread}) ms"
+        print(f"{name}, {plan}: predicted {ours * 1e3:.1f} ms, measured {theirs}", flush=True)
     rows = [Row(plan, told[plan][0], joined(seen[plan])) for plan in plans if seen.get(plan)]
     return rows, next(iter(told.values()))[1]
+
+
+def next_of(plans: Iterable[str], seen: Mapping[str, list[Measured]], repeats: int) -> str | None:
+    """The plan whose turn it is; none if all have run often enough."""
+    plan = min(plans, key=lambda name: len(seen.get(name, [])))
+    return plan if len(seen.get(plan, [])) < repeats else None
 
 
 def made(path: Path) -> dict[str, list[Measured]]:
@@ -206,7 +208,10 @@ def made(path: Path) -> dict[str, list[Measured]]:
         return {}
     told = json.loads(path.read_text())
     return {
-        plan: [Measured(**{**each, "medians_s": tuple(each["medians_s"])}) for each in runs]
+        plan: [
+            Measured(**{key: tuple(value) if isinstance(value, list) else value for key, value in each.items()})
+            for each in runs
+        ]
         for plan, runs in told.items()
     }
 
@@ -214,7 +219,8 @@ def made(path: Path) -> dict[str, list[Measured]]:
 def joined(runs: list[Measured]) -> Measured:
     """Repeats of one plan as one."""
     causes = {cause: statistics.fmean(each.causes[cause] for each in runs) for cause in runs[0].causes}
-    return replace(runs[-1], medians_s=tuple(second for each in runs for second in each.medians_s), causes=causes)
+    medians_s, steps_s = (tuple(s for each in runs for s in getattr(each, key)) for key in ("medians_s", "steps_s"))
+    return replace(runs[-1], medians_s=medians_s, steps_s=steps_s, causes=causes)
 
 
 def report_of(found: dict[str, tuple[list[Row], str]], options: argparse.Namespace) -> dict[str, Any]:
@@ -223,7 +229,9 @@ def report_of(found: dict[str, tuple[list[Row], str]], options: argparse.Namespa
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "kernel": platform.release()},
         "machine": f"{os.cpu_count()} cores",
-        "options": {key: value for key, value in vars(options).items() if key not in ("out", "work", "before")},
+        "options": {
+            key: value for key, value in vars(options).items() if key not in ("out", "work", "end_s", "at_most_s")
+        },
         "worlds": {
             name: {
                 "rests_on": rests,
@@ -267,6 +275,8 @@ def main() -> None:
     found: dict[str, tuple[list[Row], str]] = {}
     with tempfile.TemporaryDirectory() as base:
         for name in options.worlds:
+            if time.monotonic() > options.end_s:
+                break
             found[name] = measure(name, options, (options.work or Path(base)) / str(list(WORLDS).index(name)))
             if found[name][0]:
                 show(name, found[name][0])
@@ -288,9 +298,11 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--quick", action="store_true", help="a quick probe")
     arguments.add_argument("--work", type=Path, help="folder for run and cluster files; default: a temporary one")
     arguments.add_argument("--keep", action="store_true", help="add to what earlier calls probed and ran in --work")
-    arguments.add_argument("--before", default="", help="words before every command that is run, say: nice -n -5")
     arguments.add_argument("--out", type=Path, help="folder for JSON and Markdown, say docs/benchmarks")
-    return arguments.parse_args()
+    arguments.add_argument("--at-most-s", type=float, default=float("inf"), help="start no probe or run after this")
+    options = arguments.parse_args()
+    options.end_s = time.monotonic() + options.at_most_s
+    return options
 
 
 if __name__ == "__main__":

@@ -290,6 +290,26 @@ def test_what_ranks_must_carry_themselves_is_never_hidden(depths: tuple[int, int
     assert simulate_step(bound, candidate, axes).step_s == pytest.approx(step_of(bound, candidate).total, rel=1e-3)
 
 
+def test_ranks_that_wait_for_each_other_lose_time_once_wherever_compute_stops() -> None:
+    plain = setting(2, model="llama-3m", sequences=4)
+    level = plain.cluster.levels[0].model_copy(update={"behind": 0.0})
+    cluster_ = plain.cluster.model_copy(update={"levels": (level,)})
+
+    def lost(depths: tuple[int, int, int], **more: Any) -> tuple[float, ...]:
+        found = []
+        for calibration in (Calibration(meeting_s=1.0), Calibration()):
+            given = dataclasses.replace(plain, cluster=cluster_, calibration=calibration)
+            candidate = Candidate(depths=depths, micro_batch=1, **more)
+            moves = unit_moves(1024, given, candidate, place(candidate, cluster_, calibration).states)
+            found.append((moves.own_forward_s, moves.own_backward_s, moves.own_once_s))
+        return tuple(round(waiting - none, 6) for waiting, none in zip(*found, strict=True))
+
+    assert lost((-1, -1, -1)) == (0, 0, 1)  # the last backward
+    assert lost((-1, -1, 0)) == (0, 0, 2)  # and the first forward's new weights
+    assert lost((0, 0, 0)) == (1, 1, 0)
+    assert lost((0, 0, 0), keep_gathered=True) == (0, 1, 1)
+
+
 def test_a_measured_codec_and_optimizer_take_what_was_measured() -> None:
     plain = setting(2, model="llama-3m", sequences=4)
     measured = Calibration(coding_s={"int8": (1e-6, 2e-6)}, optimizer_s=1e-6, collect_s=1e-6)

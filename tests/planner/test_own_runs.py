@@ -64,7 +64,7 @@ def test_bytes_and_states_of_a_real_run_are_foreseen_exactly(tmp_path: Path, pla
     (work / "cluster.toml").write_text(dump_toml(Cluster(device=device, levels=(level,))))
     options = Namespace(
         model="llama-1m", corpus=make_corpus(tmp_path / "data"), sequences=2, tokens=32, micro_batch=1, plans=[plan],
-        repeats=1, seconds=0.0, longest_s=1e9, keep=True, quick=True, before="",
+        repeats=1, seconds=0.0, end_s=float("inf"), longest_s=1e9, keep=True, quick=True,
     )  # fmt: skip
     rows, rests = predict_own_runs.measure("2 ranks", options, work)
     assert [each.plan for each in rows] == [plan] and "given" in rests

@@ -43,6 +43,9 @@ class Calibration(Frozen):
     """Taking one number of a micro-batch's fresh gradient over into the flat sums."""
     sum_s: Seconds = Field(default=0.0, ge=0)
     """Adding up one number that a reduce-scatter received, beyond its way over the link."""
+    meeting_s: Seconds = Field(default=0.0, ge=0)
+    """What ranks lose by waiting for each other wherever compute stops for a transfer that they carry themselves: one is
+    always late, most so where ranks share cores."""
     coding_s: dict[str, tuple[Seconds, Seconds]] = Field(default_factory=dict)
     """Codec -> seconds to code one number and to decode one; those left out take as long as touching their bytes."""
     framework_bytes: Bytes = Field(default=3 * 2**29, ge=0)

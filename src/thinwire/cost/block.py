@@ -89,7 +89,7 @@ def embedding_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Pass
     tensor = all_reduce_s(moved, axes.tensor)
     rows = setting.spec.vocab_size * setting.spec.hidden / candidate.tensor * setting.compute_bytes
     # The gradient of the whole table is made, and added to the head's if that is the same table.
-    table = rows * (4 if setting.spec.tied and candidate.pipeline == 1 else 1)
+    table = rows * (4 if setting.spec.tied and candidate.pipeline == 1 else 1) * setting.framework.whole_table_grad
     backward = Causes(0.0, touch_s(6 * moved + table, setting))
     return Passes(Causes(0.0, touch_s(3 * moved, setting), 0.0, tensor), backward)
 

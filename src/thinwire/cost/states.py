@@ -87,10 +87,13 @@ class _Chain:
     def __init__(self) -> None:
         self.behind: Chain = ()
         self.own_s = 0.0
+        self.meeting_s = 0.0
+        """Of the point at which compute stops for the chain, however many hops it has."""
 
     def plus(self, other: "_Chain") -> "_Chain":
         both = _Chain()
         both.behind, both.own_s = self.behind + other.behind, self.own_s + other.own_s
+        both.meeting_s = max(self.meeting_s, other.meeting_s)
         return both
 
 
@@ -122,6 +125,8 @@ def unit_moves(
             coding, own = _coding(setting, _codec(codecs, hop), held[index], hop, purpose)
             adding = setting.calibration.sum_s * held[index] if purpose == G_REDUCE else 0.0
             found.own_s += (1 - hop.behind) * moving + own + adding
+            if hop.behind == 0:
+                found.meeting_s = setting.calibration.meeting_s
             if hop.behind > 0:
                 found.behind += ((hop.level, hop.behind * moving + coding),)
         return found
@@ -136,15 +141,20 @@ def unit_moves(
     refresh = chain(inward, P_REFRESH, candidate.weights)
     collect = setting.calibration.collect_s * flow.numel
     kept = candidate.keep_gathered
+    forward = _Chain() if kept else gather
+    backward = each if kept or resident else each.plus(gather)
+    # Where a chain that comes once a step meets another one's ranks there anyway, they meet once.
+    first = max(refresh.meeting_s, gather.meeting_s) - forward.meeting_s
+    last = max(0.0, outside.meeting_s - backward.meeting_s)
     return UnitMoves(
         gather=gather.behind,
         again=() if resident else gather.behind,
         reduce_each=each.behind,
         reduce_last=each.behind + outside.behind,
         refresh=refresh.behind,
-        own_forward_s=0.0 if kept else gather.own_s,
-        own_backward_s=each.own_s + collect + (0.0 if kept or resident else gather.own_s),
-        own_once_s=outside.own_s + refresh.own_s + (gather.own_s if kept else 0.0),
+        own_forward_s=forward.own_s + forward.meeting_s,
+        own_backward_s=backward.own_s + backward.meeting_s + collect,
+        own_once_s=outside.own_s + refresh.own_s + (gather.own_s if kept else 0.0) + first + last,
     )
 
 

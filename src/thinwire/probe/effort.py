@@ -57,10 +57,10 @@ QUICK = Effort(
     codecs=CODECS,
 )
 FULL = Effort(
-    tuple((m, d, n) for m in (32, 128, 512, 1024) for d, n in ((64, 64), (256, 256), (512, 2048), (1024, 1024))),
+    tuple((m, d, n) for m in (64, 256, 1024) for d, n in ((64, 64), (256, 256), (512, 2048), (1024, 1024))),
     (2**20, 2**22, 2**24, 2**26),
     (2**10, 2**13, 2**16, 2**18, 2**20, 2**22, 2**24),
-    repeats=15,
+    repeats=9,
     blocks=tuple(
         BlockShape(hidden, heads, ffn, sequences, tokens)
         for hidden, heads, ffn in ((128, 4, 384), (256, 4, 768), (512, 8, 1408))

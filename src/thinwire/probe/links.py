@@ -20,6 +20,8 @@ Samples = list[float]
 Progress = Callable[[str], None]
 LONGEST_S = 1.0
 """Chunks grow until one collective takes this long."""
+_STRETCH_S, _MEETINGS_S = 0.01, 0.2
+"""Compute between two meetings, and how long ranks go on meeting in one repetition."""
 _MANY = 8
 """In larger groups only members that stand next to each other are paired."""
 
@@ -141,6 +143,32 @@ def beside(
         shares[level] = [min(1.0, max(0.0, 1.0 - (second - gather_s) / alone_s)) for second in together]
         slowdowns = _slowdowns(world, repeats, start, compute)
     return shares, slowdowns
+
+
+def meetings(world: World, effort: Effort, dtype: torch.dtype) -> Samples:
+    """Seconds lost whenever ranks that copy from each other's memory meet between stretches of compute.
+
+    That is what compute and a small gather over all such levels take together, beyond what each takes alone.
+    """
+    near = [level for level in joined(world) if world.neighbours(level) is not None]
+    if not near:
+        return []
+    a = torch.rand(256, 256, device=world.device).to(dtype)
+    compute = partial(_matmuls, a, max(1, int(_STRETCH_S / median(timed(world, effort.repeats, lambda: a @ a)))))
+    starts = [start_gather(world, level, effort.chunks[0]) for level in near]
+
+    def meet_all() -> None:
+        for start in starts:
+            start().wait()
+
+    def both() -> None:
+        compute()
+        meet_all()
+
+    alone_s = median(timed(world, effort.repeats, compute, window_s=_MEETINGS_S))
+    meeting_s = median(timed(world, effort.repeats, meet_all, window_s=_MEETINGS_S))
+    together = timed(world, effort.repeats, both, window_s=_MEETINGS_S)
+    return [max(0.0, second - alone_s - meeting_s) for second in together]
 
 
 def _matmuls(a: torch.Tensor, count: int) -> None:

@@ -35,10 +35,11 @@ def measure(world: World, effort: Effort, progress: Callable[[str], None]) -> Ti
     exchanges = links.exchanges(world, min(_PAIR_BYTES, effort.chunks[-1]), effort.repeats, progress)
     progress("compute beside a collective")
     behind, slowdowns = links.beside(world, effort, gathers, dtype)
+    meetings = links.meetings(world, effort, dtype)
     return Timings(
         matmuls=matmuls, copies=copies, launches=single[0], gathers=gathers, reduces=reduces, slowdowns=slowdowns,
         memory_bytes=-int(agreed[0].item()), runtime_bytes=int(agreed[1].item()), blocks=blocks, logit=single[1],
-        update=updates[0], collect=updates[1], coding=coding, behind=behind, exchanges=exchanges,
+        update=updates[0], collect=updates[1], coding=coding, behind=behind, exchanges=exchanges, meetings=meetings,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.world import World
 
-WINDOW_S = 0.03
+WINDOW_S = 0.06
 """Least time of one repetition."""
 POINT_S = 2.5
 """Most time for one thing, but for its least number of repetitions."""
