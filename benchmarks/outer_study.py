@@ -1,9 +1,10 @@
 """What outer synchronisation costs in loss, and saves in bytes: every kind beside data-parallel training, equal tokens.
 
-Every run is `thinwire train` in full, one rank a group, on the bytes of Python's library; kinds differ in `[plan.sync]`
-alone, which is left at each kind's defaults. The loss is that of the outer weights on held-out text, the bytes are those
-the run's own ledger counted at the level between the groups. Finished runs stand in OUT/outer_study.jsonl and are not
-made again, so that a study can be interrupted, continued and extended. The report is made when no run is left.
+Every run is `thinwire train` in full, one rank a group, on the bytes of Python's library. Kinds differ in `[plan.sync]`
+alone, which is left at each kind's defaults but for the outer rate and momentum that all Nesterov kinds are given. The
+loss is that of the outer weights on held-out text, the bytes are those the run's own ledger counted between the groups.
+Finished runs stand in OUT/outer_study.jsonl and are not made again, so that a study can be interrupted, continued and
+extended. The report is made when no run is left.
 
     python benchmarks/outer_study.py --out docs/benchmarks
 """
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +43,12 @@ KINDS: dict[str, dict[str, str]] = {
     "eager": {"kind": "eager"},
     "co2": {"kind": "co2"},
 }
+NESTEROV = ("diloco", "streaming fp32", "streaming e3m0", "streaming int4", "eager")
+"""The kinds that share an outer optimizer; CO2 brings its own."""
 MODEL = {
     "preset": "llama-1m", "hidden": 32, "layers": 4, "heads": 2, "kv_heads": 2, "head_size": 16, "ffn": 96,
 }  # fmt: skip
-SETTING = ("steps", "sequences", "tokens", "lr", "warmup_steps", "eval_sequences", "run_file")
+SETTING = ("steps", "sequences", "tokens", "lr", "warmup_steps", "outer_lr", "outer_momentum", "look", "eval_sequences")
 """The options that all runs of a study share."""
 
 
@@ -56,10 +60,6 @@ class Run:
     groups: int
     inner_steps: int
     kind: str
-
-    def __str__(self) -> str:
-        every = "" if self.kind == BASE else f", H = {self.inner_steps}"
-        return f"seed {self.seed}, {self.groups} groups{every}, {self.kind}"
 
 
 def planned(options: argparse.Namespace) -> Iterator[Run]:
@@ -74,7 +74,11 @@ def planned(options: argparse.Namespace) -> Iterator[Run]:
 
 def settings(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What is set over the run file. Validation comes at the end of a round, and not more often than `--look`."""
-    sync = {} if run.kind == BASE else {**KINDS[run.kind], "inner_steps": run.inner_steps}
+    sync: dict[str, Any] = {}
+    if run.kind != BASE:
+        sync = {**KINDS[run.kind], "inner_steps": run.inner_steps}
+    if run.kind in NESTEROV:
+        sync |= {"outer_lr": options.outer_lr, "outer_momentum": options.outer_momentum}
     rounds = -(-options.look // run.inner_steps)
     return {
         **{f"model.{key}": value for key, value in MODEL.items()}, "model.max_tokens": options.tokens,
@@ -145,10 +149,11 @@ def main() -> None:
     options = parse()
     book = Book(options.out / f"{NAME}.jsonl", {key: getattr(options, key) for key in SETTING})
     missing = [run for run in planned(options) if not book.holds(run)]
-    for run in missing[: options.at_most]:
-        book.add(measure(run, options))
-        last = book.records[-1]
-        print(f"{run}: loss {last['curve'][-1]['loss']:.4f} ({last['seconds']:.0f} s)", flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for record in pool.map(lambda run: measure(run, options), missing[: options.at_most]):
+            book.add(record)
+            run = ", ".join(f"{key} {record[key]}" for key in ("seed", "groups", "inner_steps", "kind"))
+            print(f"{run}: loss {record['curve'][-1]['loss']:.4f} ({record['seconds']:.0f} s)", flush=True)
     left = 0 if options.at_most is None else len(missing[options.at_most :])
     if left:
         print(f"{left} runs are left; the same command goes on with them")
@@ -177,7 +182,7 @@ def report_of(records: list[Record], rows: list[Record], options: argparse.Names
     return {
         "command": " ".join(["python", "benchmarks/outer_study.py", *map(shlex.quote, words)]),
         "date": time.strftime("%Y-%m-%d"), "versions": versions("thinwire"),
-        "options": {key: value for key, value in vars(options).items() if key not in ("out", "at_most")},
+        "options": {key: value for key, value in vars(options).items() if key not in ("out", "at_most", "jobs")},
         "model": MODEL, "parameters": records[0]["parameters"], "rows": rows,
     }  # fmt: skip
 
@@ -190,13 +195,16 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     arguments.add_argument("--inner-steps", type=int, nargs="+", default=[30, 100], help="H")
     arguments.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help=f"besides {BASE}, the base")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    arguments.add_argument("--steps", type=int, default=1200)
+    arguments.add_argument("--steps", type=int, default=900)
     arguments.add_argument("--sequences", type=int, default=8, help="of all groups together in a step")
     arguments.add_argument("--tokens", type=int, default=64, help="of a sequence")
     arguments.add_argument("--lr", type=float, default=5e-3, help="of the inner optimizer, cosine")
-    arguments.add_argument("--warmup-steps", type=int, default=60)
+    arguments.add_argument("--warmup-steps", type=int, default=45)
+    arguments.add_argument("--outer-lr", type=float, default=0.6, help="of all kinds but co2, which has its own")
+    arguments.add_argument("--outer-momentum", type=float, default=0.6, help="likewise; the default of a run is 0.9")
     arguments.add_argument("--look", type=int, default=50, help="least steps between two validations")
     arguments.add_argument("--eval-sequences", type=int, default=256)
+    arguments.add_argument("--jobs", type=int, default=1, help="runs made at the same time")
     arguments.add_argument("--at-most", type=int, help="make so many of the missing runs; 0: the report alone")
     arguments.add_argument("--out", type=Path, default=Path("runs/outer_study"), help="folder of runs and report")
     options = arguments.parse_args(words)
