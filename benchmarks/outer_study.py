@@ -198,7 +198,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     arguments.add_argument("--steps", type=int, default=900)
     arguments.add_argument("--sequences", type=int, default=8, help="of all groups together in a step")
     arguments.add_argument("--tokens", type=int, default=64, help="of a sequence")
-    arguments.add_argument("--lr", type=float, default=5e-3, help="of the inner optimizer, cosine")
+    arguments.add_argument("--lr", type=float, default=1e-2, help="of the inner optimizer, cosine")
     arguments.add_argument("--warmup-steps", type=int, default=45)
     arguments.add_argument("--outer-lr", type=float, default=0.6, help="of all kinds but co2, which has its own")
     arguments.add_argument("--outer-momentum", type=float, default=0.6, help="likewise; the default of a run is 0.9")
