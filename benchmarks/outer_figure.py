@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 Curve = Sequence[Mapping[str, Any]]
 COLOURS = {
-    "data-parallel": "black", "diloco": "#1b6ca8", "streaming fp32": "#2e8b57", "streaming e3m0": "#e39b00",
+    "data-parallel": "black", "no exchange": "#888888", "diloco": "#1b6ca8", "streaming fp32": "#2e8b57", "streaming e3m0": "#e39b00",
     "streaming int4": "#8e5ea2", "eager": "#b3261e", "co2": "#00a6a6",
 }  # fmt: skip
 SHOWN_OF_FALL = 0.75
@@ -25,8 +25,11 @@ def draw(curves: Mapping[tuple[int, int, str], Curve], least_mb: Mapping[int, fl
         for (m, h, kind), curve in curves.items():
             if m == groups and h in (1, inner_steps):
                 _line(by_tokens, [point["tokens"] / 1e3 for point in curve], curve, kind)
-                _line(by_bytes, [point["sent_bytes"] / 1e6 for point in curve], curve, kind)
-        by_bytes.axvline(least_mb[groups], color="#888888", linestyle="--", label="least bytes of an exact method")
+                if curve[-1]["sent_bytes"]:
+                    _line(by_bytes, [point["sent_bytes"] / 1e6 for point in curve], curve, kind)
+                else:
+                    by_bytes.axhline(curve[-1]["loss"], color=COLOURS[kind], linewidth=1.3, label=kind)
+        by_bytes.axvline(least_mb[groups], color="#555555", linestyle="--", label="least bytes of an exact method")
         by_bytes.set_xscale("log")
         for panel, what in ((by_tokens, "thousand tokens"), (by_bytes, "MB sent out of a group, logarithmic")):
             panel.set_title(f"{groups} groups, H = {inner_steps}")

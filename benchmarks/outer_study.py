@@ -1,8 +1,8 @@
 """What outer synchronisation costs in loss, and saves in bytes: every kind beside data-parallel training, equal tokens.
 
 Every run is `thinwire train` in full, one rank a group, on the bytes of Python's library. Kinds differ in `[plan.sync]`
-alone, which is left at each kind's defaults but for the outer rate and momentum that all Nesterov kinds are given. The
-loss is that of the outer weights on held-out text, the bytes are those the run's own ledger counted between the groups.
+alone, which is left at each kind's defaults but for the outer rate and momentum that all Nesterov kinds are given. `no
+exchange` is one group with its share of the batch, on its own. The loss is that of the outer weights on held-out text, the bytes are those the run's own ledger counted between the groups.
 Finished runs stand in OUT/outer_study.jsonl and are not made again, so that a study can be interrupted, continued and
 extended. The report is made when no run is left.
 
@@ -33,9 +33,10 @@ from thinwire.train.folder import EVENTS_FILE
 Record = dict[str, Any]
 NAME = "outer_study"
 PAGE = Report(NAME, "Outer synchronisation: loss and bytes", "validation loss by tokens and by bytes sent")
-BASE = "data-parallel"
+BASE, ALONE = "data-parallel", "no exchange"
 KINDS: dict[str, dict[str, str]] = {
     BASE: {},
+    ALONE: {},
     "diloco": {"kind": "diloco"},
     "streaming fp32": {"kind": "streaming_diloco", "codec": "fp32"},
     "streaming e3m0": {"kind": "streaming_diloco", "codec": "e3m0"},
@@ -54,7 +55,7 @@ SETTING = ("steps", "sequences", "tokens", "lr", "warmup_steps", "outer_lr", "ou
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the study. H is 1 for data-parallel training."""
+    """One run of the study. H is 1 where there are no rounds: data-parallel training, and one group on its own."""
 
     seed: int
     groups: int
@@ -64,10 +65,12 @@ class Run:
 
 def planned(options: argparse.Namespace) -> Iterator[Run]:
     """Seed by seed of the fewest groups first: a study that is cut short has all kinds of the seeds it got to."""
-    kinds = [kind for kind in options.kinds if kind != BASE]
+    kinds = [kind for kind in options.kinds if KINDS[kind]]
     for groups in options.groups:
         for seed in options.seeds:
             yield Run(seed, groups, 1, BASE)
+            if ALONE in options.kinds:
+                yield Run(seed, groups, 1, ALONE)
             for inner_steps in options.inner_steps:
                 yield from (Run(seed, groups, inner_steps, kind) for kind in kinds)
 
@@ -75,18 +78,18 @@ def planned(options: argparse.Namespace) -> Iterator[Run]:
 def settings(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What is set over the run file. Validation comes at the end of a round, and not more often than `--look`."""
     sync: dict[str, Any] = {}
-    if run.kind != BASE:
+    if KINDS[run.kind]:
         sync = {**KINDS[run.kind], "inner_steps": run.inner_steps}
     if run.kind in NESTEROV:
         sync |= {"outer_lr": options.outer_lr, "outer_momentum": options.outer_momentum}
+    ranks, share = (1 if run.kind == ALONE else run.groups), options.sequences // run.groups
     rounds = -(-options.look // run.inner_steps)
     return {
         **{f"model.{key}": value for key, value in MODEL.items()}, "model.max_tokens": options.tokens,
         "data.path": options.corpus, "data.tokenizer": "bytes",
-        "batch.sequences": options.sequences, "batch.tokens": options.tokens,
-        "batch.micro_batch": options.sequences // run.groups,
+        "batch.sequences": share * ranks, "batch.micro_batch": share, "batch.tokens": options.tokens,
         "optimizer.lr": options.lr, "schedule.kind": "cosine", "schedule.warmup_steps": options.warmup_steps,
-        "cluster.levels": f"[{run.groups}]", "plan.partition": "ddp",
+        "cluster.levels": f"[{ranks}]", "plan.partition": "ddp",
         **{f"plan.sync.{key}": value for key, value in sync.items()},
         "run.folder": folder, "run.steps": options.steps, "run.seed": run.seed,
         "run.eval_every": rounds * run.inner_steps, "run.eval_sequences": options.eval_sequences,
@@ -99,19 +102,23 @@ def measure(run: Run, options: argparse.Namespace) -> Record:
         folder, start_s = Path(base) / "run", time.monotonic()
         train(options.run_file, settings(run, options, folder))
         seconds = round(time.monotonic() - start_s, 1)
-        return {**asdict(run), "steps": options.steps, "seconds": seconds, **read(folder / EVENTS_FILE)}
+        return {
+            **asdict(run),
+            "steps": options.steps,
+            "seconds": seconds,
+            **read(folder / EVENTS_FILE, options.sequences * options.tokens),
+        }
 
 
-def read(path: Path) -> Record:
-    """Parameters, and the curve: a point for every validation."""
+def read(path: Path, step_tokens: int) -> Record:
+    """Parameters, and the curve: a point for every validation, `step_tokens` being those of all groups together."""
     start = next(read_events(path, "run_start"))
     losses = {record["step"]: record["loss"] for record in read_events(path, "eval")}
-    tokens, sent, curve = 0, 0, [{"tokens": 0, "sent_bytes": 0, "loss": losses[0]}]
+    sent, curve = 0, [{"tokens": 0, "sent_bytes": 0, "loss": losses[0]}]
     for number, step in sorted(steps(path).items()):
-        tokens += step["tokens"]
         sent += sum(sum(purposes.values()) for purposes in step["wire"].values())
         if number in losses:
-            curve.append({"tokens": tokens, "sent_bytes": sent, "loss": losses[number]})
+            curve.append({"tokens": number * step_tokens, "sent_bytes": sent, "loss": losses[number]})
     return {"parameters": start["parameters"], "curve": curve}
 
 
@@ -195,11 +202,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     arguments.add_argument("--inner-steps", type=int, nargs="+", default=[30, 100], help="H")
     arguments.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help=f"besides {BASE}, the base")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    arguments.add_argument("--steps", type=int, default=900)
+    arguments.add_argument("--steps", type=int, default=1200)
     arguments.add_argument("--sequences", type=int, default=8, help="of all groups together in a step")
     arguments.add_argument("--tokens", type=int, default=64, help="of a sequence")
-    arguments.add_argument("--lr", type=float, default=1e-2, help="of the inner optimizer, cosine")
-    arguments.add_argument("--warmup-steps", type=int, default=45)
+    arguments.add_argument("--lr", type=float, default=5e-3, help="of the inner optimizer, cosine")
+    arguments.add_argument("--warmup-steps", type=int, default=60)
     arguments.add_argument("--outer-lr", type=float, default=0.6, help="of all kinds but co2, which has its own")
     arguments.add_argument("--outer-momentum", type=float, default=0.6, help="likewise; the default of a run is 0.9")
     arguments.add_argument("--look", type=int, default=50, help="least steps between two validations")

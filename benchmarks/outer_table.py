@@ -35,9 +35,13 @@ def _row(mine: Sequence[Record], exact: Sequence[Record], fp32: Sequence[Record]
     return {
         "groups": one["groups"], "inner_steps": one["inner_steps"], "kind": one["kind"],
         "losses": {str(r["seed"]): final(r) for r in mine},
-        "against_base": ratios(mine, exact), "against_fp32": ratios(mine, fp32),
+        "against_base": {} if one["kind"] == exact_kind(exact) else ratios(mine, exact), "against_fp32": ratios(mine, fp32),
         "bytes_a_step": sent, "bytes_of_base": sent / exact_sent if exact_sent else None,
     }  # fmt: skip
+
+
+def exact_kind(exact: Sequence[Record]) -> str | None:
+    return exact[0]["kind"] if exact else None
 
 
 def _steps(record: Record) -> int:
@@ -66,9 +70,9 @@ def spread(values: Iterable[float], form: str) -> str:
 def cells(row: Record) -> list[str]:
     share = row["bytes_of_base"]
     return [
-        str(row["groups"]), "every step" if row["inner_steps"] == 1 else str(row["inner_steps"]), row["kind"],
+        str(row["groups"]), "" if row["inner_steps"] == 1 else str(row["inner_steps"]), row["kind"],
         str(len(row["losses"])), spread(row["losses"].values(), ".4f"),
-        "" if row["inner_steps"] == 1 else spread(row["against_base"].values(), "+.2%"),
+        spread(row["against_base"].values(), "+.2%"),
         spread(row["against_fp32"].values(), "+.2%"),
         f"{row['bytes_a_step'] / 1e3:.2f}", "" if share is None else f"{share:.5f}",
     ]  # fmt: skip
