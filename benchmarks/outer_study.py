@@ -1,10 +1,10 @@
 """What outer synchronisation costs in loss, and saves in bytes: every kind beside data-parallel training, equal tokens.
 
 Every run is `thinwire train` in full, one rank a group, on the bytes of Python's library. Kinds differ in `[plan.sync]`
-alone, which is left at each kind's defaults but for the outer rate and momentum that all Nesterov kinds are given. `no
-exchange` is one group with its share of the batch, on its own. The loss is that of the outer weights on held-out text, the bytes are those the run's own ledger counted between the groups.
-Finished runs stand in OUT/outer_study.jsonl and are not made again, so that a study can be interrupted, continued and
-extended. The report is made when no run is left.
+alone, which is left at each kind's defaults but for the outer rate and momentum that all Nesterov kinds are given; `no
+exchange` is one group with its share of the batch, on its own. The loss is that of the outer weights on held-out text,
+the bytes are those the run's own ledger counted between the groups. Finished runs stand in OUT/outer_study.jsonl and are
+not made again, so that a study can be interrupted, continued and extended. The report is made when no run is left.
 
     python benchmarks/outer_study.py --out docs/benchmarks
 """
