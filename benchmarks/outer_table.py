@@ -93,9 +93,15 @@ def verdicts(rows: Sequence[Record]) -> list[str]:
 
 
 def _verdict(place: str, other: str, ratio: dict[str, float], target: float) -> str:
-    mean = statistics.mean(ratio.values())
+    """Seeds decide only if the mean is further from the target than twice its own standard error."""
+    seen = list(ratio.values())
+    mean, seeds = statistics.mean(seen), len(seen)
     word = "met" if mean <= target else "missed"
-    return f"Target: {place}, at most {target:.1%} above {other}: {mean:+.2%} over {len(ratio)} seeds, {word}."
+    error = statistics.stdev(seen) / seeds**0.5 if seeds > 1 else None
+    if error is None or abs(mean - target) < 2 * error:
+        word = "not decided by so few seeds"
+    noise = "" if error is None else f" with a standard error of {error:.2%}"
+    return f"Target: {place}, at most {target:.1%} above {other}: {mean:+.2%}{noise} over {seeds} seeds, {word}."
 
 
 def curves(records: Sequence[Record]) -> dict[tuple[int, int, str], list[Record]]:
