@@ -38,7 +38,8 @@ def draw(curves: Mapping[tuple[int, int, str], Curve], least_mb: Mapping[int, fl
             panel.set_ylabel("validation loss")
             panel.set_ylim(bottom, top)
             panel.grid(alpha=0.25)
-    panels[0][1].legend(fontsize=8, loc="upper right")
+    handles, labels = panels[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9)
     return figure
 
 
