@@ -79,29 +79,32 @@ def cells(row: Record) -> list[str]:
 
 
 def verdicts(rows: Sequence[Record]) -> list[str]:
-    """A sentence for each target: what was asked, what was measured."""
+    """A sentence for each target: what was asked, what was measured. Its own fp32 also over all groups and H together."""
     found = [row for row in rows if row["kind"] == TARGET_KIND]
     lines = []
     for row in found:
         place = f"{TARGET_KIND}, {row['groups']} groups, H = {row['inner_steps']}"
-        wanted = [("data-parallel", row["against_base"], TARGET_BASE)]
-        if (row["groups"], row["inner_steps"]) != (TARGET_GROUPS, TARGET_INNER_STEPS):
-            wanted = []
-        wanted.append(("its own fp32", row["against_fp32"], TARGET_FP32))
-        lines += [_verdict(place, other, ratio, target) for other, ratio, target in wanted if ratio]
-    return lines
+        if (row["groups"], row["inner_steps"]) == (TARGET_GROUPS, TARGET_INNER_STEPS):
+            lines.append(_verdict(place, "data-parallel", row["against_base"].values(), TARGET_BASE))
+        lines.append(_verdict(place, "its own fp32", row["against_fp32"].values(), TARGET_FP32))
+    if len(found) > 1:
+        pooled = [ratio for row in found for ratio in row["against_fp32"].values()]
+        lines.append(_verdict(f"{TARGET_KIND}, all of them", "its own fp32", pooled, TARGET_FP32))
+    return [line for line in lines if line]
 
 
-def _verdict(place: str, other: str, ratio: dict[str, float], target: float) -> str:
-    """Seeds decide only if the mean is further from the target than twice its own standard error."""
-    seen = list(ratio.values())
-    mean, seeds = statistics.mean(seen), len(seen)
+def _verdict(place: str, other: str, ratios_seen: Iterable[float], target: float) -> str:
+    """Runs decide only if their mean is further from the target than twice its own standard error."""
+    seen = list(ratios_seen)
+    if not seen:
+        return ""
+    mean, runs = statistics.mean(seen), len(seen)
     word = "met" if mean <= target else "missed"
-    error = statistics.stdev(seen) / seeds**0.5 if seeds > 1 else None
+    error = statistics.stdev(seen) / runs**0.5 if runs > 1 else None
     if error is None or abs(mean - target) < 2 * error:
-        word = "not decided by so few seeds"
+        word = "not decided by so few runs"
     noise = "" if error is None else f" with a standard error of {error:.2%}"
-    return f"Target: {place}, at most {target:.1%} above {other}: {mean:+.2%}{noise} over {seeds} seeds, {word}."
+    return f"Target: {place}, at most {target:.1%} above {other}: {mean:+.2%}{noise} over {runs} runs, {word}."
 
 
 def curves(records: Sequence[Record]) -> dict[tuple[int, int, str], list[Record]]:
