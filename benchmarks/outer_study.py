@@ -43,9 +43,10 @@ KINDS: dict[str, dict[str, str]] = {
     "streaming int4": {"kind": "streaming_diloco", "codec": "int4"},
     "eager": {"kind": "eager"},
     "co2": {"kind": "co2"},
+    "local_sgd": {"kind": "local_sgd"},
 }
 NESTEROV = ("diloco", "streaming fp32", "streaming e3m0", "streaming int4", "eager")
-"""The kinds that share an outer optimizer; CO2 brings its own."""
+"""The kinds that share an outer optimizer; CO2 brings its own, and local SGD, plain averaging, has none."""
 MODEL = {
     "preset": "llama-1m", "hidden": 32, "layers": 4, "heads": 2, "kv_heads": 2, "head_size": 16, "ffn": 96,
 }  # fmt: skip
@@ -207,7 +208,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     arguments.add_argument("--tokens", type=int, default=64, help="of a sequence")
     arguments.add_argument("--lr", type=float, default=5e-3, help="of the inner optimizer, cosine")
     arguments.add_argument("--warmup-steps", type=int, default=60)
-    arguments.add_argument("--outer-lr", type=float, default=0.6, help="of all kinds but co2, which has its own")
+    arguments.add_argument("--outer-lr", type=float, default=0.6, help="of the kinds with Nesterov momentum")
     arguments.add_argument("--outer-momentum", type=float, default=0.6, help="likewise; the default of a run is 0.9")
     arguments.add_argument("--look", type=int, default=50, help="least steps between two validations")
     arguments.add_argument("--eval-sequences", type=int, default=256)
