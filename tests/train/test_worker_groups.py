@@ -182,6 +182,7 @@ def test_i20_four_bit_outer_gradients_end_where_fp32_ones_do(corpus: Path, tmp_p
     assert abs(ends["e3m0"] / ends["fp32"] - 1) < 0.01, ends
 
 
+@pytest.mark.timeout(600)
 def test_i20_streaming_in_four_bits_ends_within_one_per_cent_of_data_parallel(corpus: Path, tmp_path: Path) -> None:
     """M = 2, H = 30, both trained until the made-up text holds little more to learn: 20 rounds of each fragment.
 
@@ -192,12 +193,17 @@ def test_i20_streaming_in_four_bits_ends_within_one_per_cent_of_data_parallel(co
     plans: dict[str, dict[str, Any]] = {"every step": {}, "streaming": {"sync": streaming}}
     ends = {}
     for name, plan in plans.items():
-        sections = {
-            "run": {"steps": 600, "eval_sequences": 0},
-            "optimizer": {"lr": 5e-3},
-            "checkpoint": {"every_steps": 0},
-        }
-        run(tmp_path / name, corpus, [2], {"partition": "ddp", **plan}, **sections)
+        tree = run_tree(
+            tmp_path / name,
+            corpus,
+            cluster={"levels": [2]},
+            plan={"partition": "ddp", **plan},
+            batch={"micro_batch": 8},
+            optimizer={"lr": 5e-3},
+            checkpoint={"every_steps": 0},
+            run={"steps": 600, "eval_sequences": 0},
+        )
+        run_world([2], _train, tree, timeout_s=280)
         *_, last = read_events(tmp_path / name / EVENTS_FILE, "eval")
         ends[name] = last["loss"]
     assert ends["streaming"] < 1.01 * ends["every step"], ends
