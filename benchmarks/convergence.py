@@ -8,13 +8,13 @@ sent between the nodes per step, from the run's own ledger.
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from train_runs import train
 
 from thinwire.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
@@ -28,22 +28,20 @@ WIRES = {
 }
 
 
-def settings(options: argparse.Namespace, folder: Path, wire: str, seed: int) -> list[str]:
-    chosen = {
+def settings(options: argparse.Namespace, folder: Path, wire: str, seed: int) -> dict[str, Any]:
+    return {
         "run.folder": folder, "run.steps": options.steps, "run.eval_every": 0, "run.eval_sequences": 0,
-        "run.sample_tokens": 0, "checkpoint.every_steps": 0, "data.path": options.corpus, "cluster.levels": "[2,2]",
+        "data.path": options.corpus, "cluster.levels": "[2,2]",
         "batch.sequences": options.sequences, "batch.tokens": options.tokens, "batch.micro_batch": options.sequences // 4,
         "plan.partition": "auto", "plan.wire": wire, "run.seed": seed,
     }  # fmt: skip
-    return [text for key, value in chosen.items() for text in ("--set", f"{key}={value}")]
 
 
 def measure(options: argparse.Namespace, name: str, seed: int) -> tuple[float, float]:
     """(validation loss after the last step, bytes rank 0 sent between nodes per step)."""
     with tempfile.TemporaryDirectory() as base:
         folder = Path(base) / "run"
-        program = [sys.executable, "-c", "from thinwire.cli import main; main()", "train", options.run_file]
-        subprocess.run([*program, *settings(options, folder, WIRES[name], seed)], check=True, stdout=subprocess.DEVNULL)
+        train(options.run_file, settings(options, folder, WIRES[name], seed))
         loss = [record["loss"] for record in read_events(folder / EVENTS_FILE, "eval")][-1]
         sent = [sum(record["wire"]["cluster"].values()) for record in steps(folder / EVENTS_FILE).values()]
         return loss, sent[-1]

@@ -11,17 +11,16 @@ fails has its error in its row.
 import argparse
 import json
 import math
-import platform
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
-import torch
 from driver import Result, drive
+from pages import Report, versions
+from pages import write as write_pages
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -34,6 +33,7 @@ from thinwire.model.presets import preset
 
 HOSTS, RANKS_PER_HOST = 2, 2
 RANKS = HOSTS * RANKS_PER_HOST
+PAGE = Report("thin_network", "Slow links, in one run", "tokens/s by side and rate")
 RANK_PROGRAM = str(Path(__file__).with_name("thin_rank.py"))
 
 
@@ -111,16 +111,6 @@ def limits(options: argparse.Namespace, seen: dict[str, Result]) -> Result:
     }
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "kernel": platform.release(), "torch": torch.__version__}
-    for name in ("thinwire", "deepspeed", "torchft"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def cells(row: Result, rates: list[str], bound: Result) -> list[str]:
     """The row of a table, as text."""
     if not row["rates"]:
@@ -176,7 +166,7 @@ def report_of(seen: dict[str, Result], options: argparse.Namespace) -> Result:
     return {
         "command": " ".join(["python", "benchmarks/thin_network.py", *(shlex.quote(word) for word in sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
-        "versions": versions(),
+        "versions": versions("thinwire", "deepspeed", "torchft"),
         "options": {key: value for key, value in vars(options).items() if key not in ("out", "again")},
         "limits": limits(options, seen),
         "rows": summary(seen, options),
@@ -187,11 +177,11 @@ def report_of(seen: dict[str, Result], options: argparse.Namespace) -> Result:
 def write(report: Result, options: argparse.Namespace) -> None:
     """Into `--out`, if there is one. Matplotlib is needed for this alone."""
     if options.out is not None:
-        from figures import write_report
+        from figures import draw
 
         columns, rates = header(options)
         rows = [cells(row, rates, report["limits"]) for row in report["rows"]]
-        write_report(report, options.out, columns, rows, bound_lines(report))
+        write_pages(PAGE, report, options.out, draw(report), columns, rows, bound_lines(report))
 
 
 def again(path: Path) -> None:

@@ -170,7 +170,7 @@ def test_rounds_are_in_the_event_log_with_the_bytes_of_the_formula(corpus: Path,
 
 
 def test_i20_four_bit_outer_gradients_end_where_fp32_ones_do(corpus: Path, tmp_path: Path) -> None:
-    """The outer weights' validation loss after six rounds of each fragment; against data parallel see docs/log.md."""
+    """The outer weights' validation loss after six rounds of each fragment."""
     ends = {}
     sections: dict[str, Any] = {"run": {"steps": 60, "eval_sequences": 0}, "checkpoint": {"every_steps": 0}}
     for codec in ("fp32", "e3m0"):
@@ -180,6 +180,33 @@ def test_i20_four_bit_outer_gradients_end_where_fp32_ones_do(corpus: Path, tmp_p
         ends[codec] = last["loss"]
         assert last["loss"] < 0.6 * first["loss"]
     assert abs(ends["e3m0"] / ends["fp32"] - 1) < 0.01, ends
+
+
+@pytest.mark.timeout(600)
+def test_i20_streaming_in_four_bits_ends_within_one_per_cent_of_data_parallel(corpus: Path, tmp_path: Path) -> None:
+    """M = 2, H = 30, both trained until the made-up text holds little more to learn: 20 rounds of each fragment.
+
+    Groups that send but never take a round's result (`mix` 1) leave the outer weights far behind: the bound can fail.
+    What it costs on real text, in so few rounds, is in docs/benchmarks/outer_study.md.
+    """
+    streaming = {"kind": "streaming_diloco", "inner_steps": 30, "fragments": 2, "codec": "e3m0"}
+    plans: dict[str, dict[str, Any]] = {"every step": {}, "streaming": {"sync": streaming}}
+    ends = {}
+    for name, plan in plans.items():
+        tree = run_tree(
+            tmp_path / name,
+            corpus,
+            cluster={"levels": [2]},
+            plan={"partition": "ddp", **plan},
+            batch={"micro_batch": 8},
+            optimizer={"lr": 5e-3},
+            checkpoint={"every_steps": 0},
+            run={"steps": 600, "eval_sequences": 0},
+        )
+        run_world([2], _train, tree, timeout_s=280)
+        *_, last = read_events(tmp_path / name / EVENTS_FILE, "eval")
+        ends[name] = last["loss"]
+    assert ends["streaming"] < 1.01 * ends["every step"], ends
 
 
 @pytest.mark.parametrize(
