@@ -94,7 +94,7 @@ def verdicts(rows: Sequence[Record]) -> list[str]:
 
 
 def _verdict(place: str, other: str, ratios_seen: Iterable[float], target: float) -> str:
-    """Runs decide only if their mean is further from the target than twice its own standard error."""
+    """Met or missed by the mean; a mean that is nearer to the target than twice its standard error is called noisy."""
     seen = list(ratios_seen)
     if not seen:
         return ""
@@ -102,7 +102,7 @@ def _verdict(place: str, other: str, ratios_seen: Iterable[float], target: float
     word = "met" if mean <= target else "missed"
     error = statistics.stdev(seen) / runs**0.5 if runs > 1 else None
     if error is None or abs(mean - target) < 2 * error:
-        word = "not decided by so few runs"
+        word += ", but within the noise of so few runs"
     noise = "" if error is None else f" with a standard error of {error:.2%}"
     return f"Target: {place}, at most {target:.1%} above {other}: {mean:+.2%}{noise} over {runs} runs, {word}."
 
