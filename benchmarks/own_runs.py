@@ -118,6 +118,7 @@ class Summary:
     """Over the pairs that the repeats order."""
     pairs_apart: int
     pairs: int
+    repeats: int
     bytes_equal: bool
     memory_error: float
     """The largest."""
@@ -148,6 +149,7 @@ def summary(rows: Sequence[Row]) -> Summary:
         tau=kendall_tau(predicted, [row.measured.step_s for row in rows]),
         tau_apart=tau_of(apart),
         pairs_apart=len(apart),
+        repeats=min(len(row.measured.medians_s) for row in rows),
         pairs=len(rows) * (len(rows) - 1) // 2,
         bytes_equal=all(row.bytes_equal for row in rows),
         memory_error=max(abs(row.memory_error) for row in rows),
@@ -164,10 +166,12 @@ COLUMNS = (
 
 def cells(row: Row) -> list[str]:
     """The row of a table, as text."""
+    spread = f"{row.measured.spread:.1%}" if len(row.measured.medians_s) > 1 else "one"
     sent = sum(count for purposes in clean(row.measured.sent).values() for count in purposes.values()) / 1e6
     return [
         row.plan, f"{row.predicted.step_s * 1e3:.1f} ms", f"{row.measured.step_s * 1e3:.1f} ms",
-        f"{row.error:+.1%}", f"{row.measured.fastest_s * 1e3:.1f} ms", f"{row.measured.spread:.1%}", f"{sent:.3f}", "equal" if row.bytes_equal else "DIFFER",
+        f"{row.error:+.1%}", f"{row.measured.fastest_s * 1e3:.1f} ms", spread,
+        f"{sent:.3f}", "equal" if row.bytes_equal else "DIFFER",
         f"{sum(row.measured.held[s] for s in STATES) / 2**20:.2f}", f"{row.memory_error:+.1%}",
     ]  # fmt: skip
 
@@ -175,10 +179,11 @@ def cells(row: Row) -> list[str]:
 def lines(found: Summary) -> list[str]:
     """What the table adds up to, misses as misses."""
     verdict = ", ".join(f"{target}: {'met' if met else 'MISSED'}" for target, met in found.met.items())
+    apart = f", {found.tau_apart:.2f} over the {found.pairs_apart} that the repeats order" if found.repeats > 1 else ""
     return [
         f"Error of step times: median {found.median_error:.1%}, worst {found.worst_error:+.1%}. Kendall's tau "
-        f"{found.tau:.2f} over all {found.pairs} pairs of plans, {found.tau_apart:.2f} over the {found.pairs_apart} that "
-        f"the repeats order. Largest error of states {found.memory_error:.1%}.",
+        f"{found.tau:.2f} over all {found.pairs} pairs of plans{apart}. Largest error of states "
+        f"{found.memory_error:.1%}.",
         verdict + ".",
         f"Against the fastest quarter of each plan's steps, when other work disturbs least: median error "
         f"{found.fastest_error:.1%}, tau {found.fastest_tau:.2f}.",

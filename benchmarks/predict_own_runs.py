@@ -254,7 +254,7 @@ def write(found: dict[str, tuple[list[Row], str]], options: argparse.Namespace) 
     for name, (rows, rests) in found.items():
         table = [own_runs.COLUMNS, ["---"] * len(own_runs.COLUMNS), *(own_runs.cells(row) for row in rows)]
         parts += [f"## {name}", "\n".join("| " + " | ".join(each) + " |" for each in table)]
-        parts += [*own_runs.lines(own_runs.summary(rows)), f"Rests on: {rests}."]
+        parts += [*own_runs.lines(own_runs.summary(rows)), f"It {rests}."]
     used = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
     parts += [f"Command: `{report['command']}`", f"{report['date']}; {report['machine']}; {used}."]
     (options.out / f"{NAME}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -15,7 +15,16 @@ from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.collectives import gather_hops
 from thinwire.cost.placement import Axes, Hop
 from thinwire.probe.effort import BlockShape, Effort
-from thinwire.probe.fit import Timings, blocks_show, line, matmul_curve, measured_cluster, non_negative, summary
+from thinwire.probe.fit import (
+    Timings,
+    blocks_show,
+    line,
+    matmul_curve,
+    measured_cluster,
+    non_negative,
+    summary,
+    sustained,
+)
 from thinwire.probe.measure import measure, parts
 from worlds import cluster_of, run_world
 
@@ -30,6 +39,13 @@ def test_a_link_is_found_again_from_times_that_the_cost_formula_gives() -> None:
     sent = [3 * 2**power for power in range(10, 25, 3)]
     start_s, rate = line({each: gather_hops(each * 4 / 3, [hop])[0] for each in sent})
     assert start_s == pytest.approx(3 * 3e-4) and rate == pytest.approx(2e8)
+
+
+def test_the_rate_of_a_busy_link_is_not_that_of_what_its_buffers_swallow() -> None:
+    burst, rate = 50_000, 12.5e6
+    seconds = {size: 1e-3 + max(0, size - burst) / rate for size in (2**10, 2**16, 2**20, 2**22)}
+    assert line(seconds)[1] > 1.1 * rate and sustained(seconds) == pytest.approx(rate)
+    assert sustained({1000: 2e-3}) == pytest.approx(5e5) and sustained({1000: 2e-3, 2000: 1e-3}) == pytest.approx(2e6)
 
 
 def test_times_that_do_not_grow_with_size_still_give_a_rate() -> None:

@@ -91,6 +91,15 @@ def line(points: Mapping[int, float]) -> tuple[float, float]:
     return float(start), float(1 / slope)
 
 
+def sustained(points: Mapping[int, float]) -> float:
+    """Bytes per second of a link that is kept busy, from the two largest of sizes -> seconds.
+
+    Buffers on the way swallow the first bytes of a message that comes alone; those of a step follow one another.
+    """
+    (small, small_s), (large, large_s) = sorted(points.items())[-2:] if len(points) > 1 else [(0, 0.0), *points.items()]
+    return (large - small) / (large_s - small_s) if large_s > small_s else large / large_s
+
+
 @dataclass(frozen=True)
 class Beyond:
     """What blocks of a model show of a device."""
@@ -194,7 +203,10 @@ def _level(given: Cluster, timings: Timings, index: int) -> Level:
     level = given.levels[index]
     if level.fanout == 1:
         return level
-    start, rate = line({size: median(t) for (at, size), t in timings.gathers.items() if at == index})
+    points = {size: median(t) for (at, size), t in timings.gathers.items() if at == index}
+    start, rate = line(points)
+    if index in timings.behind and median(timings.behind[index]) > 0:
+        rate = sustained(points)
     figures: dict[str, object] = {
         "bytes_per_s": rate * given.ranks_within(index - 1),
         "latency_s": start / (level.fanout - 1),

@@ -20,6 +20,8 @@ Samples = list[float]
 Progress = Callable[[str], None]
 LONGEST_S = 1.0
 """Chunks grow until one collective takes this long."""
+_BESIDE_S = 0.3
+"""The longest gather that computing goes on beside."""
 _STRETCH_S, _MEETINGS_S = 0.01, 0.2
 """Compute between two meetings, and how long ranks go on meeting in one repetition."""
 _MANY = 8
@@ -126,7 +128,8 @@ def beside(
         if world.neighbours(level) is not None:
             shares[level], slowdowns = [0.0], [0.0]
             continue
-        sent, gather_s = max((sent, median(t)) for (at, sent), t in gathers.items() if at == level)
+        found = sorted((sent, median(t)) for (at, sent), t in gathers.items() if at == level)
+        sent, gather_s = max([each for each in found if each[1] <= _BESIDE_S] or found[:1])
         start = start_gather(world, level, sent // (world.fanout(level) - 1))
         count = max(1, int(0.5 * gather_s / matmul_s))
         compute = partial(_matmuls, a, count)
