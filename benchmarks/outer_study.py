@@ -166,15 +166,17 @@ def main() -> None:
     if left:
         print(f"{left} runs are left; the same command goes on with them")
     if book.records and (options.at_most == 0 or not left):
-        show(book.records, options)
+        show(book.records, left, options)
 
 
-def show(records: list[Record], options: argparse.Namespace) -> None:
+def show(records: list[Record], left: int, options: argparse.Namespace) -> None:
     """The table, and with all of it the report in `--out`. Matplotlib is needed for that alone."""
     from outer_figure import draw
 
     rows = summary(records, BASE)
     table, lines = Table(*COLUMNS), verdicts(rows)
+    if left:
+        lines.append(f"{left} of the {len(list(planned(options)))} runs of the command below are not made yet.")
     for row in rows:
         table.add_row(*cells(row))
     console = Console(width=max(120, Console().width))

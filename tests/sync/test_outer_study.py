@@ -146,3 +146,5 @@ def test_the_report_has_every_row_and_needs_no_run(tmp_path: Path, monkeypatch: 
     table = (tmp_path / "outer_study.md").read_text()
     assert all(kind in table for kind in (BASE, "streaming fp32", "streaming e3m0"))
     assert "--at-most" not in table
+    left = len(list(outer_study.planned(outer_study.parse(options)))) - len(RECORDS)
+    assert f"{left} of the {left + len(RECORDS)} runs of the command below are not made yet" in table
