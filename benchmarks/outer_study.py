@@ -43,6 +43,7 @@ KINDS: dict[str, dict[str, str]] = {
     "streaming int4": {"kind": "streaming_diloco", "codec": "int4"},
     "eager": {"kind": "eager"},
     "co2": {"kind": "co2"},
+    "co2, momentum 0.5": {"kind": "co2", "outer_momentum": "0.5"},
     "local_sgd": {"kind": "local_sgd"},
 }
 NESTEROV = ("diloco", "streaming fp32", "streaming e3m0", "streaming int4", "eager")
