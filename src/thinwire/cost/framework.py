@@ -30,11 +30,13 @@ class Framework:
     """Chains of element-wise operations run as one kernel (torch.compile)."""
     whole_table_grad: bool = False
     """Each micro-batch makes the embedding's gradient as a whole table, not only the rows of its tokens."""
+    tied_units: bool = False
+    """A tied table stays whole from forward to backward, and the final norm is then a unit of its own."""
     logits_bytes: float = 12.0
     """Per logit at the peak: half-precision logits, fp32 log-softmax and its gradient, the half-precision gradient."""
 
 
-THINWIRE = Framework("thinwire", whole_table_grad=True)
+THINWIRE = Framework("thinwire", whole_table_grad=True, tied_units=True)
 MEGATRON_2021 = Framework(
     "Megatron-LM and Megatron-DeepSpeed, 2021-23",
     grad_wire_bytes=2.0,

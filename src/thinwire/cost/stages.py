@@ -47,8 +47,10 @@ def parameters_of(setting: Setting, kind: Kind, tensor: int) -> dict[str, float]
     found = {"block": setting.block_parameters / tensor}
     if kind.first:
         found["embedding"] = (table + positions) / tensor
-    if kind.last:  # the final norm, and the head if it is not the embedding
-        found["head"] = (spec.hidden + (0 if spec.tied and kind.first else table)) / tensor
+    if kind.last and not (spec.tied and kind.first):
+        found["head"] = (table + spec.hidden) / tensor
+    elif kind.last and setting.framework.tied_units:
+        found["head"] = spec.hidden / tensor
     return found
 
 

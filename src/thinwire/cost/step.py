@@ -136,7 +136,7 @@ def habit_of(setting: Setting, candidate: Candidate) -> Habit:
 def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> tuple[StageWork, ...]:
     """Every kind of stage with the moves of its units."""
     parameters = {counted: parameters_of(setting, counted.kind, candidate.tensor) for counted in core.stages}
-    resident = setting.spec.tied and candidate.pipeline == 1
+    resident = setting.spec.tied and candidate.pipeline == 1 and setting.framework.tied_units
     block_moves = unit_moves(parameters[core.stages[0]]["block"], setting, candidate, axes.states)
     found = []
     for counted in core.stages:
