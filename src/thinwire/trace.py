@@ -12,6 +12,8 @@ from typing import Any
 
 COMPUTE = "compute"
 """The lane of what is not communication."""
+STEPS = "steps"
+"""The lane that says which step it was, in traces of several."""
 
 
 @dataclass(frozen=True)

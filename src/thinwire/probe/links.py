@@ -61,8 +61,7 @@ def collectives(
         if level in full:
             continue
         sent = chunk * (world.fanout(level) - 1)
-        start = start_gather(world, level, chunk)
-        gathers[level, sent] = timed(world, effort.repeats, lambda: start().wait())  # noqa: B023
+        gathers[level, sent] = timed(world, effort.repeats, _awaited(start_gather(world, level, chunk)))
         reduces[level, sent] = timed(world, effort.repeats, _reduce(world, level, chunk))
         if median(gathers[level, sent]) > LONGEST_S:
             full.add(level)
@@ -80,6 +79,10 @@ def start_gather(world: World, level: int, chunk: int) -> Callable[[], Handle]:
     return start
 
 
+def _awaited(start: Callable[[], Handle]) -> Callable[[], None]:
+    return lambda: start().wait()
+
+
 def _reduce(world: World, level: int, chunk: int) -> Callable[[], None]:
     full_kn = torch.ones(world.fanout(level) * (chunk // 4), device=world.device)
 
@@ -95,20 +98,23 @@ def exchanges(world: World, chunk: int, repeats: int, progress: Progress) -> dic
     found = {}
     for level, one, other in pairs(world):
         progress(f"members {one} and {other} of {world.level_name(level)}")
-        group = world.group(level, "gather")
-        taking_part = world.coordinate(level) in (one, other)
-        assert group is not None
-        row_n = torch.ones(chunk // 4, device=world.device)
-        received_kn = torch.empty(2, chunk // 4, device=world.device)
-
-        def exchange() -> None:
-            if taking_part:  # noqa: B023
-                among, near = (one, other), world.neighbours(level)  # noqa: B023
-                for work in duplex.all_gather(received_kn, row_n, group=group, among=among, near=near):  # noqa: B023
-                    work.wait()
-
-        found[level, one, other] = timed(world, repeats, exchange)
+        found[level, one, other] = timed(world, repeats, _exchange(world, level, (one, other), chunk))
     return found
+
+
+def _exchange(world: World, level: int, among: tuple[int, int], chunk: int) -> Callable[[], None]:
+    """Does nothing on ranks of other members."""
+    group, near = world.group(level, "gather"), world.neighbours(level)
+    assert group is not None
+    row_n = torch.ones(chunk // 4, device=world.device)
+    received_kn = torch.empty(2, chunk // 4, device=world.device)
+
+    def exchange() -> None:
+        if world.coordinate(level) in among:
+            for work in duplex.all_gather(received_kn, row_n, group=group, among=among, near=near):
+                work.wait()
+
+    return exchange
 
 
 def beside(
@@ -131,21 +137,24 @@ def beside(
         found = sorted((sent, median(t)) for (at, sent), t in gathers.items() if at == level)
         sent, gather_s = max([each for each in found if each[1] <= _BESIDE_S] or found[:1])
         start = start_gather(world, level, sent // (world.fanout(level) - 1))
-        count = max(1, int(0.5 * gather_s / matmul_s))
-        compute = partial(_matmuls, a, count)
-
-        def both() -> None:
-            handle = start()  # noqa: B023
-            compute()  # noqa: B023
-            handle.wait()
-
+        compute = partial(_matmuls, a, max(1, int(0.5 * gather_s / matmul_s)))
         repeats = min(effort.repeats, 5)
-        alone_s = median(timed(world, repeats, compute))
-        gather_s = median(timed(world, repeats, lambda: start().wait()))  # noqa: B023
-        together = timed(world, repeats, both)
-        shares[level] = [min(1.0, max(0.0, 1.0 - (second - gather_s) / alone_s)) for second in together]
+        shares[level] = _shares(world, repeats, start, compute)
         slowdowns = _slowdowns(world, repeats, start, compute)
     return shares, slowdowns
+
+
+def _shares(world: World, repeats: int, start: Callable[[], Handle], compute: Callable[[], None]) -> Samples:
+    """Share of a gather that goes on while ranks compute."""
+
+    def both() -> None:
+        handle = start()
+        compute()
+        handle.wait()
+
+    alone_s = median(timed(world, repeats, compute))
+    gather_s = median(timed(world, repeats, _awaited(start)))
+    return [min(1.0, max(0.0, 1.0 - (second - gather_s) / alone_s)) for second in timed(world, repeats, both)]
 
 
 def meetings(world: World, effort: Effort, dtype: torch.dtype) -> Samples:

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from thinwire.report.figures import CAUSE_COLOURS, Figure, Trace
 from thinwire.report.predict import Predicted
 from thinwire.report.read import Run
-from thinwire.trace import COMPUTE, Span
+from thinwire.trace import COMPUTE, STEPS, Span
 
-_STEPS = "steps"
 _WIRE_COLOURS = {"gather": "#f97316", "refresh": "#e11d8f", "reduce": "#f59e0b"}
 _OTHER_COLOUR = "#94a3b8"
 
@@ -29,12 +28,12 @@ def course_of_a_step(run: Run, predicted: Predicted | str) -> Figure | None:
 def last_step(spans: Iterable[Span]) -> list[Span]:
     """The latest recorded step's spans, cut to it; times count from its beginning."""
     known = list(spans)
-    steps = [span for span in known if span.lane == _STEPS]
+    steps = [span for span in known if span.lane == STEPS]
     if not steps:
         return []
     whole = max(steps, key=lambda span: span.start_s)
     inside = [
-        span for span in known if span.lane != _STEPS and span.end_s > whole.start_s and span.start_s < whole.end_s
+        span for span in known if span.lane != STEPS and span.end_s > whole.start_s and span.start_s < whole.end_s
     ]
     return [
         Span(

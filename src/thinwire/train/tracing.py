@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thinwire.comm.ledger import Entry
-from thinwire.trace import COMPUTE, Span, write_trace
+from thinwire.trace import COMPUTE, STEPS, Span, write_trace
 from thinwire.train.clock import Lap
 from thinwire.units import show_bytes
 
-STEPS = "steps"
-"""The lane that says which step it was."""
 _WORDS = {"P-gather": "gather", "P-refresh": "refresh", "G-reduce": "reduce", "G-gather": "gather sums"}
 _WAITING = ("comm", "other")
 
