@@ -34,6 +34,11 @@ WIRES: dict[str, dict[str, Any]] = {
     "auto": {"partition": "auto"},
     "auto+int8": {"partition": "auto", "wire": {"weights": {"cluster": "int8"}, "grads": {"cluster": "int8"}}},
     "auto+int4": {"partition": "auto", "wire": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "int4"}}},
+    "auto+int4 kept": {
+        "partition": "auto",
+        "keep_gathered": True,
+        "wire": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "int4"}},
+    },
     "auto+lowrank4": {
         "partition": "auto",
         "wire": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "lowrank"}, "rank": 4},

@@ -23,7 +23,7 @@ def assembly(form: BlockFormat, target: str) -> str:
     encode = {"x_ptr": "*fp32", "coded_ptr": "*u8", **COUNTS, "first": "i64", "length": "fp32"}
     sums = {"coded_ptr": "*u8", "out_ptr": "*bf16", **COUNTS, "stride": "i64", "ranks": "i32", "length": "fp32"}
     made = ""
-    for kernel, arguments, values in ((encode_blocks, encode, encoding), (sum_blocks, sums, shape)):
+    for kernel, arguments, values in ((encode_blocks, encode, encoding), (sum_blocks, sums, {**shape, "ADD": True})):
         source = ASTSource(kernel, arguments | dict.fromkeys(values, "constexpr"), constexprs=values)
         compiled = triton.compile(source, target=TARGETS[target], options=kernels.OPTIONS)
         made += compiled.asm["ptx" if target == "cuda" else "amdgcn"]

@@ -107,6 +107,8 @@ class Wire(Frozen):
     """Numbers that share a scale."""
     rank: int = Field(default=4, ge=1)
     """Columns of the two matrices that `lowrank` sends for each one."""
+    rank_from: int = Field(default=2, ge=0)
+    """Steps at the start whose gradients are summed whole before `lowrank` begins (PyTorch: `start_powerSGD_iter`)."""
     rounding: Rounding = "nearest"
     error_feedback: bool = False
     """Carry what the outermost coded gradient hop loses over to the next step."""
@@ -131,6 +133,11 @@ class Wire(Frozen):
         return any(
             codec not in ("fp32", "bf16", "fp16", "lowrank") for codec in (*self.weights.values(), *self.grads.values())
         )
+
+    @property
+    def whole_steps(self) -> int:
+        """Steps at the start that send more than those after them."""
+        return self.rank_from if "lowrank" in self.grads.values() else 0
 
     def over(self, named: "Wire") -> "Wire":
         """This, and at levels that it does not name the codecs of `named`."""

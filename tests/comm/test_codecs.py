@@ -199,6 +199,10 @@ def test_sums_of_coded_rows_are_sums_of_what_they_decode_to(name: str, dtype: to
     for row in coded[1:]:
         expected += codec.decode(row, n, dtype)
     assert torch.equal(out, expected)
+    codec.sum_into(coded, out, add=True)
+    for row in coded:
+        expected += codec.decode(row, n, dtype)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("name", BLOCKED)

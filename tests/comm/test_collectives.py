@@ -22,10 +22,10 @@ def _against_twins(world: World) -> dict[str, dict[str, int]]:
         second.wait()
         assert torch.equal(gathered, dull.all_gather(shard, world=world, level=level))
         assert torch.allclose(reduced, dull.reduce_scatter(full, world=world, level=level), atol=1e-5)
-        odd = torch.randn(777)
-        expected = dull.all_reduce(odd, world=world, level=level)
-        all_reduce(odd, world=world, level=level, purpose="sum")
-        assert torch.allclose(odd, expected, atol=1e-5)
+        for x in (torch.randn(777), torch.randn(k * 120), torch.randn(k * 60, 2).t()):
+            expected = dull.all_reduce(x, world=world, level=level)
+            all_reduce(x, world=world, level=level, purpose="sum")
+            assert torch.allclose(x, expected, atol=1e-5)
     return world.ledger.drain().sent_bytes()
 
 
@@ -41,7 +41,7 @@ def test_collectives_equal_their_twins_and_send_the_least_bytes(
                 continue
             padded = -(-777 // k) * k
             assert sent[name]["gather"] == sent[name]["reduce"] == 4 * 1000 * (k - 1)
-            assert sent[name]["sum"] == 2 * 4 * (padded // k) * (k - 1)
+            assert sent[name]["sum"] == 2 * 4 * (padded // k + 2 * 120) * (k - 1)
 
 
 def _in_place(world: World) -> bool:

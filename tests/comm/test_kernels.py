@@ -74,10 +74,11 @@ def check(x: Tensor, form: BlockFormat, salt: int, device: torch.device, out: to
     rows = torch.stack([coded, blocks.encode(x.flip(0), form, salt + 1), blocks.encode(x * 0.3, form, salt + 2)])
     for received in (rows[:1], rows):
         expected, made = torch.empty(len(x), dtype=out), torch.empty(len(x), dtype=out, device=device)
-        blocks.sum_into(received, expected, form)
-        with np.errstate(all="ignore"):
-            kernels.sum_into(received.to(device), made, form)
-        assert same(made, expected)
+        for add in (False, True):
+            blocks.sum_into(received, expected, form, add=add)
+            with np.errstate(all="ignore"):
+                kernels.sum_into(received.to(device), made, form, add=add)
+            assert same(made, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

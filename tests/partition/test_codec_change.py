@@ -19,7 +19,7 @@ SETTINGS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "int4 and delta weights": (
         (0, 0, 1), {"grads": {"cluster": "int4"}, "weights": {"cluster": "delta-int4"}, "error_feedback": True}
     ),
-    "low rank": ((0, 0, 1), {"grads": {"cluster": "lowrank"}, "rank": 1, "weights": {"cluster": "bf16"}}),
+    "low rank": ((0, 0, 1), {"grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0, "weights": {"cluster": "bf16"}}),
     "int8, other blocks": ((-1, 0, 1), {"grads": {"node": "int8", "cluster": "int8"}, "block": 64}),
     "e3m0 by chance": ((-1, -1, 1), {"grads": {"cluster": "e3m0"}, "rounding": "stochastic", "error_feedback": True}),
 }  # fmt: skip

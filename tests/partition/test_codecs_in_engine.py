@@ -9,7 +9,7 @@ from partition_toy import Toy, adamw, plan_of, train, weights
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.partition.engine import shard
-from thinwire.partition.report import predicted_bytes
+from thinwire.partition.report import predicted_bytes, predicted_total
 from worlds import run_world
 
 STEPS = 3
@@ -22,11 +22,15 @@ WIRES: dict[str, tuple[tuple[int, int, int], dict[str, Any], float]] = {
     "replicas above": ((0, 0, 0), {"grads": {"cluster": "int8"}}, 0.02),
     "everywhere e3m0": ((-1, -1, -1), {"grads": {"node": "int8", "cluster": "e3m0"}}, 0.3),
     "hadamard by chance": ((0, 0, 1), {"grads": {"cluster": "int4-hadamard"}, "rounding": "stochastic"}, 0.2),
-    "low rank to the optimizer's shard": ((0, 0, 1), {"grads": {"cluster": "lowrank"}, "rank": 2}, 0.3),
-    "low rank between replicas": ((0, 0, 0), {"grads": {"node": "int8", "cluster": "lowrank"}, "rank": 2}, 0.3),
-    "low rank, nothing cut": ((-1, -1, -1), {"grads": {"cluster": "lowrank"}, "rank": 1}, 0.5),
+    "low rank to the optimizer's shard": ((0, 0, 1), {"grads": {"cluster": "lowrank"}, "rank": 2, "rank_from": 0}, 0.3),
+    "low rank between replicas": (
+        (0, 0, 0), {"grads": {"node": "int8", "cluster": "lowrank"}, "rank": 2, "rank_from": 0}, 0.3
+    ),
+    "low rank, nothing cut": ((-1, -1, -1), {"grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0}, 0.5),
     "low rank from whole to shard": (
-        (-1, -1, 1), {"grads": {"node": "int8", "cluster": "lowrank"}, "weights": {"cluster": "delta-int8"}, "rank": 3}, 0.3
+        (-1, -1, 1),
+        {"grads": {"node": "int8", "cluster": "lowrank"}, "weights": {"cluster": "delta-int8"}, "rank": 3, "rank_from": 0},
+        0.3,
     ),
     "deltas over two hops": ((-1, -1, 1), {"weights": {"node": "delta-int8", "cluster": "delta-int4"}}, 0.1),
 }  # fmt: skip
@@ -58,13 +62,35 @@ def test_coded_training_sends_the_formulas_bytes_and_stays_close(name: str) -> N
 def _rank_of_everything(world: World) -> None:
     for cut in ((0, 0, 1), (0, 0, 0), (-1, -1, -1)):
         exact = shard(Toy(), plan_of(world, cut), world)
-        coded = shard(Toy(), plan_of(world, cut, wire={"grads": {"cluster": "lowrank"}, "rank": 1000}), world)
+        coded = shard(
+            Toy(), plan_of(world, cut, wire={"grads": {"cluster": "lowrank"}, "rank": 1000, "rank_from": 0}), world
+        )
         assert train(coded, world, 1) == train(exact, world, 1), cut
         assert weights(coded) == weights(exact), cut
 
 
 def test_a_rank_that_no_matrix_gains_by_changes_no_bit() -> None:
     run_world((2, 2), _rank_of_everything)
+
+
+def _whole_at_first(world: World) -> None:
+    for cut in ((0, 0, 1), (0, 0, 0), (-1, -1, -1)):
+        exact = shard(Toy(), plan_of(world, cut), world)
+        coded = shard(Toy(), plan_of(world, cut, wire={"grads": {"cluster": "lowrank"}, "rank": 1}), world)
+        assert train(coded, world, 1, steps=2) == train(exact, world, 1, steps=2), cut
+        assert weights(coded) == weights(exact), cut
+        world.ledger.drain()
+        fresh = shard(Toy(), plan_of(world, cut, wire={"grads": {"cluster": "lowrank"}, "rank": 1}), world)
+        train(fresh, world, 1, steps=4)
+        counted, foreseen = world.ledger.drain().sent_bytes(), predicted_total(fresh, 0, 4)
+        for level, purposes in foreseen.items():
+            assert {purpose: counted[level][purpose] for purpose in purposes} == purposes, (cut, level)
+        two, four = (predicted_total(fresh, first, 2)["cluster"]["G-reduce"] for first in (0, 2))
+        assert two > four == 2 * predicted_bytes(fresh)["cluster"]["G-reduce"]
+
+
+def test_low_rank_begins_after_two_steps_whose_sums_are_whole() -> None:
+    run_world((2, 2), _whole_at_first)
 
 
 def _references(world: World) -> None:

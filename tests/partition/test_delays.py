@@ -22,7 +22,7 @@ SETTINGS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
         (0, 0, 1),
         {"wire": WIRE | {"error_feedback": True}, "keep_gathered": True},
     ),
-    "low rank": ((0, 0, 1), {"wire": {"grads": {"cluster": "lowrank"}, "rank": 1}}),
+    "low rank": ((0, 0, 1), {"wire": {"grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0}}),
     "gathers across both levels": ((1, 1, 1), {"wire": {"weights": {"cluster": "int8"}}, "keep_gathered": True}),
 }
 LATE = (None, 1, 2)

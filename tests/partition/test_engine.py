@@ -261,7 +261,7 @@ LOSSY = {
     "int4": {"grads": {"cluster": "int4"}, "error_feedback": True},
     "int4, stochastic": {"grads": {"cluster": "int4"}, "error_feedback": True, "rounding": "stochastic"},
     "bf16": {"grads": {"cluster": "bf16"}, "error_feedback": True},
-    "lowrank": {"grads": {"cluster": "lowrank"}, "rank": 1},
+    "lowrank": {"grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0},
 }
 
 

@@ -19,7 +19,7 @@ STEPS, CODECS = 3, ("int4", "int8", "int4-hadamard")
 SKIPS: dict[str, dict[str, Any]] = {
     "delta weights": {"weights": {"cluster": "delta-int4"}},
     "both ways": {"weights": {"cluster": "delta-int8"}, "grads": {"cluster": "int4"}, "error_feedback": True},
-    "low rank": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "lowrank"}, "rank": 1},
+    "low rank": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0},
 }
 
 

@@ -44,9 +44,9 @@ def test_masters_that_are_the_weights_are_said_to_be_them() -> None:
 
 
 def test_the_table_after_the_run_sets_what_was_counted_beside_the_formula() -> None:
-    predicted = {"node": {"P-gather": 512, "G-reduce": 1024}, "cluster": {"P-refresh": 100}}
+    predicted = {"node": {"P-gather": 5120, "G-reduce": 10240}, "cluster": {"P-refresh": 1000}}
     measured = {"node": {"P-gather": 5120, "control": 24}, "cluster": {"P-refresh": 999}}
-    assert rows(compare(predicted, measured, steps=10)) == [
+    assert rows(compare(predicted, measured)) == [
         ("node", "P-gather", "5 KiB", "5 KiB"),
         ("node", "G-reduce", "10 KiB", "0 B"),
         ("node", "control", "-", "24 B"),
@@ -56,7 +56,7 @@ def test_the_table_after_the_run_sets_what_was_counted_beside_the_formula() -> N
 
 def test_what_low_rank_sums_as_it_is_is_counted_and_told() -> None:
     """Rank 0's halves: 13 x 6 of each block's 88, five rows of the embedding's 34; norm and root have no matrix."""
-    toy = sharded((0, 0, 1), wire={"grads": {"cluster": "lowrank"}, "rank": 1})
+    toy = sharded((0, 0, 1), wire={"grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0})
     assert uncoded(toy) == {"cluster": Uncoded("lowrank", 3 * 10 + 4 + 6 + 4, 3 * 88 + 34 + 6 + 4)}
     assert rows(plan_table(toy))[-1] == ("not coded", "cluster (lowrank)", "44 of 308 numbers")
 

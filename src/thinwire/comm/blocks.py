@@ -73,8 +73,11 @@ def encode(x_n: Tensor, form: BlockFormat, salt: int) -> Tensor:
     return coded
 
 
-def sum_into(coded_rc: Tensor, out_n: Tensor, form: BlockFormat) -> None:
-    """`out_n` becomes the sum of what the rows decode to, in their order, each rounded to `out_n`'s type first."""
+def sum_into(coded_rc: Tensor, out_n: Tensor, form: BlockFormat, *, add: bool = False) -> None:
+    """`out_n` becomes the sum of what the rows decode to, in their order, each rounded to `out_n`'s type first.
+
+    With `add` the sum begins with what `out_n` holds.
+    """
     n, k, device = out_n.numel(), form.block, out_n.device
     if n == 0:
         return
@@ -90,7 +93,7 @@ def sum_into(coded_rc: Tensor, out_n: Tensor, form: BlockFormat) -> None:
     for target_n, codes, scales in of_chunk:
         for rank, (codes_c, scale_b1) in enumerate(zip(codes.unbind(), scales.unbind(), strict=True)):
             units_bk = expand(codes_c, len(scale_b1))
-            _add_product(target_n, units_bk, scale_b1, begin=rank == 0, rotate=expand.rotation)
+            _add_product(target_n, units_bk, scale_b1, begin=rank == 0 and not add, rotate=expand.rotation)
 
 
 def _add_product(target_n: Tensor, units_bk: Tensor, scale_b1: Tensor, *, begin: bool, rotate: Rotation | None) -> None:

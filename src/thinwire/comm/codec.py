@@ -23,8 +23,11 @@ class Codec(Protocol):
         """(wire_bytes(n),) uint8 -> (n,) of `dtype`."""
         ...
 
-    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
-        """`out_n` becomes the sum of what the rows of (r, wire_bytes(n)) uint8 decode to, in their order."""
+    def sum_into(self, coded_rc: Tensor, out_n: Tensor, *, add: bool = False) -> None:
+        """`out_n` becomes the sum of what the rows of (r, wire_bytes(n)) uint8 decode to, in their order.
+
+        With `add` the sum begins with what `out_n` holds.
+        """
         ...
 
     def wire_bytes(self, n: int) -> int:
@@ -43,9 +46,10 @@ class Identity:
     def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         return coded.view(dtype)
 
-    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
-        out_n.copy_(coded_rc[0].view(out_n.dtype))
-        for coded in coded_rc[1:]:
+    def sum_into(self, coded_rc: Tensor, out_n: Tensor, *, add: bool = False) -> None:
+        if not add:
+            out_n.copy_(coded_rc[0].view(out_n.dtype))
+        for coded in coded_rc if add else coded_rc[1:]:
             out_n.add_(coded.view(out_n.dtype))
 
     def wire_bytes(self, n: int) -> int:

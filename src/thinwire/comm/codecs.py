@@ -37,9 +37,10 @@ class Cast:
     def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         return coded.view(self._dtype).to(dtype)
 
-    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
-        out_n.copy_(coded_rc[0].view(self._dtype))
-        for coded in coded_rc[1:]:
+    def sum_into(self, coded_rc: Tensor, out_n: Tensor, *, add: bool = False) -> None:
+        if not add:
+            out_n.copy_(coded_rc[0].view(self._dtype))
+        for coded in coded_rc if add else coded_rc[1:]:
             out_n.add_(coded.view(self._dtype).to(out_n.dtype))
 
     def wire_bytes(self, n: int) -> int:
@@ -51,7 +52,7 @@ class Arithmetic(Protocol):
 
     def encode(self, x_n: Tensor, form: BlockFormat, salt: int) -> Tensor: ...
 
-    def sum_into(self, coded_rc: Tensor, out_n: Tensor, form: BlockFormat) -> None: ...
+    def sum_into(self, coded_rc: Tensor, out_n: Tensor, form: BlockFormat, *, add: bool = False) -> None: ...
 
 
 class Blocks:
@@ -76,9 +77,9 @@ class Blocks:
         self.sum_into(coded[None], out_n)
         return out_n
 
-    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
+    def sum_into(self, coded_rc: Tensor, out_n: Tensor, *, add: bool = False) -> None:
         """`out_n` becomes the sum of what the rows of (r, wire_bytes(n)) decode to, each rounded to its type first."""
-        self._on(out_n.device).sum_into(coded_rc, out_n, self.form)
+        self._on(out_n.device).sum_into(coded_rc, out_n, self.form, add=add)
 
     def _on(self, device: torch.device) -> Arithmetic:
         if device not in self._arithmetic:

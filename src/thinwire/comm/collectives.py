@@ -26,13 +26,21 @@ _DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8
 
 
 def all_gather(
-    out_kn: Tensor, shard_n: Tensor, *, world: World, level: int, purpose: str, codec: Codec = IDENTITY
+    out_kn: Tensor,
+    shard_n: Tensor,
+    *,
+    world: World,
+    level: int,
+    purpose: str,
+    codec: Codec = IDENTITY,
+    add: bool = False,
 ) -> Handle:
     """`out_kn` becomes the chunks of all ranks of the group in order; this rank's is `shard_n`.
 
     `shard_n` may be the right part of `out_kn` itself. With a codec every rank, the owner too, decodes what was sent,
-    so that all hold the same bits.
+    so that all hold the same bits; with `add` too, it is added to what `out_kn` holds.
     """
+    assert not (add and codec is IDENTITY)
     group, k = world.group(level, "gather"), world.fanout(level)
     assert out_kn.numel() == k * shard_n.numel(), (out_kn.shape, shard_n.shape, k)
     if group is None:
@@ -49,7 +57,7 @@ def all_gather(
 
     def finish() -> None:
         for part, chunk in zip(out_kn.view(k, n), received.view(k, 1, -1), strict=True):
-            codec.sum_into(chunk, part)
+            codec.sum_into(chunk, part, add=add)
 
     return Handle(world.outstanding, entry, works, finish=finish, keep=(coded, received))
 
@@ -103,17 +111,23 @@ def _sum(rows: Sequence[Tensor], out: Tensor, *, spare: Tensor) -> None:
 
 
 def all_reduce(x: Tensor, *, world: World, level: int, purpose: str, codec: Codec = IDENTITY) -> None:
-    """Sum `x` over the group of a level, in place: reduce-scatter and all-gather of a padded flat copy, waited for."""
+    """Sum `x` over the group of a level, in place: reduce-scatter and all-gather, waited for.
+
+    Of a padded copy, if `x` is not contiguous or its elements cannot be dealt out evenly.
+    """
     k = world.fanout(level)
     if world.group(level, "reduce") is None:
         return
     n = -(-x.numel() // k)
-    padded = torch.zeros(k * n, dtype=x.dtype, device=x.device)
-    padded[: x.numel()] = x.reshape(-1)
-    shard = torch.empty(n, dtype=x.dtype, device=x.device)
-    reduce_scatter(shard, padded, world=world, level=level, purpose=purpose, codec=codec).wait()
-    all_gather(padded, shard, world=world, level=level, purpose=purpose, codec=codec).wait()
-    x.copy_(padded[: x.numel()].view_as(x))
+    in_place = x.is_contiguous() and x.numel() == k * n
+    whole = x.view(-1) if in_place else torch.zeros(k * n, dtype=x.dtype, device=x.device)
+    if not in_place:
+        whole[: x.numel()] = x.reshape(-1)
+    mine = whole.view(k, n)[world.coordinate(level)]
+    reduce_scatter(mine, whole, world=world, level=level, purpose=purpose, codec=codec).wait()
+    all_gather(whole, mine, world=world, level=level, purpose=purpose, codec=codec).wait()
+    if not in_place:
+        x.copy_(whole[: x.numel()].view_as(x))
 
 
 def all_reduce_small(

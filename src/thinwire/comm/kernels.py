@@ -41,15 +41,18 @@ def encode(x_n: Tensor, form: BlockFormat, salt: int) -> Tensor:
     return coded
 
 
-def sum_into(coded_rc: Tensor, out_n: Tensor, form: BlockFormat) -> None:
-    """`out_n` becomes the sum of what the rows decode to, in their order, each rounded to `out_n`'s type first."""
+def sum_into(coded_rc: Tensor, out_n: Tensor, form: BlockFormat, *, add: bool = False) -> None:
+    """`out_n` becomes the sum of what the rows decode to, in their order, each rounded to `out_n`'s type first.
+
+    With `add` the sum begins with what `out_n` holds.
+    """
     n, target = out_n.numel(), out_n.contiguous()
     coded_rc = coded_rc if coded_rc.stride(1) == 1 else coded_rc.contiguous()
     if n:
         with torch.cuda.device_of(target):  # type: ignore[no-untyped-call]
             sum_blocks[_grid(n)](
                 coded_rc, target, n, -(-n // form.block), form.code_bytes(n), coded_rc.stride(0), len(coded_rc),
-                math.sqrt(form.block), **constants(form), **OPTIONS,
+                math.sqrt(form.block), **constants(form), ADD=add, **OPTIONS,
             )  # fmt: skip
     if target.data_ptr() != out_n.data_ptr():
         out_n.copy_(target)

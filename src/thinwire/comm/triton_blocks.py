@@ -145,17 +145,23 @@ def rounded(x, DTYPE: tl.constexpr):
 @triton.jit
 def sum_blocks(
     coded_ptr, out_ptr, n, blocks, codes_c, stride, ranks, length, R: tl.constexpr, K: tl.constexpr,
-    LOG2_K: tl.constexpr, NIBBLES: tl.constexpr, POWERS: tl.constexpr, ROTATE: tl.constexpr,
+    LOG2_K: tl.constexpr, NIBBLES: tl.constexpr, POWERS: tl.constexpr, ROTATE: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """n numbers: the sum over `ranks` rows, `stride` bytes apart, in their order and in the result's precision."""
+    """n numbers: the sum over `ranks` rows, `stride` bytes apart, in their order and in the result's precision.
+
+    With ADD it begins with what the result holds.
+    """
     row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     kept: tl.constexpr = out_ptr.dtype.element_ty
     added: tl.constexpr = tl.float64 if kept == tl.float64 else tl.float32
     total_RK = decoded(coded_ptr, row_R, blocks, codes_c, length, R, K, LOG2_K, NIBBLES, POWERS, ROTATE)
     total_RK = rounded(total_RK, kept)
+    at_RK = row_R[:, None] * K + tl.arange(0, K)[None, :]
+    if ADD:
+        held_RK = tl.load(out_ptr + at_RK, mask=at_RK < n, other=0)
+        total_RK = rounded(held_RK.to(added) + total_RK.to(added), kept)
     for _ in range(1, ranks):
         coded_ptr += stride
         x_RK = decoded(coded_ptr, row_R, blocks, codes_c, length, R, K, LOG2_K, NIBBLES, POWERS, ROTATE)
         total_RK = rounded(total_RK.to(added) + rounded(x_RK, kept).to(added), kept)
-    at_RK = row_R[:, None] * K + tl.arange(0, K)[None, :]
     tl.store(out_ptr + at_RK, total_RK, mask=at_RK < n)

@@ -25,6 +25,7 @@ from thinwire.partition.deferred import FirstValues
 from thinwire.partition.layout import Interval, Layout, Slot, interval, matrices_in
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
+from thinwire.partition.wire import LowRankHop
 from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, SPREAD, Flow
 
 _DRAWING = (P_GATHER, P_REFRESH, G_REDUCE, G_GATHER)
@@ -44,8 +45,7 @@ class Cut:
     """Levels whose weights travel as differences from what the receiver holds."""
     feedback_level: int | None
     """The gradient hop whose coding error is carried over to the next step."""
-    low_rank: tuple[int, int] | None = None
-    """The gradient hop, the last one, that sums matrices of low rank, and that rank."""
+    low_rank: LowRankHop | None = None
 
 
 class Flat:
@@ -95,17 +95,17 @@ class Flat:
 
     def _make_low_rank(self) -> LowRank | None:
         """What sums this buffer's gradients at the hop of low rank, if they take that hop."""
-        if self.cut.low_rank is None or not self.trained or self.world.fanout(self.cut.low_rank[0]) == 1:
+        hop = self.cut.low_rank
+        if hop is None or not self.trained or self.world.fanout(hop.level) == 1:
             return None
-        level, rank = self.cut.low_rank
-        part = self.at(level - 1)
-        matrices = [Matrix(*found) for found in matrices_in(self.layout, part, rank)]
+        part = self.at(hop.level - 1)
+        matrices = [Matrix(*found) for found in matrices_in(self.layout, part, hop.rank)]
         return LowRank(
             matrices,
             len(part),
-            rank=rank,
+            rank=hop.rank,
             world=self.world,
-            level=level,
+            level=hop.level,
             purposes=(G_REDUCE, G_GATHER),
             device=self._device,
         )
@@ -165,9 +165,15 @@ class Flat:
             codec.salt = (((self._step << 20) + self._number << 12) + draw) * self.world.size + who
         return codec
 
-    def flow(self, gathers: int) -> Flow:
-        """What the traffic formula needs to know of this buffer."""
-        low_rank = None if self.low_rank is None else (self.low_rank.level, self.low_rank.lengths)
+    def _low_rank_at(self, step: int) -> LowRank | None:
+        """What sums the gradients of a step at the hop of low rank; the first steps' are summed whole."""
+        begun = self.cut.low_rank is not None and step >= self.cut.low_rank.first_step
+        return self.low_rank if begun else None
+
+    def flow(self, gathers: int, step: int) -> Flow:
+        """What the traffic formula needs to know of this buffer in a step, counted from 0."""
+        summing = self._low_rank_at(step)
+        low_rank = None if summing is None else (summing.level, summing.lengths)
         return Flow(self.layout.numel, self.cut.lp, self.cut.lg, self.cut.lo, gathers, self.trained, low_rank)
 
     # -- weights -------------------------------------------------------------------------------------------------------
@@ -206,16 +212,16 @@ class Flat:
         if self._shared:
             return
         held, part = self.weights.data, self.master
-        for level in reversed(self._levels(self.cut.lp + 1, self.cut.lo)):
+        levels = self._levels(self.cut.lp + 1, self.cut.lo)
+        for level in reversed(levels):
             codec = IDENTITY if exact else self._coding(self.cut.weights, level, level, P_REFRESH)
             there = held[self.at(level - 1).inside(self.at(self.cut.lp))]
             if level in self.cut.delta_levels and not exact:
                 reference = held[self.at(level).inside(self.at(self.cut.lp))]
-                change = self._empty(self.at(level - 1), part.dtype)
-                yield all_gather(
-                    change, part - reference, world=self.world, level=level, purpose=P_REFRESH, codec=codec
-                )
-                part = there + change
+                change = part - reference
+                # In place at the last hop alone: the others' references are what is held before this refresh.
+                part = there.to(part.dtype, copy=level != levels[0])
+                yield all_gather(part, change, world=self.world, level=level, purpose=P_REFRESH, codec=codec, add=True)
             else:
                 sent = part.to(self._compute) if codec is IDENTITY else part
                 in_place = sent.dtype == held.dtype and not self.cut.delta_levels
@@ -327,11 +333,11 @@ class Flat:
                 (self.grads.copy_ if first else self.grads.add_)(part)
         if not last:
             return
-        part = self.grads
+        part, low_rank = self.grads, self._low_rank_at(self._step)
         for level in self._levels(self.cut.lg + 1, self.cut.lo):
             out = self._sums_at(level)
-            if self.low_rank is not None and level == self.low_rank.level:
-                yield from self.low_rank.reduce(out, part, self.at(level).inside(self.at(level - 1)))
+            if low_rank is not None and level == low_rank.level:
+                yield from low_rank.reduce(out, part, self.at(level).inside(self.at(level - 1)))
             else:
                 yield self._reduce(out, part, level)
             part = out
@@ -346,7 +352,7 @@ class Flat:
         """Sum over the replicas: reduce-scatter outwards, gather back inwards, each with the level's codec."""
         levels = self._levels(self.cut.lo + 1, len(self.world.cluster.levels) - 1)
         held = [self._sums_at(self.cut.lo)]
-        low_rank = self.low_rank if levels else None
+        low_rank = self._low_rank_at(self._step) if levels else None
         for level in levels if low_rank is None else levels[:-1]:
             held.append(self._sums_at(level))
             yield self._reduce(held[-1], held[-2], level)

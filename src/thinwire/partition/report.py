@@ -13,15 +13,31 @@ from thinwire.partition.unit import Unit
 from thinwire.traffic import step_bytes, total
 
 
-def predicted_bytes(sharded: Sharded) -> dict[str, dict[str, int]]:
-    """level name -> purpose -> bytes this rank sends in one optimizer step, by the formula of `traffic`."""
+def predicted_bytes(sharded: Sharded, step: int | None = None) -> dict[str, dict[str, int]]:
+    """level name -> purpose -> bytes this rank sends in an optimizer step, by the formula of `traffic`.
+
+    Steps are counted from 0; without one, it is any step after those that send more in the beginning.
+    """
     names = sharded.world.cluster.level_names
+    step = sharded.plan.wire.whole_steps if step is None else step
     flows = [
-        _flow_bytes(sharded, flat, _gathers(unit, sharded.plan.accumulate))
+        _flow_bytes(sharded, flat, _gathers(unit, sharded.plan.accumulate), step)
         for unit in sharded.units
         for flat in unit.flats
     ]
     return {names[level]: purposes for level, purposes in sorted(total(flows).items()) if purposes}
+
+
+def predicted_total(sharded: Sharded, first: int, steps: int) -> dict[str, dict[str, int]]:
+    """The same of `steps` steps from `first` on."""
+    whole = max(0, min(first + steps, sharded.plan.wire.whole_steps) - first)
+    sums: dict[str, dict[str, int]] = {}
+    for count, step in ((whole, 0), (steps - whole, None)):
+        for level, purposes in predicted_bytes(sharded, step).items() if count else ():
+            of_level = sums.setdefault(level, {})
+            for purpose, sent in purposes.items():
+                of_level[purpose] = of_level.get(purpose, 0) + count * sent
+    return sums
 
 
 def _gathers(unit: Unit, accumulate: int) -> int:
@@ -31,7 +47,7 @@ def _gathers(unit: Unit, accumulate: int) -> int:
     return accumulate if unit.resident else 2 * accumulate
 
 
-def _flow_bytes(sharded: Sharded, flat: Flat, gathers: int) -> dict[int, dict[str, int]]:
+def _flow_bytes(sharded: Sharded, flat: Flat, gathers: int, step: int) -> dict[int, dict[str, int]]:
     fanouts = [level.fanout for level in sharded.world.cluster.levels]
 
     def bytes_of(codec: Codec, element_bytes: int, n: int) -> int:
@@ -40,7 +56,9 @@ def _flow_bytes(sharded: Sharded, flat: Flat, gathers: int) -> dict[int, dict[st
     levels = range(len(fanouts))
     weights = [partial(bytes_of, flat.cut.weights.get(level, IDENTITY), flat.compute_bytes) for level in levels]
     grads = [partial(bytes_of, flat.cut.grads.get(level, IDENTITY), flat.master.element_size()) for level in levels]
-    return step_bytes(flat.flow(gathers), fanouts, accumulate=sharded.plan.accumulate, weights=weights, grads=grads)
+    return step_bytes(
+        flat.flow(gathers, step), fanouts, accumulate=sharded.plan.accumulate, weights=weights, grads=grads
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The codecs of a plan, per level index and direction."""
 
+from dataclasses import dataclass
+
 import torch
 
 from thinwire.comm.codec import Codec
@@ -32,7 +34,16 @@ def codecs_of(plan: Plan, master: torch.dtype) -> tuple[Codecs, Codecs, frozense
     return sides[0], sides[1], deltas
 
 
-def low_rank_of(plan: Plan) -> tuple[int, int] | None:
-    """(level index, rank) of the gradient hop that sums matrices of low rank, if there is one."""
+@dataclass(frozen=True)
+class LowRankHop:
+    """The gradient hop, the last one, that sums matrices of low rank: its level, that rank, and the step it begins at."""
+
+    level: int
+    rank: int
+    first_step: int
+
+
+def low_rank_of(plan: Plan) -> LowRankHop | None:
+    """The gradient hop that sums matrices of low rank, if there is one."""
     levels = [plan.level_names.index(level) for level, name in plan.wire.grads.items() if name == "lowrank"]
-    return (levels[0], plan.wire.rank) if levels else None
+    return LowRankHop(levels[0], plan.wire.rank, plan.wire.rank_from) if levels else None

@@ -40,9 +40,10 @@ class Run:
 
     @cached_property
     def latest(self) -> tuple[dict[str, Any], ...]:
-        """Steps since the newest start, its first one (which warms up) left out if there are others."""
+        """Steps since the newest start, left out if there are others: its first (it warms up), and those that send more."""
         since = [record for record in self.steps if record["step"] > self.start["step"]] or list(self.steps)
-        return tuple(since[1:] or since)
+        alike = [record for record in since[1:] if record["step"] > self.plan.wire.whole_steps]
+        return tuple(alike or since[1:] or since)
 
     @cached_property
     def seconds(self) -> dict[str, float]:

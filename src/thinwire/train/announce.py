@@ -51,12 +51,12 @@ def _codec(sharded: Sharded, level: str, purpose: str) -> str:
     return f" ({side[level]})" if level in side else ""
 
 
-def compare(predicted: dict[str, dict[str, int]], measured: dict[str, dict[str, int]], steps: int) -> Table:
-    """Predicted bytes of `steps` steps beside what the ledger counted; `control` and other purposes are shown too."""
+def compare(predicted: dict[str, dict[str, int]], measured: dict[str, dict[str, int]]) -> Table:
+    """Predicted bytes beside what the ledger counted; `control` and other purposes are shown too."""
     table = Table("level", "purpose", "predicted", "measured", title="bytes sent by rank 0", title_justify="left")
     for level in dict.fromkeys([*predicted, *measured]):
         of_level, counted = predicted.get(level, {}), measured.get(level, {})
         for purpose in dict.fromkeys([*of_level, *counted]):
-            said = show_bytes(of_level[purpose] * steps) if purpose in of_level else "-"
+            said = show_bytes(of_level[purpose]) if purpose in of_level else "-"
             table.add_row(level, purpose, said, show_bytes(counted.get(purpose, 0)))
     return table

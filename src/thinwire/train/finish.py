@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 from thinwire.data.tokenizer import Tokenizer
 from thinwire.model.generate import generate
-from thinwire.partition.report import predicted_bytes
+from thinwire.partition.report import predicted_total
 from thinwire.train.announce import compare
 from thinwire.train.assemble import Parts
 from thinwire.train.folder import EVENTS_FILE
@@ -27,7 +27,8 @@ def finish(job: Job, parts: Parts, saver: Saver, *, step: int, stopped: bool, by
     parts.telemetry.stop_line()
     parts.telemetry.show(parts.totals.table(rows))
     if parts.totals.wire:
-        parts.telemetry.show(compare(predicted_bytes(parts.sharded), parts.totals.wire, parts.totals.steps))
+        predicted = predicted_total(parts.sharded, step - parts.totals.steps, parts.totals.steps)
+        parts.telemetry.show(compare(predicted, parts.totals.wire))
     if text is not None:
         parts.telemetry.console.rule("sample", align="left")
         parts.telemetry.console.print(text, markup=False, highlight=False)
