@@ -30,8 +30,10 @@ packages:
 demo: $(READY)
 	$(BIN)/thinwire train $(DEMO) $(if $(FRESH),--fresh)
 
+# WORKERS at once: their worlds of ranks wait for one another much of the time.
+WORKERS ?= 3
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 # Job scripts on a real Slurm, started for the tests on this machine (installed first if need be; needs root).
 test-slurm: $(READY)

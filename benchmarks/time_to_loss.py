@@ -2,24 +2,29 @@
 
 DDP goes first, with each seed; its loss after `--steps` steps is the target. Every other side then trains on the same
 batches until its loss, looked at every `--every` steps, is at most that, or gives up after `--most` times as many
-steps. Evaluation is not timed. Bytes are the kernel's, out of the busier host, from the first step.
+steps. Evaluation is not timed. Bytes are the kernel's, out of the busier host, from the first step. What a step takes
+without any network is measured first, over `--every` steps.
 
-    OMP_NUM_THREADS=1 python benchmarks/time_to_loss.py --rate 100 --steps 60 --seeds 0 1 2
+    OMP_NUM_THREADS=1 python benchmarks/time_to_loss.py --rate 100 --steps 60 --seeds 0 1 2 --out docs/benchmarks
 """
 
 import argparse
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from driver import Result, drive
+from pages import Report, versions
+from pages import write as write_pages
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -38,7 +43,10 @@ from thin_rank import (
 
 from thinwire.lab.config import LabConfig
 from thinwire.lab.lab import Lab
+from thinwire.model.presets import preset
 
+PAGE = Report("time_to_loss", "To the loss of DDP, on a slow link", "held-out loss by seconds and by bytes")
+COLUMNS = ["side", "steps", "seconds", "of DDP's", "MB out of a host", "of DDP's"]
 BASE = "torch DDP"
 SLACK = 1e-3
 """Nats above DDP's loss that still meet it: sums in another order may not cost an exact method a whole look."""
@@ -77,9 +85,11 @@ def be_rank(job: dict[str, Any]) -> None:
     side.close()
 
 
-def measure(lab: Lab, options: argparse.Namespace, name: str, seed: int, target: float | None) -> Result:
+def measure(
+    lab: Lab, options: argparse.Namespace, name: str, seed: int, target: float | None, most: int | None = None
+) -> Result:
     """The looks at one side's loss, its error if it had one, and whether the last look met the target."""
-    most = options.steps if target is None else int(options.steps * options.most)
+    most = most or (options.steps if target is None else int(options.steps * options.most))
     job = {
         "side": name, "target": target, "most_steps": most, "every": options.every, "seed": seed, "model": options.model,
         "lr": options.lr, "sequences": options.sequences, "tokens": options.tokens, "accumulate": options.accumulate,
@@ -91,9 +101,10 @@ def measure(lab: Lab, options: argparse.Namespace, name: str, seed: int, target:
     return {"side": name, "seed": seed, "looks": looks, "error": error, "reached": reached and error is None}
 
 
-def run(options: argparse.Namespace) -> list[Result]:
-    seen = []
+def run(options: argparse.Namespace, each: Callable[[list[Result]], None]) -> list[Result]:
+    """The step without any network, then all sides, seed by seed. `each` sees what there is after every one."""
     with Lab(LabConfig(hosts=2, ranks_per_host=2)) as lab:
+        seen = [measure(lab, options, NO_NETWORK, options.seeds[0], None, most=options.every)]
         for seed in options.seeds:
             base = measure(lab, options, BASE, seed, None)
             if not base["reached"]:
@@ -104,13 +115,29 @@ def run(options: argparse.Namespace) -> list[Result]:
                 seen.append(measure(lab, options, name, seed, target))
                 last = seen[-1]["looks"][-1:] or [seen[-1]["error"]]
                 print(f"seed {seed}, target {target:.4f}: {name}: {last[0]}", flush=True)
+                each(seen)
     return seen
+
+
+def limits(seen: list[Result], options: argparse.Namespace) -> Result:
+    """What DDP's steps take at least: without any network, and for exact methods, which send 4 bytes a parameter."""
+    free = next((r["looks"][-1] for r in seen if r["side"] == NO_NETWORK and r["looks"]), None)
+    free_s = None if free is None else free["seconds"] / free["steps"]
+    least = 4 * preset(options.model).parameters
+    exact_s = max(free_s or 0.0, least / (options.rate * 1e6 / 8))
+    return {
+        "no_network_s": None if free_s is None else options.steps * free_s,
+        "exact_s": options.steps * exact_s,
+        "exact_mb": options.steps * least / 1e6,
+    }
 
 
 def cells(name: str, seen: list[Result]) -> list[str]:
     """Medians over the seeds; ratios are against DDP with the same seed."""
     base = {result["seed"]: result["looks"][-1] for result in seen if result["side"] == BASE}
     mine = [result for result in seen if result["side"] == name]
+    if not mine:
+        return [name, "not measured", "", "", "", ""]
     failed = [result for result in mine if not result["reached"]]
     if failed:
         looks = failed[0]["looks"]
@@ -132,15 +159,47 @@ def main() -> None:
         be_rank(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
         return
     options = parse()
-    seen = run(options)
-    table = Table("side", "steps", "seconds", "of DDP's", "MB out of a host", "of DDP's")
+    seen = run(options, lambda seen: write(seen, options))
+    table = Table(*COLUMNS)
     for name in [BASE, *options.sides]:
         table.add_row(*map(escape, cells(name, seen)))
-    Console(width=max(120, Console().width)).print(table)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        told = {"command": sys.argv[1:], "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "runs": seen}
-        (options.out / "time_to_loss.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    console = Console(width=max(120, Console().width))
+    console.print(table)
+    for line in lines(seen, options):
+        console.print(line)
+    write(seen, options)
+
+
+def lines(seen: list[Result], options: argparse.Namespace) -> list[str]:
+    """What stands below the table."""
+    bound = limits(seen, options)
+    free = bound["no_network_s"]
+    done = len({result["seed"] for result in seen if result["side"] != NO_NETWORK})
+    return [
+        f"{options.rate:g} Mbit/s between two hosts of two ranks; medians over {done} seed{'s' if done > 1 else ''}, ratios "
+        f"with the same seed. The loss is looked at every {options.every} steps.",
+        f"{options.steps} steps take at least "
+        + ("" if free is None else f"{free:.0f} s without any network, ")
+        + f"{bound['exact_s']:.0f} s and {bound['exact_mb']:.0f} MB out of each host with an exact fp32 method, without "
+        "headers.",
+    ]
+
+
+def write(seen: list[Result], options: argparse.Namespace) -> None:
+    """Into `--out`, if there is one. Matplotlib is needed for this alone."""
+    if options.out is None:
+        return
+    from time_figure import draw
+
+    report = {
+        "command": " ".join(["python", "benchmarks/time_to_loss.py", *(shlex.quote(word) for word in sys.argv[1:])]),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions("thinwire", "deepspeed", "torchft"),
+        "limits": limits(seen, options),
+        "runs": seen,
+    }
+    rows = [cells(name, seen) for name in [BASE, *options.sides]]
+    write_pages(PAGE, report, options.out, draw(report), COLUMNS, rows, lines(seen, options))
 
 
 def parse() -> argparse.Namespace:
@@ -161,7 +220,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--tokens", type=int, default=128)
     arguments.add_argument("--accumulate", type=int, default=1)
     arguments.add_argument("--lr", type=float, default=1e-3)
-    arguments.add_argument("--out", type=Path, help="folder for the JSON, say docs/benchmarks")
+    arguments.add_argument("--out", type=Path, help="folder for JSON, Markdown, PNG and HTML, say docs/benchmarks")
     options = arguments.parse_args()
     unknown = [name for name in options.sides if name not in SIDES]
     if unknown:

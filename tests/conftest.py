@@ -1,9 +1,14 @@
-"""Lets tests import their helpers by name; no test has a deadline; without a GPU, Triton's kernels are interpreted."""
+"""Lets tests import their helpers by name; no test has a deadline; without a GPU, Triton's kernels are interpreted.
+
+With several workers (`pytest -n`) the tests of a file share one, and so do all that build labs: they look for what labs
+leave behind on this machine.
+"""
 
 import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,3 +19,9 @@ if not torch.cuda.is_available():
 
 settings.register_profile("untimed", deadline=None)  # timings never decide a test
 settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        builds_labs = hasattr(getattr(item, "module", None), "need_lab")
+        item.add_marker(pytest.mark.xdist_group("labs" if builds_labs else item.nodeid.partition("::")[0]))

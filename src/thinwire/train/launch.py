@@ -43,7 +43,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
     Ranks take seconds to start, in which the kernel may give one of the latter away.
     """
-    for port in random.sample(range(_FIRST_PORT, _first_outgoing()), k=_TRIES):
+    for port in random.SystemRandom().sample(range(_FIRST_PORT, _first_outgoing()), k=_TRIES):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
             return port
