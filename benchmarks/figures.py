@@ -36,6 +36,6 @@ def draw(report: dict[str, Any]) -> Figure:
         panel.set_xlim(left=0.5 * min([*speeds, bound["exact_tokens_per_s"][rate]]))
         panel.set_ylim(-0.7, len(rows) - 0.3)
         panel.set_yticks(range(len(rows)), [row["side"] for row in rows])
-    panels[0].legend(loc="lower right", fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle("2 hosts x 2 ranks, one slow link between the hosts")
     return figure

@@ -28,6 +28,7 @@ def deepspeed_zero(setting: Setting, stage: int) -> Side:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": setting.accumulate,
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # by default 1; no other side clips
         "zero_optimization": {"stage": stage},
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr)
