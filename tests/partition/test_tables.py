@@ -9,8 +9,9 @@ from rich.table import Table
 from partition_toy import Toy, plan_of
 from thinwire.comm.world import World
 from thinwire.partition.engine import Sharded, shard
-from thinwire.partition.report import Uncoded, idle_codecs, uncoded
+from thinwire.partition.report import Uncoded, idle_codecs, predicted_bytes, uncoded
 from thinwire.train.announce import compare, plan_table
+from thinwire.units import show_bytes
 from worlds import cluster_of
 
 
@@ -59,6 +60,17 @@ def test_what_low_rank_sums_as_it_is_is_counted_and_told() -> None:
     toy = sharded((0, 0, 1), wire={"grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0})
     assert uncoded(toy) == {"cluster": Uncoded("lowrank", 3 * 10 + 4 + 6 + 4, 3 * 88 + 34 + 6 + 4)}
     assert rows(plan_table(toy))[-1] == ("not coded", "cluster (lowrank)", "44 of 308 numbers")
+
+
+def test_steps_that_are_summed_whole_before_low_rank_begins_are_told() -> None:
+    """They send what the same cut sends without any codec."""
+    wire = {"grads": {"cluster": "lowrank"}, "rank": 1}
+    plain = predicted_bytes(sharded((0, 0, 1)))["cluster"]["G-reduce"]
+    said = [row for row in rows(plan_table(sharded((0, 0, 1), wire=wire))) if row[0].startswith("gradients")]
+    assert said == [("gradients, first 2 steps", "cluster (whole)", show_bytes(plain))]
+    assert not any(
+        row[0].startswith("gradients") for row in rows(plan_table(sharded((0, 0, 1), wire={**wire, "rank_from": 0})))
+    )
 
 
 def test_a_rank_that_no_matrix_gains_by_leaves_everything_uncoded() -> None:

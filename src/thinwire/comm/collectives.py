@@ -40,8 +40,8 @@ def all_gather(
     `shard_n` may be the right part of `out_kn` itself. With a codec every rank, the owner too, decodes what was sent,
     so that all hold the same bits; with `add` too, it is added to what `out_kn` holds.
     """
-    assert not (add and codec is IDENTITY)
     group, k = world.group(level, "gather"), world.fanout(level)
+    assert not add or (codec is not IDENTITY and group is not None)
     assert out_kn.numel() == k * shard_n.numel(), (out_kn.shape, shard_n.shape, k)
     if group is None:
         return _alone(world, out_kn, shard_n)

@@ -6,7 +6,7 @@ synchronise rarely. `data` is what is left of the ranks. Depths of the partition
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from thinwire.cluster.calibration import Calibration
 from thinwire.cluster.cluster import Cluster
@@ -66,15 +66,6 @@ class Sync:
         return cluster.ranks // cluster.ranks_within(self.level - 1)
 
 
-class Cut(NamedTuple):
-    """What of a candidate decides how a unit's states move."""
-
-    depths: tuple[int, int, int]
-    keep_gathered: bool
-    weights: tuple[CodecName | None, ...]
-    grads: tuple[CodecName | None, ...]
-
-
 @dataclass(frozen=True)
 class Candidate:
     """Every decision. Depths (lp, lg, lo): -1 is a replica, else the index of the level up to which a state is cut."""
@@ -109,10 +100,6 @@ class Candidate:
             weights=tuple(weights.get(name) for name in plan.level_names) if weights else (),
             grads=tuple(grads.get(name) for name in plan.level_names) if grads else (),
         )
-
-    @property
-    def cut(self) -> Cut:
-        return Cut(self.depths, self.keep_gathered, self.weights, self.grads)
 
     def groups(self, cluster: Cluster) -> int:
         return self.sync.groups(cluster) if self.sync else 1

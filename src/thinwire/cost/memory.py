@@ -119,7 +119,7 @@ def cuts(candidate: Candidate, hops: tuple[Hop, ...]) -> tuple[int, int, int]:
     cumulative = [1]
     for hop in hops:
         cumulative.append(cumulative[-1] * hop.fanout)
-    lp, lg, lo = hop_depths(candidate.depths, hops)
+    lp, lg, lo = hop_depths(candidate, hops)
     return cumulative[lp + 1], cumulative[lg + 1], cumulative[lo + 1]
 
 

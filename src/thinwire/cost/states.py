@@ -6,9 +6,9 @@ travel under a codec also cost device memory traffic for coding and decoding.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
-from thinwire.cost.candidate import Candidate, Cut, Setting
+from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.device import touch_s
 from thinwire.cost.placement import Hop
 from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, Flow, WireBytes, step_bytes
@@ -45,18 +45,18 @@ class UnitMoves:
     """Once a step: the last reductions' way beyond those of each micro-batch, new weights, and kept ones' gather."""
 
 
-def hop_depths(depths: tuple[int, int, int], hops: Sequence[Hop]) -> tuple[int, int, int]:
+def hop_depths(candidate: Candidate, hops: Sequence[Hop]) -> tuple[int, int, int]:
     """(lp, lg, lo) counted in hops of the data axis."""
-    lp, lg, lo = (sum(1 for hop in hops if hop.level <= depth) - 1 for depth in depths)
+    lp, lg, lo = (sum(1 for hop in hops if hop.level <= depth) - 1 for depth in candidate.depths)
     return lp, lg, lo
 
 
-def padded(elements: float, cut: Cut, hops: Sequence[Hop]) -> int:
+def padded(elements: float, candidate: Candidate, hops: Sequence[Hop]) -> int:
     """Elements of a flat buffer: rounded up as the engine does it."""
     ranks = 1
     for hop in hops:
         ranks *= hop.fanout
-    multiple = ranks * (BLOCK if _coded(cut) else 1)
+    multiple = ranks * (BLOCK if _coded(candidate) else 1)
     return -(-round(elements) // multiple) * multiple
 
 
@@ -73,11 +73,10 @@ def unit_bytes(
 
     A `resident` unit stays whole from forward to backward because no single module spans its uses.
     """
-    cut = candidate.cut
-    lp, lg, lo = hop_depths(cut.depths, hops)
-    gathers = 0 if lp < 0 else 1 if cut.keep_gathered else (1 if resident else 2) * accumulate
-    flow = Flow(padded(elements, cut, hops), lp, lg, lo, gathers, True)
-    weights, grads = _formats(setting, cut, hops)
+    lp, lg, lo = hop_depths(candidate, hops)
+    gathers = 0 if lp < 0 else 1 if candidate.keep_gathered else (1 if resident else 2) * accumulate
+    flow = Flow(padded(elements, candidate, hops), lp, lg, lo, gathers, True)
+    weights, grads = _formats(setting, candidate, hops)
     found = step_bytes(flow, [hop.fanout for hop in hops], accumulate=accumulate, weights=weights, grads=grads)
     return {hops[index].level: purposes for index, purposes in found.items() if purposes}
 
@@ -99,17 +98,14 @@ class _Chain:
 
 
 def unit_moves(
-    elements: float, setting: Setting, candidate: Candidate, hops: tuple[Hop, ...], *, resident: bool = False
+    elements: float, setting: Setting, candidate: Candidate, hops: Sequence[Hop], *, resident: bool = False
 ) -> UnitMoves:
     """Seconds of each chain of a unit of so many elements."""
-    return _moves(elements, setting, candidate.cut, hops, resident) if hops and elements else UnitMoves()
-
-
-@lru_cache(maxsize=1 << 14)
-def _moves(elements: float, setting: Setting, cut: Cut, hops: tuple[Hop, ...], resident: bool) -> UnitMoves:
-    lp, lg, lo = hop_depths(cut.depths, hops)
-    flow = Flow(padded(elements, cut, hops), lp, lg, lo, 1, True)
-    weights, grads = _formats(setting, cut, hops)
+    if not hops or elements == 0:
+        return UnitMoves()
+    lp, lg, lo = hop_depths(candidate, hops)
+    flow = Flow(padded(elements, candidate, hops), lp, lg, lo, 1, True)
+    weights, grads = _formats(setting, candidate, hops)
     once = step_bytes(flow, [hop.fanout for hop in hops], accumulate=1, weights=weights, grads=grads)
     held = [flow.numel]
     for hop in hops:
@@ -137,12 +133,14 @@ def _moves(elements: float, setting: Setting, cut: Cut, hops: tuple[Hop, ...], r
 
     every = range(len(hops))
     inward = every[::-1]
-    gather = chain(inward, P_GATHER, cut.weights)
-    each = chain([i for i in every if i <= lg], G_REDUCE, cut.grads)
-    outside = chain([i for i in every if i > lg], G_REDUCE, cut.grads).plus(chain(inward, G_GATHER, cut.grads))
-    refresh = chain(inward, P_REFRESH, cut.weights)
+    gather = chain(inward, P_GATHER, candidate.weights)
+    each = chain([i for i in every if i <= lg], G_REDUCE, candidate.grads)
+    outside = chain([i for i in every if i > lg], G_REDUCE, candidate.grads).plus(
+        chain(inward, G_GATHER, candidate.grads)
+    )
+    refresh = chain(inward, P_REFRESH, candidate.weights)
     collect = setting.calibration.collect_s * flow.numel
-    kept = cut.keep_gathered
+    kept = candidate.keep_gathered
     forward = _Chain() if kept else gather
     backward = each if kept or resident else each.plus(gather)
     # Where a chain that comes once a step meets another one's ranks there anyway, they meet once.
@@ -179,14 +177,14 @@ def _codec(codecs: Sequence[str | None], hop: Hop) -> str | None:
     return codecs[hop.level] if hop.level < len(codecs) else None
 
 
-def _coded(cut: Cut) -> bool:
-    return any(codec not in (None, "fp32", "bf16", "fp16") for codec in (*cut.weights, *cut.grads))
+def _coded(candidate: Candidate) -> bool:
+    return any(codec not in (None, "fp32", "bf16", "fp16") for codec in (*candidate.weights, *candidate.grads))
 
 
-def _formats(setting: Setting, cut: Cut, hops: Sequence[Hop]) -> tuple[list[WireBytes], list[WireBytes]]:
+def _formats(setting: Setting, candidate: Candidate, hops: Sequence[Hop]) -> tuple[list[WireBytes], list[WireBytes]]:
     plain_weight, plain_grad = setting.compute_bytes, round(setting.framework.grad_wire_bytes)
-    weights: list[WireBytes] = [partial(_wire, _codec(cut.weights, hop), plain_weight) for hop in hops]
-    grads: list[WireBytes] = [partial(_wire, _codec(cut.grads, hop), plain_grad) for hop in hops]
+    weights: list[WireBytes] = [partial(_wire, _codec(candidate.weights, hop), plain_weight) for hop in hops]
+    grads: list[WireBytes] = [partial(_wire, _codec(candidate.grads, hop), plain_grad) for hop in hops]
     return weights, grads
 
 

@@ -22,6 +22,11 @@ def plan_table(sharded: Sharded, sync: OuterSync | None = None) -> Table:
         for purpose, count in purposes.items():
             codec = _codec(sharded, level, purpose)
             table.add_row(f"{purpose} a step", f"{level}{codec}", show_bytes(count))
+    first = sharded.plan.wire.whole_steps
+    for level, purposes in predicted_bytes(sharded, 0).items() if first else ():
+        whole = sum(count for purpose, count in purposes.items() if purpose.startswith("G-"))
+        if sharded.plan.wire.grads.get(level) == "lowrank":
+            table.add_row(f"gradients, first {first} steps", f"{level} (whole)", show_bytes(whole))
     table.add_section()
     for level, left in uncoded(sharded).items():
         table.add_row("not coded", f"{level} ({left.codec})", f"{left.numbers:,} of {left.of:,} numbers")
