@@ -31,8 +31,8 @@ class Browser:
         self._events: list[dict[str, Any]] = []
         self._session: str | None = None
         self._socket = websocket.create_connection(self._address(), timeout=60)
-        target = self._call("Target.getTargets")["targetInfos"][0]["targetId"]
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        targets = self._call("Target.getTargets", filter=[{"type": "page"}])["targetInfos"]
+        self._session = self._call("Target.attachToTarget", targetId=targets[0]["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
 
