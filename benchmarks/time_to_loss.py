@@ -5,7 +5,7 @@ batches until its loss, looked at every `--every` steps, is at most that, or giv
 steps. Evaluation is not timed. Bytes are the kernel's, out of the busier host, from the first step. What a step takes
 without any network is measured first, over `--every` steps.
 
-    OMP_NUM_THREADS=1 python benchmarks/time_to_loss.py --rate 100 --steps 60 --seeds 0 1 2 --out docs/benchmarks
+    OMP_NUM_THREADS=1 python benchmarks/time_to_loss.py --steps 40 --every 10 --inner-steps 10 --out docs/benchmarks
 """
 
 import argparse
