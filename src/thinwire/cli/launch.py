@@ -48,14 +48,10 @@ def slurm(
     from thinwire.errors import ConfigError
     from thinwire.launchers.slurm import SlurmRequest, run_folders, script
     from thinwire.launchers.submit import submit as hand_over
-    from thinwire.units import parse_seconds
 
     if per not in ("rank", "node"):
         raise ConfigError(f"--per {per} is unknown; there are rank and node")
-    try:
-        lead_s = parse_seconds(stop_before)
-    except ValueError as error:
-        raise ConfigError(f"--stop-before: {error}") from None
+    lead_s = _seconds("--stop-before", stop_before)
     allocation, job = _checked(run_file, settings or [], nodes, ranks_per_node, array)
     gpus = job.cluster.device.kind == "cuda"
     run, logs = run_folders(job.folder, array, settings or [])
@@ -150,3 +146,14 @@ def _checked(
         levels = [allocation.levels(str(count))] if allocation.from_nodes else []
         jobs.append(resolve(run_file, read_config(run_file, [*plain, *levels])))
     return allocation, jobs[0]
+
+
+def _seconds(option: str, text: str) -> float:
+    """What an option's duration is in seconds. Raises ConfigError."""
+    from thinwire.errors import ConfigError
+    from thinwire.units import parse_seconds
+
+    try:
+        return parse_seconds(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None

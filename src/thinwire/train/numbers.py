@@ -21,6 +21,7 @@ def peak_flops_per_s(device: Device, dtype: torch.dtype) -> tuple[float, str]:
     where = "cuda" if device.kind == "cuda" else "cpu"
     size = _PROBE_SIZE[where]
     a = torch.rand(size, size, dtype=dtype, device=where)
+    a @ a  # the first product loads libraries and starts threads, which may take longer than all the others
     best_s, end_s = float("inf"), time.perf_counter() + _PROBE_S
     while time.perf_counter() < end_s:
         start_s = time.perf_counter()
