@@ -10,8 +10,7 @@ Curve = Sequence[Mapping[str, Any]]
 COLOURS = {
     "data-parallel": "black", "no exchange": "#888888", "diloco": "#1b6ca8", "streaming fp32": "#2e8b57",
     "streaming e3m0": "#e39b00",
-    "streaming int4": "#8e5ea2", "eager": "#b3261e", "co2": "#00a6a6", "co2, momentum 0.5": "#7fd1d1",
-    "local_sgd": "#e377c2",
+    "streaming int4": "#8e5ea2", "eager": "#b3261e", "co2": "#00a6a6",
 }  # fmt: skip
 SHOWN_OF_FALL = 0.75
 """Losses above this share of the way down from the start to the best are left out of the picture."""

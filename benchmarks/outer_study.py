@@ -43,15 +43,14 @@ KINDS: dict[str, dict[str, str]] = {
     "streaming int4": {"kind": "streaming_diloco", "codec": "int4"},
     "eager": {"kind": "eager"},
     "co2": {"kind": "co2"},
-    "co2, momentum 0.5": {"kind": "co2", "outer_momentum": "0.5"},
-    "local_sgd": {"kind": "local_sgd"},
 }
 NESTEROV = ("diloco", "streaming fp32", "streaming e3m0", "streaming int4", "eager")
-"""The kinds that share an outer optimizer; CO2 brings its own, and local SGD, plain averaging, has none."""
-MODEL = {
-    "preset": "llama-1m", "hidden": 32, "layers": 4, "heads": 2, "kv_heads": 2, "head_size": 16, "ffn": 96,
-}  # fmt: skip
-SETTING = ("steps", "sequences", "tokens", "lr", "warmup_steps", "outer_lr", "outer_momentum", "look", "eval_sequences")
+"""The kinds that share an outer optimizer; CO2 brings its own."""
+HEAD = 16
+SETTING = (
+    "hidden", "layers", "steps", "sequences", "tokens", "lr", "warmup_steps", "outer_lr", "outer_momentum", "look",
+    "eval_sequences",
+)  # fmt: skip
 """The options that all runs of a study share."""
 
 
@@ -87,7 +86,7 @@ def settings(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, A
     ranks, share = (1 if run.kind == ALONE else run.groups), options.sequences // run.groups
     rounds = -(-options.look // run.inner_steps)
     return {
-        **{f"model.{key}": value for key, value in MODEL.items()}, "model.max_tokens": options.tokens,
+        **model(options),
         "data.path": options.corpus, "data.tokenizer": "bytes",
         "batch.sequences": share * ranks, "batch.micro_batch": share, "batch.tokens": options.tokens,
         "optimizer.lr": options.lr, "schedule.kind": "cosine", "schedule.warmup_steps": options.warmup_steps,
@@ -95,6 +94,16 @@ def settings(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, A
         **{f"plan.sync.{key}": value for key, value in sync.items()},
         "run.folder": folder, "run.steps": options.steps, "run.seed": run.seed,
         "run.eval_every": rounds * run.inner_steps, "run.eval_sequences": options.eval_sequences,
+    }  # fmt: skip
+
+
+def model(options: argparse.Namespace) -> dict[str, Any]:
+    """A Llama with heads of 16 and feed-forward layers of three times its width."""
+    heads = options.hidden // HEAD
+    return {
+        "model.preset": "llama-1m", "model.hidden": options.hidden, "model.layers": options.layers, "model.heads": heads,
+        "model.kv_heads": heads, "model.head_size": HEAD, "model.ffn": 3 * options.hidden,
+        "model.max_tokens": options.tokens,
     }  # fmt: skip
 
 
@@ -194,7 +203,7 @@ def report_of(records: list[Record], rows: list[Record], options: argparse.Names
         "command": " ".join(["python", "benchmarks/outer_study.py", *map(shlex.quote, words)]),
         "date": time.strftime("%Y-%m-%d"), "versions": versions("thinwire"),
         "options": {key: value for key, value in vars(options).items() if key not in ("out", "at_most", "jobs")},
-        "model": MODEL, "parameters": records[0]["parameters"], "rows": rows,
+        "parameters": records[0]["parameters"], "rows": rows,
     }  # fmt: skip
 
 
@@ -205,14 +214,16 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     arguments.add_argument("--groups", type=int, nargs="+", default=[2, 4], help="M")
     arguments.add_argument("--inner-steps", type=int, nargs="+", default=[30, 100], help="H")
     arguments.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help=f"besides {BASE}, the base")
-    arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
+    arguments.add_argument("--hidden", type=int, default=64, help=f"width of the model, a multiple of {HEAD}")
+    arguments.add_argument("--layers", type=int, default=4, help="of the model")
     arguments.add_argument("--steps", type=int, default=1200)
-    arguments.add_argument("--sequences", type=int, default=8, help="of all groups together in a step")
+    arguments.add_argument("--sequences", type=int, default=64, help="of all groups together in a step")
     arguments.add_argument("--tokens", type=int, default=64, help="of a sequence")
-    arguments.add_argument("--lr", type=float, default=5e-3, help="of the inner optimizer, cosine")
+    arguments.add_argument("--lr", type=float, default=4e-3, help="of the inner optimizer, cosine")
     arguments.add_argument("--warmup-steps", type=int, default=60)
-    arguments.add_argument("--outer-lr", type=float, default=0.6, help="of the kinds with Nesterov momentum")
-    arguments.add_argument("--outer-momentum", type=float, default=0.6, help="likewise; the default of a run is 0.9")
+    arguments.add_argument("--outer-lr", type=float, default=0.4, help="of the kinds with Nesterov momentum")
+    arguments.add_argument("--outer-momentum", type=float, default=0.9, help="likewise")
     arguments.add_argument("--look", type=int, default=50, help="least steps between two validations")
     arguments.add_argument("--eval-sequences", type=int, default=256)
     arguments.add_argument("--jobs", type=int, default=1, help="runs made at the same time")
@@ -224,6 +235,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
             arguments.error(
                 f"--steps = {options.steps} is not a multiple of H = {inner_steps}: the last steps would not count"
             )
+    if options.hidden % HEAD:
+        arguments.error(f"--hidden = {options.hidden} is not a multiple of {HEAD}")
     for groups in options.groups:
         if options.sequences % groups:
             arguments.error(f"--sequences = {options.sequences} cannot be split over {groups} groups")
