@@ -20,18 +20,21 @@ class Flight:
         """Names of the levels whose links the hops in flight are on."""
         return {handle.level for _, handle in self._under_way if handle.level is not None}
 
-    def advance(self) -> None:
-        """Wait for the hop in flight of every chain and issue its next one, if there is one."""
-        going_on = []
+    def advance(self) -> float:
+        """Wait for the hop in flight of every chain and issue its next one, if there is one; seconds waited."""
+        going_on, waited_s = [], 0.0
         for chain, handle in self._under_way:
-            handle.wait()
+            waited_s += handle.wait()
             going_on += _issued((chain,))
         self._under_way = going_on
+        return waited_s
 
-    def land(self) -> None:
-        """Advance to the end."""
+    def land(self) -> float:
+        """Advance to the end; seconds waited."""
+        waited_s = 0.0
         while not self.landed:
-            self.advance()
+            waited_s += self.advance()
+        return waited_s
 
 
 def _issued(chains: tuple[Iterator[Handle], ...]) -> list[tuple[Iterator[Handle], Handle]]:

@@ -42,21 +42,26 @@ class Handle:
         """Name of the level whose links carry it; None if nothing is sent."""
         return None if self._entry is None else self._entry.level
 
-    def wait(self) -> None:
-        """Block until the result is in place. Calling it twice is a bug, and raises AssertionError."""
+    def wait(self) -> float:
+        """Block until the result is in place; seconds until it came, without what `finish` makes of it.
+
+        Calling it twice is a bug, and raises AssertionError.
+        """
         assert not self._waited, f"handle waited for twice: {self._entry}"
         start_s = time.perf_counter()
         for work in self._works:
             work.wait()
+        now_s = time.perf_counter()
+        waited_s = now_s - start_s
         if self._entry is not None:
-            now_s = time.perf_counter()
             self._entry.finished_s = now_s
-            self._entry.exposed_s += now_s - start_s
+            self._entry.exposed_s += waited_s
         if self._finish is not None:
             self._finish()
         self._waited = True
         self._outstanding.discard(self)
         self._works, self._keep, self._finish = [], (), None
+        return waited_s
 
     def __repr__(self) -> str:
         return f"Handle({self._entry})"

@@ -79,7 +79,7 @@ def start_gather(world: World, level: int, chunk: int) -> Callable[[], Handle]:
     return start
 
 
-def _awaited(start: Callable[[], Handle]) -> Callable[[], None]:
+def _awaited(start: Callable[[], Handle]) -> Callable[[], float]:
     return lambda: start().wait()
 
 

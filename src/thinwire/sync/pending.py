@@ -1,6 +1,5 @@
 """What is under way: an exchange of one fragment with all cliques of this rank, from its sending to its applying."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -59,22 +58,19 @@ class Pending:
     hops: int = 1
     landed: bool = False
     stall_s: float = 0.0
-    """Seconds for which training stood still because it was late."""
+    """Seconds for which this rank waited for messages that were late, without what it makes of them."""
 
     def advance(self) -> None:
         """Issue the second hop; waits for the first if it is late."""
-        start_s = time.perf_counter()
         for part in self.parts:
-            part.flight.advance()
+            self.stall_s += part.flight.advance()
         self.hops -= 1
-        self.stall_s += time.perf_counter() - start_s
 
     def land(self) -> set[int]:
         """Wait for all of it and take it in: the groups that a clique of this rank found astray."""
-        start_s = time.perf_counter()
         astray: set[int] = set()
         for part in self.parts:
-            part.flight.land()
+            self.stall_s += part.flight.land()
             weights = part.outcome.weights
             self.groups = min(self.groups, sum(weight > 0 for weight in weights.values()))
             fill(self.change, part.places, part.outcome.change)
@@ -84,7 +80,6 @@ class Pending:
             self.counted.append((part.places, by_group))
             astray |= set(part.outcome.astray)
         self.parts, self.landed = [], True
-        self.stall_s += time.perf_counter() - start_s
         return astray
 
 
