@@ -36,15 +36,8 @@ def test_runs_on_the_calibrated_cluster_are_within_ten_percent_of_default_consta
         assert validate.score(rows, lambda row: predict(row.measured, Calibration())).mean < 0.05
 
 
-def test_measured_memory_is_within_eight_percent_where_the_targets_are_met(validate: ModuleType) -> None:
-    found = validate.held_out(validate.published.internevo_memory(), "model", validate.internevo_bytes)
-    assert found.mean <= 0.08
-    rows = [row for row in validate.published.torchtitan("peak_memory") if row["precision"] == "bf16"]
-    assert validate.score(rows, validate.memory_of).mean <= 0.08
-
-
-@pytest.mark.parametrize("dataset", ["diloco"])
-def test_the_published_bandwidth_table_is_met(dataset: str, validate: ModuleType) -> None:
+@pytest.mark.parametrize("dataset", ["diloco", "memory"])
+def test_published_bandwidths_and_memory_are_met(dataset: str, validate: ModuleType) -> None:
     report = validate.Report()
     validate.DATASETS[dataset](report)
     assert report.missed == []

@@ -8,7 +8,7 @@ Scores that are stored add 5 a s / h bytes (scores, softmax, dropout mask).
 """
 
 from thinwire.cost.candidate import Candidate, Setting
-from thinwire.model.work import kept_inside, kept_outside
+from thinwire.model.work import every_second_matmul, kept_inside, kept_outside
 
 
 def score_elements(setting: Setting) -> float:
@@ -20,9 +20,10 @@ def score_elements(setting: Setting) -> float:
 
 def block_elements(setting: Setting, tensor: int) -> tuple[float, float]:
     """(elements per token kept by a block without its scores, its scores), on one of `tensor` ranks."""
-    outside = kept_outside(setting.spec) / (tensor if setting.framework.sequence_parallel else 1)
+    outside = kept_outside(setting.spec) / _cut(setting, tensor)
     inside = kept_inside(setting.spec, fused=setting.framework.fused_elementwise)
-    return outside + inside / tensor, score_elements(setting) / tensor
+    gathered = 2.0 * _gathered_input(setting, tensor)  # of attention and of the feed-forward layers
+    return outside + inside / tensor + gathered, score_elements(setting) / tensor
 
 
 def block_bytes(setting: Setting, candidate: Candidate) -> float:
@@ -30,6 +31,11 @@ def block_bytes(setting: Setting, candidate: Candidate) -> float:
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     plain, scores = block_elements(setting, candidate.tensor)
     stored = tokens * setting.compute_bytes * (plain + (0.0 if candidate.recompute == "selective" else scores))
+    if candidate.recompute == "per-op":
+        inside, outside, _ = every_second_matmul(setting.spec)
+        attention = setting.spec.heads * setting.spec.head_size
+        kept = (inside + attention) / candidate.tensor + outside
+        return tokens * setting.compute_bytes * kept + input_bytes(setting, candidate)
     if candidate.recompute != "full":
         return stored
     share = 1.0 / candidate.recompute_every
@@ -45,5 +51,22 @@ def whole_block_bytes(setting: Setting, candidate: Candidate) -> float:
 def input_bytes(setting: Setting, candidate: Candidate) -> float:
     """Bytes of a block's input for one micro-batch: what full recompute keeps."""
     tokens = candidate.micro_batch * setting.tokens / candidate.context
-    cut = candidate.tensor if setting.framework.sequence_parallel else 1
-    return tokens * setting.compute_bytes * setting.spec.hidden / cut
+    return tokens * setting.compute_bytes * setting.spec.hidden / _cut(setting, candidate.tensor)
+
+
+def head_bytes(setting: Setting, candidate: Candidate) -> float:
+    """Bytes that the final norm and the head keep for backward of one micro-batch: the input of each."""
+    tokens = candidate.micro_batch * setting.tokens / candidate.context
+    matmul = _gathered_input(setting, candidate.tensor) or setting.spec.hidden / _cut(setting, candidate.tensor)
+    return input_bytes(setting, candidate) + tokens * setting.compute_bytes * matmul
+
+
+def _cut(setting: Setting, tensor: int) -> int:
+    """Into how many parts tokens are cut outside the matmuls of a tensor-parallel block."""
+    return tensor if setting.framework.sequence_parallel else 1
+
+
+def _gathered_input(setting: Setting, tensor: int) -> float:
+    """Elements per token of a matmul's input that is kept as it was gathered; 0 where it is gathered again."""
+    kept = tensor > 1 and setting.framework.sequence_parallel and setting.framework.keeps_gathered_inputs
+    return float(setting.spec.hidden) if kept else 0.0

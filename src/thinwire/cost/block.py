@@ -7,7 +7,10 @@ from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.collectives import all_reduce_s, gather_s
 from thinwire.cost.device import matmul_s, touch_s
 from thinwire.cost.placement import Axes
-from thinwire.model.work import KERNELS, causal_core_flops, linear_shapes
+from thinwire.model.work import KERNELS, causal_core_flops, every_second_matmul, linear_shapes
+
+LOGIT_BYTES = 12.0
+"""Touched per logit and pass by the loss."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ def block_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
     backward = _with_floor(once, setting, 2.0)
     if candidate.recompute == "full":
         return Passes(forward, backward.plus(forward, 1.0 / candidate.recompute_every))
+    if candidate.recompute == "per-op":
+        again = every_second_matmul(setting.spec)[2]
+        return Passes(forward, backward.plus(Causes(again * linear, memory, 0.0, tensor / 2)))  # gathers, not sums
     if candidate.recompute == "selective" and not setting.framework.flash_attention:
         scores = _scores_memory_s(setting, candidate)
         return Passes(forward, backward.plus(Causes(core, scores)))
@@ -76,7 +82,7 @@ def head_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
     columns = setting.spec.vocab_size / candidate.tensor
     multiply = matmul_s(tokens, columns, setting.spec.hidden, setting)
     each = setting.calibration.logit_s
-    by_memory = touch_s(tokens * columns * setting.framework.logits_bytes / 2, setting)
+    by_memory = touch_s(tokens * columns * LOGIT_BYTES / 2, setting)
     loss = by_memory if each is None else tokens * columns * each / 2
     tensor = all_reduce_s(tokens * setting.spec.hidden * setting.compute_bytes, axes.tensor)
     return Passes(Causes(multiply, loss, 0.0, 0.0), Causes(2 * multiply, loss, 0.0, tensor))

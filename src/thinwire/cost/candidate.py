@@ -15,7 +15,8 @@ from thinwire.model.spec import ModelSpec
 from thinwire.plan import ComputeDtype, Partition, Plan, Wire
 from thinwire.wire import CodecName
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "per-op", "full"]
+"""Selective: attention's scores. Per-op, torchtitan's: all but attention's output and every second matmul's."""
 COMPUTE_BYTES: dict[str, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
 
 
@@ -118,7 +119,7 @@ class Candidate:
     def not_run_yet(self) -> tuple[str, ...]:
         """What of it the trainer does not run."""
         found = [name for name in ("tensor", "context", "pipeline") if getattr(self, name) > 1]
-        found += ["selective recompute"] if self.recompute == "selective" else []
+        found += [f"{self.recompute} recompute"] if self.recompute in ("selective", "per-op") else []
         found += ["outer synchronisation"] if self.sync else []
         return tuple(found)
 

@@ -33,7 +33,13 @@ class Framework:
     tied_units: bool = False
     """A tied table stays whole from forward to backward, and the final norm is then a unit of its own."""
     logits_bytes: float = 12.0
-    """Per logit at the peak: half-precision logits, fp32 log-softmax and its gradient, the half-precision gradient."""
+    """Per logit at the peak: fp32 log-softmax, the gradient that comes and the one that is made of it."""
+    cut_logits_bytes: float = 12.0
+    """The same where tensor-parallel ranks each hold a part of the vocabulary."""
+    casts_on_gather: bool = False
+    """Weights in the compute precision exist only where they are gathered; sharded ones are the fp32 masters."""
+    keeps_gathered_inputs: bool = False
+    """Inputs that sequence parallelism gathers for a matmul are kept whole for backward, not gathered again."""
 
 
 THINWIRE = Framework("thinwire", whole_table_grad=True, tied_units=True)
@@ -49,9 +55,19 @@ MEGATRON_2021 = Framework(
 DEEPSPEED_ZERO3 = Framework("DeepSpeed ZeRO-3, 2021", grad_bytes=2.0, grad_wire_bytes=2.0, flash_attention=False)
 """arXiv 2104.04473, table 2: without model parallelism."""
 TORCHTITAN = Framework(
-    "torchtitan, 2024", optimizer_bytes=10.0, grad_wire_bytes=4.0, fused_elementwise=True, logits_bytes=12.0
+    "torchtitan, 2024",
+    fused_elementwise=True,
+    logits_bytes=14.0,
+    cut_logits_bytes=18.0,
+    casts_on_gather=True,
+    keeps_gathered_inputs=True,
 )
-"""FSDP2 keeps fp32 parameters that are their own masters (counted as 2 + 2 bytes) and moments of 8 bytes."""
+"""FSDP2 and DTensor. Its log reports what the allocator has reserved (`max_reserved_gib` in its metrics.py).
+
+The block of the half-precision logits is too small for an fp32 buffer of the loss, so its 2 bytes stay reserved beside 12;
+beside the 16 of torch's loss parallelism (log-softmax, its gradient's two terms, their sum, or that sum and its product)
+the block of the fp32 logits is used again by one of these, but one more is asked for while all are taken: 2 + 16.
+"""
 INTERNEVO = Framework(
     "InternEvo, 2024",
     grad_bytes=2.0,

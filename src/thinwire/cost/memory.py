@@ -7,7 +7,7 @@ has been reduced. Activations: `activations.py`, times the micro-batches that a 
 
 from dataclasses import dataclass
 
-from thinwire.cost.activations import block_bytes, whole_block_bytes
+from thinwire.cost.activations import block_bytes, head_bytes, whole_block_bytes
 from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.placement import Axes, Hop
 from thinwire.cost.schedule import in_flight
@@ -63,7 +63,7 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
     cut_p, cut_g, cut_o = cuts(candidate, axes.states)
     flying = in_flight(counted.index, candidate.pipeline, candidate.accumulate(setting), candidate.chunks)
     kept = block_bytes(setting, candidate) * counted.kind.blocks * flying
-    live = whole_block_bytes(setting, candidate) if candidate.recompute == "full" else 0.0
+    live = whole_block_bytes(setting, candidate) if candidate.recompute in ("per-op", "full") else 0.0
     framework = setting.framework
     host, due = outer_bytes(total, setting, candidate)
     return Memory(
@@ -73,7 +73,7 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
         optimizer=framework.optimizer_bytes * total / cut_o,
         gathered=_gathered(setting, candidate, units, counted.kind, cut_p, cut_g),
         activations=kept,
-        live=max(live, _logits(setting, candidate, counted.kind)),
+        live=max(live, _loss(setting, candidate, counted.kind)),
         outer=host if setting.cluster.device.kind == "cpu" else due,
         framework=float(setting.calibration.framework_bytes),
         host=host,
@@ -82,8 +82,8 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
 
 def _weights_bytes(setting: Setting, total: float, cut_p: int, cut_o: int) -> float:
     """Weights in the compute precision; none of their own where they are the fp32 masters, cut alike."""
-    masters = setting.compute_dtype == "fp32" and cut_p == cut_o
-    return 0.0 if masters else setting.compute_bytes * total / cut_p
+    alike = setting.compute_dtype == "fp32" or setting.framework.casts_on_gather
+    return 0.0 if alike and cut_p == cut_o else setting.compute_bytes * total / cut_p
 
 
 def outer_bytes(parameters: float, setting: Setting, candidate: Candidate) -> tuple[float, float]:
@@ -135,8 +135,11 @@ def _gathered(
     return setting.compute_bytes * held + fresh
 
 
-def _logits(setting: Setting, candidate: Candidate, kind: Kind) -> float:
+def _loss(setting: Setting, candidate: Candidate, kind: Kind) -> float:
+    """What the loss needs of one micro-batch, and what the head keeps for backward."""
     if not kind.last:
         return 0.0
     tokens = candidate.micro_batch * setting.tokens / candidate.context
-    return tokens * setting.spec.vocab_size / candidate.tensor * setting.framework.logits_bytes
+    framework = setting.framework
+    each = framework.cut_logits_bytes if candidate.tensor > 1 else framework.logits_bytes
+    return tokens * setting.spec.vocab_size / candidate.tensor * each + head_bytes(setting, candidate)

@@ -26,6 +26,25 @@ def causal_core_flops(spec: ModelSpec, sequences: float, rows: float, tokens: fl
     return 2.0 * rows * tokens * spec.head_size * sequences * spec.heads / tensor
 
 
+def every_second_matmul(spec: ModelSpec) -> tuple[float, float, float]:
+    """Of a block's matmuls one by one, the first, the third and so on, torchtitan's choice of what is kept.
+
+    (elements per token that they make inside the tensor-parallel region, and outside of it; share of all matmuls' work
+    that the others are).
+    """
+    queries, keys, hidden = spec.heads * spec.head_size, spec.kv_heads * spec.head_size, spec.hidden
+    first = [queries + 2 * keys] if spec.family == "gpt2" else [queries, keys, keys]
+    ups = [spec.ffn] * (1 if spec.family == "gpt2" else 2)
+    made = (
+        [(out, hidden) for out in first] + [(hidden, queries)] + [(out, hidden) for out in ups] + [(hidden, spec.ffn)]
+    )
+    whole = {len(first), len(made) - 1}  # the two that leave the region: attention's and the last one
+    inside = sum(out for place, (out, _) in enumerate(made) if place % 2 == 0 and place not in whole)
+    outside = sum(out for place, (out, _) in enumerate(made) if place % 2 == 0 and place in whole)
+    again = sum(out * into for out, into in made[1::2]) / sum(out * into for out, into in made)
+    return float(inside), float(outside), again
+
+
 def kept_outside(spec: ModelSpec) -> float:
     """Elements per token kept outside the tensor-parallel region, without scores."""
     return (5.0 if spec.family == "gpt2" else 4.0) * spec.hidden

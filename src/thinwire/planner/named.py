@@ -1,8 +1,9 @@
 """Plans as people write them, `tensor=8,pipeline=4,recompute=full,partition=zero3`, and as a table shows them."""
 
 from collections.abc import Callable, Mapping
+from typing import get_args
 
-from thinwire.cost.candidate import Candidate, Setting
+from thinwire.cost.candidate import Candidate, Recompute, Setting
 from thinwire.errors import PlanError
 from thinwire.plan import Partition, resolve_partition
 
@@ -33,8 +34,8 @@ def _field(key: str, value: str, setting: Setting) -> dict[str, object]:
             raise PlanError(f"{key} = {value!r} is not a whole number above 0")
         return {key: int(value)}
     if key == "recompute":
-        if value not in ("none", "selective", "full"):
-            raise PlanError(f"recompute = {value!r} is unknown; there are none, selective and full")
+        if value not in get_args(Recompute):
+            raise PlanError(f"recompute = {value!r} is unknown; there are {', '.join(get_args(Recompute))}")
         return {key: value}
     if key == "order":
         if value not in ("pipeline-outside", "data-outside"):
