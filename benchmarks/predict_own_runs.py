@@ -139,7 +139,7 @@ def predict(run_file: Path, settings: list[str]) -> tuple[Predicted, str]:
     setting, cluster = found.setting, found.setting.cluster
     micro_batch, accumulate = found.file.batch.split(cluster.ranks)
     plan = found.file.plan.resolve(cluster, micro_batch=micro_batch, accumulate=accumulate)
-    candidate = Candidate.of_plan(plan)
+    candidate = Candidate.of_plan(plan, setting.spec.layers)
     axes = place(candidate, cluster, setting.calibration)
     seconds, memory = step_time(setting, candidate, axes), peak_memory(setting, candidate, axes)
     told = Predicted(

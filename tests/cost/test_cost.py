@@ -31,6 +31,8 @@ from thinwire.model.transformer import Transformer
 from thinwire.partition.engine import shard
 from thinwire.partition.report import predicted_bytes
 from thinwire.simulate.step import simulate_step
+from thinwire.sync.outer_sync import OuterSync
+from thinwire.wire import OuterCodecName
 from worlds import run_world
 
 SPEC = ModelSpec(vocab_size=320, hidden=48, layers=3, heads=4, kv_heads=2, head_size=12, ffn=100, max_tokens=64)
@@ -269,6 +271,32 @@ def test_bytes_of_the_data_axis_are_the_engines(depths: tuple[int, int, int], co
     found = data_bytes(given, candidate, place(candidate, given.cluster, given.calibration))
     names = given.cluster.level_names
     assert {names[level]: purposes for level, purposes in sorted(found.items())} == engine
+
+
+def _of_rounds(depths: tuple[int, int, int], fragments: int, codec: OuterCodecName) -> Candidate:
+    return Candidate(depths=depths, sync=Sync(1, 8, fragments, 2, codec))
+
+
+def _round_bytes(world: World, depths: tuple[int, int, int], fragments: int, codec: OuterCodecName) -> int:
+    given = _cpu_setting(tuple(level.fanout for level in world.cluster.levels))
+    plan = _of_rounds(depths, fragments, codec).to_plan(given)
+    assert plan.sync is not None
+    engine = shard(Transformer(given.spec), plan.of_group(), world.inside(1))
+    sync = OuterSync(engine, plan.sync, world)
+    return sum(sync.bytes_of(fragment) for fragment in range(len(sync.fragments)))
+
+
+@pytest.mark.parametrize("fanouts", [(2, 2), (1, 4)])
+@pytest.mark.parametrize(
+    ("depths", "fragments", "codec"), [((-1, -1, -1), 1, "fp32"), ((-1, -1, 0), 3, "e3m0"), ((0, 0, 0), 2, "topk")]
+)
+def test_bytes_of_rounds_are_those_of_a_run(
+    fanouts: tuple[int, int], depths: tuple[int, int, int], fragments: int, codec: OuterCodecName
+) -> None:
+    made = run_world(fanouts, _round_bytes, depths, fragments, codec)[0]
+    given, candidate = _cpu_setting(fanouts), _of_rounds(depths, fragments, codec)
+    sent = sent_bytes(given, candidate, place(candidate, given.cluster, given.calibration))["cluster"]
+    assert sum(sent.values()) * 8 == pytest.approx(made, rel=1e-12)
 
 
 @pytest.mark.parametrize("depths", [(-1, -1, -1), (-1, -1, 0), (0, 0, 0)])

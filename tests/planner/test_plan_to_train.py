@@ -57,3 +57,32 @@ def test_a_missing_plan_and_two_sources_of_decisions_are_refused(run_file: Path)
     assert (missing.returncode, "cannot be read" in missing.stderr) == (2, True)
     both = thinwire("train", run_file, "--plan", run_file.parent / "none.json", "--set", "plan.partition=zero1")
     assert (both.returncode, "leave out plan.partition" in both.stderr) == (2, True)
+
+
+def test_rounds_that_the_planner_chose_are_run_unchanged(tmp_path: Path) -> None:
+    (node,) = CLUSTER["levels"]
+    sites = {**CLUSTER, "levels": [{**node, "fanout": 1}, {**node, "name": "site", "bytes_per_s": 1e5}]}
+    file = write_run(tmp_path, make_corpus(tmp_path / "data"), cluster=sites, run={"steps": 20, "sample_tokens": 0})
+    out = tmp_path / "rounds.json"
+    planned = thinwire("plan", file, "--runnable", "-o", out)
+    assert planned.returncode == 0, planned.stderr
+    assert "whose outermost groups agree rarely come first" in planned.stdout
+    sync = json.loads(out.read_text())["sync"]
+    assert (sync["level"], sync["groups"], sync["codec"]) == ("site", 2, "e3m0")
+    assert f"groups agree every {sync['inner_steps']} steps" in planned.stdout
+    trained = thinwire("train", file, "--plan", out)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads((tmp_path / "run" / "plan.json").read_text()) == json.loads(out.read_text())
+    again = thinwire("plan", file, "--set", f"plan.file={out}")
+    assert again.returncode == 0, again.stderr
+    assert f"groups agree every {sync['inner_steps']} steps" in again.stdout
+
+
+def test_rounds_that_the_run_file_decides_are_planned_with_and_written(run_file: Path) -> None:
+    out = run_file.parent / "decided.json"
+    words = ["--set", "plan.sync.inner_steps=40", "--set", "plan.sync.kind=co2"]
+    planned = thinwire("plan", run_file, "--runnable", "-o", out, *words)
+    assert planned.returncode == 0, planned.stderr
+    assert "groups agree every 40 steps" in planned.stdout
+    sync = json.loads(out.read_text())["sync"]
+    assert (sync["kind"], sync["inner_steps"], sync["late"]) == ("co2", 40, True)

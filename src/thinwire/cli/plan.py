@@ -45,7 +45,7 @@ def run(
     space = space_of(found, runnable=runnable, codecs=codecs)
     answer = choose(found.setting, space, keep=max(20, top), outer=outer)  # type: ignore[arg-type]
     if out is not None:
-        _write(out, found, answer, codecs)
+        _write(out, found, answer, codecs, outer)
     if as_json:
         _print_json(found, answer, top)
         return
@@ -77,13 +77,14 @@ def _print_json(found: "Task", answer: "Answer", top: int) -> None:
     typer.echo(json.dumps(document(answer, found.setting, top=top), indent=1))
 
 
-def _write(out: Path, found: "Task", answer: "Answer", codecs: str) -> None:
+def _write(out: Path, found: "Task", answer: "Answer", codecs: str, outer: str) -> None:
     """The best plan that the trainer runs, searched for again if the best of all is not one. Raises PlanError."""
     from thinwire.cli.planning import space_of
     from thinwire.planner.choose import choose
 
     best = answer.best
     if not best.candidate.runnable:
-        best = choose(found.setting, space_of(found, runnable=True, codecs=codecs), keep=1, outer="never").best
+        space = space_of(found, runnable=True, codecs=codecs)
+        best = choose(found.setting, space, keep=1, outer=outer).best  # type: ignore[arg-type]
     plan = best.candidate.to_plan(found.setting)
     out.write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")

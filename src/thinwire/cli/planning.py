@@ -8,11 +8,11 @@ from thinwire.checkpoint.config import CheckpointConfig
 from thinwire.cluster.cluster import Cluster, ClusterConfig
 from thinwire.cluster.presets import calibration_of
 from thinwire.config import Frozen, load
-from thinwire.cost.candidate import Setting
+from thinwire.cost.candidate import Setting, Sync
 from thinwire.data.config import DataConfig
 from thinwire.errors import ConfigError
 from thinwire.model.config import ModelConfig
-from thinwire.plan import PlanConfig, read_plan
+from thinwire.plan import Plan, PlanConfig, read_plan
 from thinwire.planner.space import Space
 from thinwire.train.config import BatchConfig, OptimizerConfig, RunSection, ScheduleConfig
 
@@ -39,6 +39,8 @@ class Task:
     setting: Setting
     fixed: dict[str, object]
     """What `[plan]` and `[batch]` decide."""
+    sync: Sync | None
+    """Rounds of worker groups, if `[plan]` decides them."""
 
 
 def task(run_file: Path, settings: Sequence[str]) -> Task:
@@ -63,7 +65,7 @@ def task(run_file: Path, settings: Sequence[str]) -> Task:
         calibration=calibration_of(cluster),
         compute_dtype=dtype,
     )
-    return Task(file, setting, _fixed(file, cluster))
+    return Task(file, setting, _fixed(file, cluster), _sync(file, setting))
 
 
 def _vocabulary(file: PlanningFile) -> int | None:
@@ -91,10 +93,25 @@ def _fixed(file: PlanningFile, cluster: Cluster) -> dict[str, object]:
     return fixed
 
 
-def _of_document(file: PlanningFile, cluster: Cluster) -> dict[str, object]:
-    """Everything that a plan document decides. Raises PlanError if it is for other levels or another batch."""
+def _sync(file: PlanningFile, setting: Setting) -> Sync | None:
+    cluster = setting.cluster
+    if file.plan.file is not None:
+        rounds = _document(file, cluster).sync
+    else:
+        levels = [(level.name, level.fanout) for level in cluster.levels]
+        rounds = None if file.plan.sync is None else file.plan.sync.resolve(levels)
+    return None if rounds is None else Sync.of(rounds, len(cluster.levels) - 1, setting.spec.layers)
+
+
+def _document(file: PlanningFile, cluster: Cluster) -> Plan:
+    """The plan that the file names. Raises PlanError if it is for other levels or another batch."""
     assert file.plan.file is not None
-    plan = read_plan(file.plan.file, cluster, sequences=file.batch.sequences // cluster.ranks)
+    return read_plan(file.plan.file, cluster, sequences=file.batch.sequences // cluster.ranks)
+
+
+def _of_document(file: PlanningFile, cluster: Cluster) -> dict[str, object]:
+    """Every field of a candidate that a plan document decides."""
+    plan = _document(file, cluster)
     names = cluster.level_names
     return {
         "depths": plan.depths,
@@ -110,4 +127,4 @@ def space_of(found: Task, *, runnable: bool, codecs: str) -> Space:
     """The space that the options leave open. Raises ConfigError for an unknown word."""
     if codecs not in ("none", "bf16", "all"):
         raise ConfigError(f"--codecs {codecs!r} is unknown; there are none, bf16 and all")
-    return Space(runnable=runnable, codecs=codecs, fixed=found.fixed)  # type: ignore[arg-type]
+    return Space(runnable=runnable, codecs=codecs, fixed=found.fixed, sync=found.sync)  # type: ignore[arg-type]

@@ -13,7 +13,10 @@ from thinwire.cluster.cluster import Cluster
 from thinwire.cost.framework import THINWIRE, Framework
 from thinwire.model.spec import ModelSpec
 from thinwire.plan import ComputeDtype, Partition, Plan, Wire
-from thinwire.wire import CodecName
+from thinwire.rounds.config import Sync as Rounds
+from thinwire.rounds.config import SyncConfig
+from thinwire.rounds.fragments import fragment_count
+from thinwire.wire import CodecName, OuterCodecName
 
 Recompute = Literal["none", "selective", "per-op", "full"]
 """Selective: attention's scores. Per-op, torchtitan's: all but attention's output and every second matmul's."""
@@ -59,8 +62,33 @@ class Sync:
     fragments: int = 1
     overlap_steps: int = 0
     """Steps during which a fragment may travel behind compute."""
-    codec: CodecName = "bf16"
+    codec: OuterCodecName = "bf16"
     error_feedback: bool = False
+    said: Rounds | None = None
+    """All of it, where a run file or a plan decides it."""
+
+    @staticmethod
+    def of(rounds: Rounds, level: int, blocks: int) -> "Sync":
+        """What costs depend on, of `rounds` across `level` for a model of so many blocks."""
+        fragments = fragment_count(rounds.fragments, blocks)
+        return Sync(
+            level, rounds.inner_steps, fragments, rounds.delay, rounds.codec, rounds.error_feedback, said=rounds
+        )
+
+    def rounds(self, levels: tuple[tuple[str, int], ...]) -> Rounds:
+        """What the trainer is told. Raises PlanError if `level` is not the outermost of `levels`."""
+        if self.said is not None:
+            return self.said
+        config = SyncConfig(
+            kind="streaming_diloco" if self.overlap_steps else "diloco",
+            level=levels[self.level][0],
+            inner_steps=self.inner_steps,
+            fragments=self.fragments,
+            delay=self.overlap_steps,
+            codec=self.codec,
+            error_feedback=self.error_feedback,
+        )
+        return config.resolve(levels)
 
     def groups(self, cluster: Cluster) -> int:
         """How many groups there are: ranks of the cluster over ranks inside one member of `level`."""
@@ -90,8 +118,8 @@ class Candidate:
     sync: Sync | None = None
 
     @staticmethod
-    def of_plan(plan: Plan) -> "Candidate":
-        """The point that a plan is: its micro-batch, cut and codecs. Rounds of worker groups are left out."""
+    def of_plan(plan: Plan, blocks: int) -> "Candidate":
+        """The point that a plan is for a model of so many blocks."""
         weights, grads = plan.wire.weights, plan.wire.grads
         return Candidate(
             micro_batch=plan.micro_batch,
@@ -100,6 +128,7 @@ class Candidate:
             keep_gathered=plan.partition.keep_gathered,
             weights=tuple(weights.get(name) for name in plan.level_names) if weights else (),
             grads=tuple(grads.get(name) for name in plan.level_names) if grads else (),
+            sync=None if plan.sync is None else Sync.of(plan.sync, len(plan.levels) - 1, blocks),
         )
 
     def groups(self, cluster: Cluster) -> int:
@@ -120,7 +149,6 @@ class Candidate:
         """What of it the trainer does not run."""
         found = [name for name in ("tensor", "context", "pipeline") if getattr(self, name) > 1]
         found += [f"{self.recompute} recompute"] if self.recompute in ("selective", "per-op") else []
-        found += ["outer synchronisation"] if self.sync else []
         return tuple(found)
 
     @property
@@ -138,10 +166,12 @@ class Candidate:
     def to_plan(self, setting: Setting) -> Plan:
         """The document that the trainer runs. Only for `runnable` candidates that divide the batch."""
         assert self.runnable and self.accumulate(setting) > 0
+        levels = tuple((level.name, level.fanout) for level in setting.cluster.levels)
         return Plan(
-            levels=tuple((level.name, level.fanout) for level in setting.cluster.levels),
+            levels=levels,
             partition=self.partition(setting.cluster),
             wire=self.wire(setting.cluster),
+            sync=None if self.sync is None else self.sync.rounds(levels),
             recompute="full" if self.recompute == "full" else "none",
             compute_dtype=setting.compute_dtype,
             micro_batch=self.micro_batch,

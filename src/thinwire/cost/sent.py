@@ -6,12 +6,13 @@ Units are the model's own (embedding, positions, blocks, norm, head), padded as 
 import math
 from collections.abc import Iterator
 
-from thinwire.cost.candidate import Candidate, Setting
-from thinwire.cost.outer import outer_round
+from thinwire.cost.candidate import Candidate, Setting, Sync
 from thinwire.cost.placement import Axes, Hop
 from thinwire.cost.stages import kinds, parameters_of
-from thinwire.cost.states import unit_bytes
+from thinwire.cost.states import padded, unit_bytes
 from thinwire.cost.step import message_bytes
+from thinwire.rounds.fragments import deal
+from thinwire.rounds.traffic import exchange_bytes, swaps
 from thinwire.traffic import total
 
 Sent = dict[str, dict[str, float]]
@@ -27,11 +28,27 @@ def sent_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> Sent:
     for level, purpose, each in _axes_bytes(setting, candidate, axes):
         _add(found, names[level], purpose, each * candidate.accumulate(setting))
     if candidate.sync is not None:
-        # Seen from one rank: a group's traffic is spread over its ranks.
-        inside = setting.cluster.ranks_within(candidate.sync.level - 1)
-        round_ = outer_round(setting, candidate.sync, 1.0)
-        _add(found, names[-1], "outer", round_.sent_bytes / inside / round_.every_steps)
+        for purpose, each in _rounds_bytes(setting, candidate, axes, candidate.sync):
+            _add(found, names[-1], purpose, each)
     return found
+
+
+def _rounds_bytes(setting: Setting, candidate: Candidate, axes: Axes, sync: Sync) -> Iterator[tuple[str, float]]:
+    """(purpose, bytes per step) of the first rank of a group, which stands for an equal part of every unit."""
+    groups, ranks = candidate.groups(setting.cluster), math.prod(hop.fanout for hop in axes.states)
+    units = [
+        (name, min(round(elements), padded(elements, candidate, axes.states) // ranks))
+        for name, elements in _named_units(setting, candidate)
+    ]
+    dealt = deal(units, min(sync.fragments, len(units)), "strided" if sync.said is None else sync.said.order)
+    block = 128 if sync.said is None else sync.said.block
+    sent = sum(
+        exchange_bytes(sum(units[place][1] for place in places), groups=groups, codec=sync.codec, block=block)
+        for places in dealt
+    )
+    hops = ("outer-send",) if swaps(groups, sync.codec) else ("outer-send", "outer-return")
+    for hop in hops:
+        yield hop, sent / len(hops) / sync.inner_steps
 
 
 def data_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> dict[int, dict[str, int]]:
@@ -47,17 +64,23 @@ def data_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> dict[int, 
 
 def _units(setting: Setting, candidate: Candidate) -> Iterator[tuple[float, bool]]:
     """(elements, whether it stays whole from forward to backward) of each unit."""
+    tied = setting.spec.tied and candidate.pipeline == 1
+    for name, elements in _named_units(setting, candidate):
+        yield elements, tied and name == "embedding"
+
+
+def _named_units(setting: Setting, candidate: Candidate) -> Iterator[tuple[str, float]]:
+    """(name, elements) of each unit of the first stage."""
     spec = setting.spec
     if candidate.pipeline == 1:
         shapes = spec.parameter_shapes()
         for unit in spec.units():
-            elements = sum(math.prod(shapes[name]) for name in unit.parameters) / candidate.tensor
-            yield elements, spec.tied and "embedding.weight" in unit.parameters
+            yield unit.name, sum(math.prod(shapes[name]) for name in unit.parameters) / candidate.tensor
         return
     first = kinds(spec.layers, candidate.pipeline)[0].kind
     held = parameters_of(setting, first, candidate.tensor)
-    yield from [(held["block"], False)] * first.blocks
-    yield held["embedding"], False
+    yield from ((f"blocks.{number}", held["block"]) for number in range(first.blocks))
+    yield "embedding", held["embedding"]
 
 
 def _axes_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> Iterator[tuple[int, str, float]]:

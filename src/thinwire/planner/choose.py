@@ -13,6 +13,7 @@ from thinwire.errors import PlanError
 from thinwire.planner.search import Found, Ranked, search
 from thinwire.planner.space import Space
 from thinwire.planner.whynot import fits_nowhere
+from thinwire.rounds.config import least_delay
 from thinwire.simulate.step import step_s
 
 Outer = Literal["auto", "never", "always"]
@@ -48,7 +49,7 @@ def choose(setting: Setting, space: Space, *, keep: int = 20, outer: Outer = "au
     found = search(setting, space, keep=keep)
     if not found.best:
         raise PlanError(fits_nowhere(setting, space, found))
-    possible = not space.runnable and setting.cluster.levels[-1].fanout > 1 and len(setting.cluster.levels) > 1
+    possible = space.sync is None and setting.cluster.levels[-1].fanout > 1 and len(setting.cluster.levels) > 1
     wanted = outer == "always" or (outer == "auto" and busy(found.best[0]) < BUSY_ENOUGH)
     rare = rarely(setting, space, keep) if possible and wanted else None
     for each in (found, rare):
@@ -83,7 +84,8 @@ def rarely(setting: Setting, space: Space, keep: int) -> Found | None:
 
 def _sync(setting: Setting, inner_steps: int) -> Sync:
     fragments = max(1, min(setting.spec.layers // 3, inner_steps // 2))
-    return Sync(len(setting.cluster.levels) - 1, inner_steps, fragments, overlap_steps=1, codec="e3m0")
+    delay = least_delay(setting.cluster.levels[-1].fanout)
+    return Sync(len(setting.cluster.levels) - 1, inner_steps, fragments, overlap_steps=delay, codec="e3m0")
 
 
 def _least_often(setting: Setting, inner_s: float) -> Sync:

@@ -9,7 +9,7 @@ from thinwire.errors import PlanError
 from thinwire.model import presets as models
 from thinwire.model.spec import ModelSpec
 from thinwire.plan import ComputeDtype, Plan
-from thinwire.planner.choose import choose
+from thinwire.planner.choose import Outer, choose
 from thinwire.planner.space import Codecs, Space
 from thinwire.simulate.step import Simulated, simulate_step
 from thinwire.simulate.trouble import Trouble
@@ -23,23 +23,26 @@ def plan_for(
     tokens: int,
     codecs: Codecs = "none",
     compute_dtype: ComputeDtype | None = None,
+    outer: Outer = "never",
 ) -> Plan:
     """The fastest plan that fits and that thinwire runs, for `shard`, `simulate_plan` or `thinwire train --plan`.
 
     `model` and `cluster` are what a preset's name stands for, or your own; a step has `sequences` of so many `tokens` over
-    all ranks. `codecs` says what states may travel as outside the innermost level: as they are, in bf16, or any. The
-    default precision is bf16, on CPUs fp32. Raises ConfigError for an unknown name or a missing figure of the cluster,
-    PlanError with the smallest change that would help if nothing fits.
+    all ranks. `codecs` says what states may travel as outside the innermost level: as they are, in bf16, or any. With
+    `outer`, members of the outermost level may agree once in a while, which trains differently: always, or (auto) where
+    the best plan that agrees every step computes for less than half of its time. The default precision is bf16, on CPUs
+    fp32. Raises ConfigError for an unknown name or a missing figure of the cluster, PlanError with the smallest change that
+    would help if nothing fits.
     """
     setting = _setting(model, cluster, sequences, tokens, compute_dtype)
-    best = choose(setting, Space(runnable=True, codecs=codecs), keep=20, outer="never").best
+    best = choose(setting, Space(runnable=True, codecs=codecs), keep=20, outer=outer).best
     return best.candidate.to_plan(setting)
 
 
 def simulate_plan(
     model: ModelSpec | str, cluster: Cluster | str, plan: Plan, *, tokens: int, trouble: Trouble | None = None
 ) -> Simulated:
-    """Play one step of `plan`: its seconds, and what each lane did when. Rounds of worker groups are left out.
+    """Play one step of `plan`: its seconds, a step's share of the stalls of rounds among them; what each lane did when.
 
     The batch is the plan's own. Raises PlanError if the plan is for other levels, ConfigError as `plan_for` does.
     """
@@ -49,7 +52,7 @@ def simulate_plan(
         raise PlanError(f"the plan is for levels {plan.levels}, the cluster has {levels}; make the plan anew")
     sequences = plan.micro_batch * plan.accumulate * known.ranks
     setting = _setting(model, known, sequences, tokens, plan.compute_dtype)
-    candidate = Candidate.of_plan(plan)
+    candidate = Candidate.of_plan(plan, setting.spec.layers)
     axes = place(candidate, known, setting.calibration)
     return simulate_step(setting, candidate, axes, trouble)
 

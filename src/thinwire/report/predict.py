@@ -43,7 +43,7 @@ def predict(run: Run, cluster: Cluster | None = None) -> Predicted | str:
     """The prediction, on `cluster` instead of the run's own if given; or one sentence on why there is none."""
     try:
         setting = setting_of(run, cluster or run.cluster)
-        candidate = Candidate.of_plan(run.plan)
+        candidate = Candidate.of_plan(run.plan, setting.spec.layers)
         axes = place(candidate, setting.cluster, setting.calibration)
         return Predicted(
             step_time(setting, candidate, axes),

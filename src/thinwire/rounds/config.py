@@ -43,6 +43,11 @@ OUTER_LR = ((1, 0.4), (2, 0.6), (4, 0.6), (8, 0.8))
 """Tuned outer learning rates by number of groups (2503.09799, figure 7); the nearest smaller entry counts."""
 
 
+def least_delay(groups: int) -> int:
+    """Steps behind which a round can travel at best: of three groups or more it comes back in a second hop."""
+    return 1 if groups <= 2 else 2
+
+
 class SyncConfig(Frozen):
     """What a user decides; what is left out, the kind's preset or the default decides."""
 
@@ -86,8 +91,8 @@ class SyncConfig(Frozen):
         given = self.model_dump(exclude_none=True)
         default_lr = [lr for least, lr in OUTER_LR if least <= groups][-1]
         preset = dict(PRESETS[self.kind])
-        if groups > 2 and preset.get("delay") == 1 and self.inner_steps > 2:
-            preset["delay"] = 2  # the result comes back in a second hop, which needs a step of its own to hide behind
+        if preset.get("delay") == 1 and self.inner_steps > 2:
+            preset["delay"] = least_delay(groups)
         decided = {"outer_lr": default_lr, **preset, **given, "level": level, "groups": groups}
         if decided.get("late"):
             if self.delay is not None and self.delay != self.inner_steps:
