@@ -14,7 +14,7 @@ from thinwire.cost.device import check_device
 from thinwire.cost.memory import Memory, peak_memory
 from thinwire.cost.placement import Axes, place
 from thinwire.cost.stages import Kind, parameters_of
-from thinwire.cost.states import Chain, unit_moves
+from thinwire.cost.states import Chain, UnitMoves, unit_moves
 from thinwire.cost.step import Core, StepTime, all_passes, core_of, pipeline_alone, step_time
 from thinwire.errors import PlanError
 from thinwire.planner.space import Space, coded, cores, partitions
@@ -80,6 +80,7 @@ def search(setting: Setting, space: Space, *, keep: int = 20) -> Found:
     waiting = sorted(_bounded(setting, space, found), key=lambda item: item[0])
     if not waiting:
         raise PlanError(_nothing_divides(setting, space))
+    cuts = _Cuts(setting, space, found, keep)
     too_large: list[tuple[Candidate, Axes]] = []
     for least, candidate, axes, passes in waiting:
         limit = found.limit(keep)
@@ -89,8 +90,8 @@ def search(setting: Setting, space: Space, *, keep: int = 20) -> Found:
             too_large.append((candidate, axes))
             continue
         core = core_of(setting, candidate, axes, passes)
-        if _least_traffic(setting, space, candidate, axes, core) < limit:
-            _expand(setting, space, found, keep, candidate, axes, core)
+        if cuts.least_traffic(candidate, axes, core) < limit:
+            cuts.expand(candidate, axes, core)
     if not found.best:
         found.closest = _closest(setting, too_large)
     return found
@@ -145,68 +146,81 @@ def _closest(setting: Setting, too_large: list[tuple[Candidate, Axes]]) -> Ranke
     return Ranked(candidate, axes, step_time(setting, candidate, axes), peak_memory(setting, candidate, axes))
 
 
-def _expand(
-    setting: Setting, space: Space, found: Found, keep: int, core_candidate: Candidate, axes: Axes, core: Core
-) -> None:
-    capacity = setting.cluster.device.memory_bytes
-    assert capacity
-    hopeful = sorted(
-        (
-            (_least_on_links(setting, each, axes, core), each)
-            for each in partitions(setting, space, core_candidate, axes)
-            if space.allows(each, partition=True)
-        ),
-        key=lambda pair: pair[0],
-    )
-    memories: dict[tuple[object, ...], Memory] = {}
-    for least, candidate in hopeful:
-        limit = found.limit(keep)
-        if least >= limit:
-            break
-        cut = (candidate.depths, candidate.keep_gathered)
-        if cut not in memories:
-            memories[cut] = peak_memory(setting, candidate, axes)
-        memory = memories[cut]
-        if not memory.fits(capacity):
-            continue
-        time = step_time(setting, candidate, axes, core)
-        found.costed += 1
-        if time.total < limit:
-            found.best.append(Ranked(candidate, axes, time, memory))
-            found.best.sort(key=lambda ranked: (ranked.time.total, ranked.memory.total))
-            del found.best[keep:]
+class _Cuts:
+    """Cuts and codecs of one core after another. What a cut's units send is counted once, however many cores have it."""
 
+    def __init__(self, setting: Setting, space: Space, found: Found, keep: int) -> None:
+        self._setting, self._space, self._found, self._keep = setting, space, found, keep
+        self._moves: dict[tuple[object, ...], UnitMoves] = {}
 
-def _least_traffic(setting: Setting, space: Space, candidate: Candidate, axes: Axes, core: Core) -> float:
-    """No partition sends less than one reduction and one gather at every level, under the smallest codec there is."""
-    outermost = max((hop.level for hop in axes.states), default=-1)
-    cut = replace(candidate, depths=(-1, -1, outermost))
-    return min(_least_on_links(setting, each, axes, core) for each in [cut, *coded(setting, space, cut, axes)])
+    def least_traffic(self, candidate: Candidate, axes: Axes, core: Core) -> float:
+        """No partition sends less than one reduction and one gather at every level, under the smallest codec there is."""
+        outermost = max((hop.level for hop in axes.states), default=-1)
+        cut = replace(candidate, depths=(-1, -1, outermost))
+        every = [cut, *coded(self._setting, self._space, cut, axes)]
+        return min(self._least_on_links(each, axes, core) for each in every)
 
+    def expand(self, core_candidate: Candidate, axes: Axes, core: Core) -> None:
+        """Cost the core's partitions that may still be among the best, and keep those that are."""
+        setting, found, keep = self._setting, self._found, self._keep
+        capacity = setting.cluster.device.memory_bytes
+        assert capacity
+        hopeful = sorted(
+            (
+                (self._least_on_links(each, axes, core), each)
+                for each in partitions(setting, self._space, core_candidate, axes)
+                if self._space.allows(each, partition=True)
+            ),
+            key=lambda pair: pair[0],
+        )
+        memories: dict[tuple[object, ...], Memory] = {}
+        for least, candidate in hopeful:
+            limit = found.limit(keep)
+            if least >= limit:
+                break
+            cut = (candidate.depths, candidate.keep_gathered)
+            if cut not in memories:
+                memories[cut] = peak_memory(setting, candidate, axes)
+            memory = memories[cut]
+            if not memory.fits(capacity):
+                continue
+            time = step_time(setting, candidate, axes, core)
+            found.costed += 1
+            if time.total < limit:
+                found.best.append(Ranked(candidate, axes, time, memory))
+                found.best.sort(key=lambda ranked: (ranked.time.total, ranked.memory.total))
+                del found.best[keep:]
 
-def _least_on_links(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> float:
-    """A lower bound from what the fullest stage's blocks send.
+    def _least_on_links(self, candidate: Candidate, axes: Axes, core: Core) -> float:
+        """A lower bound from what the fullest stage's blocks send.
 
-    No lane is done sooner than its bytes take. The last reduction hides behind one backward at most, and new weights
-    behind one forward.
-    """
-    busiest = max(core.stages, key=lambda counted: counted.kind.blocks)
-    elements = parameters_of(setting, busiest.kind, candidate.tensor)["block"] * busiest.kind.blocks
-    moves = unit_moves(elements, setting, candidate, axes.states)
-    gathers = 0 if not moves.gather else core.micro_batches * (1 if candidate.keep_gathered else 2)
-    lanes: dict[int, float] = {}
-    for chain, times in (
-        (moves.gather, gathers),
-        (moves.reduce_each, core.micro_batches - 1),
-        (moves.reduce_last, 1),
-        (moves.refresh, 1),
-    ):
-        for level, seconds in chain:
-            lanes[level] = lanes.get(level, 0.0) + times * seconds
-    passes = (core.block, core.embedding, core.head)
-    ends = max(0.0, _slowest(moves.reduce_last) - _alone(busiest.kind, [each.backward.total for each in passes]))
-    ends += max(0.0, _slowest(moves.refresh) - _alone(busiest.kind, [each.forward.total for each in passes]))
-    return max(max(lanes.values(), default=0.0), core.least_s + (ends if core.alone.bubble_s == 0 else 0.0))
+        No lane is done sooner than its bytes take. The last reduction hides behind one backward at most, and new weights
+        behind one forward.
+        """
+        busiest = max(core.stages, key=lambda counted: counted.kind.blocks)
+        elements = parameters_of(self._setting, busiest.kind, candidate.tensor)["block"] * busiest.kind.blocks
+        moves = self._moves_of(elements, candidate, axes)
+        gathers = 0 if not moves.gather else core.micro_batches * (1 if candidate.keep_gathered else 2)
+        lanes: dict[int, float] = {}
+        for chain, times in (
+            (moves.gather, gathers),
+            (moves.reduce_each, core.micro_batches - 1),
+            (moves.reduce_last, 1),
+            (moves.refresh, 1),
+        ):
+            for level, seconds in chain:
+                lanes[level] = lanes.get(level, 0.0) + times * seconds
+        passes = (core.block, core.embedding, core.head)
+        ends = max(0.0, _slowest(moves.reduce_last) - _alone(busiest.kind, [each.backward.total for each in passes]))
+        ends += max(0.0, _slowest(moves.refresh) - _alone(busiest.kind, [each.forward.total for each in passes]))
+        return max(max(lanes.values(), default=0.0), core.least_s + (ends if core.alone.bubble_s == 0 else 0.0))
+
+    def _moves_of(self, elements: float, candidate: Candidate, axes: Axes) -> UnitMoves:
+        cut = (candidate.depths, candidate.keep_gathered, candidate.weights, candidate.grads)
+        key = (elements, axes.states, *cut)
+        if key not in self._moves:
+            self._moves[key] = unit_moves(elements, self._setting, candidate, axes.states)
+        return self._moves[key]
 
 
 def _slowest(chain: Chain) -> float:
