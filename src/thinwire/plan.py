@@ -11,6 +11,7 @@ optimizer states of parameters that it does not own. With frozen weights lg < lp
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,7 +154,7 @@ class Plan(Frozen):
     partition: Partition = Partition()
     wire: Wire = Wire()
     sync: Sync | None = None
-    """How worker groups agree across the outermost level; without it they agree every step."""
+    """How worker groups agree across a level and those outside it; without it they agree every step."""
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
     micro_batch: int = Field(default=1, ge=1)
@@ -202,27 +203,35 @@ class Plan(Frozen):
         return self
 
     def _sync_fits(self, sync: Sync) -> None:
-        outermost, groups = self.levels[-1]
-        if (sync.level, sync.groups) != (outermost, groups):
+        names = self.level_names
+        if sync.level not in names:
+            raise ValueError(f"sync.level = {sync.level!r} is no level; there are {', '.join(names)}")
+        inside = self.levels_in_group
+        groups = math.prod(fanout for _, fanout in self.levels[inside:])
+        if sync.groups != groups:
+            raise ValueError(f"sync is for {sync.groups} groups across {sync.level}, there are {groups}")
+        if max(self.depths) >= inside:
             raise ValueError(
-                f"sync is for {sync.groups} groups across {sync.level}, the outermost level is {outermost} with {groups}"
-            )
-        if max(self.depths) == len(self.levels) - 1:
-            raise ValueError(
-                f"partition {self.partition} reaches across {outermost}, where groups agree once a round; cut states over "
-                f"{self.levels[-2][0] if len(self.levels) > 1 else REPLICA} at most"
+                f"partition {self.partition} reaches across {sync.level}, where groups agree once a round; cut states over "
+                f"{names[inside - 1] if inside else REPLICA} at most"
             )
         for direction in ("weights", "grads"):
-            if outermost in getattr(self.wire, direction):
-                raise ValueError(
-                    f"wire.{direction}.{outermost}: nothing crosses {outermost} step by step; set sync.codec instead"
-                )
+            for level in names[inside:]:
+                if level in getattr(self.wire, direction):
+                    raise ValueError(
+                        f"wire.{direction}.{level}: nothing crosses {level} step by step; set sync.codec instead"
+                    )
+
+    @property
+    def levels_in_group(self) -> int:
+        """How many levels, from the innermost, lie inside a worker group; all without `sync`."""
+        return len(self.levels) if self.sync is None else self.level_names.index(self.sync.level)
 
     def of_group(self) -> "Plan":
         """What the ranks of one worker group do among themselves, every step. Without `sync`: this plan."""
         if self.sync is None:
             return self
-        return self.model_copy(update={"levels": self.levels[:-1] or (("rank", 1),), "sync": None})
+        return self.model_copy(update={"levels": self.levels[: self.levels_in_group] or (("rank", 1),), "sync": None})
 
     @property
     def level_names(self) -> tuple[str, ...]:
@@ -249,7 +258,7 @@ class PlanConfig(Frozen):
     wire: Wire | None = None
     """Where the partition's name brings codecs of its own (zero++), those given here count, level by level."""
     sync: SyncConfig | None = None
-    """`[plan.sync]`: groups agree once a round across the outermost level, instead of every step."""
+    """`[plan.sync]`: groups agree once a round across a level and those outside it, instead of every step."""
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
     file: Path | None = None
@@ -272,7 +281,8 @@ class PlanConfig(Frozen):
         if self.file is not None:
             return read_plan(self.file, cluster, sequences=micro_batch * accumulate)
         named, levels = self.partition, tuple((level.name, level.fanout) for level in cluster.levels)
-        inner = cluster.level_names if self.sync is None else cluster.level_names[:-1]
+        sync = None if self.sync is None else self.sync.resolve(levels)
+        inner = cluster.level_names if sync is None else cluster.level_names[: cluster.index(sync.level)]
         partition, wire = resolve_partition(named, inner) if isinstance(named, str) else (named, Wire())
         if self.keep_gathered:
             partition = partition.model_copy(update={"keep_gathered": True})
@@ -281,7 +291,7 @@ class PlanConfig(Frozen):
                 levels=levels,
                 partition=partition,
                 wire=wire if self.wire is None else self.wire.over(wire),
-                sync=None if self.sync is None else self.sync.resolve(levels),
+                sync=sync,
                 recompute=self.recompute,
                 compute_dtype=self.compute_dtype,
                 micro_batch=micro_batch,

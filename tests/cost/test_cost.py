@@ -273,30 +273,46 @@ def test_bytes_of_the_data_axis_are_the_engines(depths: tuple[int, int, int], co
     assert {names[level]: purposes for level, purposes in sorted(found.items())} == engine
 
 
-def _of_rounds(depths: tuple[int, int, int], fragments: int, codec: OuterCodecName) -> Candidate:
-    return Candidate(depths=depths, sync=Sync(1, 8, fragments, 2, codec))
+Rounds = tuple[tuple[int, int, int], int, int, OuterCodecName]
+"""Depths, the level across which groups agree, fragments, codec."""
 
 
-def _round_bytes(world: World, depths: tuple[int, int, int], fragments: int, codec: OuterCodecName) -> int:
+def _of_rounds(rounds: Rounds) -> Candidate:
+    depths, level, fragments, codec = rounds
+    return Candidate(depths=depths, sync=Sync(level, 8, fragments, 2, codec))
+
+
+def _round_bytes(world: World, rounds: Rounds) -> dict[str, dict[str, int]]:
+    """level -> purpose -> bytes of H steps that only agree."""
     given = _cpu_setting(tuple(level.fanout for level in world.cluster.levels))
-    plan = _of_rounds(depths, fragments, codec).to_plan(given)
+    plan = _of_rounds(rounds).to_plan(given)
     assert plan.sync is not None
-    engine = shard(Transformer(given.spec), plan.of_group(), world.inside(1))
+    engine = shard(Transformer(given.spec), plan.of_group(), world.inside(plan.levels_in_group))
     sync = OuterSync(engine, plan.sync, world)
-    return sum(sync.bytes_of(fragment) for fragment in range(len(sync.fragments)))
+    for step in range(1, 9):
+        sync.after(step)
+    sync.drain()
+    engine.drain()
+    sent = {
+        level: {purpose: count for purpose, count in purposes.items() if purpose.startswith("outer-")}
+        for level, purposes in world.ledger.drain().sent_bytes().items()
+    }
+    return {level: purposes for level, purposes in sent.items() if purposes}
 
 
-@pytest.mark.parametrize("fanouts", [(2, 2), (1, 4)])
+@pytest.mark.parametrize("fanouts", [(2, 2), (1, 4), (1, 2, 2)])
 @pytest.mark.parametrize(
-    ("depths", "fragments", "codec"), [((-1, -1, -1), 1, "fp32"), ((-1, -1, 0), 3, "e3m0"), ((0, 0, 0), 2, "topk")]
+    "rounds", [((-1, -1, -1), 1, 1, "fp32"), ((-1, -1, 0), 1, 3, "e3m0"), ((0, 0, 0), 1, 2, "topk")]
 )
-def test_bytes_of_rounds_are_those_of_a_run(
-    fanouts: tuple[int, int], depths: tuple[int, int, int], fragments: int, codec: OuterCodecName
-) -> None:
-    made = run_world(fanouts, _round_bytes, depths, fragments, codec)[0]
-    given, candidate = _cpu_setting(fanouts), _of_rounds(depths, fragments, codec)
-    sent = sent_bytes(given, candidate, place(candidate, given.cluster, given.calibration))["cluster"]
-    assert sum(sent.values()) * 8 == pytest.approx(made, rel=1e-12)
+def test_bytes_of_rounds_are_those_of_a_run(fanouts: tuple[int, ...], rounds: Rounds) -> None:
+    made = run_world(fanouts, _round_bytes, rounds)[0]
+    given, candidate = _cpu_setting(fanouts), _of_rounds(rounds)
+    sent = sent_bytes(given, candidate, place(candidate, given.cluster, given.calibration))
+    foreseen = {
+        level: {purpose: 8 * count for purpose, count in purposes.items() if purpose.startswith("outer-")}
+        for level, purposes in sent.items()
+    }
+    assert {level: pytest.approx(purposes, rel=1e-12) for level, purposes in foreseen.items() if purposes} == made
 
 
 @pytest.mark.parametrize("depths", [(-1, -1, -1), (-1, -1, 0), (0, 0, 0)])

@@ -63,7 +63,6 @@ def resolve(**given: object) -> Sync:
         ({"inner_steps": 3, "fragments": 4}, "between 1 and inner_steps = 3"),
         ({"inner_steps": 3, "delay": 3}, "must be below inner_steps = 3; try 2"),
         ({"level": "rack"}, "no level; there are node, site"),
-        ({"level": "node"}, "must be the outermost level; set level = 'site'"),
         ({"kind": "co2", "delay": 2}, "one whole round late; leave delay out"),
         ({"kind": "eager", "fragments": 2}, "sends the whole model at once"),
         ({"gap_penalty": True}, "one round late, without Nesterov momentum; kind 'diloco'"),
@@ -78,6 +77,10 @@ def resolve(**given: object) -> Sync:
 def test_impossible_rounds_get_one_sentence(given: dict[str, object], sentence: str) -> None:
     with pytest.raises(PlanError, match=sentence):
         resolve(**given)
+
+
+def test_groups_are_the_members_of_a_level_and_of_those_outside_it() -> None:
+    assert [resolve(**given).groups for given in ({}, {"level": "site"}, {"level": "node"})] == [4, 4, 8]
 
 
 @pytest.mark.parametrize("aggregate", ["median", "trimmed"])

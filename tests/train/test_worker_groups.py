@@ -209,6 +209,31 @@ def test_i20_streaming_in_four_bits_ends_within_one_per_cent_of_data_parallel(co
     assert ends["streaming"] < 1.01 * ends["every step"], ends
 
 
+def test_groups_across_two_levels_train_as_across_one_and_count_bytes_on_each(corpus: Path, tmp_path: Path) -> None:
+    """Four groups of one rank, on one level or on two: the same losses, and the same bytes in all."""
+    sync = {"kind": "streaming_diloco", "inner_steps": 4, "fragments": 2, "codec": "e3m0"}
+    flat = run(tmp_path / "flat", corpus, [4], {"partition": "ddp", "sync": sync})
+    deep = run(tmp_path / "deep", corpus, [2, 2], {"partition": "ddp", "sync": {**sync, "level": "node"}})
+    assert deep == flat
+    ends = [next(read_events(tmp_path / name / EVENTS_FILE, "eval"))["loss"] for name in ("flat", "deep")]
+    assert ends[0] == ends[1]
+    wires = {name: _outer_bytes(tmp_path / name) for name in ("flat", "deep")}
+    assert set(wires["deep"]) == {"node", "cluster"}
+    assert wires["deep"]["cluster"] == 2 * wires["deep"]["node"] > 0  # one of three peers is in the same node
+    assert sum(wires["deep"].values()) == sum(wires["flat"].values())
+
+
+def _outer_bytes(folder: Path) -> dict[str, int]:
+    """level -> bytes that rank 0 sent in rounds."""
+    found: dict[str, int] = {}
+    for record in steps(folder / EVENTS_FILE).values():
+        for level, purposes in record["wire"].items():
+            sent = sum(count for purpose, count in purposes.items() if purpose.startswith("outer-"))
+            if sent:
+                found[level] = found.get(level, 0) + sent
+    return found
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

@@ -100,7 +100,7 @@ def _sync(file: PlanningFile, setting: Setting) -> Sync | None:
     else:
         levels = [(level.name, level.fanout) for level in cluster.levels]
         rounds = None if file.plan.sync is None else file.plan.sync.resolve(levels)
-    return None if rounds is None else Sync.of(rounds, len(cluster.levels) - 1, setting.spec.layers)
+    return None if rounds is None else Sync.of(rounds, cluster.index(rounds.level), setting.spec.layers)
 
 
 def _document(file: PlanningFile, cluster: Cluster) -> Plan:

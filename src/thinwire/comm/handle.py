@@ -29,13 +29,19 @@ class Handle:
         *,
         finish: Callable[[], None] | None = None,
         keep: Sequence[Tensor] = (),
+        beside: Sequence[Entry] = (),
     ) -> None:
-        self._outstanding, self._entry, self._works = outstanding, entry, list(works)
+        """`beside`: entries of the same works on other levels' links; the time stood still is `entry`'s alone."""
+        self._outstanding, self._entry, self._works, self._beside = outstanding, entry, list(works), tuple(beside)
         self._finish, self._keep = finish, tuple(keep)
         self._waited = False
-        if entry is not None:
-            entry.started_s = time.perf_counter()
+        for each in self._entries:
+            each.started_s = time.perf_counter()
         outstanding.add(self)
+
+    @property
+    def _entries(self) -> list[Entry]:
+        return [each for each in (self._entry, *self._beside) if each is not None]
 
     @property
     def level(self) -> str | None:
@@ -53,8 +59,9 @@ class Handle:
             work.wait()
         now_s = time.perf_counter()
         waited_s = now_s - start_s
+        for each in self._entries:
+            each.finished_s = now_s
         if self._entry is not None:
-            self._entry.finished_s = now_s
             self._entry.exposed_s += waited_s
         if self._finish is not None:
             self._finish()

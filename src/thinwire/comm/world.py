@@ -120,14 +120,14 @@ class World:
         far = {index: near for index, near in self._neighbours.items() if index not in levels}
         return replace(self, _neighbours=far)
 
-    def communicator(self, ranks: Sequence[int], *, members_only: bool) -> dist.ProcessGroup:
-        """A new communicator of `ranks`.
+    def communicator(self, ranks: Sequence[int], *, members_only: bool, small: bool = False) -> dist.ProcessGroup:
+        """A new communicator of `ranks`; a `small` one is for a few numbers on the CPU.
 
         Every rank calls this for every communicator, in the same order; or (`members_only`, cheaper in large worlds) only
         the members do, and only if all of them have made the same number of communicators before: torch 2.13 derives the
         name under which they meet from that number.
         """
-        backend = "gloo" if self.device.type == "cpu" else "nccl"
+        backend = "gloo" if small or self.device.type == "cpu" else "nccl"
         made: dist.ProcessGroup = dist.new_group(
             list(ranks), timeout=self.timeout, backend=backend, use_local_synchronization=members_only
         )

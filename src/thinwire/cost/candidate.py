@@ -6,6 +6,7 @@ synchronise rarely. `data` is what is left of the ranks. Depths of the partition
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 from thinwire.cluster.calibration import Calibration
@@ -76,7 +77,7 @@ class Sync:
         )
 
     def rounds(self, levels: tuple[tuple[str, int], ...]) -> Rounds:
-        """What the trainer is told. Raises PlanError if `level` is not the outermost of `levels`."""
+        """What the trainer is told, on these levels."""
         if self.said is not None:
             return self.said
         config = SyncConfig(
@@ -93,6 +94,12 @@ class Sync:
     def groups(self, cluster: Cluster) -> int:
         """How many groups there are: ranks of the cluster over ranks inside one member of `level`."""
         return cluster.ranks // cluster.ranks_within(self.level - 1)
+
+    def peers(self, cluster: Cluster) -> list[int]:
+        """At `level` and each level outside it, how many other groups first part from a group there."""
+        inside = cluster.ranks_within(self.level - 1)
+        reached = [1, *(cluster.ranks_within(index) // inside for index in range(self.level, len(cluster.levels)))]
+        return [more - fewer for fewer, more in pairwise(reached)]
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ class Candidate:
             keep_gathered=plan.partition.keep_gathered,
             weights=tuple(weights.get(name) for name in plan.level_names) if weights else (),
             grads=tuple(grads.get(name) for name in plan.level_names) if grads else (),
-            sync=None if plan.sync is None else Sync.of(plan.sync, len(plan.levels) - 1, blocks),
+            sync=None if plan.sync is None else Sync.of(plan.sync, plan.levels_in_group, blocks),
         )
 
     def groups(self, cluster: Cluster) -> int:

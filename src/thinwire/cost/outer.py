@@ -38,22 +38,22 @@ def fragment_bytes(parameters: float, sync: Sync) -> float:
 
 
 def outer_round(setting: Setting, sync: Sync, step_s: float) -> Round:
-    """A round when an inner step takes `step_s`. Levels outside the groups follow one another, hop by hop."""
-    cluster = setting.cluster
-    whole = fragment_bytes(float(setting.parameters), sync)
-    travel, sent, cumulative = 0.0, 0.0, 1
-    for index in range(sync.level, len(cluster.levels)):
-        level = cluster.levels[index]
-        if level.fanout == 1:
-            continue
-        cumulative *= level.fanout
-        part = whole * level.fanout / cumulative
-        through = 2 * part * (level.fanout - 1) / level.fanout
-        sent += through
-        travel += through / rate_of(cluster, index, setting.calibration)
-        travel += 2 * (level.fanout - 1) * (level.latency_s or 0.0)
-    every = sync.inner_steps / sync.fragments
-    return Round(every, sent, travel, stall_s(travel, step_s, sync))
+    """A round when an inner step takes `step_s`.
+
+    Groups exchange with each other directly. The link of a level's member carries what all groups inside it send to those
+    outside; messages are all under way at once, so the slowest link decides.
+    """
+    cluster, groups = setting.cluster, sync.groups(setting.cluster)
+    each = 2 * fragment_bytes(float(setting.parameters), sync) / groups  # to one other group, there and back
+    slowest, latency_s, inside = 0.0, 0.0, 1
+    for index, peers in enumerate(sync.peers(cluster), sync.level):
+        if peers:
+            through = inside * (groups - inside) * each
+            slowest = max(slowest, through / rate_of(cluster, index, setting.calibration))
+            latency_s += 2 * peers // inside * (cluster.levels[index].latency_s or 0.0)
+        inside += peers
+    travel = slowest + latency_s
+    return Round(sync.inner_steps / sync.fragments, (groups - 1) * each, travel, stall_s(travel, step_s, sync))
 
 
 def stall_s(travel_s: float, step_s: float, sync: Sync) -> float:

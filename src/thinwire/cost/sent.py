@@ -28,13 +28,16 @@ def sent_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> Sent:
     for level, purpose, each in _axes_bytes(setting, candidate, axes):
         _add(found, names[level], purpose, each * candidate.accumulate(setting))
     if candidate.sync is not None:
-        for purpose, each in _rounds_bytes(setting, candidate, axes, candidate.sync):
-            _add(found, names[-1], purpose, each)
+        for level, purpose, each in _rounds_bytes(setting, candidate, axes, candidate.sync):
+            _add(found, names[level], purpose, each)
     return found
 
 
-def _rounds_bytes(setting: Setting, candidate: Candidate, axes: Axes, sync: Sync) -> Iterator[tuple[str, float]]:
-    """(purpose, bytes per step) of the first rank of a group, which stands for an equal part of every unit."""
+def _rounds_bytes(setting: Setting, candidate: Candidate, axes: Axes, sync: Sync) -> Iterator[tuple[int, str, float]]:
+    """(level, purpose, bytes per step) of the first rank of a group, which stands for an equal part of every unit.
+
+    Every group sends to every other one as much, over the links of the outermost level at which they differ.
+    """
     groups, ranks = candidate.groups(setting.cluster), math.prod(hop.fanout for hop in axes.states)
     units = [
         (name, min(round(elements), padded(elements, candidate, axes.states) // ranks))
@@ -47,8 +50,9 @@ def _rounds_bytes(setting: Setting, candidate: Candidate, axes: Axes, sync: Sync
         for places in dealt
     )
     hops = ("outer-send",) if swaps(groups, sync.codec) else ("outer-send", "outer-return")
-    for hop in hops:
-        yield hop, sent / len(hops) / sync.inner_steps
+    for level, peers in enumerate(sync.peers(setting.cluster), sync.level):
+        for hop in hops if peers else ():
+            yield level, hop, sent / len(hops) / sync.inner_steps * peers / (groups - 1)
 
 
 def data_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> dict[int, dict[str, int]]:

@@ -4,6 +4,7 @@ Groups inside `level` agree every step, as the partition says; across `level` th
 what a user writes, `Sync` what it resolves to: every decision spelled out, one space for all kinds. No torch.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -53,7 +54,7 @@ class SyncConfig(Frozen):
 
     kind: Kind = "diloco"
     level: str | None = None
-    """The level across which groups agree once a round; default: the outermost, which is the only one possible."""
+    """Groups inside it agree every step, across it and the levels outside it once a round. Default: the outermost."""
     inner_steps: int = Field(default=30, ge=1)
     fragments: int | str | None = None
     order: Order = "strided"
@@ -85,9 +86,7 @@ class SyncConfig(Frozen):
         level = self.level or names[-1]
         if level not in names:
             raise PlanError(f"sync.level = {level!r} is no level; there are {', '.join(names)}")
-        if level != names[-1]:
-            raise PlanError(f"sync.level = {level!r} must be the outermost level; set level = {names[-1]!r}")
-        groups = levels[-1][1]
+        groups = math.prod(fanout for _, fanout in levels[names.index(level) :])
         given = self.model_dump(exclude_none=True)
         default_lr = [lr for least, lr in OUTER_LR if least <= groups][-1]
         preset = dict(PRESETS[self.kind])

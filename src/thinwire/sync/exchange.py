@@ -8,6 +8,7 @@ aggregation function sees all contributions of a chunk at once, at no extra traf
 A message begins with 16 bytes: the weight of the contribution, and a hash of the outer state it was taken from.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -64,6 +65,10 @@ class Clique:
     present: tuple[int, ...]
     """The places in the communicators of those that take part."""
     communicators: Mapping[str, dist.ProcessGroup]
+    place: int
+    """This rank's own."""
+    levels: tuple[str, ...]
+    """By place: the level whose links lie between this rank and that one."""
 
     @property
     def size(self) -> int:
@@ -105,10 +110,9 @@ def exchange(
     block: int,
     how: Aggregate,
     world: World,
-    level: str,
 ) -> Iterator[Handle]:
     """Yields the handle of each hop; fills `outcome` on the way. Weight 0 leaves this member's contribution out."""
-    hop = _Hop(world, level, clique, codec)
+    hop = _Hop(world, clique, codec)
     n, members = change.numel(), clique.size
     header = _header(weight, digest, change.device)
     if members == 1:
@@ -134,9 +138,9 @@ def exchange(
         outcome.change.copy_(hop.read(chunk, change.dtype, outcome).flatten()[:n])
 
 
-def check(digest: int, outcome: Outcome, *, clique: Clique, world: World, level: str) -> Iterator[Handle]:
+def check(digest: int, outcome: Outcome, *, clique: Clique, world: World) -> Iterator[Handle]:
     """Tell the others a hash of the outer state, and nothing else; `outcome` says who is astray."""
-    hop = _Hop(world, level, clique, Raw(torch.float32))
+    hop = _Hop(world, clique, Raw(torch.float32))
     if clique.size > 1:
         yield from hop.gather(_header(1.0, digest, world.device), SEND, HEADER_BYTES, said="control")
         hop.heads(outcome)
@@ -145,8 +149,8 @@ def check(digest: int, outcome: Outcome, *, clique: Clique, world: World, level:
 class _Hop:
     """Messages to and from all members."""
 
-    def __init__(self, world: World, level: str, clique: Clique, codec: Coder) -> None:
-        self._world, self._level, self._clique, self._codec = world, level, clique, codec
+    def __init__(self, world: World, clique: Clique, codec: Coder) -> None:
+        self._world, self._clique, self._codec = world, clique, codec
         self._received = torch.empty(0)
 
     def gather(self, message: Tensor, hop: str, payload_bytes: int, *, said: str | None = None) -> Iterator[Handle]:
@@ -179,15 +183,21 @@ class _Hop:
     def _handle(
         self, kind: str, purpose: str, payload_bytes: int, message_bytes: int, works: Sequence[Waitable], sent: Tensor
     ) -> Handle:
-        entry = self._world.ledger.open(
-            level=self._level,
-            kind=kind,
-            purpose=purpose,
-            payload_bytes=payload_bytes,
-            sent_bytes=message_bytes * (self._clique.size - 1),
-            codec=self._codec.name,
-        )
-        return Handle(self._world.outstanding, entry, works, keep=(sent, self._received))
+        clique = self._clique
+        peers = Counter(clique.levels[place] for place in clique.present if place != clique.place)
+        *nearer, farthest = [
+            self._world.ledger.open(
+                level=level,
+                kind=kind,
+                purpose=purpose,
+                payload_bytes=payload_bytes,
+                sent_bytes=message_bytes * peers[level],
+                codec=self._codec.name,
+            )
+            for level in dict.fromkeys((*self._world.cluster.level_names, *peers))
+            if level in peers
+        ]
+        return Handle(self._world.outstanding, farthest, works, keep=(sent, self._received), beside=nearer)
 
 
 def _header(weight: float, digest: int, device: torch.device) -> Tensor:

@@ -29,7 +29,8 @@ class Links:
         self._sync, self._world = sync, world
         self.groups = set(range(sync.groups))
         self._element_bytes = [fragment.weights.element_size() for fragment in fragments]
-        met = meeting.cliques(sorted(range_ for fragment in fragments for range_ in fragment.ranges))
+        owned = sorted(range_ for fragment in fragments for range_ in fragment.ranges)
+        met = meeting.cliques(owned, sync.level)
         self._cliques: list[Clique] = [clique for clique, _ in met]
         self.places = [[places_in(fragment, ranges) for _, ranges in met] for fragment in fragments]
         """Of each fragment, the elements that it exchanges with each clique."""
@@ -77,7 +78,6 @@ class Links:
                 block=sync.block,
                 how=sync.aggregate,
                 world=self._world,
-                level=sync.level,
             )
             pending.parts.append(Part(Flight(chain), outcome, places))
             fill(pending.own, places, outcome.own)
@@ -95,7 +95,7 @@ class Links:
                 for place in places[number]
             ]
             outcome = Outcome(torch.empty(0), torch.empty(0))
-            told = check(digest(parts, epoch), outcome, clique=clique, world=self._world, level=self._sync.level)
+            told = check(digest(parts, epoch), outcome, clique=clique, world=self._world)
             flights.append((Flight(told), outcome))
         for flight, _ in flights:
             flight.land()

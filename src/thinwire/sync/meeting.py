@@ -28,16 +28,17 @@ class Meeting:
         ranks = [(rank, number) for number, group in enumerate(self._groups) for rank in group]
         compare([said[rank] for rank, _ in ranks], [number for _, number in ranks])
 
-    def cliques(self, owned: Sequence[Range]) -> list[tuple[Clique, list[Range]]]:
+    def cliques(self, owned: Sequence[Range], level: str) -> list[tuple[Clique, list[Range]]]:
         """This rank's cliques with their elements, in an order that all ranks share. `owned`: what this rank stands for.
 
+        `level` is the one across which groups agree: what they send crosses its links, or those of a level outside it.
         Raises PlanError if the groups do not own the same elements.
         """
         ranges = self._gather(list(owned))
         cliques = find_cliques([[(rank, ranges[rank]) for rank in group] for group in self._groups])
         memberships = Counter(rank for clique in cliques for rank in clique)
         one_each = all(memberships[rank] == 1 for group in self._groups for rank in group)
-        made = [(self._clique(ranks, one_each), met) for ranks, met in cliques.items()]
+        made = [(self._clique(ranks, one_each, level), met) for ranks, met in cliques.items()]
         return [(clique, met) for clique, met in made if clique is not None]
 
     def _gather(self, own: Stated) -> list[Stated]:
@@ -47,14 +48,27 @@ class Meeting:
             dist.all_gather_object(everyone, own, group=self._everyone)
         return everyone
 
-    def _clique(self, ranks: tuple[int, ...], one_each: bool) -> Clique | None:
+    def _clique(self, ranks: tuple[int, ...], one_each: bool, level: str) -> Clique | None:
         """The clique of one rank of each group, with its communicators; None if this rank is not in it."""
         belongs, kinds = self._world.rank in ranks, (SEND, RETURN) if len(ranks) > 1 else ()
         if one_each and not belongs:
             return None
         made = {kind: self._world.communicator(ranks, members_only=one_each) for kind in kinds}
-        groups = tuple(ranks.index(rank) for rank in sorted(ranks))  # communicators are in the order of the ranks
-        return Clique(groups, tuple(range(len(ranks))), made) if belongs else None
+        if not belongs:
+            return None
+        ordered = sorted(ranks)  # as communicators are
+        groups = tuple(ranks.index(rank) for rank in ordered)
+        levels = tuple(self._between(rank, level) for rank in ordered)
+        return Clique(groups, tuple(range(len(ranks))), made, ordered.index(self._world.rank), levels)
+
+    def _between(self, rank: int, level: str) -> str:
+        """The outermost level at which this rank and `rank` differ; at least `level`, which groups of one's own may lack."""
+        cluster = self._world.cluster
+        if level not in cluster.level_names:
+            return level
+        pairs = zip(cluster.coordinates(self._world.rank), cluster.coordinates(rank), strict=True)
+        differ = [index for index, (mine, theirs) in enumerate(pairs) if mine != theirs]
+        return cluster.level_names[max([cluster.index(level), *differ])]
 
 
 def places_in(fragment: Fragment, ranges: Sequence[Range]) -> list[slice]:

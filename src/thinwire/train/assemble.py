@@ -127,7 +127,7 @@ def assemble(job: Job, world: World) -> Parts:
     """Build every part. All ranks draw the same initial weights from `run.seed`, whatever the world's size."""
     config = job.config
     model, module, initial = build_model(job, world)
-    group = world if job.plan.sync is None else world.inside(len(world.cluster.levels) - 1)
+    group = world if job.plan.sync is None else world.inside(job.plan.levels_in_group)
     sharded = apply_plan(module, job.plan.of_group(), group, compile_blocks=config.run.compile, initial=initial)
     optimizer = adamw(sharded, job)
     loader = Loader(

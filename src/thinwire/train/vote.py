@@ -17,10 +17,11 @@ class StopVote:
     """
 
     def __init__(self, parts: Parts) -> None:
-        self._world = parts.world
-        level = len(parts.world.cluster.levels) - 1
-        self._group = None if parts.sync is None else parts.world.group(level, "small")
-        self._level = parts.world.level_name(level)
+        world = self._world = parts.world
+        inside = world.size if parts.sync is None else parts.sync.engine.world.size
+        alike = range(world.rank % inside, world.size, inside)
+        self._group = world.communicator(alike, members_only=True, small=True) if len(alike) > 1 else None
+        self._level = world.level_name(len(world.cluster.levels) - 1)
         self._asked = False
         self._handle: Handle | None = None
         self._votes = torch.zeros(0)
