@@ -11,6 +11,7 @@ from thinwire.sync.pending import Pending
 
 def fresh_change(last: Pending, fresh: Tensor, *, group: int, fresh_counts: bool) -> Tensor:
     """(n,): what `group` applies of `last`, which has landed, and of its newest change `fresh`."""
+    assert last.own is not None
     change = torch.empty_like(fresh)
     for places, weights in last.counted:
         own_counts = bool(weights[group] > 0)

@@ -9,7 +9,7 @@ A message begins with 16 bytes: the weight of the contribution, and a hash of th
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -91,8 +91,8 @@ class Outcome:
 
     change: Tensor
     """The aggregate, n elements."""
-    own: Tensor
-    """This member's contribution as the others decoded it."""
+    own: Tensor | None
+    """This member's contribution as the others decoded it, where it is asked for."""
     weights: dict[int, float] = field(default_factory=dict)
     """Of the contributions that count, by group; 0 for those left out."""
     astray: list[int] = field(default_factory=list)
@@ -116,12 +116,15 @@ def exchange(
     n, members = change.numel(), clique.size
     header = _header(weight, digest, change.device)
     if members == 1:
-        outcome.own.copy_(codec.decode(codec.encode(change), n, change.dtype))
-        outcome.change.copy_(aggregate(outcome.own[None], [weight], how))
+        decoded = codec.decode(codec.encode(change), n, change.dtype)
+        outcome.change.copy_(aggregate([decoded], [weight], how))
         outcome.weights = dict.fromkeys(clique.members, weight)
+        if outcome.own is not None:
+            outcome.own.copy_(decoded)
     elif swaps(members, codec.name):
         coded = codec.encode(change)
-        outcome.own.copy_(codec.decode(coded, n, change.dtype))
+        if outcome.own is not None:
+            outcome.own.copy_(codec.decode(coded, n, change.dtype))
         yield from hop.gather(torch.cat([header, coded]), SEND, change.nbytes)
         parts = hop.read(n, change.dtype, outcome)
         outcome.change.copy_(aggregate(parts, list(outcome.weights.values()), how))
@@ -129,13 +132,13 @@ def exchange(
         chunk = chunk_elements(n, members, block)
         chunks = torch.nn.functional.pad(change, (0, members * chunk - n)).view(members, chunk)
         coded_chunks = [codec.encode(part) for part in chunks]
-        decoded = torch.cat([codec.decode(part, chunk, change.dtype) for part in coded_chunks])
-        outcome.own.copy_(decoded[:n])
+        if outcome.own is not None:
+            _join(outcome.own, (codec.decode(part, chunk, change.dtype) for part in coded_chunks))
         yield from hop.scatter(torch.stack([torch.cat([header, part]) for part in coded_chunks]), change.nbytes)
         parts = hop.read(chunk, change.dtype, outcome)
         mine = aggregate(parts, list(outcome.weights.values()), how)
         yield from hop.gather(torch.cat([header, codec.encode(mine)]), RETURN, change.nbytes)
-        outcome.change.copy_(hop.read(chunk, change.dtype, outcome).flatten()[:n])
+        _join(outcome.change, hop.read(chunk, change.dtype, outcome))
 
 
 def check(digest: int, outcome: Outcome, *, clique: Clique, world: World) -> Iterator[Handle]:
@@ -175,10 +178,10 @@ class _Hop:
         outcome.astray = strays({group: digests[group] for group, weight in weights.items() if weight > 0})
         outcome.weights = {group: 0.0 if group in outcome.astray else weight for group, weight in weights.items()}
 
-    def read(self, n: int, dtype: torch.dtype, outcome: Outcome) -> Tensor:
-        """The decoded numbers (M, n) of what came last; whose count, `outcome` says afterwards."""
+    def read(self, n: int, dtype: torch.dtype, outcome: Outcome) -> Iterator[Tensor]:
+        """Of each member the decoded numbers (n,) of what came last, one at a time; whose count, `outcome` says."""
         self.heads(outcome)
-        return torch.stack([self._codec.decode(message[HEADER_BYTES:], n, dtype) for message in self._received])
+        return (self._codec.decode(message[HEADER_BYTES:], n, dtype) for message in self._received)
 
     def _handle(
         self, kind: str, purpose: str, payload_bytes: int, message_bytes: int, works: Sequence[Waitable], sent: Tensor
@@ -198,6 +201,15 @@ class _Hop:
             if level in peers
         ]
         return Handle(self._world.outstanding, farthest, works, keep=(sent, self._received), beside=nearer)
+
+
+def _join(target_n: Tensor, chunks: Iterable[Tensor]) -> None:
+    """Fill `target_n` with the chunks, back to back; the last ones may reach beyond it."""
+    at = 0
+    for chunk in chunks:
+        place = target_n[at : at + len(chunk)]
+        place.copy_(chunk[: len(place)])
+        at += len(chunk)
 
 
 def _header(weight: float, digest: int, device: torch.device) -> Tensor:

@@ -72,7 +72,8 @@ class Fragment:
     def change(self) -> Tensor:
         """Outer weights minus the group's own: what the inner steps did, uphill like a gradient."""
         weights, _ = self.take()
-        return weights - torch.cat([share.master for share in self.shares])
+        own = torch.cat([share.master for share in self.shares])
+        return torch.sub(weights, own, out=own)
 
     def split(self, values: Tensor) -> list[Tensor]:
         """`values` of all n elements, share by share."""

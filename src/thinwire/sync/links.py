@@ -16,7 +16,7 @@ from thinwire.sync.exchange import Clique, Coder, Outcome, Raw, check, exchange
 from thinwire.sync.fragment import Fragment
 from thinwire.sync.identity import digest
 from thinwire.sync.meeting import Meeting, places_in
-from thinwire.sync.pending import Part, Pending, fill
+from thinwire.sync.pending import Part, Pending, fill, gathered, landing
 
 Alike = Callable[[int], list[Tensor]]
 """fragment -> what all groups must hold alike of it, as vectors over its elements."""
@@ -51,10 +51,11 @@ class Links:
     def send(self, key: Exchange, change: Tensor, *, weight: float, epoch: int, alike: Alike) -> Pending:
         """Start the exchange `key` of this rank's `change` (n,); a contribution of `weight` 0 is left out."""
         sync = self._sync
+        whole_own = torch.empty_like(change) if sync.error_feedback or sync.own_fresh else None
         pending = Pending(
             key,
-            torch.zeros_like(change),
-            torch.zeros_like(change),
+            torch.empty_like(change),
+            whole_own,
             epoch=epoch,
             groups=len(self.groups),
             weight=weight,
@@ -65,8 +66,9 @@ class Links:
         for clique, places in zip(self._cliques, self.places[key.fragment], strict=True):
             if not places:
                 continue
-            part = torch.cat([change[place] for place in places])
-            outcome = Outcome(torch.empty_like(part), torch.empty_like(part))
+            part = gathered(change, places)
+            own = None if whole_own is None else landing(whole_own, places)
+            outcome = Outcome(landing(pending.change, places), own)
             told = digest([whole[place] for whole in state for place in places], epoch, key.round, key.fragment)
             chain = exchange(
                 part,
@@ -80,7 +82,8 @@ class Links:
                 world=self._world,
             )
             pending.parts.append(Part(Flight(chain), outcome, places))
-            fill(pending.own, places, outcome.own)
+            if whole_own is not None and own is not None:
+                fill(whole_own, places, own)
         return pending
 
     def check(self, epoch: int, alike: Alike) -> set[int]:
@@ -94,7 +97,7 @@ class Links:
                 for whole in state
                 for place in places[number]
             ]
-            outcome = Outcome(torch.empty(0), torch.empty(0))
+            outcome = Outcome(torch.empty(0), None)
             told = check(digest(parts, epoch), outcome, clique=clique, world=self._world)
             flights.append((Flight(told), outcome))
         for flight, _ in flights:

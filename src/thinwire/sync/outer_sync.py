@@ -147,6 +147,7 @@ class OuterSync:
         weight = float(self.tokens[key.fragment])
         pending = self.links.send(key, change, weight=weight, epoch=self.epoch, alike=self._alike)
         if fragment.residual is not None:
+            assert pending.own is not None
             fragment.residual.copy_(change.sub_(pending.own))
         self.tokens[key.fragment] = 0.0
         self._pending.append(pending)
@@ -247,7 +248,8 @@ class OuterSync:
                 continue
             fragment = self.fragments[key.fragment]
             like = fragment.shares[0].master.new_zeros(fragment.numel)
-            pending = Pending(key, like, like.clone(), epoch=self.epoch, groups=self.sync.groups, landed=True)
+            own = like.clone() if self.sync.own_fresh else None
+            pending = Pending(key, like, own, epoch=self.epoch, groups=self.sync.groups, landed=True)
             pending.counted.append(([slice(0, fragment.numel)], self.counted))
             self._pending.append(pending)
 

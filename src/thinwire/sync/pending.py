@@ -44,8 +44,8 @@ class Pending:
     key: Exchange
     change: Tensor
     """The aggregate, filled as the cliques' parts land."""
-    own: Tensor
-    """This rank's contribution as the others decoded it."""
+    own: Tensor | None
+    """This rank's contribution as the others decoded it, where error feedback or eager updates need it."""
     epoch: int
     groups: int
     """How many groups take part; once it has landed, how many count everywhere."""
@@ -83,8 +83,20 @@ class Pending:
         return astray
 
 
+def gathered(values: Tensor, places: Sequence[slice]) -> Tensor:
+    """The places of `values` back to back; of one place no copy is made."""
+    return values[places[0]] if len(places) == 1 else torch.cat([values[place] for place in places])
+
+
+def landing(target: Tensor, places: Sequence[slice]) -> Tensor:
+    """Where to put what `fill` spreads over the places of `target`: the one place itself, else memory beside it."""
+    return target[places[0]] if len(places) == 1 else target.new_empty(sum(p.stop - p.start for p in places))
+
+
 def fill(target: Tensor, places: Sequence[slice], values: Tensor) -> None:
-    """Spread `values` over the places of `target`."""
+    """Spread `values`, which lie in what `landing` gave, over the places of `target`."""
+    if len(places) == 1:
+        return
     at = 0
     for place in places:
         size = place.stop - place.start

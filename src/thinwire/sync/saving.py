@@ -91,7 +91,7 @@ def _outer(sync: OuterSync) -> list[Piece]:
     for pending in sync.pending:
         fragment = sync.fragments[pending.key.fragment]
         pieces += fragment.pieces("outer/pending/", pending.change)
-        if eager:
+        if eager and pending.own is not None:
             pieces += fragment.pieces(f"{group}outer/own/", pending.own)
     return pieces
 
