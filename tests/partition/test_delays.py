@@ -45,9 +45,9 @@ def late(seed: int) -> Iterator[list[float]]:
         """As `_post`, a pause before every single message."""
         return post(received, _Pausing(rows, pause), *where, gathers=gathers)
 
-    def slowly(handle: Handle) -> None:
+    def slowly(handle: Handle) -> float:
         pause()
-        wait(handle)
+        return wait(handle)
 
     duplex._post, Handle.wait = held_up, slowly  # type: ignore[method-assign]
     try:

@@ -173,10 +173,10 @@ def _delayed(world: World, delay_every: int) -> Any:
 
     plain, calls = handle.Handle.wait, itertools.count()
 
-    def wait(self: Any) -> None:
+    def wait(self: Any) -> float:
         if delay_every and (next(calls) + world.rank) % delay_every == 0:
             time.sleep(0.01)
-        plain(self)
+        return plain(self)
 
     handle.Handle.wait = wait  # type: ignore[method-assign]
     try:
