@@ -1,10 +1,12 @@
 """Does the planner foresee our own runs? Probe, plan, then run: step time, bytes and memory of plans on this machine.
 
-Worlds: 2 ranks and 2 x 2 ranks of this host, and 2 emulated hosts of 2 ranks behind 100 and 20 Mbit/s. In each one the
-cluster is probed, every plan is predicted from that probe alone with the planner's own functions, and only then do plans
-run, taking turns, each with `thinwire train`. A step is the median over the steps after the warm-up, then over the
-repeats; bytes are rank 0's ledger; memory is what the engine's tensors of rank 0 hold for parameters, gradients and
-optimizer states (the resident size of a CPU process says more about libraries).
+Worlds: 2 ranks and 2 x 2 ranks of this host, and 2 emulated hosts of 2 ranks behind 100 and 20 Mbit/s. A repeat probes the
+cluster, predicts every plan from that probe alone with the planner's own functions, and only then runs the plans, one
+after the other, each with `thinwire train`: a machine's speed changes within minutes, and a prediction is worth what its
+probe is. A step is the median over the steps after the warm-up; the error of a plan is the median over the repeats.
+Bytes are rank 0's ledger. Memory is what the engine's tensors of rank 0 hold for parameters, gradients and optimizer
+states, and in one more run under torch's allocation profiler the most that all its tensors take at once (the resident
+size of a CPU process says more about libraries).
 
     OMP_NUM_THREADS=1 python benchmarks/predict_own_runs.py --out docs/benchmarks
 """
@@ -19,8 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from thinwire.events import read_events, steps
 from thinwire.planner.explain import rests_on
 from thinwire.train.folder import EVENTS_FILE
 
-NAME, RUNS = "own_runs", "runs.json"
+NAME, RUNS, PEAKS = "own_runs", "runs.json", "peaks.json"
+PEAK_PROGRAM, PEAK_STEPS = str(Path(__file__).with_name("peak_rank.py")), 2
 THINWIRE = [sys.executable, "-c", "from thinwire.cli import main; main()"]
 WARM_UP = 2
 """Steps that do not count: buffers, orders of reduction and connections are made in them."""
@@ -120,6 +122,11 @@ def start(world: World, words: list[str], folder: Path, *, train: bool = False) 
         lab.write_text(tomli_w.dumps({**told, "host_rate": f"{world.mbit_per_s:g} Mbit/s"}))
         rest = ["--train", *words[1:]] if train else ["--out", str(folder / "logs"), "--", *command]
         command = [*THINWIRE, "lab", "run", str(lab), *rest]
+    execute(command)
+
+
+def execute(command: list[str]) -> None:
+    """Run to the end, one thread a rank. Raises SystemExit with the last lines if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -147,6 +154,7 @@ def predict(run_file: Path, settings: list[str]) -> tuple[Predicted, str]:
         causes={cause: getattr(seconds, cause) for cause in CAUSES},
         sent=sent_bytes(setting, candidate, axes),
         states={state: getattr(memory, state) for state in own_runs.STATES},
+        peak=memory.total - memory.framework,
     )
     return told, rests_on(setting)
 
@@ -166,61 +174,83 @@ def run(
     causes = {cause: statistics.fmean(r["seconds"][cause] for r in counted) for cause in counted[0]["seconds"]}
     seconds = tuple(record["step_s"] for record in counted)
     # The last step awaits all that is under way, and so has more bytes than its own.
-    return Measured((statistics.median(seconds),), causes, counted[0]["wire"], begun["held"], seconds)
+    return Measured(seconds, causes, counted[0]["wire"], begun["held"])
+
+
+def peak(world: World, run_file: Path, settings: list[str]) -> float:
+    """The most bytes that rank 0's tensors take at once in a few steps on this host. Raises SystemExit if they fail."""
+    with tempfile.TemporaryDirectory() as base:
+        chosen = [*settings, f"run.folder={base}/run", f"run.steps={PEAK_STEPS}"]
+        words = [PEAK_PROGRAM, base, "train", str(run_file), *(word for each in chosen for word in ("--set", each))]
+        execute([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world.ranks), *words])
+        return float((Path(base) / "0.json").read_text())
 
 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> tuple[list[Row], str]:
-    """Probe, predict every plan, then let the plans take turns."""
+    """Repeats of: probe, predict every plan, let each of them run."""
     world = WORLDS[name]
+    plans = {plan: each for plan, each in plans_of(world).items() if not options.plans or plan in options.plans}
+    told: dict[str, list[Predicted]] = {plan: [] for plan in plans}
+    seen: dict[str, list[Measured]] = {plan: [] for plan in plans}
+    rests = ""
+    for number in range(options.repeats):
+        for plan, (predicted, measured, on) in repeat(name, plans, options, folder / str(number)).items():
+            told[plan].append(predicted)
+            seen[plan].append(measured)
+            rests = on
+    most = max(len(runs) for runs in seen.values())
+    plans = {plan: settings for plan, settings in plans.items() if 0 < len(seen[plan]) == most}
+    peaks = peaks_of(world, plans, options, folder) if options.peaks else {}
+    return [Row(plan, tuple(told[plan]), tuple(seen[plan]), peaks.get(plan)) for plan in plans], rests
+
+
+def repeat(
+    name: str, plans: dict[str, list[str]], options: argparse.Namespace, folder: Path
+) -> dict[str, tuple[Predicted, Measured, str]]:
+    """Plan -> what was said of it, what it did, and what the first rests on; nothing if time was up before the end."""
+    world, run_file = WORLDS[name], folder / "run.toml"
     folder.mkdir(parents=True, exist_ok=True)
-    run_file = folder / "run.toml"
     run_file.write_text(tomli_w.dumps(run_tree(world, options)))
+    kept = made(folder / RUNS) if options.keep else {}
     if not (options.keep and (folder / "cluster.toml").exists()):
+        if time.monotonic() > options.end_s:
+            return {}
         start_s = time.monotonic()
         probe(world, folder, options)
         print(f"{name}: probed in {time.monotonic() - start_s:.0f} s", flush=True)
-    plans = {plan: each for plan, each in plans_of(world).items() if not options.plans or plan in options.plans}
     told = {plan: predict(run_file, settings) for plan, settings in plans.items()}
-    for plan in [plan for plan, (each, _) in told.items() if each.step_s > options.longest_s]:
-        print(f"{name}, {plan}: left out, a step is predicted to take {told.pop(plan)[0].step_s:.1f} s", flush=True)
-        plans.pop(plan)
-    seen = made(folder / RUNS) if options.keep else {}
-    while (plan := next_of(plans, seen, options.repeats)) and time.monotonic() < options.end_s:
-        seen.setdefault(plan, []).append(run(world, run_file, plans[plan], told[plan][0], options))
-        (folder / RUNS).write_text(json.dumps({key: [asdict(each) for each in runs] for key, runs in seen.items()}))
-        ours, last = told[plan][0].step_s, seen[plan][-1]
-        spread = f"{min(last.steps_s) * 1e3:.0f} to {max(last.steps_s) * 1e3:.0f}"
-        theirs = f"{last.step_s * 1e3:.1f} ({spread}) ms"
-        print(f"{name}, {plan}: predicted {ours * 1e3:.1f} ms, measured {theirs}", flush=True)
-    rows = [Row(plan, told[plan][0], joined(seen[plan])) for plan in plans if seen.get(plan)]
-    return rows, next(iter(told.values()))[1]
+    for plan, (predicted, _) in told.items():
+        if plan in kept:
+            continue
+        if predicted.step_s > options.longest_s:
+            print(f"{name}, {plan}: left out, a step is predicted to take {predicted.step_s:.1f} s", flush=True)
+            continue
+        if time.monotonic() > options.end_s:
+            return {}
+        kept[plan] = run(world, run_file, plans[plan], predicted, options)
+        (folder / RUNS).write_text(json.dumps({key: asdict(each) for key, each in kept.items()}))
+        ours_ms, theirs_ms = predicted.step_s * 1e3, kept[plan].step_s * 1e3
+        print(f"{name}, {plan}: predicted {ours_ms:.1f} ms, measured {theirs_ms:.1f} ms", flush=True)
+    return {plan: (predicted, kept[plan], on) for plan, (predicted, on) in told.items() if plan in kept}
 
 
-def next_of(plans: Iterable[str], seen: Mapping[str, list[Measured]], repeats: int) -> str | None:
-    """The plan whose turn it is; none if all have run often enough."""
-    plan = min(plans, key=lambda name: len(seen.get(name, [])))
-    return plan if len(seen.get(plan, [])) < repeats else None
-
-
-def made(path: Path) -> dict[str, list[Measured]]:
+def made(path: Path) -> dict[str, Measured]:
     """Runs of an earlier call, by plan."""
     if not path.exists():
         return {}
     told = json.loads(path.read_text())
-    return {
-        plan: [
-            Measured(**{key: tuple(value) if isinstance(value, list) else value for key, value in each.items()})
-            for each in runs
-        ]
-        for plan, runs in told.items()
-    }
+    return {plan: Measured(**{**each, "steps_s": tuple(each["steps_s"])}) for plan, each in told.items()}
 
 
-def joined(runs: list[Measured]) -> Measured:
-    """Repeats of one plan as one."""
-    causes = {cause: statistics.fmean(each.causes[cause] for each in runs) for cause in runs[0].causes}
-    medians_s, steps_s = (tuple(s for each in runs for s in getattr(each, key)) for key in ("medians_s", "steps_s"))
-    return replace(runs[-1], medians_s=medians_s, steps_s=steps_s, causes=causes)
+def peaks_of(world: World, plans: dict[str, list[str]], options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Plan -> peak bytes of rank 0."""
+    path = folder / PEAKS
+    found: dict[str, float] = json.loads(path.read_text()) if options.keep and path.exists() else {}
+    for plan, settings in plans.items():
+        if plan not in found and time.monotonic() < options.end_s:
+            found[plan] = peak(world, folder / "0" / "run.toml", settings)
+            path.write_text(json.dumps(found))
+    return found
 
 
 def report_of(found: dict[str, tuple[list[Row], str]], options: argparse.Namespace) -> dict[str, Any]:
@@ -277,9 +307,10 @@ def main() -> None:
         for name in options.worlds:
             if time.monotonic() > options.end_s:
                 break
-            found[name] = measure(name, options, (options.work or Path(base)) / str(list(WORLDS).index(name)))
-            if found[name][0]:
-                show(name, found[name][0])
+            rows, rests = measure(name, options, (options.work or Path(base)) / str(list(WORLDS).index(name)))
+            if rows:
+                found[name] = rows, rests
+                show(name, rows)
                 write(found, options)
 
 
@@ -295,6 +326,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--sequences", type=int, default=4, help="of a rank in a step")
     arguments.add_argument("--micro-batch", type=int, default=4)
     arguments.add_argument("--tokens", type=int, default=128)
+    arguments.add_argument("--peaks", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     arguments.add_argument("--quick", action="store_true", help="a quick probe")
     arguments.add_argument("--work", type=Path, help="folder for run and cluster files; default: a temporary one")
     arguments.add_argument("--keep", action="store_true", help="add to what earlier calls probed and ran in --work")

@@ -103,7 +103,7 @@ def korthikanti() -> list[Row]:
     found = []
     for row in read("korthikanti_2205_05198_table5_time"):
         framework = Framework(
-            "Megatron-LM, 2022", flash_attention=False, sequence_parallel="+ sequence" in row["recompute"],
+            "Megatron-LM, 2022", flash_attention=False, dropout=True, sequence_parallel="+ sequence" in row["recompute"],
             overlap_reduce=False, overlap_refresh=False, grad_wire_bytes=2.0,
         )  # fmt: skip
         found.append(_megatron(row, selene(int(row["gpus"])), framework))

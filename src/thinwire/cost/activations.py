@@ -20,16 +20,34 @@ def score_elements(setting: Setting) -> float:
 
 def block_elements(setting: Setting, tensor: int) -> tuple[float, float]:
     """(elements per token kept by a block without its scores, its scores), on one of `tensor` ranks."""
-    outside = kept_outside(setting.spec) / _cut(setting, tensor)
+    outside = kept_outside(setting.spec, dropout=setting.framework.dropout) / _cut(setting, tensor)
     inside = kept_inside(setting.spec, fused=setting.framework.fused_elementwise)
     gathered = 2.0 * _gathered_input(setting, tensor)  # of attention and of the feed-forward layers
     return outside + inside / tensor + gathered, score_elements(setting) / tensor
+
+
+def held_elements(setting: Setting, tensor: int) -> float:
+    """Elements per token that backward does not need, or could make, and that stay in memory all the same.
+
+    Queries and keys before their rotation, where they lie in one buffer with the values; on a CPU, whose RMSNorm is made
+    of single operations, what each of both norms has before its weights (measured: tests/cost/test_memory.py).
+    """
+    spec = setting.spec
+    packed = setting.framework.packed_qkv and spec.family != "gpt2"
+    before_rotation = (spec.heads + spec.kv_heads) * spec.head_size / tensor if packed else 0.0
+    return before_rotation + 2.0 * _unweighted(setting, tensor)
+
+
+def _unweighted(setting: Setting, tensor: int) -> float:
+    made = setting.cluster.device.kind == "cpu" and setting.spec.family != "gpt2"
+    return setting.spec.hidden / _cut(setting, tensor) if made else 0.0
 
 
 def block_bytes(setting: Setting, candidate: Candidate) -> float:
     """Bytes a block keeps of one micro-batch on one rank, the mean over blocks if not all are recomputed."""
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     plain, scores = block_elements(setting, candidate.tensor)
+    plain += held_elements(setting, candidate.tensor)
     stored = tokens * setting.compute_bytes * (plain + (0.0 if candidate.recompute == "selective" else scores))
     if candidate.recompute == "per-op":
         inside, outside, _ = every_second_matmul(setting.spec)
@@ -45,7 +63,18 @@ def block_bytes(setting: Setting, candidate: Candidate) -> float:
 def whole_block_bytes(setting: Setting, candidate: Candidate) -> float:
     """Bytes of a block that is live again while it is recomputed."""
     tokens = candidate.micro_batch * setting.tokens / candidate.context
-    return tokens * setting.compute_bytes * sum(block_elements(setting, candidate.tensor))
+    held = held_elements(setting, candidate.tensor)
+    return tokens * setting.compute_bytes * (held + sum(block_elements(setting, candidate.tensor)))
+
+
+def gradients_bytes(setting: Setting, candidate: Candidate) -> float:
+    """Bytes of the gradients that a block's backward has at once, in its feed-forward layers.
+
+    Of the gate's activation and its two factors in a Llama block, of the activation and what it is made of in a GPT one.
+    """
+    tokens = candidate.micro_batch * setting.tokens / candidate.context
+    times = 2.0 if setting.spec.family == "gpt2" else 3.0
+    return times * tokens * setting.compute_bytes * setting.spec.ffn / candidate.tensor
 
 
 def input_bytes(setting: Setting, candidate: Candidate) -> float:
@@ -58,6 +87,7 @@ def head_bytes(setting: Setting, candidate: Candidate) -> float:
     """Bytes that the final norm and the head keep for backward of one micro-batch: the input of each."""
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     matmul = _gathered_input(setting, candidate.tensor) or setting.spec.hidden / _cut(setting, candidate.tensor)
+    matmul += _unweighted(setting, candidate.tensor)
     return input_bytes(setting, candidate) + tokens * setting.compute_bytes * matmul
 
 

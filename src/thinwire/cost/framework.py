@@ -16,6 +16,8 @@ class Framework:
     """Master weights and AdamW's two moments."""
     flash_attention: bool = True
     """Attention scores are never stored, and a causal kernel does half of the square."""
+    dropout: bool = False
+    """Masks of a block's two dropouts are kept."""
     sequence_parallel: bool = True
     """Outside its matmuls a tensor-parallel block is cut along the sequence (arXiv 2205.05198)."""
     overlap_reduce: bool = True
@@ -38,21 +40,26 @@ class Framework:
     """The same where tensor-parallel ranks each hold a part of the vocabulary."""
     casts_on_gather: bool = False
     """Weights in the compute precision exist only where they are gathered; sharded ones are the fp32 masters."""
+    packed_qkv: bool = False
+    """Queries, keys and values are made in one buffer, which the values keep alive whole."""
     keeps_gathered_inputs: bool = False
     """Inputs that sequence parallelism gathers for a matmul are kept whole for backward, not gathered again."""
 
 
-THINWIRE = Framework("thinwire", whole_table_grad=True, tied_units=True)
+THINWIRE = Framework("thinwire", whole_table_grad=True, tied_units=True, packed_qkv=True)
 MEGATRON_2021 = Framework(
     "Megatron-LM and Megatron-DeepSpeed, 2021-23",
     grad_wire_bytes=2.0,
     flash_attention=False,
+    dropout=True,
     sequence_parallel=False,
     overlap_reduce=False,
     overlap_refresh=False,
 )
 """arXiv 2104.04473: scores stored, whole-gradient all-reduce after the last backward."""
-DEEPSPEED_ZERO3 = Framework("DeepSpeed ZeRO-3, 2021", grad_bytes=2.0, grad_wire_bytes=2.0, flash_attention=False)
+DEEPSPEED_ZERO3 = Framework(
+    "DeepSpeed ZeRO-3, 2021", grad_bytes=2.0, grad_wire_bytes=2.0, flash_attention=False, dropout=True
+)
 """arXiv 2104.04473, table 2: without model parallelism."""
 TORCHTITAN = Framework(
     "torchtitan, 2024",

@@ -7,11 +7,11 @@ has been reduced. Activations: `activations.py`, times the micro-batches that a 
 
 from dataclasses import dataclass
 
-from thinwire.cost.activations import block_bytes, head_bytes, whole_block_bytes
 from thinwire.cost.candidate import Candidate, Setting
+from thinwire.cost.moments import fullest
 from thinwire.cost.placement import Axes, Hop
 from thinwire.cost.schedule import in_flight
-from thinwire.cost.stages import Counted, Kind, kinds, parameters_of
+from thinwire.cost.stages import Counted, kinds, parameters_of
 from thinwire.cost.states import hop_depths
 
 MARGIN = 1.05
@@ -62,8 +62,8 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
     total = units["block"] * counted.kind.blocks + units.get("embedding", 0.0) + units.get("head", 0.0)
     cut_p, cut_g, cut_o = cuts(candidate, axes.states)
     flying = in_flight(counted.index, candidate.pipeline, candidate.accumulate(setting), candidate.chunks)
-    kept = block_bytes(setting, candidate) * counted.kind.blocks * flying
-    live = whole_block_bytes(setting, candidate) if candidate.recompute in ("per-op", "full") else 0.0
+    cut = (cut_p, cut_g)
+    held = fullest(setting, candidate, counted.kind, units, flying=flying, cuts=cut, hops=axes.states)
     framework = setting.framework
     host, due = outer_bytes(total, setting, candidate)
     return Memory(
@@ -71,9 +71,9 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
         params=_weights_bytes(setting, total, cut_p, cut_o),
         grads=framework.grad_bytes * total / cut_g,
         optimizer=framework.optimizer_bytes * total / cut_o,
-        gathered=_gathered(setting, candidate, units, counted.kind, cut_p, cut_g),
-        activations=kept,
-        live=max(live, _loss(setting, candidate, counted.kind)),
+        gathered=held.gathered,
+        activations=held.activations,
+        live=held.live,
         outer=host if setting.cluster.device.kind == "cpu" else due,
         framework=float(setting.calibration.framework_bytes),
         host=host,
@@ -121,25 +121,3 @@ def cuts(candidate: Candidate, hops: tuple[Hop, ...]) -> tuple[int, int, int]:
         cumulative.append(cumulative[-1] * hop.fanout)
     lp, lg, lo = hop_depths(candidate, hops)
     return cumulative[lp + 1], cumulative[lg + 1], cumulative[lo + 1]
-
-
-def _gathered(
-    setting: Setting, candidate: Candidate, units: dict[str, float], kind: Kind, cut_p: int, cut_g: int
-) -> float:
-    largest = max(units.values())
-    fresh = (setting.compute_bytes + 4.0) * largest if cut_g > 1 or cut_p > 1 else setting.compute_bytes * largest
-    if cut_p == 1:
-        return fresh
-    whole = units["block"] * kind.blocks + units.get("embedding", 0.0) + units.get("head", 0.0)
-    held = whole if candidate.keep_gathered else min(whole, largest + units["block"])
-    return setting.compute_bytes * held + fresh
-
-
-def _loss(setting: Setting, candidate: Candidate, kind: Kind) -> float:
-    """What the loss needs of one micro-batch, and what the head keeps for backward."""
-    if not kind.last:
-        return 0.0
-    tokens = candidate.micro_batch * setting.tokens / candidate.context
-    framework = setting.framework
-    each = framework.cut_logits_bytes if candidate.tensor > 1 else framework.logits_bytes
-    return tokens * setting.spec.vocab_size / candidate.tensor * each + head_bytes(setting, candidate)

@@ -45,9 +45,9 @@ def every_second_matmul(spec: ModelSpec) -> tuple[float, float, float]:
     return float(inside), float(outside), again
 
 
-def kept_outside(spec: ModelSpec) -> float:
-    """Elements per token kept outside the tensor-parallel region, without scores."""
-    return (5.0 if spec.family == "gpt2" else 4.0) * spec.hidden
+def kept_outside(spec: ModelSpec, *, dropout: bool = False) -> float:
+    """Elements per token kept outside the tensor-parallel region, without scores; dropout keeps two masks of bytes."""
+    return (5.0 if dropout else 4.0) * spec.hidden
 
 
 def kept_inside(spec: ModelSpec, *, fused: bool = False) -> float:
