@@ -1,11 +1,20 @@
 """What the planner writes, the trainer runs unchanged; what does not belong together is one sentence."""
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from own_runs import clean
+
 from runs import make_corpus, thinwire, write_run
+from thinwire.events import steps
+from thinwire.plan import Plan, Wire
+from thinwire.train.folder import EVENTS_FILE
 
 CLUSTER = {
     "device": {
@@ -86,3 +95,29 @@ def test_rounds_that_the_run_file_decides_are_planned_with_and_written(run_file:
     assert "groups agree every 40 steps" in planned.stdout
     sync = json.loads(out.read_text())["sync"]
     assert (sync["kind"], sync["inner_steps"], sync["late"]) == ("co2", 40, True)
+
+
+@pytest.mark.parametrize(
+    "wire", [{"weights": {"node": "int4"}, "grads": {"node": "e3m0"}, "block": 64, "rounding": "stochastic"}, {}]
+)
+def test_codecs_that_the_run_file_decides_are_kept(tmp_path: Path, wire: dict[str, Any]) -> None:
+    """Also those that no search would choose, on levels where it would choose none, to the bytes of a block's scales."""
+    corpus, out = make_corpus(tmp_path / "data"), tmp_path / "plan.json"
+    file = write_run(tmp_path, corpus, cluster=CLUSTER, plan={"wire": wire}, run={"steps": 3, "sample_tokens": 0})
+    planned = thinwire("plan", file, "--runnable", "-o", out, "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert Plan.model_validate_json(out.read_text()).wire == Wire.model_validate(wire)
+    bare = write_run(tmp_path, corpus, "bare", cluster=CLUSTER, run={"steps": 3, "sample_tokens": 0})
+    trained = thinwire("train", bare, "--plan", out)
+    assert trained.returncode == 0, trained.stderr
+    (best, *_) = json.loads(planned.stdout)["plans"]
+    assert clean(best["sent_bytes"]) == clean(steps(tmp_path / "bare" / EVENTS_FILE)[2]["wire"]) != {}
+
+
+def test_gradients_of_low_rank_are_not_planned_and_that_is_said(tmp_path: Path) -> None:
+    (node,) = CLUSTER["levels"]
+    cluster = {**CLUSTER, "levels": [node, {**node, "name": "cluster"}]}
+    wire = {"grads": {"cluster": "lowrank"}}
+    file = write_run(tmp_path, make_corpus(tmp_path / "data"), cluster=cluster, plan={"wire": wire})
+    done = thinwire("plan", file)
+    assert done.returncode == 2 and "low rank" in done.stderr, done.stderr

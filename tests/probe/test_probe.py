@@ -102,7 +102,7 @@ def test_every_level_of_a_real_world_is_timed_and_all_ranks_agree() -> None:
     assert called == foreseen and all(other[0] == timings for other in results)
     assert set(timings.gathers) == {(level, size) for level in (0, 1) for size in TINY.chunks} == set(timings.reduces)
     assert set(timings.exchanges) == {(1, 0, 1)} and set(timings.blocks) == {BLOCK} and set(timings.coding) == {"int8"}
-    assert len(timings.meetings) > 0 and min(timings.meetings) >= 0
+    assert len(timings.meetings) == 2 * TINY.repeats  # a difference: noise may make one negative
     assert timings.behind == {0: [0.0], 1: [0.0]}  # ranks of one host copy in the thread that waits
     assert all(
         second > 0 for of in (timings.gathers, timings.matmuls, timings.copies) for t in of.values() for second in t

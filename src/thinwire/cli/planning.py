@@ -8,12 +8,12 @@ from thinwire.checkpoint.config import CheckpointConfig
 from thinwire.cluster.cluster import Cluster, ClusterConfig
 from thinwire.cluster.presets import calibration_of
 from thinwire.config import Frozen, load
-from thinwire.cost.candidate import Setting, Sync
+from thinwire.cost.candidate import Candidate, Setting, Sync
 from thinwire.data.config import DataConfig
 from thinwire.errors import ConfigError
 from thinwire.model.config import ModelConfig
 from thinwire.plan import Plan, PlanConfig, read_plan
-from thinwire.planner.space import Space
+from thinwire.planner.space import WIRE, Space
 from thinwire.train.config import BatchConfig, OptimizerConfig, RunSection, ScheduleConfig
 
 
@@ -65,7 +65,9 @@ def task(run_file: Path, settings: Sequence[str]) -> Task:
         calibration=calibration_of(cluster),
         compute_dtype=dtype,
     )
-    return Task(file, setting, _fixed(file, cluster), _sync(file, setting))
+    plan = _decided(file, cluster)
+    point = Candidate.of_plan(plan, spec.layers)
+    return Task(file, setting, {name: getattr(point, name) for name in _names(file, plan)}, point.sync)
 
 
 def _vocabulary(file: PlanningFile) -> int | None:
@@ -75,52 +77,22 @@ def _vocabulary(file: PlanningFile) -> int | None:
     return Corpus.open(file.data).vocab_size if file.data is not None and exists(file.data) else None
 
 
-def _fixed(file: PlanningFile, cluster: Cluster) -> dict[str, object]:
+def _decided(file: PlanningFile, cluster: Cluster) -> Plan:
+    """The plan that the file names, or that its `[plan]` is so far. Raises PlanError if it does not fit."""
+    if file.plan.file is not None:
+        return read_plan(file.plan.file, cluster, sequences=file.batch.sequences // cluster.ranks)
+    return file.plan.resolve(cluster, micro_batch=file.batch.micro_batch or 1, accumulate=1)
+
+
+def _names(file: PlanningFile, plan: Plan) -> list[str]:
     """Fields of a candidate that the file decides; `partition = "auto"` decides nothing."""
-    fixed: dict[str, object] = {}
+    if file.plan.file is not None:
+        return ["depths", "keep_gathered", "recompute", "micro_batch", *WIRE]
     given = file.plan.model_fields_set
-    if file.plan.file is not None:
-        return _of_document(file, cluster)
-    if file.batch.micro_batch is not None:
-        fixed["micro_batch"] = file.batch.micro_batch
-    if "recompute" in given:
-        fixed["recompute"] = file.plan.recompute
-    if "keep_gathered" in given:
-        fixed["keep_gathered"] = file.plan.keep_gathered
-    if file.plan.partition != "auto":
-        plan = file.plan.resolve(cluster, micro_batch=1, accumulate=1)
-        fixed["depths"] = plan.depths
-    return fixed
-
-
-def _sync(file: PlanningFile, setting: Setting) -> Sync | None:
-    cluster = setting.cluster
-    if file.plan.file is not None:
-        rounds = _document(file, cluster).sync
-    else:
-        levels = [(level.name, level.fanout) for level in cluster.levels]
-        rounds = None if file.plan.sync is None else file.plan.sync.resolve(levels)
-    return None if rounds is None else Sync.of(rounds, cluster.index(rounds.level), setting.spec.layers)
-
-
-def _document(file: PlanningFile, cluster: Cluster) -> Plan:
-    """The plan that the file names. Raises PlanError if it is for other levels or another batch."""
-    assert file.plan.file is not None
-    return read_plan(file.plan.file, cluster, sequences=file.batch.sequences // cluster.ranks)
-
-
-def _of_document(file: PlanningFile, cluster: Cluster) -> dict[str, object]:
-    """Every field of a candidate that a plan document decides."""
-    plan = _document(file, cluster)
-    names = cluster.level_names
-    return {
-        "depths": plan.depths,
-        "keep_gathered": plan.partition.keep_gathered,
-        "recompute": plan.recompute,
-        "micro_batch": plan.micro_batch,
-        "weights": tuple(plan.wire.weights.get(name) for name in names) if plan.wire.weights else (),
-        "grads": tuple(plan.wire.grads.get(name) for name in names) if plan.wire.grads else (),
-    }
+    found = ["micro_batch"] if file.batch.micro_batch is not None else []
+    found += [name for name in ("recompute", "keep_gathered") if name in given]
+    found += ["depths"] if file.plan.partition != "auto" else []
+    return found + ([*WIRE] if "wire" in given or plan.wire.weights or plan.wire.grads else [])
 
 
 def space_of(found: Task, *, runnable: bool, codecs: str) -> Space:

@@ -7,7 +7,7 @@ synchronise rarely. `data` is what is left of the ranks. Depths of the partition
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from thinwire.cluster.calibration import Calibration
 from thinwire.cluster.cluster import Cluster
@@ -17,7 +17,7 @@ from thinwire.plan import ComputeDtype, Partition, Plan, Wire
 from thinwire.rounds.config import Sync as Rounds
 from thinwire.rounds.config import SyncConfig
 from thinwire.rounds.fragments import fragment_count
-from thinwire.wire import CodecName, OuterCodecName
+from thinwire.wire import CodecName, OuterCodecName, Rounding
 
 Recompute = Literal["none", "selective", "per-op", "full"]
 """Selective: attention's scores. Per-op, torchtitan's: all but attention's output and every second matmul's."""
@@ -102,6 +102,17 @@ class Sync:
         return [more - fewer for fewer, more in pairwise(reached)]
 
 
+class Coding(NamedTuple):
+    """What else a plan decides of codecs that have a scale for each block of numbers."""
+
+    block: Literal[64, 128, 256] = 128
+    rounding: Rounding = "nearest"
+    error_feedback: bool = False
+
+
+_PLAIN = Coding()
+
+
 @dataclass(frozen=True)
 class Candidate:
     """Every decision. Depths (lp, lg, lo): -1 is a replica, else the index of the level up to which a state is cut."""
@@ -122,6 +133,7 @@ class Candidate:
     weights: tuple[CodecName | None, ...] = ()
     """Codec of weights at each level, none: as they are."""
     grads: tuple[CodecName | None, ...] = ()
+    coding: Coding = _PLAIN
     sync: Sync | None = None
 
     @staticmethod
@@ -135,6 +147,7 @@ class Candidate:
             keep_gathered=plan.partition.keep_gathered,
             weights=tuple(weights.get(name) for name in plan.level_names) if weights else (),
             grads=tuple(grads.get(name) for name in plan.level_names) if grads else (),
+            coding=Coding(plan.wire.block, plan.wire.rounding, plan.wire.error_feedback),
             sync=None if plan.sync is None else Sync.of(plan.sync, plan.levels_in_group, blocks),
         )
 
@@ -168,7 +181,8 @@ class Candidate:
         return Partition(params=names[0], grads=names[1], optimizer=names[2], keep_gathered=self.keep_gathered)
 
     def wire(self, cluster: Cluster) -> Wire:
-        return Wire(weights=_named(self.weights, cluster), grads=_named(self.grads, cluster))
+        weights, grads = _named(self.weights, cluster), _named(self.grads, cluster)
+        return Wire(weights=weights, grads=grads, **self.coding._asdict())
 
     def to_plan(self, setting: Setting) -> Plan:
         """The document that the trainer runs. Only for `runnable` candidates that divide the batch."""

@@ -11,11 +11,10 @@ from functools import partial
 from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.device import touch_s
 from thinwire.cost.placement import Hop
+from thinwire.errors import PlanError
 from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, Flow, WireBytes, step_bytes
 from thinwire.wire import wire_bytes
 
-BLOCK = 128
-"""Numbers that share a scale; the default of a plan's wire."""
 CODING_BYTES = 6.0
 """Device memory read and written to code or decode one number."""
 Chain = tuple[tuple[int, float], ...]
@@ -56,7 +55,7 @@ def padded(elements: float, candidate: Candidate, hops: Sequence[Hop]) -> int:
     ranks = 1
     for hop in hops:
         ranks *= hop.fanout
-    multiple = ranks * (BLOCK if _coded(candidate) else 1)
+    multiple = ranks * (candidate.coding.block if _coded(candidate) else 1)
     return -(-round(elements) // multiple) * multiple
 
 
@@ -174,7 +173,12 @@ def _coding(setting: Setting, codec: str | None, whole: int, hop: Hop, purpose: 
 
 
 def _codec(codecs: Sequence[str | None], hop: Hop) -> str | None:
-    return codecs[hop.level] if hop.level < len(codecs) else None
+    found = codecs[hop.level] if hop.level < len(codecs) else None
+    if found == "lowrank":
+        raise PlanError(
+            "gradients of low rank are not planned: what they send and cost depends on every matrix's shape"
+        )
+    return found
 
 
 def _coded(candidate: Candidate) -> bool:
@@ -183,10 +187,11 @@ def _coded(candidate: Candidate) -> bool:
 
 def _formats(setting: Setting, candidate: Candidate, hops: Sequence[Hop]) -> tuple[list[WireBytes], list[WireBytes]]:
     plain_weight, plain_grad = setting.compute_bytes, round(setting.framework.grad_wire_bytes)
-    weights: list[WireBytes] = [partial(_wire, _codec(candidate.weights, hop), plain_weight) for hop in hops]
-    grads: list[WireBytes] = [partial(_wire, _codec(candidate.grads, hop), plain_grad) for hop in hops]
+    wire = partial(_wire, candidate.coding.block)
+    weights: list[WireBytes] = [partial(wire, _codec(candidate.weights, hop), plain_weight) for hop in hops]
+    grads: list[WireBytes] = [partial(wire, _codec(candidate.grads, hop), plain_grad) for hop in hops]
     return weights, grads
 
 
-def _wire(codec: str | None, element_bytes: int, n: int) -> int:
-    return element_bytes * n if codec is None else wire_bytes(codec, n, block=BLOCK, element_bytes=element_bytes)
+def _wire(block: int, codec: str | None, element_bytes: int, n: int) -> int:
+    return element_bytes * n if codec is None else wire_bytes(codec, n, block=block, element_bytes=element_bytes)

@@ -21,8 +21,9 @@ TIME_NAMES = {
     "hidden_s": "(hidden communication)",
 }  # fmt: skip
 MEMORY_NAMES = {
-    "params": "parameters", "grads": "gradients", "optimizer": "optimizer states", "gathered": "gathered units",
-    "activations": "activations", "live": "loss or live block", "outer": "outer states", "framework": "runtime",
+    "params": "parameters", "grads": "gradients", "optimizer": "optimizer states",
+    "gathered": "whole units, gradients in flight", "activations": "activations", "live": "loss or live block",
+    "outer": "outer states", "framework": "runtime",
 }  # fmt: skip
 
 

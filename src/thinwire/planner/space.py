@@ -9,11 +9,16 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations_with_replacement
 from typing import Literal
 
+from pydantic import ValidationError
+
 from thinwire.cost.candidate import Candidate, Recompute, Setting, Sync
 from thinwire.cost.placement import Axes
+from thinwire.plan import Plan
 from thinwire.wire import CodecName
 
 Codecs = Literal["none", "bf16", "all"]
+WIRE = ("weights", "grads", "coding")
+"""Fields of a candidate that say how states travel."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,7 @@ class Space:
 
     def allows(self, candidate: Candidate, *, partition: bool = False) -> bool:
         """Whether a core (with `partition`: also its cut and codecs) has every field that is decided."""
-        names = [
-            name for name in self.fixed if partition or name not in ("depths", "keep_gathered", "weights", "grads")
-        ]
+        names = [name for name in self.fixed if partition or name not in ("depths", "keep_gathered", *WIRE)]
         return all(getattr(candidate, name) == self.fixed[name] for name in names)
 
 
@@ -108,12 +111,18 @@ def partitions(setting: Setting, space: Space, core: Candidate, axes: Axes) -> I
         keeps = [False, True] if lp >= 0 else [False]
         for keep in keeps:
             cut = replace(core, depths=(lp, lg, lo), keep_gathered=keep)
-            yield cut
             yield from coded(setting, space, cut, axes)
 
 
 def coded(setting: Setting, space: Space, cut: Candidate, axes: Axes) -> Iterator[Candidate]:
-    """The cut with codecs on every level but the innermost."""
+    """The cut as it is and with codecs on every level but the innermost; or with those that are decided."""
+    decided = {name: space.fixed[name] for name in WIRE if name in space.fixed}
+    if decided:
+        chosen = replace(cut, **decided)  # type: ignore[arg-type]
+        if _carries(chosen, setting):
+            yield chosen
+        return
+    yield cut
     levels = {hop.level for hop in axes.states if hop.level > 0}
     if not levels or space.codecs == "none":
         return
@@ -126,6 +135,17 @@ def coded(setting: Setting, space: Space, cut: Candidate, axes: Axes) -> Iterato
             weights=_per_level(setting, levels, weights) if weights else (),
             grads=_per_level(setting, levels, grads),
         )
+
+
+def _carries(chosen: Candidate, setting: Setting) -> bool:
+    """Whether codecs that a user decided go with the cut: deltas and error feedback do not with every one."""
+    cluster = setting.cluster
+    levels = tuple((level.name, level.fanout) for level in cluster.levels)
+    try:
+        Plan(levels=levels, partition=chosen.partition(cluster), wire=chosen.wire(cluster))
+    except ValidationError:
+        return False
+    return True
 
 
 def _per_level(setting: Setting, levels: set[int], codec: CodecName) -> tuple[CodecName | None, ...]:

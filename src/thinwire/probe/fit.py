@@ -189,7 +189,7 @@ def measured_cluster(given: Cluster, timings: Timings) -> Cluster:
         optimizer_s=median(timings.update) if timings.update else None,
         collect_s=median(timings.collect) if timings.collect else 0.0,
         sum_s=_sum_s(given, timings),
-        meeting_s=median(timings.meetings) if timings.meetings else 0.0,
+        meeting_s=max(0.0, median(timings.meetings)) if timings.meetings else 0.0,
         coding_s={name: (median(one), median(other)) for name, (one, other) in timings.coding.items()},
         framework_bytes=timings.runtime_bytes,
         origin="measured",

@@ -24,6 +24,8 @@ _BESIDE_S = 0.3
 """The longest gather that computing goes on beside."""
 _STRETCH_S, _MEETINGS_S = 0.01, 0.2
 """Compute between two meetings, and how long ranks go on meeting in one repetition."""
+_TURNS = 2
+"""Repetitions of meeting for each of what else is timed."""
 _MANY = 8
 """In larger groups only members that stand next to each other are paired."""
 
@@ -160,7 +162,8 @@ def _shares(world: World, repeats: int, start: Callable[[], Handle], compute: Ca
 def meetings(world: World, effort: Effort, dtype: torch.dtype) -> Samples:
     """Seconds lost whenever ranks that copy from each other's memory meet between stretches of compute.
 
-    That is what compute and a small gather over all such levels take together, beyond what each takes alone.
+    That is what compute and a small gather over all such levels take together, beyond what each takes alone, timed in
+    turns: it is a small difference between large figures of a machine whose speed changes. A sample may be negative.
     """
     near = [level for level in joined(world) if world.neighbours(level) is not None]
     if not near:
@@ -177,10 +180,12 @@ def meetings(world: World, effort: Effort, dtype: torch.dtype) -> Samples:
         compute()
         meet_all()
 
-    alone_s = median(timed(world, effort.repeats, compute, window_s=_MEETINGS_S))
-    meeting_s = median(timed(world, effort.repeats, meet_all, window_s=_MEETINGS_S))
-    together = timed(world, effort.repeats, both, window_s=_MEETINGS_S)
-    return [max(0.0, second - alone_s - meeting_s) for second in together]
+    meeting_s = median(timed(world, effort.repeats, meet_all))
+    found: Samples = []
+    for _ in range(_TURNS * effort.repeats):
+        alone_s, together_s = (timed(world, 1, work, window_s=_MEETINGS_S)[0] for work in (compute, both))
+        found.append(together_s - alone_s - meeting_s)
+    return found
 
 
 def _matmuls(a: torch.Tensor, count: int) -> None:
