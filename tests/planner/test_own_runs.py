@@ -65,19 +65,27 @@ def test_each_repeat_is_held_against_its_own_probe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "sequences"), [("zero3", 4), ("zero3, micro-batches of 1", 2), ("zero1, recompute", 4), ("zero1, int8", 4)]
+    ("world", "plan", "sequences"),
+    [
+        ("2 ranks", "zero3", 4),
+        ("2 ranks", "zero3, micro-batches of 1", 2),
+        ("2 ranks", "zero1, recompute", 4),
+        ("2 ranks", "zero1, int8", 4),
+        ("2 x 2 ranks", "auto, int4 gradients", 8),
+    ],
 )
-def test_bytes_and_memory_of_a_real_run_are_foreseen(tmp_path: Path, plan: str, sequences: int) -> None:
-    level = Level(name="node", fanout=2, bytes_per_s=1e9, latency_s=1e-4)
+def test_bytes_and_memory_of_a_real_run_are_foreseen(tmp_path: Path, world: str, plan: str, sequences: int) -> None:
+    sizes = predict_own_runs.WORLDS[world].levels
+    levels = tuple(Level(name=name, fanout=fanout, bytes_per_s=1e9, latency_s=1e-4) for name, fanout in sizes)
     device = Device(peak_flops_per_s=5e10, memory_bytes=2**33, memory_bytes_per_s=1e10)
     work = tmp_path / "0"
     (work / "0").mkdir(parents=True)
-    (work / "0" / "cluster.toml").write_text(dump_toml(Cluster(device=device, levels=(level,))))
+    (work / "0" / "cluster.toml").write_text(dump_toml(Cluster(device=device, levels=levels)))
     options = Namespace(
         model="llama-1m", corpus=make_corpus(tmp_path / "data"), sequences=sequences, tokens=64, micro_batch=4,
         plans=[plan], repeats=1, seconds=0.0, end_s=float("inf"), longest_s=1e9, keep=True, quick=True, peaks=True,
     )  # fmt: skip
-    rows, rests = predict_own_runs.measure("2 ranks", options, work)
+    rows, rests = predict_own_runs.measure(world, options, work)
     assert [each.plan for each in rows] == [plan] and "given" in rests
     assert rows[0].bytes_equal and rows[0].predicted[0].sent, (rows[0].predicted, rows[0].measured)
     assert abs(rows[0].states_error) < 0.01 and rows[0].measured_s > 0

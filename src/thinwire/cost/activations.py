@@ -2,8 +2,9 @@
 
 Per token and element of the hidden size, in units of the compute precision's bytes (2 in the paper). A GPT block keeps 17
 (34 bytes): 5 outside its matmuls' tensor-parallel region (inputs of the two norms, of qkv and of the first linear, and
-masks), 12 inside. A Llama block keeps both norms' inputs and outputs outside; rotated queries and keys, values, the
-attention's output, gate, up, the gate's activation and their product inside; fused code does not keep the activation.
+masks, where there is dropout), 12 inside. A Llama block keeps both norms' inputs and outputs outside; rotated queries and
+keys, values, the attention's output, gate, up, the gate's activation and their product inside; fused code does not keep
+the activation.
 Scores that are stored add 5 a s / h bytes (scores, softmax, dropout mask).
 """
 
@@ -30,7 +31,7 @@ def held_elements(setting: Setting, tensor: int) -> float:
     """Elements per token that backward does not need, or could make, and that stay in memory all the same.
 
     Queries and keys before their rotation, where they lie in one buffer with the values; on a CPU, whose RMSNorm is made
-    of single operations, what each of both norms has before its weights (measured: tests/cost/test_memory.py).
+    of single operations, what each of both norms has before its weights. Tested: tests/planner/test_own_runs.py.
     """
     spec = setting.spec
     packed = setting.framework.packed_qkv and spec.family != "gpt2"

@@ -1,8 +1,8 @@
 """Device memory of a stage's ranks by cause, and whether it fits.
 
 States lie as the engine keeps them: weights in the compute precision at lp, gradient sums in fp32 at lg, masters and
-AdamW's moments at lo. While a unit computes, it and the next one are whole; a unit's fresh gradient is whole until it
-has been reduced. Activations: `activations.py`, times the micro-batches that a stage has under way.
+AdamW's moments at lo. What a step needs beside them, weights that are whole, gradients on their way, activations and the
+loss, is that of its fullest moment: `moments.py`.
 """
 
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ class Memory:
     grads: float
     optimizer: float
     gathered: float
-    """Whole units while they compute, and a unit's gradient on its way."""
+    """Whole units while they compute, and gradients on their way."""
     activations: float
-    """What forward leaves for backward, of all micro-batches under way."""
+    """What forward has left for backward at that moment, of all micro-batches under way."""
     live: float
-    """The larger of what the loss needs beside them and of a block that is live again while it is recomputed."""
+    """What the loss needs beside them; or the gradients inside a block, and the block if it is computed again."""
     outer: float
     """Outer weights and momentum on the device: of the fragment that is due; on a CPU, which is its own host, all."""
     framework: float

@@ -24,7 +24,7 @@ class Held(NamedTuple):
     """Whole weights, and gradients on their way."""
     activations: float
     live: float
-    """What the loss needs, or a block that is computed again."""
+    """What the loss needs; or the gradients inside a block, and the block if it is computed again."""
 
 
 def fullest(

@@ -7,7 +7,7 @@ worth it. Axes are enumerated from divisors; an axis that would cut a level aske
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations_with_replacement
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -31,7 +31,7 @@ class Space:
     """Which codecs gradients and weights may travel under outside the innermost level."""
     sync: Sync | None = None
     """Outer synchronisation, if the plans are to have it."""
-    fixed: Mapping[str, object] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields of a candidate that are decided already."""
     min_tokens: int = 1024
     """Least part of a sequence that a context rank keeps."""
@@ -118,7 +118,7 @@ def coded(setting: Setting, space: Space, cut: Candidate, axes: Axes) -> Iterato
     """The cut as it is and with codecs on every level but the innermost; or with those that are decided."""
     decided = {name: space.fixed[name] for name in WIRE if name in space.fixed}
     if decided:
-        chosen = replace(cut, **decided)  # type: ignore[arg-type]
+        chosen = replace(cut, **decided)
         if _carries(chosen, setting):
             yield chosen
         return
