@@ -230,6 +230,7 @@ def test_launchers_one_a_node_make_one_world(stop: bool, corpus: Path, tmp_path:
         "cluster": {"levels": [2, 2]},
         "run": {"steps": 100_000 if stop else 3},
         "schedule": {"warmup_steps": 0},
+        "checkpoint": {"every_steps": 0},
     }
     run, port = write_run(tmp_path, corpus, **sections), str(free_port())
     pods = [
@@ -250,7 +251,8 @@ def test_launchers_one_a_node_make_one_world(stop: bool, corpus: Path, tmp_path:
     said = [pod.communicate(timeout=200)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], said
     assert ("stopped after step" if stop else "3 of 3") in said[0]
-    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    last = max(steps(events))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{last:08d}"]
     assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == [f"rank-{i}.log" for i in (1, 2, 3)]
 
 
