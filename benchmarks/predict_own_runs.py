@@ -75,26 +75,50 @@ def _coded(weights: str, grads: str, level: str) -> str:
     return f"plan.wire={{weights={{{level}='{weights}'}}, grads={{{level}='{grads}'}}}}"
 
 
+SMALL, AGAIN = "batch.micro_batch=1", "plan.recompute=full"
+
+
 def plans_of(world: World) -> dict[str, list[str]]:
-    """name -> settings. On one level auto is zero1 and hsdp is zero3, so they are left out there."""
+    """name -> settings, one for each decision that costs something there.
+
+    Without a slow link where states lie costs next to nothing: plans that differ in nothing else take the same time, and
+    have no order that a planner could foresee. Micro-batches and recomputation cost something everywhere.
+    """
     outer = world.levels[-1][0]
-    found = {"ddp": ["plan.partition=ddp"], "zero3": ["plan.partition=zero3"]}
+    ddp, zero1, zero3, auto = ([f"plan.partition={each}"] for each in ("ddp", "zero1", "zero3", "auto"))
+    int4 = _coded("int8", "int4", outer)
     if world.levels == PAIR:
-        small = ["plan.partition=zero3", "batch.micro_batch=1"]
-        return found | {
-            "zero1": ["plan.partition=zero1"],
-            "zero1, recompute": ["plan.partition=zero1", "plan.recompute=full"],
-            "zero3, micro-batches of 1": small,
-            "zero3 kept, micro-batches of 1": [*small, "plan.keep_gathered=true"],
-            "zero1, int8": ["plan.partition=zero1", _coded("int8", "int8", outer)],
-            "zero1, int4 gradients": ["plan.partition=zero1", _coded("int8", "int4", outer)],
+        return {
+            "ddp": ddp,
+            "zero3": zero3,
+            "zero1, int4 gradients": [*zero1, int4],
+            "zero1, recompute": [*zero1, AGAIN],
+            "zero3 kept, micro-batches of 1": [*zero3, SMALL, "plan.keep_gathered=true"],
+            "zero3, micro-batches of 1": [*zero3, SMALL],
+            "zero1, micro-batches of 1, recompute": [*zero1, SMALL, AGAIN],
+            "zero3, micro-batches of 1, recompute": [*zero3, SMALL, AGAIN],
+            "the same, int4 gradients": [*zero3, SMALL, AGAIN, int4],
         }
-    return found | {
+    if world.mbit_per_s is None:
+        return {
+            "ddp": ddp,
+            "auto": auto,
+            "auto, int4 gradients": [*auto, int4],
+            "auto, recompute": [*auto, AGAIN],
+            "zero3, micro-batches of 2": [*zero3, "batch.micro_batch=2"],
+            "auto, micro-batches of 1": [*auto, SMALL],
+            "zero3, micro-batches of 1": [*zero3, SMALL],
+            "auto, micro-batches of 1, recompute": [*auto, SMALL, AGAIN],
+            "zero3, micro-batches of 1, recompute": [*zero3, SMALL, AGAIN],
+        }
+    return {
+        "ddp": ddp,
+        "zero3": zero3,
         "hsdp": ["plan.partition=hsdp"],
-        "auto": ["plan.partition=auto"],
-        "auto, recompute": ["plan.partition=auto", "plan.recompute=full"],
-        "auto, int8": ["plan.partition=auto", _coded("int8", "int8", outer)],
-        "auto, int4 gradients": ["plan.partition=auto", _coded("int8", "int4", outer)],
+        "auto": auto,
+        "auto, recompute": [*auto, AGAIN],
+        "auto, int8": [*auto, _coded("int8", "int8", outer)],
+        "auto, int4 gradients": [*auto, int4],
     }
 
 

@@ -94,6 +94,7 @@ def test_clean_removes_a_lab_whose_owner_is_dead_and_keeps_one_in_use(running: R
     assert "in use" in thinwire("lab", "clean").stdout
     os.kill(agent, signal.SIGSTOP)
     running.owner.kill()
+    running.owner.wait()
     assert not eventually(running.is_gone, 0.5)
     removed = json.loads(thinwire("lab", "clean", "--json").stdout)["removed"]
     assert any(name.startswith(f"thinwire-lab-{running.owner.pid}-") for name in removed)

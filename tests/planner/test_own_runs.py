@@ -70,11 +70,23 @@ def test_each_repeat_is_held_against_its_own_probe() -> None:
         ("2 ranks", "zero3", 4),
         ("2 ranks", "zero3, micro-batches of 1", 2),
         ("2 ranks", "zero1, recompute", 4),
-        ("2 ranks", "zero1, int8", 4),
+        ("2 ranks", "zero1, int4 gradients", 4),
         ("2 x 2 ranks", "auto, int4 gradients", 8),
     ],
 )
 def test_bytes_and_memory_of_a_real_run_are_foreseen(tmp_path: Path, world: str, plan: str, sequences: int) -> None:
+    foresee(tmp_path, world, plan, sequences)
+
+
+def test_what_error_feedback_carries_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 of every sum that enters the coded hop: a fifth of the peak here."""
+    settings = ["plan.partition=zero1", "plan.wire={grads={node='int4'}, error_feedback=true}"]
+    monkeypatch.setattr(predict_own_runs, "plans_of", lambda world: {"feedback": settings})
+    foresee(tmp_path, "2 ranks", "feedback", 4)
+
+
+def foresee(tmp_path: Path, world: str, plan: str, sequences: int) -> None:
+    """Run the plan on made-up figures of this host; bytes and memory have to be those that were predicted."""
     sizes = predict_own_runs.WORLDS[world].levels
     levels = tuple(Level(name=name, fanout=fanout, bytes_per_s=1e9, latency_s=1e-4) for name, fanout in sizes)
     device = Device(peak_flops_per_s=5e10, memory_bytes=2**33, memory_bytes_per_s=1e10)

@@ -1,6 +1,8 @@
 """The simulator equals the closed form where nothing contends, conserves bytes, and slow things make steps slower."""
 
 import json
+from dataclasses import replace
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import pytest
@@ -69,10 +71,35 @@ def test_interleaving_agrees_without_sends_to_wait_for() -> None:
         assert play(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=5e-3)
 
 
-def test_contention_is_seen_and_small() -> None:
-    given = setting(8, 4, rate=2e10)
-    candidate = Candidate(depths=(0, 1, 1))
-    assert play(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=0.1)
+def slower_outside(times: float, sequences: int) -> Setting:
+    """Four nodes of 8, the level between them slower than the one inside."""
+    given = setting(8, 4, sequences=sequences)
+    fast, slow = given.cluster.levels
+    slow = slow.model_copy(update={"bytes_per_s": slow.bytes_per_s / times})
+    return replace(given, cluster=given.cluster.model_copy(update={"levels": (fast, slow)}))
+
+
+def test_the_closed_form_is_near_where_cuts_contend_for_lanes() -> None:
+    """Every cut over two levels, with 1, 2 and 8 micro-batches: ZeRO-3's gathers and reductions share lanes."""
+    cuts = [
+        Candidate(depths=depths, keep_gathered=keep)
+        for depths in combinations_with_replacement((-1, 0, 1), 3)
+        for keep in ([False, True] if depths[0] >= 0 else [False])
+    ]
+    settings = [slower_outside(times, sequences) for times in (1, 2, 5, 20) for sequences in (32, 64, 256)]
+    apart = [abs(closed(given, cut) / play(given, cut).step_s - 1) for given in settings for cut in cuts]
+    assert max(apart) < 0.15
+    assert sum(apart) / len(apart) < 0.004
+
+
+@pytest.mark.parametrize("sequences", [64, 96, 128, 512])
+@pytest.mark.parametrize("times", [10, 50, 160])
+def test_a_level_that_every_micro_batch_fills_sets_the_step(times: int, sequences: int) -> None:
+    """Gradients cut over a slow level are sent after each of 2 to 16 micro-batches, and pile up there."""
+    given = slower_outside(times, sequences)
+    for parameters_at in (-1, 0):
+        candidate = Candidate(depths=(parameters_at, 1, 1))
+        assert play(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=0.01)
 
 
 @pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(4, 8, 1), (4, 3, 1), (4, 8, 2), (4, 4, 3), (2, 8, 4)])

@@ -6,6 +6,7 @@ slower by the calibrated factor. Everything that can overlap a piece of compute 
 end is known at once and no event queue is needed; the simulator plays the same rules with one.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -27,7 +28,8 @@ class Lanes:
 
     def __init__(self, slowdown: float) -> None:
         self.rate = 1.0 / (1.0 + slowdown)
-        self.free: dict[int, float] = {}
+        self.gaps: dict[int, list[tuple[float, float]]] = {}
+        """Of each lane, in order; the last never closes."""
         self.busy: list[tuple[float, float]] = []
         self.sent_s = 0.0
         self.stretched_s = 0.0
@@ -35,16 +37,38 @@ class Lanes:
     def send(self, ready: float, hops: Chain) -> float:
         """Issue a chain at `ready`; when it arrives."""
         for level, seconds in hops:
-            begin = max(ready, self.free.get(level, 0.0))
-            ready = self.free[level] = begin + seconds
+            begin = self._slot(level, ready, seconds)
+            ready = begin + seconds
             self.busy.append((begin, ready))
             self.sent_s += seconds
         return ready
+
+    def _slot(self, level: int, ready: float, seconds: float) -> float:
+        """Take the first time from `ready` on in which the lane is free for so long."""
+        gaps = self.gaps.setdefault(level, [(0.0, math.inf)])
+        for index, (opens, closes) in enumerate(gaps):
+            begin = max(ready, opens)
+            if begin + seconds <= closes:
+                gaps[index : index + 1] = [g for g in ((opens, begin), (begin + seconds, closes)) if g[0] < g[1]]
+                return begin
+        raise AssertionError("the last gap never closes")
+
+    def queued(self, now: float) -> dict[int, float]:
+        """Seconds that each lane still sends after `now`."""
+        return {level: max(0.0, gaps[-1][0] - now) for level, gaps in self.gaps.items()}
+
+    def pile_up(self, now: float, before: dict[int, float], *, times: int) -> None:
+        """Let what has come to wait in each lane since it was as `before` come `times` more (-1: not at all)."""
+        for level, waiting in self.queued(now).items():
+            free = now + max(0.0, waiting + times * (waiting - before.get(level, 0.0)))
+            self.gaps[level] = [(free, math.inf)]
+            self.busy.append((now, free))
 
     def compute(self, start: float, work: float) -> float:
         """When `work` seconds of compute that begin at `start` end."""
         now, left = start, work
         self.busy = [span for span in self.busy if span[1] > start]
+        self.gaps = {level: [gap for gap in gaps if gap[1] > start] for level, gaps in self.gaps.items()}
         for begin, end in _union(self.busy):
             quiet = max(0.0, begin - now)
             if left <= quiet:

@@ -6,6 +6,7 @@ loss, is that of its fullest moment: `moments.py`.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.moments import fullest
@@ -28,8 +29,10 @@ class Memory:
     params: float
     grads: float
     optimizer: float
+    residual: float
+    """What error feedback has not sent of earlier steps' gradients."""
     gathered: float
-    """Whole units while they compute, and gradients on their way."""
+    """Whole units while they compute, gradients on their way, and what of them error feedback keeps for the next step."""
     activations: float
     """What forward has left for backward at that moment, of all micro-batches under way."""
     live: float
@@ -43,8 +46,8 @@ class Memory:
     @property
     def total(self) -> float:
         return (
-            self.params + self.grads + self.optimizer + self.gathered + self.activations + self.live + self.outer
-            + self.framework
+            self.params + self.grads + self.optimizer + self.residual + self.gathered + self.activations + self.live
+            + self.outer + self.framework
         )  # fmt: skip
 
     @property
@@ -63,7 +66,8 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
     cut_p, cut_g, cut_o = cuts(candidate, axes.states)
     flying = in_flight(counted.index, candidate.pipeline, candidate.accumulate(setting), candidate.chunks)
     cut = (cut_p, cut_g)
-    held = fullest(setting, candidate, counted.kind, units, flying=flying, cuts=cut, hops=axes.states)
+    lost = residual_bytes(total, candidate, axes.states)
+    held = fullest(setting, candidate, counted.kind, units, flying=flying, cuts=cut, hops=axes.states, lost=lost)
     framework = setting.framework
     host, due = outer_bytes(total, setting, candidate)
     return Memory(
@@ -71,6 +75,7 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
         params=_weights_bytes(setting, total, cut_p, cut_o),
         grads=framework.grad_bytes * total / cut_g,
         optimizer=framework.optimizer_bytes * total / cut_o,
+        residual=lost,
         gathered=held.gathered,
         activations=held.activations,
         live=held.live,
@@ -84,6 +89,17 @@ def _weights_bytes(setting: Setting, total: float, cut_p: int, cut_o: int) -> fl
     """Weights in the compute precision; none of their own where they are the fp32 masters, cut alike."""
     alike = setting.compute_dtype == "fp32" or setting.framework.casts_on_gather
     return 0.0 if alike and cut_p == cut_o else setting.compute_bytes * total / cut_p
+
+
+def residual_bytes(parameters: float, candidate: Candidate, hops: tuple[Hop, ...]) -> float:
+    """fp32, of the sums that enter the outermost hop whose codec loses something (`comm/residual.py`)."""
+    if not candidate.coding.error_feedback:
+        return 0.0
+    lg = hop_depths(candidate, hops)[1]
+    coded = [index for index, hop in enumerate(hops) if index > lg and candidate.grads and candidate.grads[hop.level]]
+    if not coded:
+        return 0.0
+    return 4.0 * parameters / prod(hop.fanout for hop in hops[: coded[-1]])
 
 
 def outer_bytes(parameters: float, setting: Setting, candidate: Candidate) -> tuple[float, float]:

@@ -21,7 +21,7 @@ class Held(NamedTuple):
     """Bytes on a rank."""
 
     gathered: float
-    """Whole weights, and gradients on their way."""
+    """Whole weights, gradients on their way, and what of them error feedback keeps."""
     activations: float
     live: float
     """What the loss needs; or the gradients inside a block, and the block if it is computed again."""
@@ -36,11 +36,12 @@ def fullest(
     flying: float,
     cuts: tuple[int, int],
     hops: tuple[Hop, ...],
+    lost: float = 0.0,
 ) -> Held:
     """The moment that needs most.
 
     `units`: parameters by unit; `flying`: micro-batches whose activations are kept; `cuts`: into how many parts
-    parameters and gradient sums are cut.
+    parameters and gradient sums are cut; `lost`: bytes that error feedback keeps of a step by its end.
     """
     cut_p, cut_g = cuts
     kept = block_bytes(setting, candidate) * kind.blocks * flying
@@ -60,12 +61,16 @@ def fullest(
     inside = again + gradients_bytes(setting, candidate)
     done = 1.0 / (kind.blocks * flying)
     begun = weights * (in_blocks + table)  # the gradient that the head makes of a tied table waits for the embedding's
+    stage = block * kind.blocks + embedding + head
+    sent = head + max(0, kind.blocks - 2) * block  # of the first block's backward: the block before is on its way
     return max(
         Held(weights * at_loss + before, kept, _loss(setting, candidate, kind)),
         Held(weights * (at_head + table) + before, kept, 0.0),
         Held(begun + weights * block + each * max(head, embedding if carried and alone else 0.0), kept, inside),
         Held(begun + each * block, (1.0 - done) * kept, inside),
         Held(begun + each * (1.0 + older) * block, max(0.0, 1.0 - 2 * done) * kept, inside),
+        Held(begun + each * (1.0 + older) * block + lost * sent / stage, done * kept, inside),
+        Held(each * embedding + lost, 0.0, 0.0),
         key=sum,
     )
 

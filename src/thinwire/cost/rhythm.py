@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from thinwire.cost.lanes import Habit, Lanes, UnitWork, backward, forward, refresh
 
-PLAYED = 3
-"""Blocks played through one by one; more of them add the difference that the last one made."""
+PLAYED, PERIOD = 4, 2
+"""Blocks played through one by one; more of them add the difference that the last `PERIOD` made (not only the last: where
+gathers and reductions share a lane, blocks take turns in waiting)."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ def rhythm(units: StageUnits, habit: Habit, *, micro_batches: int, slowdown: flo
     if units.blocks <= PLAYED:
         return _play(units.listed(units.blocks), habit, micro_batches, slowdown)
     more = _play(units.listed(PLAYED), habit, micro_batches, slowdown)
-    less = _play(units.listed(PLAYED - 1), habit, micro_batches, slowdown)
-    return _extend(more, less, units.blocks - PLAYED)
+    less = _play(units.listed(PLAYED - PERIOD), habit, micro_batches, slowdown)
+    return _extend(more, less, (units.blocks - PLAYED) / PERIOD)
 
 
-def _extend(more: Rhythm, less: Rhythm, times: int) -> Rhythm:
+def _extend(more: Rhythm, less: Rhythm, times: float) -> Rhythm:
     def grown(name: str) -> float:
         value = float(getattr(more, name))
         return value + times * (value - float(getattr(less, name)))
@@ -87,11 +88,12 @@ def _play(listed: list[UnitWork], habit: Habit, micro_batches: int, slowdown: fl
     if single:
         share = ahead / first
         return Rhythm(first, first, first, share, tail_end - first, lanes.sent_s, lanes.stretched_s)
-    sent, stretched = lanes.sent_s, lanes.stretched_s
+    sent, stretched, queued = lanes.sent_s, lanes.stretched_s, lanes.queued(first)
     ahead = forward(lanes, first, listed, habit, refreshing=landed, first=False)
     middle, _ = backward(lanes, ahead, listed, habit, last=False)
     share = (ahead - first) / (middle - first)
     middle_sent, middle_stretched = lanes.sent_s - sent, lanes.stretched_s - stretched
+    lanes.pile_up(middle, queued, times=micro_batches - 3)
     ahead = forward(lanes, middle, listed, habit, refreshing=landed, first=False)
     last, tail_end = backward(lanes, ahead, listed, habit, last=True)
     times = micro_batches - 3

@@ -21,7 +21,7 @@ TIME_NAMES = {
     "hidden_s": "(hidden communication)",
 }  # fmt: skip
 MEMORY_NAMES = {
-    "params": "parameters", "grads": "gradients", "optimizer": "optimizer states",
+    "params": "parameters", "grads": "gradients", "optimizer": "optimizer states", "residual": "error feedback",
     "gathered": "whole units, gradients in flight", "activations": "activations", "live": "loss or live block",
     "outer": "outer states", "framework": "runtime",
 }  # fmt: skip

@@ -192,13 +192,13 @@ class _Cuts:
                 del found.best[keep:]
 
     def _least_on_links(self, candidate: Candidate, axes: Axes, core: Core) -> float:
-        """A lower bound from what the fullest stage's blocks send.
+        """A lower bound from what the first stage's blocks send; no stage has more of them.
 
         No lane is done sooner than its bytes take. The last reduction hides behind one backward at most, and new weights
-        behind one forward.
+        behind one forward: the first stage is the last to end and the first to begin.
         """
-        busiest = max(core.stages, key=lambda counted: counted.kind.blocks)
-        elements = parameters_of(self._setting, busiest.kind, candidate.tensor)["block"] * busiest.kind.blocks
+        first = core.stages[0].kind
+        elements = parameters_of(self._setting, first, candidate.tensor)["block"] * first.blocks
         moves = self._moves_of(elements, candidate, axes)
         gathers = 0 if not moves.gather else core.micro_batches * (1 if candidate.keep_gathered else 2)
         lanes: dict[int, float] = {}
@@ -211,9 +211,9 @@ class _Cuts:
             for level, seconds in chain:
                 lanes[level] = lanes.get(level, 0.0) + times * seconds
         passes = (core.block, core.embedding, core.head)
-        ends = max(0.0, _slowest(moves.reduce_last) - _alone(busiest.kind, [each.backward.total for each in passes]))
-        ends += max(0.0, _slowest(moves.refresh) - _alone(busiest.kind, [each.forward.total for each in passes]))
-        return max(max(lanes.values(), default=0.0), core.least_s + (ends if core.alone.bubble_s == 0 else 0.0))
+        ends = max(0.0, _slowest(moves.reduce_last) - _alone(first, [each.backward.total for each in passes]))
+        ends += max(0.0, _slowest(moves.refresh) - _alone(first, [each.forward.total for each in passes]))
+        return max(max(lanes.values(), default=0.0), core.least_s + ends)
 
     def _moves_of(self, elements: float, candidate: Candidate, axes: Axes) -> UnitMoves:
         cut = (candidate.depths, candidate.keep_gathered, candidate.weights, candidate.grads)

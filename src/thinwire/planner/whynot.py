@@ -100,7 +100,7 @@ def fits_nowhere(setting: Setting, space: Space, found: Found) -> str:
     closest = found.closest
     need = closest.memory.total * 1.05
     largest = max(
-        ("params", "grads", "optimizer", "gathered", "activations", "live", "framework"),
+        ("params", "grads", "optimizer", "residual", "gathered", "activations", "live", "framework"),
         key=lambda name: getattr(closest.memory, name),
     )
     text = (

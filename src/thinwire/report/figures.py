@@ -157,8 +157,8 @@ def wire_rows(run: Run) -> list[tuple[str, str, float | None, float]]:
     ]
 
 
-MEMORY = ("params", "grads", "optimizer", "gathered", "activations", "live", "framework")
-MEMORY_COLOURS = ("#3b82f6", "#f97316", "#10b981", "#8b5cf6", "#e11d8f", "#06b6d4", "#94a3b8")
+MEMORY = ("params", "grads", "optimizer", "residual", "gathered", "activations", "live", "framework")
+MEMORY_COLOURS = ("#3b82f6", "#f97316", "#10b981", "#eab308", "#8b5cf6", "#e11d8f", "#06b6d4", "#94a3b8")
 
 
 STATES = MEMORY[:3]
