@@ -59,6 +59,8 @@ class Lanes:
 
     def pile_up(self, now: float, before: dict[int, float], *, times: int) -> None:
         """Let what has come to wait in each lane since it was as `before` come `times` more (-1: not at all)."""
+        if times < 0:
+            self.busy.clear()  # with spans that are none
         for level, waiting in self.queued(now).items():
             free = now + max(0.0, waiting + times * (waiting - before.get(level, 0.0)))
             self.gaps[level] = [(free, math.inf)]

@@ -93,10 +93,8 @@ def _weights_bytes(setting: Setting, total: float, cut_p: int, cut_o: int) -> fl
 
 def residual_bytes(parameters: float, candidate: Candidate, hops: tuple[Hop, ...]) -> float:
     """fp32, of the sums that enter the outermost hop whose codec loses something (`comm/residual.py`)."""
-    if not candidate.coding.error_feedback:
-        return 0.0
-    lg = hop_depths(candidate, hops)[1]
-    coded = [index for index, hop in enumerate(hops) if index > lg and candidate.grads and candidate.grads[hop.level]]
+    lg, carries = hop_depths(candidate, hops)[1], candidate.coding.error_feedback and candidate.grads
+    coded = [i for i, hop in enumerate(hops) if carries and i > lg and hop.fanout > 1 and candidate.grads[hop.level]]
     if not coded:
         return 0.0
     return 4.0 * parameters / prod(hop.fanout for hop in hops[: coded[-1]])
