@@ -14,11 +14,11 @@ QUIET = {
 
 
 def train(run_file: str, chosen: Mapping[str, Any]) -> None:
-    """Train to the last step, one thread a rank. Raises SystemExit with what the run said if it failed."""
+    """Train to the last step, one thread a rank. Raises SystemExit with what the run said if it failed or was stopped."""
     words = [text for key, value in {**QUIET, **chosen}.items() for text in ("--set", f"{key}={value}")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*PROGRAM, run_file, *words], capture_output=True, text=True, env=env, check=False)
-    if done.returncode:
+    if done.returncode or "stopped after step" in done.stdout:
         raise SystemExit(
             f"`thinwire train` ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-2000:]}"
         )
