@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import outer_study
 import outer_table
+import train_runs
 from outer_study import BASE, KINDS, Book, Run
 
 from thinwire.config import build
@@ -148,3 +149,12 @@ def test_the_report_has_every_row_and_needs_no_run(tmp_path: Path, monkeypatch: 
     assert "--at-most" not in table
     left = len(list(outer_study.planned(outer_study.parse(options)))) - len(RECORDS)
     assert f"{left} of the {left + len(RECORDS)} runs of the command below are not made yet" in table
+
+
+def test_a_run_that_was_stopped_is_no_finished_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`thinwire train` ends with 0 then, so that schedulers do not take a stop for a failure."""
+    monkeypatch.setattr(
+        train_runs, "PROGRAM", [sys.executable, "-c", "print('stopped after step 3; the same command')"]
+    )
+    with pytest.raises(SystemExit, match="stopped after step 3"):
+        train_runs.train("run.toml", {})

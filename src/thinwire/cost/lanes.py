@@ -1,9 +1,10 @@
 """One rank alone: a compute lane and a send lane for each level, and what hides behind what.
 
-The rules are the engine's: a chain's hops follow one another, each waits for its lane; the next unit's weights set out
-when this unit's compute begins; gradients set out when their unit's backward ends. While any lane sends, compute is
-slower by the calibrated factor. Everything that can overlap a piece of compute has been issued when it begins, so its
-end is known at once and no event queue is needed; the simulator plays the same rules with one.
+The rules are the engine's: a chain's hops follow one another, each takes its lane as soon as that is free for it; the
+next unit's weights set out when this unit's compute begins; gradients set out when their unit's backward ends. While
+any lane sends, compute is slower by the calibrated factor. Everything that can overlap a piece of compute has been
+issued when it begins, so its end is known at once and no event queue is needed; the simulator plays the same rules
+with one.
 """
 
 import math

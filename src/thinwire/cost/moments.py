@@ -4,7 +4,7 @@ At the loss: all activations, the loss's own buffers, weights that are whole the
 block, and of those before it: less and less activations, the block that is computed again and the gradients inside it,
 weights of its unit and of the next, the gradient that it makes, and those of units on their way, two at a time
 (`partition/reductions.py`). Where gradient sums are cut, the last two of the micro-batch before land only when the
-head's has been issued.
+head's has been issued. What error feedback does not send of a step grows as activations go.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ def fullest(
     flying: float,
     cuts: tuple[int, int],
     hops: tuple[Hop, ...],
-    lost: float = 0.0,
+    lost: float,
 ) -> Held:
     """The moment that needs most.
 
