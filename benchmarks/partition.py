@@ -23,6 +23,7 @@ from sides import CLUSTER, TORCH, WIRES, Setting, Side, thinwire_side
 from torch import Tensor
 
 from thinwire import World
+from thinwire.comm.heap import keep_heap
 from thinwire.model.presets import preset
 from thinwire.train.launch import free_port
 
@@ -57,6 +58,7 @@ def timed(side: Side, batches: list[Tensor], steps: int, world: World) -> tuple[
 
 
 def rank_main(rank: int, port: int, options: argparse.Namespace, out: Any) -> None:
+    keep_heap()  # for every side
     torch.set_num_threads(1)
     setting = Setting(model=options.model, lr=1e-3, rank=rank, ranks=RANKS, environment={}, accumulate=ACCUMULATE)
     world = World.join(CLUSTER, rank=rank, size=RANKS, local_rank=rank, host="127.0.0.1", port=port)

@@ -22,6 +22,7 @@ from peers import PEERS
 from sides import NO_NETWORK, THINWIRE, TORCH, WAITING, Builder, Setting, Side, alone
 from torch import Tensor
 
+from thinwire.comm.heap import keep_heap
 from thinwire.lab.counters import read_interfaces
 
 SIDES: dict[str, Builder] = {NO_NETWORK: alone, **THINWIRE, **TORCH, **PEERS, **WAITING}
@@ -123,6 +124,7 @@ def wait_for_go(folder: Path, phase: int, rank: int) -> None:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    keep_heap()  # for every side
     torch.set_num_threads(1)
     setting, folder = setting_of(job, os.environ), Path(job["folder"])
     rank = setting.rank

@@ -41,6 +41,7 @@ from thin_rank import (
     wait_for_go,
 )
 
+from thinwire.comm.heap import keep_heap
 from thinwire.lab.config import LabConfig
 from thinwire.lab.lab import Lab
 from thinwire.model.presets import preset
@@ -54,6 +55,7 @@ SLACK = 1e-3
 
 def be_rank(job: dict[str, Any]) -> None:
     """One rank: trains until the target, writes every look at the loss."""
+    keep_heap()  # for every side
     torch.set_num_threads(1)
     setting: Setting = setting_of(job, os.environ)
     stream, folder = text(), Path(job["folder"])

@@ -1,5 +1,6 @@
 """The probe: fits invert the cost formulas, real ranks are timed, and what is written is what planning reads."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +62,47 @@ def test_a_matmul_curve_is_found_again() -> None:
     assert peak * efficiency == pytest.approx(1e12, rel=0.02)
 
 
-def test_what_blocks_take_beyond_their_matmuls_is_found_again() -> None:
-    spec_of = [BlockShape(h, 4, 3 * h, b, t) for h in (128, 256, 512) for b, t in ((1, 64), (4, 128))]
-    device = Device(peak_flops_per_s=1e11, memory_bytes=2**30, memory_bytes_per_s=1e10)
-    flat = Calibration(matmul_efficiency=0.8, matmul_half=8, memory_efficiency=0.5, memory_backward=1.5, launch_s=2e-5)
+BLOCKS = [BlockShape(h, 4, 3 * h, b, t) for h in (128, 256, 512) for b, t in ((1, 64), (4, 128))]
+CPU = Cluster(
+    device=Device(kind="cpu", peak_flops_per_s=1e11, memory_bytes=2**30, memory_bytes_per_s=1e10),
+    levels=(Level(name="node", fanout=1),),
+)
+FLAT = Calibration(
+    matmul_efficiency=0.8, matmul_half=8, memory_efficiency=0.5, memory_backward=1.5, launch_s=2e-5, weight_s=3e-10
+)
+
+
+def _blocks_take(flat: Calibration) -> dict[BlockShape, tuple[float, float]]:
+    """(seconds of a forward, of a forward and a backward) by the cost formulas."""
     shown = {}
-    for shape in spec_of:
-        given = Setting(
-            shape.spec, Cluster(device=device, levels=(Level(name="node", fanout=1),)), shape.sequences, shape.tokens,
-            calibration=flat, compute_dtype="fp32",
-        )  # fmt: skip
+    for shape in BLOCKS:
+        given = Setting(shape.spec, CPU, shape.sequences, shape.tokens, calibration=flat, compute_dtype="fp32")
         passes = block_passes(given, Candidate(micro_batch=shape.sequences), Axes((), (), (), (), ()))
         shown[shape] = passes.forward.total, passes.forward.total + passes.backward.total
-    found = blocks_show(shown, (1e11, 0.8, 8.0), most_bytes_per_s=1e12)
+    return shown
+
+
+def test_what_blocks_take_beyond_their_matmuls_is_found_again() -> None:
+    found = blocks_show(_blocks_take(FLAT), (1e11, 0.8, 8.0), most_bytes_per_s=1e12)
     assert found.matmuls == pytest.approx(1.0) and found.bytes_per_s == pytest.approx(5e9)
     assert found.backward == pytest.approx(1.5) and found.operation_s == pytest.approx(2e-5)
+    assert found.weight_s == pytest.approx(3e-10)
+
+
+def test_matmuls_that_are_faster_in_a_block_than_alone_raise_the_peak() -> None:
+    alone, half = 0.5e11, 8.0
+    shapes = [(m, d, n) for m in (64, 1024) for d, n in ((64, 64), (512, 2048))]
+    rates = {s: alone * math.prod(d / (d + half) for d in s) for s in shapes}
+    timings = Timings(
+        matmuls={s: [2.0 * math.prod(s) / rate] for s, rate in rates.items()}, copies={2**20: [1e-4]}, launches=[1e-5],
+        gathers={}, reduces={}, slowdowns=[], memory_bytes=2**30, runtime_bytes=2**20,
+        blocks={shape: ([forward], [both]) for shape, (forward, both) in _blocks_take(FLAT).items()},
+    )  # fmt: skip
+    found = measured_cluster(CPU, timings)
+    assert found.calibration is not None and found.calibration.matmul_efficiency <= 1
+    reached = found.device.peak_flops_per_s * found.calibration.matmul_efficiency
+    assert reached == pytest.approx(0.8e11, rel=0.05) and found.device.peak_flops_per_s > alone
+    assert found.calibration.weight_s == pytest.approx(3e-10, rel=0.1)
 
 
 def test_least_squares_without_negative_unknowns() -> None:

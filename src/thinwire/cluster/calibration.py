@@ -35,6 +35,9 @@ class Calibration(Frozen):
     """By how much computing is slower while a collective is under way."""
     memory_backward: float = Field(default=2.0, gt=0)
     """Element-wise work of a backward, over that of its forward."""
+    weight_s: Seconds = Field(default=0.0, ge=0)
+    """What one weight of a block costs a forward however few tokens there are: it is read. A backward takes twice that,
+    to read it and to write its gradient."""
     logit_s: Seconds | None = Field(default=None, ge=0)
     """The loss, forward and backward, for one logit; none: as long as its bytes take to be read and written."""
     optimizer_s: Seconds | None = Field(default=None, ge=0)

@@ -58,11 +58,11 @@ def block_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     linear = _linear_s(setting, tokens, candidate.tensor)
     core = _core_s(setting, candidate)
-    memory = _memory_s(setting, candidate)
+    memory, weights = _memory_s(setting, candidate), _weights_s(setting, candidate)
     tensor = _tensor_s(setting, candidate, axes)
     ring = _ring_s(setting, candidate, axes)
-    forward = _with_floor(Causes(linear + core, memory, 0.0, tensor, max(0.0, ring - core)), setting, 1.0)
-    touched = setting.calibration.memory_backward * memory
+    forward = _with_floor(Causes(linear + core, memory + weights, 0.0, tensor, max(0.0, ring - core)), setting, 1.0)
+    touched = setting.calibration.memory_backward * memory + 2 * weights
     once = Causes(2 * (linear + core), touched, 0.0, tensor, max(0.0, 2 * ring - 2 * core))
     backward = _with_floor(once, setting, 2.0)
     if candidate.recompute == "full":
@@ -126,6 +126,10 @@ def _memory_s(setting: Setting, candidate: Candidate) -> float:
     plain, scores = block_elements(setting, candidate.tensor)
     times = 1.2 if setting.framework.fused_elementwise else 2.0
     return touch_s(times * tokens * setting.compute_bytes * (plain + scores), setting)
+
+
+def _weights_s(setting: Setting, candidate: Candidate) -> float:
+    return setting.calibration.weight_s * sum(out * into for out, into in linear_shapes(setting.spec, candidate.tensor))
 
 
 def _scores_memory_s(setting: Setting, candidate: Candidate) -> float:

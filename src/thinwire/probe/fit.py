@@ -2,7 +2,8 @@
 
 A matmul's rate is peak x efficiency x the product of d / (d + half) over its extents; a gather of V bytes over k members
 takes (k - 1) latencies and V (k - 1) / k bytes over the rate; what a block of a model takes beyond its matmuls is a rate
-of its elements, forward and backward, and a time for each operation. All are fitted by least squares of relative errors.
+of its elements, forward and backward, a time for each operation and one for each weight. All are fitted by least squares
+of relative errors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,8 @@ class Beyond:
     backward: float
     """Such work of a backward over that of its forward, for the same elements."""
     operation_s: float
+    weight_s: float
+    """Of each weight in a forward, however few tokens there are."""
 
 
 def blocks_show(
@@ -120,13 +123,15 @@ def blocks_show(
     rows, seconds = [], []
     for shape, (forward_s, whole_s) in blocks.items():
         multiplying, touched = _counted(shape, curve)
-        rows += [(multiplying, touched, 0.0, KERNELS), (2 * multiplying, 0.0, touched, 2 * KERNELS)]
+        weights = sum(out * into for out, into in linear_shapes(shape.spec))
+        rows.append((multiplying, touched, 0.0, KERNELS, weights))
+        rows.append((2 * multiplying, 0.0, touched, 2 * KERNELS, 2 * weights))
         seconds += [forward_s, max(1e-9, whole_s - forward_s)]
-    weights = 1 / np.array(seconds)[:, None]
-    matmuls, forward, backward, operation_s = non_negative(np.array(rows) * weights, np.ones(len(rows)))
+    relative = np.array(rows) / np.array(seconds)[:, None]
+    matmuls, forward, backward, operation_s, weight_s = non_negative(relative, np.ones(len(rows)))
     least = 1 / most_bytes_per_s
     forward, backward = max(forward, least), max(backward, least)
-    return Beyond(matmuls or 1.0, 1 / forward, backward / forward, operation_s)
+    return Beyond(matmuls or 1.0, 1 / forward, backward / forward, operation_s, weight_s)
 
 
 def non_negative(system: Matrix, wanted: Matrix) -> list[float]:
@@ -163,25 +168,27 @@ def measured_cluster(given: Cluster, timings: Timings) -> Cluster:
     curve = matmul_curve(rates)
     largest = max(timings.copies)
     copied = largest / median(timings.copies[largest])
-    beyond = Beyond(1.0, copied, 2.0, median(timings.launches))
+    beyond = Beyond(1.0, copied, 2.0, median(timings.launches), 0.0)
     if timings.blocks and given.device.kind == "cpu":  # elsewhere operations are queued ahead of the work
         medians = {shape: (median(once), median(whole)) for shape, (once, whole) in timings.blocks.items()}
         beyond = blocks_show(medians, curve, most_bytes_per_s=100 * copied)
     memory = max(copied, beyond.bytes_per_s)
+    reached = curve[1] / beyond.matmuls
     device = given.device.model_copy(
         update={
-            "peak_flops_per_s": curve[0],
+            "peak_flops_per_s": curve[0] * max(1.0, reached),
             "memory_bytes": timings.memory_bytes,
             "memory_bytes_per_s": memory,
             "origin": "measured",
         }
     )
     calibration = Calibration(
-        matmul_efficiency=min(1.0, curve[1] / beyond.matmuls),
+        matmul_efficiency=min(1.0, reached),
         matmul_half=curve[2],
         memory_efficiency=beyond.bytes_per_s / memory,
         memory_backward=beyond.backward,
         launch_s=beyond.operation_s,
+        weight_s=beyond.weight_s,
         inner_link_efficiency=1.0,
         outer_link_efficiency=1.0,
         overlap_slowdown=max(0.0, median(timings.slowdowns)) if timings.slowdowns else 0.0,

@@ -22,11 +22,13 @@ def probe_rank(cluster: Cluster, place: Place, out: Path, *, quick: bool) -> Non
     """Join the world, measure; rank 0 writes the cluster file, whole or not at all. Raises what joining raises."""
     import torch
 
+    from thinwire.comm.heap import keep_heap
     from thinwire.comm.world import World
     from thinwire.probe.effort import FULL, QUICK
     from thinwire.probe.fit import measured_cluster
     from thinwire.probe.measure import measure, parts
 
+    keep_heap()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     world = World.join(cluster, **asdict(place))
     effort = QUICK if quick else FULL

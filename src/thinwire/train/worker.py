@@ -24,9 +24,11 @@ def run_rank(job: Job, place: Place, stop: StopRequest) -> None:
     """Join the world, train, leave it. Raises what training raises."""
     import torch
 
+    from thinwire.comm.heap import keep_heap
     from thinwire.comm.world import World
     from thinwire.train.loop import train
 
+    keep_heap()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     world = World.join(
         job.cluster,
