@@ -46,8 +46,10 @@ def be_rank(hosts: int, rounds: int, folder: Path) -> None:
 
     from thinwire.cluster.cluster import Cluster, Level
     from thinwire.comm.collectives import all_reduce, all_reduce_small
+    from thinwire.comm.heap import keep_heap
     from thinwire.comm.world import World
 
+    keep_heap()
     torch.set_num_threads(1)
     world = World.from_environment(Cluster(levels=(Level(name="cluster", fanout=hosts),)), os.environ)
     x = torch.ones(NUMBERS)

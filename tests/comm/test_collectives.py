@@ -44,6 +44,24 @@ def test_collectives_equal_their_twins_and_send_the_least_bytes(
             assert sent[name]["sum"] == 2 * 4 * (padded // k + 2 * 120) * (k - 1)
 
 
+def _large(world: World) -> tuple[bool, int, int]:
+    """(is the sum right, collectives, bytes sent) of an all-reduce of 6 MiB for two ranks, 9 MiB for three."""
+    x = torch.randn(world.size * 3 * 2**18, generator=torch.Generator().manual_seed(world.rank))
+    expected = dull.all_reduce(x, world=world, level=0)
+    all_reduce(x, world=world, level=0, purpose="sum")
+    entries = world.ledger.drain().entries
+    return torch.allclose(x, expected, atol=1e-5), len(entries), sum(entry.sent_bytes for entry in entries)
+
+
+@pytest.mark.parametrize(("ranks", "sockets", "pieces"), [(2, (0,), 3), (3, (0,), 4), (2, (), 1)])
+def test_a_large_sum_over_a_link_goes_in_pieces_of_the_same_bytes(
+    ranks: int, sockets: tuple[int, ...], pieces: int
+) -> None:
+    for right, collectives, sent in run_world(ranks, _large, sockets=sockets):
+        assert right and collectives == 2 * pieces
+        assert sent == 2 * 4 * 3 * 2**18 * (ranks - 1)
+
+
 def _in_place(world: World) -> bool:
     out = torch.zeros(2 * 5)
     mine = out[world.coordinate(0) * 5 :][:5]

@@ -10,7 +10,7 @@ Shapes: k ranks of the group, n elements of one rank's chunk
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from thinwire.comm.ledger import Entry
 from thinwire.comm.world import World
 
 _DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8
+_PIECE_BYTES = 2**21
 
 
 def all_gather(
@@ -113,7 +114,8 @@ def _sum(rows: Sequence[Tensor], out: Tensor, *, spare: Tensor) -> None:
 def all_reduce(x: Tensor, *, world: World, level: int, purpose: str, codec: Codec = IDENTITY) -> None:
     """Sum `x` over the group of a level, in place: reduce-scatter and all-gather, waited for.
 
-    Of a padded copy, if `x` is not contiguous or its elements cannot be dealt out evenly.
+    Over a link in pieces, all on their way at once: one is summed and gathered while the next still arrives. Of a padded
+    copy, if `x` is not contiguous or its elements cannot be dealt out evenly.
     """
     k = world.fanout(level)
     if world.group(level, "reduce") is None:
@@ -123,11 +125,24 @@ def all_reduce(x: Tensor, *, world: World, level: int, purpose: str, codec: Code
     whole = x.view(-1) if in_place else torch.zeros(k * n, dtype=x.dtype, device=x.device)
     if not in_place:
         whole[: x.numel()] = x.reshape(-1)
-    mine = whole.view(k, n)[world.coordinate(level)]
-    reduce_scatter(mine, whole, world=world, level=level, purpose=purpose, codec=codec).wait()
-    all_gather(whole, mine, world=world, level=level, purpose=purpose, codec=codec).wait()
+    cut = codec is IDENTITY and world.neighbours(level) is None and world.device.type == "cpu"
+    pieces = whole.view(_pieces(whole, k) if cut else 1, k, -1)
+    how: dict[str, Any] = {"world": world, "level": level, "purpose": purpose, "codec": codec}
+    own = pieces[:, world.coordinate(level)]
+    sums = [reduce_scatter(mine, piece, **how) for mine, piece in zip(own, pieces, strict=True)]
+    gathers = []
+    for summed, mine, piece in zip(sums, own, pieces, strict=True):
+        summed.wait()
+        gathers.append(all_gather(piece, mine, **how))
+    for gathered in gathers:
+        gathered.wait()
     if not in_place:
         x.copy_(whole[: x.numel()].view_as(x))
+
+
+def _pieces(whole: Tensor, k: int) -> int:
+    """The most pieces of `_PIECE_BYTES` or more that `k` ranks can share."""
+    return next(p for p in range(max(1, whole.nbytes // _PIECE_BYTES), 0, -1) if whole.numel() % (p * k) == 0)
 
 
 def all_reduce_small(
