@@ -45,8 +45,8 @@ def test_collectives_equal_their_twins_and_send_the_least_bytes(
 
 
 def _large(world: World) -> tuple[bool, int, int]:
-    """(is the sum right, collectives, bytes sent) of an all-reduce of 6 MiB for two ranks, 9 MiB for three."""
-    x = torch.randn(world.size * 3 * 2**18, generator=torch.Generator().manual_seed(world.rank))
+    """(is the sum right, collectives, bytes sent) of an all-reduce of 12 MiB for two ranks, 18 MiB for three."""
+    x = torch.randn(world.size * 6 * 2**18, generator=torch.Generator().manual_seed(world.rank))
     expected = dull.all_reduce(x, world=world, level=0)
     all_reduce(x, world=world, level=0, purpose="sum")
     entries = world.ledger.drain().entries
@@ -59,7 +59,7 @@ def test_a_large_sum_over_a_link_goes_in_pieces_of_the_same_bytes(
 ) -> None:
     for right, collectives, sent in run_world(ranks, _large, sockets=sockets):
         assert right and collectives == 2 * pieces
-        assert sent == 2 * 4 * 3 * 2**18 * (ranks - 1)
+        assert sent == 2 * 4 * 6 * 2**18 * (ranks - 1)
 
 
 def _in_place(world: World) -> bool:

@@ -23,7 +23,7 @@ from thinwire.comm.ledger import Entry
 from thinwire.comm.world import World
 
 _DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8
-_PIECE_BYTES = 2**21
+_PIECE_BYTES = 2**22
 
 
 def all_gather(
