@@ -22,7 +22,7 @@ def _against_twins(world: World) -> dict[str, dict[str, int]]:
         second.wait()
         assert torch.equal(gathered, dull.all_gather(shard, world=world, level=level))
         assert torch.allclose(reduced, dull.reduce_scatter(full, world=world, level=level), atol=1e-5)
-        for x in (torch.randn(777), torch.randn(k * 120), torch.randn(k * 60, 2).t()):
+        for x in (torch.randn(777), torch.randn(k * 120), torch.randn(k * 60, 2).t(), torch.randn(0)):
             expected = dull.all_reduce(x, world=world, level=level)
             all_reduce(x, world=world, level=level, purpose="sum")
             assert torch.allclose(x, expected, atol=1e-5)

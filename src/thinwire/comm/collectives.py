@@ -24,6 +24,7 @@ from thinwire.comm.world import World
 
 _DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8
 _PIECE_BYTES = 2**22
+"""Of the whole tensor, in a large all-reduce; smaller ones were no faster over four hosts at 1 Gbit/s."""
 
 
 def all_gather(
@@ -126,7 +127,8 @@ def all_reduce(x: Tensor, *, world: World, level: int, purpose: str, codec: Code
     if not in_place:
         whole[: x.numel()] = x.reshape(-1)
     cut = codec is IDENTITY and world.neighbours(level) is None and world.device.type == "cpu"
-    pieces = whole.view(_pieces(whole, k) if cut else 1, k, -1)
+    count = _pieces(whole, k) if cut else 1
+    pieces = whole.view(count, k, n // count)
     how: dict[str, Any] = {"world": world, "level": level, "purpose": purpose, "codec": codec}
     own = pieces[:, world.coordinate(level)]
     sums = [reduce_scatter(mine, piece, **how) for mine, piece in zip(own, pieces, strict=True)]
