@@ -7,7 +7,7 @@ from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.collectives import all_reduce_s, gather_s
 from thinwire.cost.device import matmul_s, touch_s
 from thinwire.cost.placement import Axes
-from thinwire.model.work import KERNELS, causal_core_flops, every_second_matmul, linear_shapes
+from thinwire.model.work import KERNELS, causal_core_flops, every_second_matmul, linear_shapes, linear_weights
 
 LOGIT_BYTES = 12.0
 """Touched per logit and pass by the loss."""
@@ -58,7 +58,8 @@ def block_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     linear = _linear_s(setting, tokens, candidate.tensor)
     core = _core_s(setting, candidate)
-    memory, weights = _memory_s(setting, candidate), _weights_s(setting, candidate)
+    memory = _memory_s(setting, candidate)
+    weights = setting.calibration.weight_s * linear_weights(setting.spec, candidate.tensor)
     tensor = _tensor_s(setting, candidate, axes)
     ring = _ring_s(setting, candidate, axes)
     forward = _with_floor(Causes(linear + core, memory + weights, 0.0, tensor, max(0.0, ring - core)), setting, 1.0)
@@ -126,10 +127,6 @@ def _memory_s(setting: Setting, candidate: Candidate) -> float:
     plain, scores = block_elements(setting, candidate.tensor)
     times = 1.2 if setting.framework.fused_elementwise else 2.0
     return touch_s(times * tokens * setting.compute_bytes * (plain + scores), setting)
-
-
-def _weights_s(setting: Setting, candidate: Candidate) -> float:
-    return setting.calibration.weight_s * sum(out * into for out, into in linear_shapes(setting.spec, candidate.tensor))
 
 
 def _scores_memory_s(setting: Setting, candidate: Candidate) -> float:

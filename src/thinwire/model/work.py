@@ -21,6 +21,11 @@ def linear_shapes(spec: ModelSpec, tensor: int = 1) -> Iterator[tuple[float, flo
     yield spec.hidden, spec.ffn / tensor
 
 
+def linear_weights(spec: ModelSpec, tensor: int = 1) -> float:
+    """Weights of those matmuls."""
+    return sum(out * into for out, into in linear_shapes(spec, tensor))
+
+
 def causal_core_flops(spec: ModelSpec, sequences: float, rows: float, tokens: float, tensor: int = 1) -> float:
     """Scores and their product with the values, of `rows` queries to `tokens` keys; a causal kernel does half of them."""
     return 2.0 * rows * tokens * spec.head_size * sequences * spec.heads / tensor

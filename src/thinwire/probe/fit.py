@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from thinwire.cluster.calibration import Calibration
 from thinwire.cluster.cluster import Cluster, Level, Measurement
-from thinwire.model.work import KERNELS, causal_core_flops, kept_inside, kept_outside, linear_shapes
+from thinwire.model.work import KERNELS, causal_core_flops, kept_inside, kept_outside, linear_shapes, linear_weights
 from thinwire.probe.effort import BlockShape, Shape
 
 Samples = Sequence[float]
@@ -123,7 +123,7 @@ def blocks_show(
     rows, seconds = [], []
     for shape, (forward_s, whole_s) in blocks.items():
         multiplying, touched = _counted(shape, curve)
-        weights = sum(out * into for out, into in linear_shapes(shape.spec))
+        weights = linear_weights(shape.spec)
         rows.append((multiplying, touched, 0.0, KERNELS, weights))
         rows.append((2 * multiplying, 0.0, touched, 2 * KERNELS, 2 * weights))
         seconds += [forward_s, max(1e-9, whole_s - forward_s)]

@@ -29,7 +29,7 @@ def probe_rank(cluster: Cluster, place: Place, out: Path, *, quick: bool) -> Non
     from thinwire.probe.measure import measure, parts
 
     keep_heap()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     world = World.join(cluster, **asdict(place))
     effort = QUICK if quick else FULL
     shown = Progress(

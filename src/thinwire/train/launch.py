@@ -141,7 +141,7 @@ class Crew:
         place = Place(rank=rank, size=share.size, local_rank=local_rank, host=share.host, port=share.port)
         own = {"place": asdict(place), "report": str(self._reports / f"{rank}.json"), "launcher_pipe": watched}
         command = [sys.executable, "-m", self._worker, json.dumps(own), *self._arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._threads()))}
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(self._threads())}
         output = None if rank == 0 else (self._logs / f"rank-{rank}.log").open("ab")
         try:
             return subprocess.Popen(

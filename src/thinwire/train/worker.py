@@ -29,7 +29,7 @@ def run_rank(job: Job, place: Place, stop: StopRequest) -> None:
     from thinwire.train.loop import train
 
     keep_heap()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     world = World.join(
         job.cluster,
         **asdict(place),
