@@ -406,8 +406,8 @@ def _states(world: World, cut: tuple[int, int, int], dtype: str) -> tuple[float,
     sizes = [1, *(world.cluster.ranks_within(level) for level in range(len(world.cluster.levels)))]
     p, g, o = (sizes[depth + 1] for depth in cut)
     width = 2 if dtype == "bf16" else 4
-    same = width == 4 and p == o  # the masters are the weights then
-    return sum(held.values()), elements * ((0 if same else width / p) + 4 / g + 12 / o)
+    inside = 4 / o if width == 4 else 0  # the masters lie in the weights then
+    return sum(held.values()), elements * (width / p - inside + 4 / g + 12 / o)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -30,7 +30,7 @@ def test_the_table_before_the_first_step_has_the_bytes_of_every_state_and_hop() 
     made = plan_table(sharded((0, 0, 1), wire={"grads": {"cluster": "int8"}, "block": 64}))
     assert made.title == "plan (node; node; cluster)"
     assert rows(made) == [
-        ("params", "node", "3.50 KiB"),  # 7 x 128 x 4
+        ("params", "node", "1.75 KiB"),  # 7 x (128 - 64) x 4: the masters lie in them
         ("grads", "node", "3 KiB"),  # 6 x 128 x 4
         ("optimizer", "cluster", "4.75 KiB"),  # 7 x 64 x 4 of masters, 6 x 64 x 8 of moments
         ("P-gather a step", "node", "5.50 KiB"),  # (3 + 2 x 4) x 128 x 4

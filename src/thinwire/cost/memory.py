@@ -72,7 +72,7 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
     host, due = outer_bytes(total, setting, candidate)
     return Memory(
         stage=counted.index,
-        params=_weights_bytes(setting, total, cut_p, cut_o),
+        params=_weights_bytes(setting, candidate, axes.states, total),
         grads=framework.grad_bytes * total / cut_g,
         optimizer=framework.optimizer_bytes * total / cut_o,
         residual=lost,
@@ -85,10 +85,16 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
     )
 
 
-def _weights_bytes(setting: Setting, total: float, cut_p: int, cut_o: int) -> float:
-    """Weights in the compute precision; none of their own where they are the fp32 masters, cut alike."""
-    alike = setting.compute_dtype == "fp32" or setting.framework.casts_on_gather
-    return 0.0 if alike and cut_p == cut_o else setting.compute_bytes * total / cut_p
+def _weights_bytes(setting: Setting, candidate: Candidate, hops: tuple[Hop, ...], total: float) -> float:
+    """Weights in the compute precision, but for the fp32 masters that lie in them: no codec came between (`Flat`)."""
+    cut_p, _, cut_o = cuts(candidate, hops)
+    if setting.framework.casts_on_gather and cut_p == cut_o:
+        return 0.0
+    lp, _, lo = hop_depths(candidate, hops)
+    refreshed = [hop.level for hop in hops[lp + 1 : lo + 1] if hop.fanout > 1]
+    coded = candidate.weights and any(candidate.weights[level] not in (None, "fp32") for level in refreshed)
+    inside = 4.0 * total / cut_o if setting.compute_dtype == "fp32" and not coded else 0.0
+    return setting.compute_bytes * total / cut_p - inside
 
 
 def residual_bytes(parameters: float, candidate: Candidate, hops: tuple[Hop, ...]) -> float:
@@ -122,9 +128,9 @@ def peak_memory(setting: Setting, candidate: Candidate, axes: Axes) -> Memory:
 def least_state_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> float:
     """A lower bound of memory that needs neither activations nor logits: states alone."""
     total = setting.parameters / (candidate.tensor * candidate.pipeline)
-    cut_p, cut_g, cut_o = cuts(candidate, axes.states)
+    _, cut_g, cut_o = cuts(candidate, axes.states)
     framework = setting.framework
-    weights = _weights_bytes(setting, total, cut_p, cut_o)
+    weights = _weights_bytes(setting, candidate, axes.states, total)
     return weights + total * (framework.grad_bytes / cut_g + framework.optimizer_bytes / cut_o)
 
 

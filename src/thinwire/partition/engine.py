@@ -136,6 +136,8 @@ class Sharded:
             refuse_gradient(f"unit {unit.name or 'root'}", inside=self._inside)
         if unit.waiting == 0:
             self._reductions.came(index)
+        else:
+            self._reductions.leave_host()
 
     def _end_backward(self) -> None:
         """Reduce what has not been; the first time, agree on orders. No unit stays gathered."""

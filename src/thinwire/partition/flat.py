@@ -71,9 +71,11 @@ class Flat:
         whole = torch.zeros(self.layout.numel, dtype=master, device=self._device)
         for slot, parameter in zip(self.layout.slots, parameters.values(), strict=True):
             whole[slot.offset : slot.offset + slot.numel] = first.of(slot.name, parameter).flatten()
-        self.master = whole[self._slice(cut.lo)].clone()
-        self._shared = compute == master and cut.lp == cut.lo
-        self.weights = self.master if self._shared else whole[self._slice(cut.lp)].to(compute, copy=True)
+        self.weights = whole[self._slice(cut.lp)].to(compute, copy=True)
+        self._shared = compute == master and not any(level in cut.weights for level in self._levels(cut.lp + 1, cut.lo))
+        """Whether masters lie in the weights: those are as exact, and the owner's arrive as they are."""
+        mine = self.weights[self.at(cut.lo).inside(self.at(cut.lp))]
+        self.master = mine if self._shared else whole[self._slice(cut.lo)].clone()
         self.grads = torch.zeros(len(self.at(cut.lg)) if self.trained else 0, dtype=master, device=self._device)
         self._begun = False
         """Whether a micro-batch of the step under way is in the sums or on its way; what they held before is nothing."""
@@ -209,8 +211,6 @@ class Flat:
 
     def refresh_chain(self, *, exact: bool = False) -> Iterator[Handle]:
         """Weights at depth lp from the masters at lo: after a step, or (`exact`, nothing coded) after a load."""
-        if self._shared:
-            return
         held, part = self.weights.data, self.master
         levels = self._levels(self.cut.lp + 1, self.cut.lo)
         for level in reversed(levels):
@@ -430,9 +430,9 @@ class Flat:
         return made
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of each state on this rank; masters that are the weights themselves count as optimizer state."""
+        """Bytes of each state on this rank; masters that lie in the weights count as optimizer state."""
         return {
-            "params": 0 if self._shared else self.weights.nbytes,
+            "params": self.weights.nbytes - (self.master.nbytes if self._shared else 0),
             "grads": self.grads.nbytes,
             "master": self.master.nbytes,
         }

@@ -19,12 +19,17 @@ class Reductions:
         self, units: Sequence[Unit], world: World, *, note: Callable[[str, Unit], None], before: Callable[[], None]
     ) -> None:
         self._units, self._world, self._note, self._before = units, world, note, before
-        self._slowest = next((level.name for level in reversed(world.cluster.levels) if level.fanout > 1), None)
+        joined = [(index, level.name) for index, level in enumerate(world.cluster.levels) if level.fanout > 1]
+        self._slowest = joined[-1][1] if joined else None
+        self._copied = {name for index, name in joined[:-1] if world.neighbours(index) is not None}
+        """Levels whose hops are copies that this thread makes when it waits: it gains nothing by waiting late."""
         self._order: list[int] | None = None
         self._complete: list[int] = []
         self._issued, self._last = 0, False
         self._flights: deque[Flight] = deque()
         """In flight, oldest first."""
+        self._left: Flight | None = None
+        """The latest in flight, once it has left the host."""
 
     @property
     def agreed(self) -> bool:
@@ -41,6 +46,15 @@ class Reductions:
         """All gradients of a unit are there."""
         self._complete.append(index)
         self._issue()
+
+    def leave_host(self) -> None:
+        """The next unit's backward is well under way: the latest reduction, if its hop is a copy, goes on to the links.
+
+        Ranks need not call it alike: what has not left by then does so first of all when the next one is issued.
+        """
+        if self._flights and self._flights[-1] is not self._left and self._flights[-1].levels <= self._copied:
+            self._left = self._flights[-1]
+            self._left.advance()
 
     def agree(self) -> None:
         """The order from now on: as gradients came on rank 0, then the units that got none."""
@@ -72,11 +86,15 @@ class Reductions:
             self._advance_older()
             self._note("reduce", unit)
             self._flights.append(Flight(*(flat.reduce_chain(last=self._last) for flat in unit.flats if flat.trained)))
+            self._left = None
             self._drop_landed()
 
     def _advance_older(self) -> None:
         """Earlier reductions go on by a hop; the latest is let be on the slowest links, which shall never run dry."""
+        self.leave_host()
         for flight in self._flights:
+            if flight is self._left:
+                continue
             if flight is not self._flights[-1] or self._slowest not in flight.levels:
                 flight.advance()
 
