@@ -50,11 +50,12 @@ WIRES: dict[str, dict[str, Any]] = {
 still sends less than the hook does with rank 4."""
 ROUNDS: dict[str, dict[str, Any]] = {
     "diloco": {"kind": "diloco"},
-    "streaming e3m0": {"kind": "streaming_diloco", "fragments": 4, "delay": 5},
+    "streaming e3m0": {"kind": "streaming_diloco", "fragments": 4, "delay": 3},
     "eager": {"kind": "eager"},
     "co2": {"kind": "co2"},
 }
-"""Hosts as worker groups that agree once a round, optimizer states cut inside each."""
+"""Hosts as worker groups that agree once a round, optimizer states cut inside each. Fragments are sent every
+`inner_steps` / 4 steps; a delay that is no multiple of that applies them in other steps than those that send."""
 EXACT = ("thinwire ddp", "thinwire hsdp", "thinwire auto")
 
 

@@ -11,7 +11,7 @@ import torch
 from thinwire.comm import dull, same_host
 from thinwire.comm.collectives import all_gather, reduce_scatter
 from thinwire.comm.line import Line
-from thinwire.comm.memory import read_memory
+from thinwire.comm.memory import Run, read_memory
 from thinwire.comm.neighbours import Exchanges
 from thinwire.comm.world import World
 from thinwire.errors import LinkError
@@ -48,9 +48,31 @@ def test_exchanges_may_be_waited_for_in_any_order() -> None:
     assert all(run_world((2, 2), _waited_backwards))
 
 
+def _in_pieces(world: World, sizes: Sequence[int]) -> bool:
+    """A reduce-scatter of flat pieces, against that of the whole; into this rank's own chunk of them where that is one."""
+    torch.manual_seed(world.rank)
+    pieces = [torch.randn(size) for size in sizes]
+    whole = torch.cat(pieces)
+    chunks = dull.all_gather(whole, world=world, level=0).view(world.size, world.size, -1)[:, world.rank]
+    expected = (chunks[0] + chunks[1]) + chunks[2]
+    out = torch.empty_like(expected)
+    reduce_scatter(out, pieces, world=world, level=0, purpose="reduce").wait()
+    own = whole.view(world.size, -1)[world.rank]
+    reduce_scatter(own, whole, world=world, level=0, purpose="reduce").wait()
+    far = torch.empty_like(expected)
+    reduce_scatter(far, pieces, world=world.through_sockets([0]), level=0, purpose="reduce").wait()
+    return all(torch.equal(expected, found) for found in (out, own, far))
+
+
+@pytest.mark.parametrize("sizes", [(12,), (0, 5, 1, 0, 6), (7, N, N - 7, N), tuple([3] * 200), (0,)])
+def test_gradients_are_added_up_from_where_they_are_in_the_order_of_ranks(sizes: Sequence[int]) -> None:
+    """In one piece and in several, in more than are read one by one, longer than a chunk, and none at all."""
+    assert all(run_world(3, _in_pieces, sizes))
+
+
 def _one_cannot_read(world: World) -> bool:
-    def reads(into: torch.Tensor, pid: int, address: int) -> bool:
-        return world.rank != 1 and read_memory(into, pid, address)
+    def reads(into: torch.Tensor, pid: int, runs: Sequence[Run]) -> bool:
+        return world.rank != 1 and read_memory(into, pid, runs)
 
     same_host.read_memory = reads
     group = world.group(0, "small")
@@ -91,8 +113,8 @@ def ends() -> Iterator[Sequence[socket.socket]]:
 def test_a_line_hears_each_kind_in_order_however_the_bytes_arrive(ends: Sequence[socket.socket]) -> None:
     here, there = ends
     sender, line = Line(here, 5), Line(there, 5)
-    for kind, *numbers in ((1, 10, 3), (2, -1, 0), (1, 2**62, -5), (2, 0, 2**40)):
-        sender.say(kind, *numbers)
+    sender.say((1, 10, 3))
+    sender.say((2, -1, 0), (1, 2**62, -5), (2, 0, 2**40))
     assert [line.hear(2), line.hear(2), line.hear(1), line.hear(1)] == [(-1, 0), (0, 2**40), (10, 3), (2**62, -5)]
     message = b"\x01" + (77).to_bytes(8, "little") + (78).to_bytes(8, "little")
     here.sendall(message[:4])
@@ -110,12 +132,22 @@ def test_a_line_tells_of_an_end_that_is_gone_or_silent(ends: Sequence[socket.soc
     with pytest.raises(LinkError, match="closed its connection"):
         line.hear(1)
     with pytest.raises(LinkError, match="lost a rank of this host"):
-        line.say(1, 0)
+        line.say((1, 0, 0))
 
 
 def test_memory_that_is_not_there_is_not_read() -> None:
     source, into = torch.arange(5), torch.zeros(5, dtype=torch.int64)
-    assert read_memory(into, os.getpid(), source.data_ptr())
+    whole = [(source.data_ptr(), source.nbytes)]
+    assert read_memory(into, os.getpid(), whole)
     assert torch.equal(into, source)
-    assert not read_memory(into, os.getpid(), 8)
-    assert not read_memory(into, 2**22 + 1, source.data_ptr())
+    assert not read_memory(into, os.getpid(), [(8, source.nbytes)])
+    assert not read_memory(into, 2**22 + 1, whole)
+
+
+@pytest.mark.parametrize("runs", [1, 7, 2500])
+def test_memory_in_many_runs_is_read_in_their_order(runs: int) -> None:
+    """The kernel takes 1,024 of them in one call."""
+    source, into = torch.arange(5000), torch.zeros(5000, dtype=torch.int64)
+    parts = list(source.tensor_split(runs))[::-1]
+    assert read_memory(into, os.getpid(), [(part.data_ptr(), part.nbytes) for part in parts])
+    assert torch.equal(into, torch.cat(parts))

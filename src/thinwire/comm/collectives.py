@@ -20,6 +20,7 @@ from thinwire.comm import duplex
 from thinwire.comm.codec import IDENTITY, Codec
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
+from thinwire.comm.neighbours import rows_of
 from thinwire.comm.world import World
 
 _DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8
@@ -49,12 +50,12 @@ def all_gather(
         return _alone(world, out_kn, shard_n)
     n = shard_n.numel()
     if codec is IDENTITY:
-        entry = _entry(world, level, "all_gather", purpose, out_kn, shard_n.nbytes * (k - 1), codec)
+        entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, shard_n.nbytes * (k - 1), codec)
         works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), group=group, near=world.neighbours(level))
         return Handle(world.outstanding, entry, works, keep=(out_kn, shard_n))
     coded = codec.encode(shard_n.reshape(-1))
     received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
-    entry = _entry(world, level, "all_gather", purpose, out_kn, coded.nbytes * (k - 1), codec)
+    entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, coded.nbytes * (k - 1), codec)
     works = duplex.all_gather(received.view(k, -1), coded, group=group, near=world.neighbours(level))
 
     def finish() -> None:
@@ -65,28 +66,42 @@ def all_gather(
 
 
 def reduce_scatter(
-    out_n: Tensor, full_kn: Tensor, *, world: World, level: int, purpose: str, codec: Codec = IDENTITY
+    out_n: Tensor,
+    full_kn: Tensor | Sequence[Tensor],
+    *,
+    world: World,
+    level: int,
+    purpose: str,
+    codec: Codec = IDENTITY,
 ) -> Handle:
     """`out_n` becomes the sum over the group of everybody's chunk number (this rank's coordinate) of `full_kn`.
 
-    Sums are in `out_n`'s precision and in rank order. `out_n` may be this rank's own chunk of `full_kn`.
+    Sums are in `out_n`'s precision and in rank order. `out_n` may be this rank's own chunk of `full_kn`, which may be given
+    in flat pieces that follow one another: on one host they are read from where they are.
     """
     group, k = world.group(level, "reduce"), world.fanout(level)
     n = out_n.numel()
-    assert full_kn.numel() == k * n, (full_kn.shape, out_n.shape, k)
+    near = world.neighbours(level)
+    pieces = [full_kn.reshape(-1)] if isinstance(full_kn, Tensor) else full_kn
+    assert sum(piece.numel() for piece in pieces) == k * n, (n, k)
+    if near is not None and codec is IDENTITY and pieces[0].dtype == out_n.dtype:
+        rows = rows_of(pieces, k)
+        entry = _entry(world, level, "reduce_scatter", purpose, k * out_n.nbytes, out_n.nbytes * (k - 1), codec)
+        added = near.add_up(out_n.view(-1), rows, me=world.coordinate(level))
+        return Handle(world.outstanding, entry, [added], keep=(out_n, *(piece for row in rows for piece in row)))
+    full = (pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))).view(k, n)
     if group is None:
-        return _alone(world, out_n, full_kn)
-    full = full_kn.reshape(k, n)
+        return _alone(world, out_n, full)
     if codec is IDENTITY and world.device.type == "cuda":
-        entry = _entry(world, level, "reduce_scatter", purpose, full_kn, full.nbytes // k * (k - 1), codec)
+        entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, full.nbytes // k * (k - 1), codec)
         work = dist.reduce_scatter_single(out_n.view(-1), full.reshape(-1), group=group, async_op=True)
         return Handle(world.outstanding, entry, [work], keep=(out_n, full))
     sent = full if codec is IDENTITY else torch.stack([codec.encode(chunk) for chunk in full])
     received = torch.empty_like(sent)
-    entry = _entry(world, level, "reduce_scatter", purpose, full_kn, sent.nbytes // k * (k - 1), codec)
+    entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, sent.nbytes // k * (k - 1), codec)
     sent = sent.contiguous()
     me = world.coordinate(level)
-    works = duplex.all_to_all(received, sent, group=group, copy_own=codec is not IDENTITY, near=world.neighbours(level))
+    works = duplex.all_to_all(received, sent, group=group, copy_own=codec is not IDENTITY, near=near)
 
     def finish() -> None:
         if codec is IDENTITY:
@@ -168,7 +183,7 @@ def all_reduce_small(
             all_reduce(x, world=world, level=level, purpose=purpose)
             continue
         gathered = torch.empty(k, x.numel(), dtype=x.dtype)
-        entry = _entry(world, level, "all_reduce", purpose, x, x.nbytes * (k - 1), IDENTITY)
+        entry = _entry(world, level, "all_reduce", purpose, x.nbytes, x.nbytes * (k - 1), IDENTITY)
         work = dist.all_gather_single(gathered.view(-1), x.reshape(-1), group=group, async_op=True)
         Handle(world.outstanding, entry, [work]).wait()
         total = gathered[0].clone()
@@ -192,12 +207,14 @@ def _alone(world: World, out: Tensor, source: Tensor) -> Handle:
     return Handle(world.outstanding, None, [])
 
 
-def _entry(world: World, level: int, kind: str, purpose: str, payload: Tensor, sent_bytes: int, codec: Codec) -> Entry:
+def _entry(
+    world: World, level: int, kind: str, purpose: str, payload_bytes: int, sent_bytes: int, codec: Codec
+) -> Entry:
     return world.ledger.open(
         level=world.level_name(level),
         kind=kind,
         purpose=purpose,
-        payload_bytes=payload.nbytes,
+        payload_bytes=payload_bytes,
         sent_bytes=sent_bytes,
         codec=codec.name,
     )

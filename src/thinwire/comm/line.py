@@ -17,10 +17,10 @@ class Line:
         self._socket, self._unread = end, b""
         self._heard: defaultdict[int, deque[tuple[int, int]]] = defaultdict(deque)
 
-    def say(self, kind: int, number: int, note: int = 0) -> None:
-        """Raises LinkError if the other end is gone, or has not listened in time."""
+    def say(self, *messages: tuple[int, int, int]) -> None:
+        """Each is a kind and two numbers. Raises LinkError if the other end is gone, or has not listened in time."""
         try:
-            self._socket.sendall(_MESSAGE.pack(kind, number, note))
+            self._socket.sendall(b"".join(_MESSAGE.pack(*message) for message in messages))
         except OSError as error:
             raise LinkError(f"lost a rank of this host: {error}") from error
 

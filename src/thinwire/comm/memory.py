@@ -2,7 +2,10 @@
 
 import ctypes
 import os
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,22 +18,48 @@ class _Piece(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
-def read_memory(into: Tensor, pid: int, address: int) -> bool:
-    """Fill a contiguous `into` from `address` on in the memory of a process; False if that cannot be had."""
+Run = tuple[int, int]
+"""Address and length of bytes that lie together in the memory of a process."""
+_MOST_RUNS = 1024
+"""IOV_MAX: what the kernel takes in one call."""
+
+
+@cache
+def _reader() -> Any:
+    """The system call, or None where there is none."""
     try:
         read = ctypes.CDLL(None).process_vm_readv
     except AttributeError:  # not Linux
-        return False
+        return None
     read.restype = ctypes.c_ssize_t
-    done = 0
+    return read
+
+
+def read_memory(into: Tensor, pid: int, runs: Sequence[Run]) -> bool:
+    """Fill a contiguous `into` with the bytes of `runs`, of as many in all, in a process's memory; False if it cannot."""
+    read, done = _reader(), 0
+    if read is None:
+        return False
     while done < into.nbytes:
+        pieces = [_Piece(*run) for run in runs[:_MOST_RUNS]]
         here = _Piece(into.data_ptr() + done, into.nbytes - done)
-        there = _Piece(address + done, into.nbytes - done)
-        got = read(ctypes.c_int(pid), ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+        got = read(ctypes.c_int(pid), ctypes.byref(here), 1, (_Piece * len(pieces))(*pieces), len(pieces), 0)
         if got <= 0:
             return False
         done += got
+        runs = _rest(runs, got)
     return True
+
+
+def _rest(runs: Sequence[Run], done: int) -> list[Run]:
+    """What is left of runs after so many bytes."""
+    left: list[Run] = []
+    for address, length in runs:
+        gone = min(done, length)
+        done -= gone
+        if gone < length:
+            left.append((address + gone, length - gone))
+    return left
 
 
 def permit_siblings() -> None:

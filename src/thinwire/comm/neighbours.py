@@ -1,24 +1,29 @@
 """Ranks of one host read each other's memory instead of pushing bytes through loopback's sockets.
 
-A rank tells another where the row for it lies, how long it is and what for; the receiver, if it is in the same
-collective, copies it from there and says that it has done so. MPI libraries do the same between the processes of a node.
-Everything happens in the thread that issues and waits: gloo's event threads, which spin while a send holds the
-connection, have no part in it.
+A rank tells another where the row for it lies (in one run of bytes or in several), how long it is and what for; the
+receiver, if it is in the same collective, copies it from there, or adds it up as it reads, and says that it has done so.
+MPI libraries do the same between the processes of a node. Everything happens in the thread that issues and waits: gloo's
+event threads, which spin while a send holds the connection, have no part in it.
 
 Rows are read, and what others have read is heard of, in the order in which exchanges were issued, whichever is waited for
 first. That order is the same on all ranks, so no two of them ever wait for each other.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from thinwire.comm.line import Line
-from thinwire.comm.memory import read_memory
+from thinwire.comm.memory import Run, read_memory
 from thinwire.errors import LinkError, UseError
 
-_ADDRESS, _DONE = 1, 2  # kinds of message
+_ROW, _RUN, _DONE = 1, 2, 3  # kinds of message
+_MOST_RUNS = 64
+"""Rows in more runs of bytes are made one first."""
+_CHUNK = 2**17
+"""Elements that are read and added up at a time, while they are in the processor's cache."""
 
 
 class Exchanges:
@@ -28,11 +33,48 @@ class Exchanges:
         self.unread, self.unacknowledged = deque["Reading"](), deque["Reading"]()
 
 
+class Row:
+    """What another rank has for this one, to be read from its beginning on."""
+
+    def __init__(self, line: Line, pid: int, note: int) -> None:
+        self._line, self._pid, self._note = line, pid, note
+        self._runs = deque[Run]()
+
+    def hear(self) -> None:
+        """Wait to be told where it lies. Raises LinkError if the rank is gone, UseError if it is in another collective."""
+        count, note = self._line.hear(_ROW)
+        if note != self._note:
+            raise UseError(
+                f"this rank is in {_in_words(self._note)}, another of its host in {_in_words(note)}: ranks "
+                "that share states must use the same units in the same order"
+            )
+        self._runs.extend(self._line.hear(_RUN) for _ in range(count))
+
+    def read(self, into: Tensor) -> None:
+        """The next part of it, as long as `into`. Raises LinkError if the rank is gone."""
+        if not read_memory(into, self._pid, self._take(into.nbytes)):
+            raise LinkError(f"lost a rank of this host: the memory of process {self._pid} can no longer be read")
+
+    def _take(self, size_bytes: int) -> list[Run]:
+        taken: list[Run] = []
+        while size_bytes > 0:
+            address, length = self._runs.popleft()
+            if length > size_bytes:
+                self._runs.appendleft((address + size_bytes, length - size_bytes))
+            taken.append((address, min(length, size_bytes)))
+            size_bytes -= length
+        return taken
+
+    def done(self) -> None:
+        self._line.say((_DONE, 0, 0))
+
+
 class Reading:
     """An exchange under way: `wait` returns when this rank has read all its rows and its own ones have been read."""
 
-    def __init__(self, into: Mapping[int, Tensor], others: "Neighbours", *, gathers: bool) -> None:
-        self._into, self._others, self._gathers = into, others, gathers
+    def __init__(self, others: "Neighbours", rows: Mapping[int, Row], take: Callable[[], None]) -> None:
+        """`take` reads the rows once they have been heard of."""
+        self._others, self._rows, self._take = others, rows, take
         self._read, self._acknowledged = False, False
         others.exchanges.unread.append(self)
         others.exchanges.unacknowledged.append(self)
@@ -45,22 +87,15 @@ class Reading:
             self._others.exchanges.unacknowledged.popleft()._hear_all()
 
     def _carry_out(self) -> None:
-        for place, into in self._into.items():
-            line, pid = self._others.lines[place], self._others.pids[place]
-            address, note = line.hear(_ADDRESS)
-            expected = _note(into, gathers=self._gathers)
-            if note != expected:
-                raise UseError(
-                    f"this rank is in {_in_words(expected)}, another of its host in {_in_words(note)}: ranks "
-                    "that share states must use the same units in the same order"
-                )
-            if not read_memory(into, pid, address):
-                raise LinkError(f"lost a rank of this host: the memory of process {pid} can no longer be read")
-            line.say(_DONE, 0)
+        for row in self._rows.values():
+            row.hear()
+        self._take()
+        for row in self._rows.values():
+            row.done()
         self._read = True
 
     def _hear_all(self) -> None:
-        for place in self._into:
+        for place in self._rows:
             self._others.lines[place].hear(_DONE)
         self._acknowledged = True
 
@@ -78,18 +113,80 @@ class Neighbours:
         All are contiguous. Rows must stay as they are until the exchange has been waited for.
         """
         for place, row in rows.items():
-            assert row.is_contiguous() and received[place].is_contiguous(), "rows are read as one run of bytes"
-            self.lines[place].say(_ADDRESS, row.data_ptr(), _note(row, gathers=gathers))
-        return Reading(received, self, gathers=gathers)
+            self._tell(place, [row], gathers=gathers)
+        theirs = {place: self._row(place, into.nbytes, gathers=gathers) for place, into in received.items()}
+
+        def take() -> None:
+            for place, into in received.items():
+                theirs[place].read(into)
+
+        return Reading(self, theirs, take)
+
+    def add_up(self, out: Tensor, rows: Sequence[Sequence[Tensor]], *, me: int) -> Reading:
+        """`out` becomes the sum of everybody's row for this rank, `me`, in the order of places.
+
+        `rows[place]` is for the rank there, in contiguous pieces that follow one another, all of `out`'s precision; they
+        must stay as they are until the exchange has been waited for, but that `out` may be this rank's own row.
+        """
+        theirs = {place: self._row(place, out.nbytes, gathers=False) for place in range(len(rows)) if place != me}
+        for place in theirs:
+            self._tell(place, rows[place], gathers=False)
+        own = rows[me]
+        return Reading(self, theirs, lambda: _sum([theirs.get(place) for place in range(len(rows))], own, out))
+
+    def _tell(self, place: int, pieces: Sequence[Tensor], *, gathers: bool) -> None:
+        assert all(piece.is_contiguous() for piece in pieces), "rows are read as runs of bytes"
+        note = _note(sum(piece.nbytes for piece in pieces), gathers=gathers)
+        runs = [(_RUN, piece.data_ptr(), piece.nbytes) for piece in pieces]
+        self.lines[place].say((_ROW, len(runs), note), *runs)
+
+    def _row(self, place: int, size_bytes: int, *, gathers: bool) -> Row:
+        return Row(self.lines[place], self.pids[place], _note(size_bytes, gathers=gathers))
 
     def close(self) -> None:
         for line in self.lines.values():
             line.close()
 
 
-def _note(row: Tensor, *, gathers: bool) -> int:
+def rows_of(pieces: Sequence[Tensor], k: int) -> list[list[Tensor]]:
+    """The concatenation of flat `pieces` in `k` rows of one length, each in pieces; one piece if there were too many."""
+    n = sum(piece.numel() for piece in pieces) // k
+    rows: list[list[Tensor]] = [[] for _ in range(k)]
+    begin = 0
+    for piece in pieces if len(pieces) <= _MOST_RUNS else [torch.cat(list(pieces))]:
+        end = begin + piece.numel()
+        for row in range(begin // n, -(-end // n)) if n else ():
+            first, last = max(begin, row * n), min(end, (row + 1) * n)
+            if first < last:
+                rows[row].append(piece[first - begin : last - begin])
+        begin = end
+    return rows
+
+
+def _sum(rows: Sequence[Row | None], own: Sequence[Tensor], out: Tensor) -> None:
+    """`out` becomes the sum of the rows in their order; `own` is the one that is None. Chunk by chunk."""
+    room = out.new_empty(min(2, len(rows) - 1), min(_CHUNK, out.numel()))
+    done = 0
+    for piece in own:
+        for chunk in torch.split(piece, _CHUNK):
+            _sum_chunk(rows, chunk, out[done : done + len(chunk)], room[:, : len(chunk)])
+            done += len(chunk)
+
+
+def _sum_chunk(rows: Sequence[Row | None], own: Tensor, out: Tensor, room: Tensor) -> None:
+    """One chunk of it; `room` is scratch for what is read, and for sums that are not the last."""
+    total = own
+    for number, row in enumerate(rows):
+        part = own if row is None else room[0 if number == 0 else -1]
+        if row is not None:
+            row.read(part)
+        last = number == len(rows) - 1
+        total = part if number == 0 else torch.add(total, part, out=out if last else room[0])
+
+
+def _note(size_bytes: int, *, gathers: bool) -> int:
     """What both ends of an exchange must agree on."""
-    return 2 * row.nbytes + gathers
+    return 2 * size_bytes + gathers
 
 
 def _in_words(note: int) -> str:

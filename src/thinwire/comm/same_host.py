@@ -85,7 +85,12 @@ def _tell_all(group: dist.ProcessGroup, numbers: Sequence[int]) -> list[list[int
 def _readable(other: Sequence[int], network: int) -> bool:
     theirs, pid, address, token, is_open = other
     found = torch.zeros(1, dtype=torch.int64)
-    return bool(is_open) and theirs == network and read_memory(found, pid, address) and int(found) == token
+    return (
+        bool(is_open)
+        and theirs == network
+        and read_memory(found, pid, [(address, found.nbytes)])
+        and int(found) == token
+    )
 
 
 def _network() -> int:

@@ -47,15 +47,16 @@ def fullest(
     kept = block_bytes(setting, candidate) * kind.blocks * flying
     again = whole_block_bytes(setting, candidate) if candidate.recompute in ("per-op", "full") else 0.0
     carried = cut_g > 1 and candidate.accumulate(setting) > 1
-    members = [hop.fanout for hop in hops if hop.fanout > 1]
-    each = _reduced_bytes(setting, cut_g, members, carried=carried)
+    joined = [hop for hop in hops if hop.fanout > 1]
+    members = [hop.fanout for hop in joined]
+    each, later = (_reduced_bytes(setting, cut_g, joined, carried=carried, first=first) for first in (True, False))
     block, embedding, head = units["block"], units.get("embedding", 0.0), units.get("head", 0.0)
     table = embedding if setting.spec.tied and kind.first and kind.last else 0.0
     # The reduction before the last issued one goes on outwards with what is left of it; on the only links it is let be.
     alone = len(members) < 2
-    older = 1.0 if alone else 1.0 / members[0]
+    older = later * (1.0 if alone else 1.0 / members[0])
     left = 0.0 if setting.spec.family == "gpt2" else block  # where the table of positions is a unit after the blocks
-    before = each * (embedding + (older if alone or cut_g > members[0] else 0.0) * left) if carried else 0.0
+    before = each * embedding + (older if alone or cut_g > members[0] else 0.0) * left if carried else 0.0
     at_loss, at_head, in_blocks = _whole(candidate, units, kind, table) if cut_p > 1 else (0.0, 0.0, 0.0)
     weights = setting.compute_bytes
     inside = again + gradients_bytes(setting, candidate)
@@ -68,8 +69,8 @@ def fullest(
         Held(weights * (at_head + table) + before, kept, 0.0),
         Held(begun + weights * block + each * max(head, embedding if carried and alone else 0.0), kept, inside),
         Held(begun + each * block, (1.0 - done) * kept, inside),
-        Held(begun + each * (1.0 + older) * block, max(0.0, 1.0 - 2 * done) * kept, inside),
-        Held(begun + each * (1.0 + older) * block + lost * sent / stage, done * kept, inside),
+        Held(begun + (each + older) * block, max(0.0, 1.0 - 2 * done) * kept, inside),
+        Held(begun + (each + older) * block + lost * sent / stage, done * kept, inside),
         Held(each * embedding + lost, 0.0, 0.0),
         key=sum,
     )
@@ -84,17 +85,18 @@ def _whole(candidate: Candidate, units: dict[str, float], kind: Kind, table: flo
     return head + table, min(stage, head + table + block), min(stage, 2 * block + table)
 
 
-def _reduced_bytes(setting: Setting, cut_g: int, members: list[int], *, carried: bool) -> float:
+def _reduced_bytes(setting: Setting, cut_g: int, hops: list[Hop], *, carried: bool, first: bool) -> float:
     """Bytes that a parameter's gradient takes on its way: as it is sent, as others' parts come in, and their sum.
 
-    Sums that are whole are sent from where they lie; on accelerators others' parts need no room of their own; the sum
-    of a step's only micro-batch is made where sums lie.
+    Sums that are whole are sent from where they lie; on accelerators others' parts need no room of their own, nor in the
+    `first` hop where ranks read each other's memory; the sum of a step's only micro-batch is made where sums lie.
     """
-    if not members or not setting.framework.overlap_reduce:
+    if not hops or not setting.framework.overlap_reduce:
         return 0.0
     sent = setting.framework.grad_wire_bytes if cut_g > 1 else 0.0
-    came = setting.framework.grad_wire_bytes if setting.cluster.device.kind == "cpu" else 0.0
-    return sent + came + (_SUMS_BYTES / members[0] if carried else 0.0)
+    read = first and hops[0].behind == 0
+    came = setting.framework.grad_wire_bytes if setting.cluster.device.kind == "cpu" and not read else 0.0
+    return sent + came + (_SUMS_BYTES / hops[0].fanout if carried else 0.0)
 
 
 def _loss(setting: Setting, candidate: Candidate, kind: Kind) -> float:

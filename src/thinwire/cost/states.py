@@ -138,7 +138,9 @@ def unit_moves(
         chain(inward, G_GATHER, candidate.grads)
     )
     refresh = chain(inward, P_REFRESH, candidate.weights)
-    collect = setting.calibration.collect_s * flow.numel
+    where_they_are = hops[0].behind == 0 and not _codec(candidate.grads, hops[0])
+    in_pieces = where_they_are and (lg >= 0 or candidate.accumulate(setting) == 1)
+    collect = 0.0 if in_pieces else setting.calibration.collect_s * flow.numel
     kept = candidate.keep_gathered
     forward = _Chain() if kept else gather
     backward = each if kept or resident else each.plus(gather)

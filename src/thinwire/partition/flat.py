@@ -303,59 +303,76 @@ class Flat:
             elif first:
                 total.zero_()
 
-    def _take_grads(self) -> Tensor:
-        """Move the parameters' gradients into one flat tensor of N elements; a parameter without one counts as zero."""
-        flat = self._empty(self.at(-1), self._master_dtype)
+    def _take_grads(self) -> list[Tensor]:
+        """Take the parameters' gradients away: flat pieces of N elements in all; one that is missing counts as zero."""
+        pieces: list[Tensor] = []
         end = 0
         for slot, parameter in zip(self.layout.slots, self.parameters.values(), strict=True):
             end = slot.offset + slot.numel
-            if parameter.grad is None:
-                flat[slot.offset : end].zero_()
-            else:
-                flat[slot.offset : end] = parameter.grad.flatten()
-                parameter.grad = None
-        flat[end:].zero_()
-        return flat
+            grad, parameter.grad = parameter.grad, None
+            pieces.append(self._zeros(slot.numel) if grad is None else grad.flatten().to(self._master_dtype))
+        return [*pieces, self._zeros(self.layout.numel - end)] if end < self.layout.numel else pieces
+
+    def _zeros(self, numel: int) -> Tensor:
+        return torch.zeros(numel, dtype=self._master_dtype, device=self._device)
 
     def reduce_chain(self, *, last: bool) -> Iterator[Handle]:
         """This micro-batch's gradients into the sum at depth lg; after the last one on to depth lo, replicas included."""
         first, self._begun = not self._begun, True
-        if self.cut.lg < 0:
-            self._add_grads(first)
-        else:
-            part = self._take_grads()
+        begins: Tensor | list[Tensor] = self.grads
+        if self.cut.lg >= 0:
+            part: Tensor | list[Tensor] = self._take_grads()
             levels = self._levels(0, self.cut.lg)
             for level in levels:
-                out = self.grads if first and level == levels[-1] else self._like(part, self.at(level))
+                out = self.grads if first and level == levels[-1] else self._empty(self.at(level), self._master_dtype)
                 yield self._reduce(out, part, level)
                 part = out
             if part is not self.grads:
-                (self.grads.copy_ if first else self.grads.add_)(part)
+                (self.grads.copy_ if first else self.grads.add_)(_whole(part))
+        elif first and last and self._sent_in_pieces():
+            begins = self._take_grads()
+        else:
+            self._add_grads(first)
         if not last:
             return
-        part, low_rank = self.grads, self._low_rank_at(self._step)
+        yield from self._sum_outwards(begins)
+        self._complete = True
+
+    def _sent_in_pieces(self) -> bool:
+        """Whether the first hop of whole sums takes gradients from where backward has left them."""
+        hop = next(iter(self._levels(0, len(self.world.cluster.levels) - 1)), None)
+        of_low_rank = (
+            self._low_rank_at(self._step) is not None and self.low_rank is not None and hop == self.low_rank.level
+        )
+        return (
+            hop is not None and self.world.neighbours(hop) is not None and hop not in self.cut.grads and not of_low_rank
+        )
+
+    def _sum_outwards(self, part: Tensor | list[Tensor]) -> Iterator[Handle]:
+        """The sums at lg, in `part`, on to depth lo and over its replicas."""
+        low_rank = self._low_rank_at(self._step)
         for level in self._levels(self.cut.lg + 1, self.cut.lo):
             out = self._sums_at(level)
             if low_rank is not None and level == low_rank.level:
-                yield from low_rank.reduce(out, part, self.at(level).inside(self.at(level - 1)))
+                yield from low_rank.reduce(out, _whole(part), self.at(level).inside(self.at(level - 1)))
             else:
                 yield self._reduce(out, part, level)
             part = out
-        yield from self._all_reduce()
-        self._complete = True
+        yield from self._all_reduce(part)
 
     def _sums_at(self, depth: int) -> Tensor:
         """The part of the gradient sums that this rank holds at `depth`, outside lg: what goes further is left behind."""
         return self.grads[self.at(depth).inside(self.at(self.cut.lg))]
 
-    def _all_reduce(self) -> Iterator[Handle]:
+    def _all_reduce(self, part: Tensor | list[Tensor]) -> Iterator[Handle]:
         """Sum over the replicas: reduce-scatter outwards, gather back inwards, each with the level's codec."""
         levels = self._levels(self.cut.lo + 1, len(self.world.cluster.levels) - 1)
         held = [self._sums_at(self.cut.lo)]
         low_rank = self._low_rank_at(self._step) if levels else None
         for level in levels if low_rank is None else levels[:-1]:
             held.append(self._sums_at(level))
-            yield self._reduce(held[-1], held[-2], level)
+            yield self._reduce(held[-1], part, level)
+            part = held[-1]
         if low_rank is not None:  # it sums without cutting, and is the last
             yield from low_rank.reduce(held[-1], held[-1], slice(None))
         for level in reversed(levels if low_rank is None else levels[:-1]):
@@ -363,11 +380,14 @@ class Flat:
             codec = self._coding(self.cut.grads, level, level, G_GATHER)
             yield all_gather(held[-1], inner, world=self.world, level=level, purpose=G_GATHER, codec=codec)
 
-    def _reduce(self, out: Tensor, part: Tensor, level: int) -> Handle:
+    def _reduce(self, out: Tensor, part: Tensor | list[Tensor], level: int) -> Handle:
         codec = self._coding(self.cut.grads, level, len(self.world.cluster.levels) - 1, G_REDUCE)
         if level == self.cut.feedback_level:
-            part = self._with_residual(part, codec, self.world.fanout(level))
-        return reduce_scatter(out, part, world=self.world, level=level, purpose=G_REDUCE, codec=codec)
+            part = self._with_residual(_whole(part), codec, self.world.fanout(level))
+        handle = reduce_scatter(out, part, world=self.world, level=level, purpose=G_REDUCE, codec=codec)
+        if isinstance(part, list):
+            part.clear()  # the handle keeps what is still needed, and no longer than that
+        return handle
 
     def _with_residual(self, part: Tensor, codec: Codec, chunks: int) -> Tensor:
         """Add what earlier steps lost to coding; what this one loses counts once the step is applied."""
@@ -436,3 +456,7 @@ class Flat:
             "grads": self.grads.nbytes,
             "master": self.master.nbytes,
         }
+
+
+def _whole(part: Tensor | list[Tensor]) -> Tensor:
+    return part if isinstance(part, Tensor) else torch.cat(part)
