@@ -341,12 +341,10 @@ class Flat:
     def _sent_in_pieces(self) -> bool:
         """Whether the first hop of whole sums takes gradients from where backward has left them."""
         hop = next(iter(self._levels(0, len(self.world.cluster.levels) - 1)), None)
-        of_low_rank = (
-            self._low_rank_at(self._step) is not None and self.low_rank is not None and hop == self.low_rank.level
-        )
-        return (
-            hop is not None and self.world.neighbours(hop) is not None and hop not in self.cut.grads and not of_low_rank
-        )
+        if hop is None or self.world.neighbours(hop) is None or hop in self.cut.grads:
+            return False
+        low_rank = self._low_rank_at(self._step)
+        return low_rank is None or low_rank.level != hop
 
     def _sum_outwards(self, part: Tensor | list[Tensor]) -> Iterator[Handle]:
         """The sums at lg, in `part`, on to depth lo and over its replicas."""
