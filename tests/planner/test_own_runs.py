@@ -86,9 +86,11 @@ def test_what_error_feedback_carries_is_foreseen(tmp_path: Path, monkeypatch: py
 
 
 def foresee(tmp_path: Path, world: str, plan: str, sequences: int) -> None:
-    """Run the plan on made-up figures of this host; bytes and memory have to be those that were predicted."""
+    """Run the plan on made-up figures of this host, whose ranks read each other's memory; bytes and memory have to be
+    those that were predicted."""
     sizes = predict_own_runs.WORLDS[world].levels
-    levels = tuple(Level(name=name, fanout=fanout, bytes_per_s=1e9, latency_s=1e-4) for name, fanout in sizes)
+    figures = {"bytes_per_s": 1e9, "latency_s": 1e-4, "behind": 0.0}
+    levels = tuple(Level(name=name, fanout=fanout, **figures) for name, fanout in sizes)
     device = Device(peak_flops_per_s=5e10, memory_bytes=2**33, memory_bytes_per_s=1e10)
     work = tmp_path / "0"
     (work / "0").mkdir(parents=True)

@@ -54,7 +54,7 @@ def fullest(
     table = embedding if setting.spec.tied and kind.first and kind.last else 0.0
     # The reduction before the last issued one goes on outwards with what is left of it; on the only links it is let be.
     alone = len(members) < 2
-    older = later * (1.0 if alone else 1.0 / members[0])
+    older = each if alone else later / members[0]
     left = 0.0 if setting.spec.family == "gpt2" else block  # where the table of positions is a unit after the blocks
     before = each * embedding + (older if alone or cut_g > members[0] else 0.0) * left if carried else 0.0
     at_loss, at_head, in_blocks = _whole(candidate, units, kind, table) if cut_p > 1 else (0.0, 0.0, 0.0)
