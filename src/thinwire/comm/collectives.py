@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.comm import duplex
+from thinwire.comm.adding import rows_of
 from thinwire.comm.codec import IDENTITY, Codec
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
-from thinwire.comm.neighbours import rows_of
 from thinwire.comm.world import World
 
 _DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8

@@ -12,18 +12,14 @@ first. That order is the same on all ranks, so no two of them ever wait for each
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
+from thinwire.comm.adding import add_rows
 from thinwire.comm.line import Line
 from thinwire.comm.memory import Run, read_memory
 from thinwire.errors import LinkError, UseError
 
 _ROW, _RUN, _DONE = 1, 2, 3  # kinds of message
-_MOST_RUNS = 64
-"""Rows in more runs of bytes are made one first."""
-_CHUNK = 2**17
-"""Elements that are read and added up at a time, while they are in the processor's cache."""
 
 
 class Exchanges:
@@ -132,7 +128,7 @@ class Neighbours:
         for place in theirs:
             self._tell(place, rows[place], gathers=False)
         own = rows[me]
-        return Reading(self, theirs, lambda: _sum([theirs.get(place) for place in range(len(rows))], own, out))
+        return Reading(self, theirs, lambda: add_rows([theirs.get(place) for place in range(len(rows))], own, out))
 
     def _tell(self, place: int, pieces: Sequence[Tensor], *, gathers: bool) -> None:
         assert all(piece.is_contiguous() for piece in pieces), "rows are read as runs of bytes"
@@ -146,42 +142,6 @@ class Neighbours:
     def close(self) -> None:
         for line in self.lines.values():
             line.close()
-
-
-def rows_of(pieces: Sequence[Tensor], k: int) -> list[list[Tensor]]:
-    """The concatenation of flat `pieces` in `k` rows of one length, each in pieces; one piece if there were too many."""
-    n = sum(piece.numel() for piece in pieces) // k
-    rows: list[list[Tensor]] = [[] for _ in range(k)]
-    begin = 0
-    for piece in pieces if len(pieces) <= _MOST_RUNS else [torch.cat(list(pieces))]:
-        end = begin + piece.numel()
-        for row in range(begin // n, -(-end // n)) if n else ():
-            first, last = max(begin, row * n), min(end, (row + 1) * n)
-            if first < last:
-                rows[row].append(piece[first - begin : last - begin])
-        begin = end
-    return rows
-
-
-def _sum(rows: Sequence[Row | None], own: Sequence[Tensor], out: Tensor) -> None:
-    """`out` becomes the sum of the rows in their order; `own` is the one that is None. Chunk by chunk."""
-    room = out.new_empty(min(2, len(rows) - 1), min(_CHUNK, out.numel()))
-    done = 0
-    for piece in own:
-        for chunk in torch.split(piece, _CHUNK):
-            _sum_chunk(rows, chunk, out[done : done + len(chunk)], room[:, : len(chunk)])
-            done += len(chunk)
-
-
-def _sum_chunk(rows: Sequence[Row | None], own: Tensor, out: Tensor, room: Tensor) -> None:
-    """One chunk of it; `room` is scratch for what is read, and for sums that are not the last."""
-    total = own
-    for number, row in enumerate(rows):
-        part = own if row is None else room[0 if number == 0 else -1]
-        if row is not None:
-            row.read(part)
-        last = number == len(rows) - 1
-        total = part if number == 0 else torch.add(total, part, out=out if last else room[0])
 
 
 def _note(size_bytes: int, *, gathers: bool) -> int:

@@ -138,9 +138,7 @@ def unit_moves(
         chain(inward, G_GATHER, candidate.grads)
     )
     refresh = chain(inward, P_REFRESH, candidate.weights)
-    where_they_are = hops[0].behind == 0 and not _codec(candidate.grads, hops[0])
-    in_pieces = where_they_are and (lg >= 0 or candidate.accumulate(setting) == 1)
-    collect = 0.0 if in_pieces else setting.calibration.collect_s * flow.numel
+    collect = 0.0 if _read_in_place(setting, candidate, hops[0], lg) else setting.calibration.collect_s * flow.numel
     kept = candidate.keep_gathered
     forward = _Chain() if kept else gather
     backward = each if kept or resident else each.plus(gather)
@@ -157,6 +155,12 @@ def unit_moves(
         own_backward_s=backward.own_s + backward.meeting_s + collect,
         own_once_s=outside.own_s + refresh.own_s + (gather.own_s if kept else 0.0) + first + last,
     )
+
+
+def _read_in_place(setting: Setting, candidate: Candidate, first: Hop, lg: int) -> bool:
+    """Whether the first hop reads gradients from where backward has left them (`Flat`), so that none are taken over."""
+    uncoded = first.behind == 0 and not _codec(candidate.grads, first)
+    return uncoded and (lg >= 0 or candidate.accumulate(setting) == 1)
 
 
 def _coding(setting: Setting, codec: str | None, whole: int, hop: Hop, purpose: str) -> tuple[float, float]:

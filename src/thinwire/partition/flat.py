@@ -190,7 +190,7 @@ class Flat:
         if not levels:
             self._whole.data.copy_(part)
         for level in reversed(levels):
-            out = self._whole.data if level == levels[0] else self._like(part, self.at(level - 1))
+            out = self._whole.data if level == levels[0] else self._empty(self.at(level - 1), part.dtype)
             codec = self._coding(self.cut.weights, level, level, P_GATHER)
             yield all_gather(out, part, world=self.world, level=level, purpose=P_GATHER, codec=codec)
             part = out
@@ -246,9 +246,6 @@ class Flat:
 
     def _empty(self, part: Interval, dtype: torch.dtype) -> Tensor:
         return torch.empty(len(part), dtype=dtype, device=self._device)
-
-    def _like(self, tensor: Tensor, part: Interval) -> Tensor:
-        return self._empty(part, tensor.dtype)
 
     def _point(self, views: list[Tensor]) -> None:
         for parameter, view in zip(self.parameters.values(), views, strict=True):
