@@ -76,7 +76,10 @@ class _Replica:
 
 
 def torchft_rounds(setting: Setting, kind: str) -> Side:
-    """torchft's LocalSGD or DiLoCo (outer Nesterov SGD, lr 0.7, momentum 0.9), every rank a worker of its own."""
+    """torchft's LocalSGD or DiLoCo (outer Nesterov SGD, lr 0.7, momentum 0.9), every rank a worker of its own.
+
+    Its streaming DiLoCo has two fragments of three blocks (2501.18512), applied as late as it allows; its 8 bits need CUDA.
+    """
     from torchft.local_sgd import DiLoCo, LocalSGD
 
     replica = _Replica(setting, replicas=setting.ranks)
@@ -87,8 +90,10 @@ def torchft_rounds(setting: Setting, kind: str) -> Side:
     if kind == "LocalSGD":
         rounds = LocalSGD(replica.manager, model, inner, sync_every=every)
     else:
-        outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-        rounds = DiLoCo(replica.manager, [model], inner, outer, sync_every=every)
+        fragments = [model] if kind == "DiLoCo" else _halves(model)
+        outer = [torch.optim.SGD(part.parameters(), lr=0.7, momentum=0.9, nesterov=True) for part in fragments]
+        delay = 0 if kind == "DiLoCo" else every // len(fragments) - 1
+        rounds = DiLoCo(replica.manager, fragments, inner, outer, sync_every=every, fragment_sync_delay=delay)
     rounds.__enter__()
 
     def step(batches: Sequence[Tensor]) -> None:
@@ -100,7 +105,14 @@ def torchft_rounds(setting: Setting, kind: str) -> Side:
     return Side(step, partial(loss_of, model), close=replica.close, period=every)
 
 
+def _halves(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Every second block, and the others with all that is no block: tied weights stay in one fragment."""
+    others = [child for name, child in model.named_children() if name != "blocks"]
+    blocks = list(model.get_submodule("blocks").children())
+    return [torch.nn.ModuleList([*others, *blocks[0::2]]), torch.nn.ModuleList(blocks[1::2])]
+
+
 PEERS: dict[str, Builder] = {
     **{f"DeepSpeed ZeRO-{stage}": partial(deepspeed_zero, stage=stage) for stage in (1, 2, 3)},
-    **{f"torchft {kind}": partial(torchft_rounds, kind=kind) for kind in ("LocalSGD", "DiLoCo")},
+    **{f"torchft {kind}": partial(torchft_rounds, kind=kind) for kind in ("LocalSGD", "DiLoCo", "streaming")},
 }

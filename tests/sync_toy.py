@@ -16,6 +16,8 @@ from thinwire.sync.outer_sync import OuterSync
 from worlds import cluster_of
 
 WIDTH = 12
+SITES = [("site", 2)]
+"""Two groups of one rank."""
 
 
 class Stack(nn.Module):

@@ -12,6 +12,16 @@ BLOCK_CODECS = ("int8", "int4", "int4-hadamard", "e3m0")
 Rounding = Literal["nearest", "stochastic"]
 
 
+def returned_as(codec: str) -> str:
+    """The codec of what worker groups' contributions, sent with `codec`, add up to: as many bytes as those take.
+
+    e3m0 is off by up to a third of every number. That is averaged over the groups in what they send, but not in their
+    mean, which therefore goes back as int4: of normally distributed numbers, blocks of 128, that loses 1.4 % of the power,
+    e3m0 3.7 %.
+    """
+    return "int4" if codec == "e3m0" else codec
+
+
 TOPK_CHUNK, TOPK_SHARE = 4096, 64
 """`topk` keeps one in TOPK_SHARE of every TOPK_CHUNK numbers."""
 

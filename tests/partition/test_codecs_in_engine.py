@@ -105,7 +105,7 @@ def _references(world: World) -> None:
                 pair = [torch.empty_like(flat.weights) for _ in range(2)]
                 torch.distributed.all_gather(pair, flat.weights, group=world.group(1, "small"))
                 assert torch.equal(pair[0], pair[1])
-                mine = flat.weights[flat.at(1).inside(flat.at(0))]
+                mine = flat.weights[flat.place.within(1, 0)]
                 if flat.trained:
                     assert (
                         mine - flat.master

@@ -50,19 +50,19 @@ def _conserved(world: World, codec: str) -> list[tuple[float, float, float]]:
     flats = [flat for unit in engine.units for flat in unit.flats if flat.trained]
     given: dict[int, Tensor] = {}
     for flat in flats:
-        flat.residual.plus = partial(_noted, given, id(flat), flat.residual.plus)  # type: ignore[method-assign]
-    put_in = [torch.zeros(len(flat.at(0)), dtype=torch.float64) for flat in flats]
-    arrived = [torch.zeros(len(flat.at(0)), dtype=torch.float64) for flat in flats]
+        flat.sums.residual.plus = partial(_noted, given, id(flat), flat.sums.residual.plus)  # type: ignore[method-assign]
+    put_in = [torch.zeros(len(flat.place.at(0)), dtype=torch.float64) for flat in flats]
+    arrived = [torch.zeros(len(flat.place.at(0)), dtype=torch.float64) for flat in flats]
     for step in range(STEPS):
         _forward_backward(engine, world, step)
         for flat, total, received in zip(flats, put_in, arrived, strict=True):
             total.add_(torch.stack(_over_group(world, given[id(flat)])).double().sum(0))
-            received.add_(torch.cat(_over_group(world, flat.reduced)))
+            received.add_(torch.cat(_over_group(world, flat.sums.reduced)))
         optimizer.step(grad_scale=0.01)
     found = []
     for flat, total, received in zip(flats, put_in, arrived, strict=True):
-        assert flat.residual.value is not None
-        left = sum(part.double() for part in _over_group(world, flat.residual.value))
+        assert flat.sums.residual.value is not None
+        left = sum(part.double() for part in _over_group(world, flat.sums.residual.value))
         found.append((float((received + left - total).norm()), float((received - total).norm()), float(total.norm())))
     engine.drain()
     return found
@@ -117,4 +117,4 @@ def test_feedback_is_at_the_outermost_level_that_joins_more_than_one() -> None:
     world = World(0, 2, 0, cluster_of((2, 1)), torch.device("cpu"))
     wire = {"grads": {"node": "int4", "cluster": "int4"}, "error_feedback": True}
     engine = shard(Toy(), plan_of(world, (-1, -1, 1), wire=wire), world)
-    assert {flat.feedback_level for unit in engine.units for flat in unit.flats if flat.trained} == {0}
+    assert {flat.sums.feedback_level for unit in engine.units for flat in unit.flats if flat.trained} == {0}

@@ -13,62 +13,63 @@ from collections.abc import Collection, Iterator
 
 from torch import Tensor
 
-from thinwire.partition.flat import Flat
 from thinwire.partition.pieces import Piece
+from thinwire.partition.place import Place
+from thinwire.partition.sums import Sums
 
 _RESIDUAL = "carried/residual/"
 
 
-def to_save(flat: Flat) -> list[Piece]:
-    """What this rank writes of `flat`; nothing before the first step."""
-    if flat.feedback_level is None or flat.residual.value is None:
+def to_save(sums: Sums) -> list[Piece]:
+    """What this rank writes of `sums`; nothing before the first step."""
+    if sums.feedback_level is None or sums.residual.value is None:
         return []
-    member, _ = _member(flat, flat.feedback_level)
-    starts = list(_starts(flat)) if member == 0 else []
-    return [*_residual(flat, member, flat.residual.value), *starts]
+    member, _ = _member(sums.place, sums.feedback_level)
+    starts = list(_starts(sums)) if member == 0 else []
+    return [*_residual(sums, member, sums.residual.value), *starts]
 
 
-def to_load(flat: Flat, saved: Collection[str]) -> list[Piece]:
-    """What this rank reads of the tensors named in `saved`; call `flat.residual.arrived()` when they are filled."""
-    if flat.feedback_level is None:
+def to_load(sums: Sums, saved: Collection[str]) -> list[Piece]:
+    """What this rank reads of the tensors named in `saved`; call `sums.residual.arrived()` when they are filled."""
+    if sums.feedback_level is None:
         return []
-    mine, members = _member(flat, flat.feedback_level)
+    mine, members = _member(sums.place, sums.feedback_level)
     numbers = {int(name.removeprefix(_RESIDUAL).partition("/")[0]) for name in saved if name.startswith(_RESIDUAL)}
-    pieces = list(_starts(flat))
+    pieces = list(_starts(sums))
     for member in sorted(number for number in numbers if number % members == mine):
-        room = flat.residual.arriving(len(flat.at(flat.feedback_level - 1)), flat.master.device)
-        pieces += _residual(flat, member, room)
+        room = sums.residual.arriving(len(sums.place.at(sums.feedback_level - 1)), sums.place.device)
+        pieces += _residual(sums, member, room)
     return [piece for piece in pieces if piece.name in saved]
 
 
-def _member(flat: Flat, level: int) -> tuple[int, int]:
+def _member(place: Place, level: int) -> tuple[int, int]:
     """(number of the member that this rank's message at `level` belongs to, how many there are)."""
-    levels, coordinates = flat.world.cluster.levels[level:], flat.world.cluster.coordinates(flat.world.rank)[level:]
+    levels, coordinates = place.world.cluster.levels[level:], place.world.cluster.coordinates(place.world.rank)[level:]
     number = 0
     for joined, coordinate in zip(reversed(levels), reversed(coordinates), strict=True):
         number = number * joined.fanout + coordinate
     return number, math.prod(joined.fanout for joined in levels)
 
 
-def _residual(flat: Flat, member: int, values: Tensor) -> list[Piece]:
+def _residual(sums: Sums, member: int, values: Tensor) -> list[Piece]:
     made: list[Piece] = []
-    assert flat.feedback_level is not None
-    flat.parts(
+    assert sums.feedback_level is not None
+    sums.place.parts(
         lambda name, shape, offset, where: made.append(
             Piece(f"{_RESIDUAL}{member}/{name}", shape, offset, values[where])
         ),
-        depth=flat.feedback_level - 1,
+        depth=sums.feedback_level - 1,
     )
     return made
 
 
-def _starts(flat: Flat) -> Iterator[Piece]:
+def _starts(sums: Sums) -> Iterator[Piece]:
     """The Q of every matrix of a low-rank sum, under a name that says whose rows it belongs to."""
-    if flat.low_rank is None:
+    if sums.low_rank is None:
         return
-    first = flat.at(flat.low_rank.level - 1).start
-    for matrix, q in flat.low_rank.started:
-        slot = next(slot for slot in flat.layout.slots if first + matrix.start < slot.offset + slot.numel)
+    first = sums.place.at(sums.low_rank.level - 1).start
+    for matrix, q in sums.low_rank.started:
+        slot = next(slot for slot in sums.place.layout.slots if first + matrix.start < slot.offset + slot.numel)
         row = (first + matrix.start - slot.offset) // matrix.columns
         name = f"carried/q/{q.shape[1]}/{slot.name}/{row}-{matrix.rows}"
         yield Piece(name, tuple(q.shape), 0, q.view(-1))

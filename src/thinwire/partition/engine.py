@@ -154,7 +154,7 @@ class Sharded:
         """The masters have changed: send the new weights out, outermost level first, in forward order."""
         for unit in self.units:
             for flat in unit.flats:
-                flat.applied()
+                flat.sums.applied()
         self._weights.refresh_all(exact=False)
         self.at_step(self._step + 1)
         self._first = True
@@ -164,13 +164,13 @@ class Sharded:
         self._step = step
         flats = (flat for unit in self.units for flat in unit.flats)
         for number, flat in enumerate(flats):
-            flat.salt(step, number)
+            flat.place.salt(step, number)
 
     def loaded(self) -> None:
         """The masters were written from outside: everything derived from them is stale, and is made anew exactly."""
         for unit in self.units:
             for flat in unit.flats:
-                flat.residual.arrived()
+                flat.sums.residual.arrived()
         self._weights.refresh_all(exact=True)
         self.drain()
 
@@ -211,10 +211,12 @@ class Sharded:
 
         Rounded to the gradients' precision, so that it does not depend on how the sum was cut.
         """
-        own = sum(sum_of_squares(flat.reduced_used) for unit in self.units for flat in unit.flats if flat.trained)
+        own = sum(sum_of_squares(flat.sums.reduced_used) for unit in self.units for flat in unit.flats if flat.trained)
         total = torch.tensor([own], dtype=torch.float64)
         all_reduce_small(total, world=self.world, op="sum", levels=range(self.plan.depths[2] + 1))
-        return norm_of(total.item(), {flat.grads.dtype for unit in self.units for flat in unit.flats if flat.trained})
+        return norm_of(
+            total.item(), {flat.sums.held.dtype for unit in self.units for flat in unit.flats if flat.trained}
+        )
 
     def dropped(self) -> None:
         """Forget the gradients of a step that is not taken, those still on their way too."""
@@ -222,7 +224,7 @@ class Sharded:
         self._first = True
         for unit in self.units:
             for flat in unit.flats:
-                flat.dropped()
+                flat.sums.dropped()
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -237,7 +239,7 @@ class Sharded:
             for flat in (flat for flat in unit.flats if flat.trained == trained):
                 first, view = flat.share()
                 named: list[tuple[str, tuple[int, ...], int, slice]] = []
-                flat.parts(lambda *part: named.append(part), depth=len(self.world.cluster.levels) - 1)  # noqa: B023
+                flat.place.parts(lambda *part: named.append(part), depth=len(self.world.cluster.levels) - 1)  # noqa: B023
                 found.append(Share(index, unit.name or "root", base + first, view, tuple(named)))
                 base += flat.layout.used
         return found
@@ -258,11 +260,11 @@ class Sharded:
 
     def carried_for_save(self) -> list[Piece]:
         """What this rank is to write of what error feedback and low-rank sums carry from step to step."""
-        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_save(flat)]
+        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_save(flat.sums)]
 
     def carried_for_load(self, saved: Collection[str]) -> list[Piece]:
         """What this rank takes over of it from the tensors named in `saved`; fill them, then call `loaded`."""
-        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_load(flat, saved)]
+        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_load(flat.sums, saved)]
 
     def _first_replica(self) -> bool:
         outer = self.world.cluster.coordinates(self.world.rank)[self.plan.depths[2] + 1 :]

@@ -85,7 +85,9 @@ class Reductions:
             self._issued += 1
             self._advance_older()
             self._note("reduce", unit)
-            self._flights.append(Flight(*(flat.reduce_chain(last=self._last) for flat in unit.flats if flat.trained)))
+            self._flights.append(
+                Flight(*(flat.sums.reduce_chain(last=self._last) for flat in unit.flats if flat.trained))
+            )
             self._left = None
             self._drop_landed()
 

@@ -73,7 +73,7 @@ class Uncoded:
 def uncoded(sharded: Sharded) -> dict[str, Uncoded]:
     """level name -> what `lowrank` sums as it is there: what is no matrix, or too small to gain, and padding."""
     found: dict[str, Uncoded] = {}
-    for low_rank in (flat.low_rank for unit in sharded.units for flat in unit.flats):
+    for low_rank in (flat.sums.low_rank for unit in sharded.units for flat in unit.flats):
         if low_rank is not None:
             name = sharded.world.level_name(low_rank.level)
             before = found.get(name, Uncoded("lowrank", 0, 0))

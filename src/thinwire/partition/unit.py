@@ -7,7 +7,8 @@ from thinwire.comm.flight import Flight
 from thinwire.comm.world import World
 from thinwire.partition.deferred import FirstValues
 from thinwire.partition.dtypes import computed_in, master_dtype
-from thinwire.partition.flat import Cut, Flat
+from thinwire.partition.flat import Flat
+from thinwire.partition.place import Cut
 from thinwire.partition.units import UnitModules
 from thinwire.partition.wire import codecs_of, low_rank_of
 from thinwire.plan import Plan

@@ -3,10 +3,11 @@
 n elements of this rank, M groups, c(n) bytes of n coded elements, a header of 16 bytes with every message (the weight of
 the contribution, the hash of what it was taken from). Two groups swap their coded changes: (M - 1)(c(n) + 16). More
 groups reduce in two hops, each with a chunk of ceil(n / M) elements, rounded up to whole blocks, for every other group:
-2 (M - 1)(c(chunk) + 16). Sparse changes cannot be summed without growing dense, so they are always swapped.
+2 (M - 1)(c(chunk) + 16), as what comes back takes as many bytes as what is sent. Sparse changes cannot be summed without
+growing dense, so they are always swapped.
 """
 
-from thinwire.wire import wire_bytes
+from thinwire.wire import returned_as, wire_bytes
 
 HEADER_BYTES = 16
 
@@ -28,5 +29,6 @@ def exchange_bytes(n: int, *, groups: int, codec: str, block: int, element_bytes
     if swaps(groups, codec):
         return (groups - 1) * (wire_bytes(codec, n, block=block, element_bytes=element_bytes) + HEADER_BYTES)
     chunk = chunk_elements(n, groups, block)
-    coded = wire_bytes(codec, chunk, block=block, element_bytes=element_bytes)
-    return 2 * (groups - 1) * (coded + HEADER_BYTES)
+    hops = (codec, returned_as(codec))
+    coded = [wire_bytes(name, chunk, block=block, element_bytes=element_bytes) for name in hops]
+    return (groups - 1) * sum(coded_bytes + HEADER_BYTES for coded_bytes in coded)

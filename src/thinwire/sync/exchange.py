@@ -2,8 +2,9 @@
 
 Two forms with the bytes of `thinwire.rounds.traffic`. Few groups swap their coded changes whole. More groups send each
 other chunks (all-to-all), aggregate their own chunk in the order of the groups, and send the coded result back to all;
-everybody, the owner too, uses what was decoded. Numbers are never coded again from hop to hop along a ring. The
-aggregation function sees all contributions of a chunk at once, at no extra traffic.
+everybody, the owner too, uses what was decoded. Numbers are coded twice, never from hop to hop along a ring, and
+`thinwire.wire.returned_as` says how the second time. The aggregation function sees all contributions of a chunk at once,
+at no extra traffic.
 
 A message begins with 16 bytes: the weight of the contribution, and a hash of the outer state it was taken from.
 """
@@ -107,6 +108,7 @@ def exchange(
     digest: int,
     clique: Clique,
     codec: Coder,
+    back: Coder,
     block: int,
     how: Aggregate,
     world: World,
@@ -137,7 +139,8 @@ def exchange(
         yield from hop.scatter(torch.stack([torch.cat([header, part]) for part in coded_chunks]), change.nbytes)
         parts = hop.read(chunk, change.dtype, outcome)
         mine = aggregate(parts, list(outcome.weights.values()), how)
-        yield from hop.gather(torch.cat([header, codec.encode(mine)]), RETURN, change.nbytes)
+        hop = _Hop(world, clique, back)
+        yield from hop.gather(torch.cat([header, back.encode(mine)]), RETURN, change.nbytes)
         _join(outcome.change, hop.read(chunk, change.dtype, outcome))
 
 

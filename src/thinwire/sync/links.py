@@ -17,6 +17,7 @@ from thinwire.sync.fragment import Fragment
 from thinwire.sync.identity import digest
 from thinwire.sync.meeting import Meeting, places_in
 from thinwire.sync.pending import Part, Pending, fill, gathered, landing
+from thinwire.wire import returned_as
 
 Alike = Callable[[int], list[Tensor]]
 """fragment -> what all groups must hold alike of it, as vectors over its elements."""
@@ -76,7 +77,8 @@ class Links:
                 weight=weight,
                 digest=told,
                 clique=clique,
-                codec=self._codec(key, part.dtype),
+                codec=self._codec(sync.codec, key, part.dtype),
+                back=self._codec(returned_as(sync.codec), key, part.dtype),
                 block=sync.block,
                 how=sync.aggregate,
                 world=self._world,
@@ -109,13 +111,12 @@ class Links:
         self.groups -= set(astray)
         self._cliques = [clique.without(astray) for clique in self._cliques]
 
-    def _codec(self, key: Exchange, dtype: torch.dtype) -> Coder:
+    def _codec(self, name: str, key: Exchange, dtype: torch.dtype) -> Coder:
         """A codec for one exchange, with a salt of its own."""
-        sync = self._sync
-        if sync.codec == "topk":
+        if name == "topk":
             return TopK()
-        if sync.codec == "fp32":
+        if name == "fp32":
             return Raw(dtype)
-        codec = make_codec(sync.codec, block=sync.block, rounding=sync.rounding)
+        codec = make_codec(name, block=self._sync.block, rounding=self._sync.rounding)
         codec.salt = (key.round * len(self.places) + key.fragment) * self._world.size + self._world.rank
         return codec

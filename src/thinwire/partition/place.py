@@ -1,0 +1,86 @@
+"""Where the parts of a flat buffer lie on this rank, at each depth of its cut, and the codecs of its hops."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.codec import IDENTITY, Codec
+from thinwire.comm.world import World
+from thinwire.partition.layout import Interval, Layout, interval
+from thinwire.partition.wire import LowRankHop
+from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH
+
+_DRAWING = (P_GATHER, P_REFRESH, G_REDUCE, G_GATHER)
+"""Purposes that draw random numbers, each its own."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the states of a flat buffer are cut, and how they travel: depths lp, lg, lo and a codec per level."""
+
+    lp: int
+    lg: int
+    lo: int
+    weights: Mapping[int, Codec]
+    grads: Mapping[int, Codec]
+    delta_levels: frozenset[int]
+    """Levels whose weights travel as differences from what the receiver holds."""
+    feedback_level: int | None
+    """The gradient hop whose coding error is carried over to the next step."""
+    low_rank: LowRankHop | None = None
+
+
+class Place:
+    """This rank's place in a flat buffer of `layout`."""
+
+    def __init__(self, layout: Layout, cut: Cut, world: World, device: torch.device) -> None:
+        self.layout, self.cut, self.world, self.device = layout, cut, world, device
+        fanouts, coordinates = [level.fanout for level in world.cluster.levels], world.cluster.coordinates(world.rank)
+        self.outermost = len(fanouts) - 1
+        self._held = {depth: interval(layout.numel, fanouts, coordinates, depth) for depth in range(-1, len(fanouts))}
+        self.step = 0
+        """Steps taken before the one under way."""
+        self._number = 0
+        self._draws: Counter[str] = Counter()
+
+    def at(self, depth: int) -> Interval:
+        """The interval that this rank holds of a state that is cut at `depth`, -1 (whole) to the outermost level."""
+        return self._held[depth]
+
+    def within(self, depth: int, outer: int) -> slice:
+        """Where what this rank holds at `depth` lies in what it holds at `outer`, which is as deep or less."""
+        return self.at(depth).inside(self.at(outer))
+
+    def levels(self, first: int, last: int) -> list[int]:
+        """Levels first..last that join more than one member."""
+        return [level for level in range(first, last + 1) if self.world.fanout(level) > 1]
+
+    def empty(self, depth: int, dtype: torch.dtype) -> Tensor:
+        """Room for a state that is cut at `depth`."""
+        return torch.empty(len(self.at(depth)), dtype=dtype, device=self.device)
+
+    def parts(self, make: Callable[[str, tuple[int, ...], int, slice], None], depth: int) -> None:
+        """Call make(name, shape, offset in the parameter, slice of what is held) for each parameter met at `depth`."""
+        mine = self.at(depth)
+        for slot in self.layout.slots:
+            met = mine.meet(slot)
+            if len(met):
+                make(slot.name, slot.shape, met.start - slot.offset, met.inside(mine))
+
+    def salt(self, step: int, number: int) -> None:
+        """What stochastic rounding draws from: steps taken so far, and the number of this buffer among all."""
+        self.step, self._number = step, number
+        self._draws.clear()
+
+    def coding(self, codecs: Mapping[int, Codec], level: int, depth: int, purpose: str) -> Codec:
+        """The codec of a level, about to code anew. Ranks that hold the same interval at `depth` draw the same numbers."""
+        codec, part = codecs.get(level, IDENTITY), self.at(depth)
+        if codec is not IDENTITY:
+            self._draws[purpose] += 1
+            draw = (self._draws[purpose] << 3) + _DRAWING.index(purpose)
+            who = part.start // len(part)
+            codec.salt = (((self.step << 20) + self._number << 12) + draw) * self.world.size + who
+        return codec

@@ -1,0 +1,206 @@
+"""The gradient sums of one flat buffer: at depth lg while micro-batches come, at depth lo once a step's last has come.
+
+The sums of every partition nest in the same order (inner level first, ranks in order). Chains are as in
+`thinwire.partition.flat`.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from thinwire.comm.codec import Codec
+from thinwire.comm.collectives import all_gather, reduce_scatter
+from thinwire.comm.handle import Handle
+from thinwire.comm.lowrank import LowRank, Matrix
+from thinwire.comm.residual import Residual
+from thinwire.partition.layout import matrices_in
+from thinwire.partition.place import Place
+from thinwire.traffic import G_GATHER, G_REDUCE
+
+
+class Sums:
+    """Of the gradients of `parameters`, in the order in which they lie in the buffer; empty if they are not trained."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], place: Place, *, dtype: torch.dtype, trained: bool
+    ) -> None:
+        self._parameters, self.place, self._cut, self._trained = parameters, place, place.cut, trained
+        self.held = torch.zeros(len(place.at(self._cut.lg)) if trained else 0, dtype=dtype, device=place.device)
+        self._begun = False
+        """Whether a micro-batch of the step under way is in the sums or on its way; what they held before is nothing."""
+        self._complete = False
+        """Whether the sums at lo are those of the whole step."""
+        self.low_rank = self._make_low_rank()
+        self.residual = Residual() if self.low_rank is None else self.low_rank.residual
+
+    def _make_low_rank(self) -> LowRank | None:
+        """What sums this buffer's gradients at the hop of low rank, if they take that hop."""
+        hop, place = self._cut.low_rank, self.place
+        if hop is None or not self._trained or place.world.fanout(hop.level) == 1:
+            return None
+        part = place.at(hop.level - 1)
+        matrices = [Matrix(*found) for found in matrices_in(place.layout, part, hop.rank)]
+        return LowRank(
+            matrices,
+            len(part),
+            rank=hop.rank,
+            world=place.world,
+            level=hop.level,
+            purposes=(G_REDUCE, G_GATHER),
+            device=place.device,
+        )
+
+    @property
+    def feedback_level(self) -> int | None:
+        """The gradient hop whose loss is carried over to the next step."""
+        if not self._trained:
+            return None
+        return self._cut.feedback_level if self.low_rank is None else self.low_rank.level
+
+    def low_rank_at(self, step: int) -> LowRank | None:
+        """What sums the gradients of a step at the hop of low rank; the first steps' are summed whole."""
+        begun = self._cut.low_rank is not None and step >= self._cut.low_rank.first_step
+        return self.low_rank if begun else None
+
+    # -- from backward into the sums -----------------------------------------------------------------------------------
+
+    def _add_grads(self, first: bool) -> None:
+        """Add the parameters' gradients to the sums, which are whole; the first ones of a step begin them."""
+        for slot, parameter in zip(self.place.layout.slots, self._parameters.values(), strict=True):
+            total = self.held[slot.offset : slot.offset + slot.numel]
+            if parameter.grad is not None:
+                add = total.copy_ if first else total.add_
+                add(parameter.grad.flatten())
+                parameter.grad = None
+            elif first:
+                total.zero_()
+
+    def _take_grads(self) -> list[Tensor]:
+        """Take the parameters' gradients away: flat pieces of N elements in all; one that is missing counts as zero."""
+        layout = self.place.layout
+        pieces: list[Tensor] = []
+        for slot, parameter in zip(layout.slots, self._parameters.values(), strict=True):
+            grad, parameter.grad = parameter.grad, None
+            pieces.append(self._zeros(slot.numel) if grad is None else grad.flatten().to(self.held.dtype))
+        padding = layout.numel - layout.used
+        return [*pieces, self._zeros(padding)] if padding else pieces
+
+    def _zeros(self, numel: int) -> Tensor:
+        return torch.zeros(numel, dtype=self.held.dtype, device=self.place.device)
+
+    # -- from rank to rank ---------------------------------------------------------------------------------------------
+
+    def reduce_chain(self, *, last: bool) -> Iterator[Handle]:
+        """This micro-batch's gradients into the sum at depth lg; after the last one on to depth lo, replicas included."""
+        first, self._begun = not self._begun, True
+        begins: Tensor | list[Tensor] = self.held
+        if self._cut.lg >= 0:
+            yield from self._sum_inwards(first)
+        elif first and last and self._sent_in_pieces():
+            begins = self._take_grads()
+        else:
+            self._add_grads(first)
+        if last:
+            yield from self._sum_outwards(begins)
+            self._complete = True
+
+    def _sum_inwards(self, first: bool) -> Iterator[Handle]:
+        """This micro-batch's gradients into the sums at lg, at least one level deep."""
+        part: Tensor | list[Tensor] = self._take_grads()
+        levels = self.place.levels(0, self._cut.lg)
+        for level in levels:
+            out = self.held if first and level == levels[-1] else self.place.empty(level, self.held.dtype)
+            yield self._reduce(out, part, level)
+            part = out
+        if part is not self.held:
+            (self.held.copy_ if first else self.held.add_)(_whole(part))
+
+    def _sent_in_pieces(self) -> bool:
+        """Whether the first hop of whole sums takes gradients from where backward has left them."""
+        place = self.place
+        hop = next(iter(place.levels(0, place.outermost)), None)
+        if hop is None or place.world.neighbours(hop) is None or hop in self._cut.grads:
+            return False
+        low_rank = self.low_rank_at(place.step)
+        return low_rank is None or low_rank.level != hop
+
+    def _sum_outwards(self, part: Tensor | list[Tensor]) -> Iterator[Handle]:
+        """The sums at lg, in `part`, on to depth lo and over its replicas."""
+        place = self.place
+        low_rank = self.low_rank_at(place.step)
+        for level in place.levels(self._cut.lg + 1, self._cut.lo):
+            out = self._at(level)
+            if low_rank is not None and level == low_rank.level:
+                yield from low_rank.reduce(out, _whole(part), place.within(level, level - 1))
+            else:
+                yield self._reduce(out, part, level)
+            part = out
+        yield from self._all_reduce(part)
+
+    def _at(self, depth: int) -> Tensor:
+        """The part of the sums that this rank holds at `depth`, outside lg: what goes further is left behind."""
+        return self.held[self.place.within(depth, self._cut.lg)]
+
+    def _all_reduce(self, part: Tensor | list[Tensor]) -> Iterator[Handle]:
+        """Sum over the replicas: reduce-scatter outwards, gather back inwards, each with the level's codec."""
+        place = self.place
+        levels = place.levels(self._cut.lo + 1, place.outermost)
+        held = [self._at(self._cut.lo)]
+        low_rank = self.low_rank_at(place.step) if levels else None
+        for level in levels if low_rank is None else levels[:-1]:
+            held.append(self._at(level))
+            yield self._reduce(held[-1], part, level)
+            part = held[-1]
+        if low_rank is not None:  # it sums without cutting, and is the last
+            yield from low_rank.reduce(held[-1], held[-1], slice(None))
+        for level in reversed(levels if low_rank is None else levels[:-1]):
+            inner = held.pop()
+            codec = place.coding(self._cut.grads, level, level, G_GATHER)
+            yield all_gather(held[-1], inner, world=place.world, level=level, purpose=G_GATHER, codec=codec)
+
+    def _reduce(self, out: Tensor, part: Tensor | list[Tensor], level: int) -> Handle:
+        place = self.place
+        codec = place.coding(self._cut.grads, level, place.outermost, G_REDUCE)
+        if level == self._cut.feedback_level:
+            part = self._with_residual(_whole(part), codec, place.world.fanout(level))
+        handle = reduce_scatter(out, part, world=place.world, level=level, purpose=G_REDUCE, codec=codec)
+        if isinstance(part, list):
+            part.clear()  # the handle keeps what is still needed, and no longer than that
+        return handle
+
+    def _with_residual(self, part: Tensor, codec: Codec, chunks: int) -> Tensor:
+        """Add what earlier steps lost to coding; what this one loses counts once the step is applied."""
+        compensated = self.residual.plus(part)
+        n = compensated.numel() // chunks
+        sent = torch.cat([codec.decode(codec.encode(chunk), n, chunk.dtype) for chunk in compensated.view(chunks, n)])
+        self.residual.leave(compensated - sent)
+        return compensated
+
+    # -- for the step --------------------------------------------------------------------------------------------------
+
+    @property
+    def reduced(self) -> Tensor:
+        """The summed gradient of this rank's masters; complete after the last micro-batch's chain has landed."""
+        assert self._complete, "gradients are not reduced yet"
+        return self._at(self._cut.lo)
+
+    @property
+    def reduced_used(self) -> Tensor:
+        """`reduced` without the padding, into which codecs may put noise."""
+        mine = self.place.at(self._cut.lo)
+        return self.reduced[: max(0, min(len(mine), self.place.layout.used - mine.start))]
+
+    def applied(self) -> None:
+        """The step was taken: keep what error feedback lost, start new sums."""
+        (self.low_rank or self.residual).applied()
+        self.dropped()
+
+    def dropped(self) -> None:
+        """Forget the gradients and what this step would have lost."""
+        self._begun = self._complete = False
+        (self.low_rank or self.residual).dropped()
+
+
+def _whole(part: Tensor | list[Tensor]) -> Tensor:
+    return part if isinstance(part, Tensor) else torch.cat(part)
