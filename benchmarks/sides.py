@@ -111,9 +111,10 @@ def thinwire_side(setting: Setting, options: Mapping[str, Any], world: World | N
     def step(batches: Sequence[Tensor]) -> None:
         for number, tokens in enumerate(batches):
             with sharded.micro_batch(last=number == len(batches) - 1):
-                loss_of(sharded.module, tokens).backward()  # type: ignore[no-untyped-call]
+                share = loss_of(sharded.module, tokens) / (group.size * len(batches))  # sums are means, as peers' are
+                share.backward()  # type: ignore[no-untyped-call]
         sharded.finish_reduce()
-        optimizer.step(grad_scale=1 / (group.size * len(batches)))
+        optimizer.step()
         if sync is not None:
             sync.after(optimizer.updates)
 

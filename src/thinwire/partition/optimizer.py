@@ -76,7 +76,7 @@ class ShardedOptimizer:
     def step(self, *, grad_scale: float = 1.0) -> None:
         """Multiply the gradients by `grad_scale`, update the masters, and start bringing the weights up to date."""
         for part in self._owned:
-            part.master.grad = part.grad().mul_(grad_scale)
+            part.master.grad = part.grad() if grad_scale == 1 else part.grad().mul_(grad_scale)
         if self._optimizer is not None:
             self._optimizer.step()
             self._forget_grads()
