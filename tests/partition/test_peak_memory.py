@@ -50,7 +50,7 @@ def _peaks(world: World, blocks: int) -> list[int]:
     return [_peak(world, cut, blocks) for cut in CUTS]
 
 
-UNITS = {(-1, -1, -1): 3, (-1, -1, 1): 1.5, (0, 0, 0): 6, (0, 0, 1): 5.5, (1, 1, 1): 6}
+UNITS = {(-1, -1, -1): 3, (-1, -1, 1): 1.5, (0, 0, 0): 5, (0, 0, 1): 5, (1, 1, 1): 5.75}
 """Of gradients the one being made, the one that is read where it is and half of it as it comes; where sums are cut, their
 halves; two of weights where those are cut. Whole sums that go to replicas come whole."""
 
