@@ -158,7 +158,7 @@ def unit_moves(
 
 
 def _read_in_place(setting: Setting, candidate: Candidate, first: Hop, lg: int) -> bool:
-    """Whether the first hop reads gradients from where backward has left them (`Flat`), so that none are taken over."""
+    """Whether gradients go out from where backward has left them (`partition/sums.py`), so that none are taken over."""
     uncoded = first.behind == 0 and not _codec(candidate.grads, first)
     return uncoded and (lg >= 0 or candidate.accumulate(setting) == 1)
 

@@ -52,15 +52,11 @@ def _member(place: Place, level: int) -> tuple[int, int]:
 
 
 def _residual(sums: Sums, member: int, values: Tensor) -> list[Piece]:
-    made: list[Piece] = []
     assert sums.feedback_level is not None
-    sums.place.parts(
-        lambda name, shape, offset, where: made.append(
-            Piece(f"{_RESIDUAL}{member}/{name}", shape, offset, values[where])
-        ),
-        depth=sums.feedback_level - 1,
-    )
-    return made
+    return [
+        Piece(f"{_RESIDUAL}{member}/{name}", shape, offset, values[where])
+        for name, shape, offset, where in sums.place.parts(sums.feedback_level - 1)
+    ]
 
 
 def _starts(sums: Sums) -> Iterator[Piece]:

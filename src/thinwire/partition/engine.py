@@ -238,9 +238,8 @@ class Sharded:
         for index, unit in enumerate(self.units):
             for flat in (flat for flat in unit.flats if flat.trained == trained):
                 first, view = flat.share()
-                named: list[tuple[str, tuple[int, ...], int, slice]] = []
-                flat.place.parts(lambda *part: named.append(part), depth=len(self.world.cluster.levels) - 1)  # noqa: B023
-                found.append(Share(index, unit.name or "root", base + first, view, tuple(named)))
+                named = tuple(flat.place.parts(flat.place.outermost))
+                found.append(Share(index, unit.name or "root", base + first, view, named))
                 base += flat.layout.used
         return found
 

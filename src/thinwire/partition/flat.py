@@ -10,6 +10,7 @@ the owner too, uses what was decoded from the wire, so replicas hold the same bi
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -194,21 +195,18 @@ class Flat:
 
     def owned(self) -> list[Owned]:
         """The masters of this rank that are trained; their gradient is looked up when a step is taken."""
-        made: list[Owned] = []
-        if self.trained:
-            self.place.parts(lambda name, shape, offset, where: made.append(
-                Owned(name, shape, offset, self.master[where], lambda: self.sums.reduced[where])
-            ), self.cut.lo)  # fmt: skip
-        return made
+        return [
+            Owned(name, shape, offset, self.master[where], partial(self.sums.reduced_at, where))
+            for name, shape, offset, where in self.place.parts(self.cut.lo)
+            if self.trained
+        ]
 
     def pieces(self) -> list[Piece]:
         """The masters of this rank as pieces of logical tensors."""
-        made: list[Piece] = []
-        self.place.parts(
-            lambda name, shape, offset, where: made.append(Piece(f"params/{name}", shape, offset, self.master[where])),
-            self.cut.lo,
-        )
-        return made
+        return [
+            Piece(f"params/{name}", shape, offset, self.master[where])
+            for name, shape, offset, where in self.place.parts(self.cut.lo)
+        ]
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes of each state on this rank; masters that lie in the weights count as optimizer state."""

@@ -1,7 +1,7 @@
 """Where the parts of a flat buffer lie on this rank, at each depth of its cut, and the codecs of its hops."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH
 
 _DRAWING = (P_GATHER, P_REFRESH, G_REDUCE, G_GATHER)
 """Purposes that draw random numbers, each its own."""
+Part = tuple[str, tuple[int, ...], int, slice]
+"""Of a parameter: its name, its shape, the first element of it that is here, and where those lie in what is held."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ class Place:
         """Room for a state that is cut at `depth`."""
         return torch.empty(len(self.at(depth)), dtype=dtype, device=self.device)
 
-    def parts(self, make: Callable[[str, tuple[int, ...], int, slice], None], depth: int) -> None:
-        """Call make(name, shape, offset in the parameter, slice of what is held) for each parameter met at `depth`."""
+    def parts(self, depth: int) -> Iterator[Part]:
+        """What this rank holds at `depth`, parameter by parameter."""
         mine = self.at(depth)
         for slot in self.layout.slots:
             met = mine.meet(slot)
             if len(met):
-                make(slot.name, slot.shape, met.start - slot.offset, met.inside(mine))
+                yield slot.name, slot.shape, met.start - slot.offset, met.inside(mine)
 
     def salt(self, step: int, number: int) -> None:
         """What stochastic rounding draws from: steps taken so far, and the number of this buffer among all."""

@@ -185,6 +185,10 @@ class Sums:
         assert self._complete, "gradients are not reduced yet"
         return self._at(self._cut.lo)
 
+    def reduced_at(self, where: slice) -> Tensor:
+        """A part of `reduced`."""
+        return self.reduced[where]
+
     @property
     def reduced_used(self) -> Tensor:
         """`reduced` without the padding, into which codecs may put noise."""
