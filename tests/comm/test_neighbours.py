@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from thinwire.comm import dull, same_host
 from thinwire.comm.collectives import all_gather, reduce_scatter
@@ -68,6 +69,28 @@ def _in_pieces(world: World, sizes: Sequence[int]) -> bool:
 def test_gradients_are_added_up_from_where_they_are_in_the_order_of_ranks(sizes: Sequence[int]) -> None:
     """In one piece and in several, in more than are read one by one, longer than a chunk, and none at all."""
     assert all(run_world(3, _in_pieces, sizes))
+
+
+def _one_is_behind(world: World, exchanges: int) -> list[float]:
+    """Rank 1 waits for its first exchange when rank 0 has waited for as many as it can, and has thrown its rows away."""
+    near = world.among(range(2), world.cluster, kept=exchanges)
+    out = torch.zeros(exchanges, 2)
+    handles = [
+        all_gather(row, torch.full((1,), 10.0 * number + world.rank), world=near, level=0, purpose="gather")
+        for number, row in enumerate(out)
+    ]
+    ahead = torch.zeros(1)
+    for handle in handles if world.rank == 0 else []:
+        handle.wait()
+    dist.broadcast(ahead, 0, group=world.group(0, "small"))
+    for handle in handles if world.rank == 1 else []:
+        handle.wait()
+    return out.flatten().tolist()
+
+
+def test_a_rank_that_keeps_its_rows_does_not_wait_for_those_that_have_yet_to_read_them() -> None:
+    expected = [float(10 * number + rank) for number in range(3) for rank in range(2)]
+    assert run_world(2, _one_is_behind, 3, timeout_s=30) == [expected] * 2
 
 
 def _one_cannot_read(world: World) -> bool:

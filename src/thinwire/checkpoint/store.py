@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from thinwire.comm.world import World
 from thinwire.errors import CheckpointError
 from thinwire.partition.pieces import Piece
 
+_PATIENCE = timedelta(minutes=30)
+"""For the slowest rank's files."""
 _PREFIX, _DIGITS, _TORN = "step-", 8, ".torn"
 
 
@@ -80,7 +83,10 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep_last: int, keep_every: int, world: World, verify: bool = True) -> None:
         self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
         self._rank, self._verify = world.rank, verify
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        ranks = range(world.size)
+        self._group = (
+            world.communicator(ranks, members_only=False, small=True, timeout=_PATIENCE) if world.size > 1 else None
+        )
         self._saving: Saving | None = None
         self.warnings: list[str] = []
         """What `newest` found wrong with checkpoints that it passed over."""

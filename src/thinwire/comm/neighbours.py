@@ -6,11 +6,12 @@ MPI libraries do the same between the processes of a node. Everything happens in
 event threads, which spin while a send holds the connection, have no part in it.
 
 Rows are read, and what others have read is heard of, in the order in which exchanges were issued, whichever is waited for
-first. That order is the same on all ranks, so no two of them ever wait for each other.
+first. That order is the same on all ranks, so no two of them ever wait for each other. Ranks that need not be equally far
+keep their rows for some exchanges more, instead of waiting until the slowest has read them.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -25,8 +26,20 @@ _ROW, _RUN, _DONE = 1, 2, 3  # kinds of message
 class Exchanges:
     """All exchanges under way of one rank, in the order of issue: those to read, and those that others may yet read."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int = 0) -> None:
+        """`kept`: exchanges whose rows others may read after this rank has waited for them: rows must stay that long."""
         self.unread, self.unacknowledged = deque["Reading"](), deque["Reading"]()
+        self._kept = kept
+
+    def settle(self, reading: "Reading") -> None:
+        """Wait until others have read what was issued `kept` exchanges before `reading`, and all earlier ones."""
+        while reading in self.unacknowledged and self.unacknowledged.index(reading) >= self._kept:
+            self.unacknowledged.popleft().hear_all()
+
+    def end(self) -> None:
+        """Wait until others have read all that this rank has waited for. Raises LinkError if one of them is gone."""
+        while self.unacknowledged and self.unacknowledged[0].read:
+            self.unacknowledged.popleft().hear_all()
 
 
 class Row:
@@ -66,21 +79,25 @@ class Row:
 
 
 class Reading:
-    """An exchange under way: `wait` returns when this rank has read all its rows and its own ones have been read."""
+    """An exchange under way: `wait` returns when this rank has read all its rows and its own ones have been read.
 
-    def __init__(self, others: "Neighbours", rows: Mapping[int, Row], take: Callable[[], None]) -> None:
-        """`take` reads the rows once they have been heard of."""
-        self._others, self._rows, self._take = others, rows, take
-        self._read, self._acknowledged = False, False
+    Of exchanges that keep their rows it returns sooner, see `Exchanges`; the rows are held on to here.
+    """
+
+    def __init__(
+        self, others: "Neighbours", rows: Mapping[int, Row], take: Callable[[], None], kept: Iterable[Tensor]
+    ) -> None:
+        """`take` reads the rows once they have been heard of; `kept` are this rank's own."""
+        self._others, self._rows, self._take, self._kept = others, rows, take, tuple(kept)
+        self.read = False
         others.exchanges.unread.append(self)
         others.exchanges.unacknowledged.append(self)
 
     def wait(self) -> None:
         """Raises LinkError if a rank is gone, UseError if it is in another collective."""
-        while not self._read:
+        while not self.read:
             self._others.exchanges.unread.popleft()._carry_out()
-        while not self._acknowledged:
-            self._others.exchanges.unacknowledged.popleft()._hear_all()
+        self._others.exchanges.settle(self)
 
     def _carry_out(self) -> None:
         for row in self._rows.values():
@@ -88,12 +105,13 @@ class Reading:
         self._take()
         for row in self._rows.values():
             row.done()
-        self._read = True
+        self.read = True
 
-    def _hear_all(self) -> None:
+    def hear_all(self) -> None:
+        """Wait until the others have read this rank's rows."""
         for place in self._rows:
             self._others.lines[place].hear(_DONE)
-        self._acknowledged = True
+        self._kept = ()
 
 
 class Neighbours:
@@ -116,7 +134,7 @@ class Neighbours:
             for place, into in received.items():
                 theirs[place].read(into)
 
-        return Reading(self, theirs, take)
+        return Reading(self, theirs, take, rows.values())
 
     def add_up(self, out: Tensor, rows: Sequence[Sequence[Tensor]], *, me: int) -> Reading:
         """`out` becomes the sum of everybody's row for this rank, `me`, in the order of places.
@@ -128,7 +146,11 @@ class Neighbours:
         for place in theirs:
             self._tell(place, rows[place], gathers=False)
         own = rows[me]
-        return Reading(self, theirs, lambda: add_rows([theirs.get(place) for place in range(len(rows))], own, out))
+
+        def take() -> None:
+            add_rows([theirs.get(place) for place in range(len(rows))], own, out)
+
+        return Reading(self, theirs, take, (piece for row in rows for piece in row))
 
     def _tell(self, place: int, pieces: Sequence[Tensor], *, gathers: bool) -> None:
         assert all(piece.is_contiguous() for piece in pieces), "rows are read as runs of bytes"

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.cluster.cluster import Cluster, Level, check_size
+from thinwire.comm import gloo
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Ledger
 from thinwire.comm.neighbours import Exchanges, Neighbours
@@ -39,6 +40,12 @@ class World:
     _groups: dict[tuple[int, Kind], dist.ProcessGroup] = field(default_factory=dict)
     _neighbours: dict[int, Neighbours] = field(default_factory=dict)
     timeout: timedelta = timedelta(seconds=600)
+    _devices: gloo.Devices = ()
+    """What gloo's communicators share."""
+    _exchanges: Exchanges = field(default_factory=Exchanges)
+    """Between this rank and others of its host."""
+    _parts: list["World"] = field(default_factory=list)
+    """Worlds of some of the ranks, to be left with this one."""
 
     @staticmethod
     def join(
@@ -63,7 +70,8 @@ class World:
             except (dist.DistError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise LinkError(f"rank {rank} could not meet the others at {host}:{port}: {reason}") from error
-            world._make_groups(timeout)
+            world._devices = gloo.open_devices()
+            world._make_groups()
         return world
 
     @staticmethod
@@ -75,20 +83,17 @@ class World:
         place = Place.from_environment(environment) or Place(0, 1, 0, "127.0.0.1", 0)
         return World.join(cluster, **asdict(place), timeout_s=timeout_s)
 
-    def _make_groups(self, timeout: timedelta, base: Sequence[int] | None = None) -> None:
-        exchanges = Exchanges()
+    def _make_groups(self, base: Sequence[int] | None = None, kept: int = 0) -> None:
+        exchanges = self._exchanges = Exchanges(kept)
         for index in range(len(self.cluster.levels)):
             ranks = self.cluster.group(self.rank, index)
             ranks = ranks if base is None else tuple(base[rank] for rank in ranks)
             if len(ranks) == 1:
                 continue
             for kind in get_args(Kind):
-                backend = "gloo" if kind == "small" or self.device.type == "cpu" else "nccl"
-                self._groups[index, kind] = dist.new_group(
-                    list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
-                )
+                self._groups[index, kind] = self.communicator(ranks, members_only=True, small=kind == "small")
             if self.device.type == "cpu":
-                found = find_neighbours(self._groups[index, "small"], exchanges, timeout_s=timeout.total_seconds())
+                found = find_neighbours(self._groups[index, "small"], exchanges, timeout_s=self.timeout.total_seconds())
                 if found is not None:
                     self._neighbours[index] = found
 
@@ -103,16 +108,21 @@ class World:
         near = {index: found for index, found in self._neighbours.items() if index < level}
         return World(
             self.rank % cluster.ranks, cluster.ranks, self.local_rank, cluster, self.device, self.ledger,
-            self.outstanding, groups, near, self.timeout,
+            self.outstanding, groups, near, self.timeout, self._devices,
         )  # fmt: skip
 
-    def among(self, ranks: Sequence[int], cluster: Cluster) -> "World":
-        """The world of the given ranks (this one among them), joined as `cluster` says, with communicators of its own."""
+    def among(self, ranks: Sequence[int], cluster: Cluster, *, kept: int = 0) -> "World":
+        """The world of the given ranks (this one among them), joined as `cluster` says, with communicators of its own.
+
+        `kept`: how many exchanges inside a host others may be behind, where ranks need not be equally far; what this rank
+        sent in those must not be written to.
+        """
         part = World(
             list(ranks).index(self.rank), len(ranks), self.local_rank, cluster, self.device, self.ledger,
-            self.outstanding, timeout=self.timeout,
+            self.outstanding, timeout=self.timeout, _devices=self._devices,
         )  # fmt: skip
-        part._make_groups(self.timeout, base=ranks)
+        part._make_groups(base=ranks, kept=kept)
+        self._parts.append(part)
         return part
 
     def through_sockets(self, levels: Container[int]) -> "World":
@@ -120,16 +130,19 @@ class World:
         far = {index: near for index, near in self._neighbours.items() if index not in levels}
         return replace(self, _neighbours=far)
 
-    def communicator(self, ranks: Sequence[int], *, members_only: bool, small: bool = False) -> dist.ProcessGroup:
+    def communicator(
+        self, ranks: Sequence[int], *, members_only: bool, small: bool = False, timeout: timedelta | None = None
+    ) -> dist.ProcessGroup:
         """A new communicator of `ranks`; a `small` one is for a few numbers on the CPU.
 
         Every rank calls this for every communicator, in the same order; or (`members_only`, cheaper in large worlds) only
         the members do, and only if all of them have made the same number of communicators before: torch 2.13 derives the
         name under which they meet from that number.
         """
-        backend = "gloo" if small or self.device.type == "cpu" else "nccl"
+        if small or self.device.type == "cpu":
+            return gloo.new_group(ranks, self._devices, timeout or self.timeout, members_only=members_only)
         made: dist.ProcessGroup = dist.new_group(
-            list(ranks), timeout=self.timeout, backend=backend, use_local_synchronization=members_only
+            list(ranks), timeout=timeout or self.timeout, backend="nccl", use_local_synchronization=members_only
         )
         return made
 
@@ -154,8 +167,10 @@ class World:
     def leave(self) -> None:
         """Close every communicator. A handle that nobody waited for is a bug, and raises AssertionError."""
         dropped = list(self.outstanding)
-        for near in self._neighbours.values():
-            near.close()
+        for world in (self, *self._parts):
+            world._exchanges.end()
+            for near in world._neighbours.values():
+                near.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         assert not dropped, f"{len(dropped)} handles were never waited for, the first is {dropped[0]}"
