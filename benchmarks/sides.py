@@ -51,11 +51,19 @@ still sends less than the hook does with rank 4."""
 ROUNDS: dict[str, dict[str, Any]] = {
     "diloco": {"kind": "diloco"},
     "streaming e3m0": {"kind": "streaming_diloco", "fragments": 4, "delay": 3},
+    "summed e3m0": {
+        "kind": "streaming_diloco",
+        "fragments": 4,
+        "delay": 8,
+        "level": "node",
+        "sum_inside": "node",
+    },
     "eager": {"kind": "eager"},
     "co2": {"kind": "co2"},
 }
-"""Hosts as worker groups that agree once a round, optimizer states cut inside each. Fragments are sent every
-`inner_steps` / 4 steps; a delay that is no multiple of that applies them in other steps than those that send."""
+"""Hosts as worker groups that agree once a round, optimizer states cut inside each; or ranks as groups, those of a host
+adding up what they changed before it travels. Fragments are sent every `inner_steps` / 4 steps; a delay that is no multiple
+of that applies them in other steps than those that send."""
 EXACT = ("thinwire ddp", "thinwire hsdp", "thinwire auto")
 
 
@@ -103,7 +111,7 @@ def thinwire_side(setting: Setting, options: Mapping[str, Any], world: World | N
     """thinwire under a plan; joins the world itself unless given one."""
     plan = PlanConfig.model_validate(options).resolve(CLUSTER, micro_batch=1, accumulate=1)
     world = world or World.from_environment(CLUSTER, setting.environment)
-    group = world if plan.sync is None else world.inside(len(CLUSTER.levels) - 1)
+    group = world if plan.sync is None else world.inside(plan.levels_in_group)
     sharded = shard(fresh(setting.model), plan.of_group(), group)
     optimizer = ShardedOptimizer(sharded, lambda groups: torch.optim.AdamW(groups, lr=setting.lr, fused=True))
     sync = None if plan.sync is None else OuterSync(sharded, plan.sync, world)
@@ -133,7 +141,8 @@ def thinwire_side(setting: Setting, options: Mapping[str, Any], world: World | N
 
 def rounds_side(setting: Setting, sync: Mapping[str, Any]) -> Side:
     """thinwire with a round every `inner_steps`."""
-    return thinwire_side(setting, {"partition": "zero1", "sync": {**sync, "inner_steps": setting.inner_steps}})
+    partition = "ddp" if "level" in sync else "zero1"  # a group of one rank has nothing to cut
+    return thinwire_side(setting, {"partition": partition, "sync": {**sync, "inner_steps": setting.inner_steps}})
 
 
 def join_torch(setting: Setting) -> None:

@@ -53,17 +53,17 @@ class Group:
     ) -> None:
         self.world = world
         if groups is None:
-            inner = world.inside(len(world.cluster.levels) - 1)
-            count = world.cluster.levels[-1].fanout
+            resolved = SyncConfig.model_validate(sync).resolve([(lv.name, lv.fanout) for lv in world.cluster.levels])
+            inner = world.inside(world.cluster.index(resolved.level))
         else:
+            resolved = SyncConfig.model_validate(sync).resolve([("site", len(groups))])
             ranks = next(ranks for ranks in groups if world.rank in ranks)
-            inner, count = world.among(ranks, cluster_of([len(ranks)])), len(groups)
+            inner = world.among(ranks, cluster_of([len(ranks)]))
         self.inner = inner
         levels = tuple((level.name, level.fanout) for level in inner.cluster.levels)
         partition = Partition(params=cut[0], grads=cut[1], optimizer=cut[2])
         self.engine: Sharded = shard(module or Stack(), Plan(levels=levels, partition=partition), inner)
         self.optimizer = ShardedOptimizer(self.engine, build or (lambda g: torch.optim.AdamW(g, lr=1e-2)))
-        resolved = SyncConfig.model_validate(sync).resolve([("site", count)])
         self.sync = OuterSync(self.engine, resolved, world, groups=groups, same=same)
 
     def train(

@@ -210,6 +210,8 @@ class Plan(Frozen):
         groups = math.prod(fanout for _, fanout in self.levels[inside:])
         if sync.groups != groups:
             raise ValueError(f"sync is for {sync.groups} groups across {sync.level}, there are {groups}")
+        if sync.sum_inside is not None:
+            self._sums_fit(sync, sync.sum_inside)
         if max(self.depths) >= inside:
             raise ValueError(
                 f"partition {self.partition} reaches across {sync.level}, where groups agree once a round; cut states over "
@@ -221,6 +223,14 @@ class Plan(Frozen):
                     raise ValueError(
                         f"wire.{direction}.{level}: nothing crosses {level} step by step; set sync.codec instead"
                     )
+
+    def _sums_fit(self, sync: Sync, inside: str) -> None:
+        first, names = self.level_names.index(sync.level), self.level_names
+        if inside not in names[first:-1]:
+            raise ValueError(f"sync.sum_inside = {inside!r} is no level between {sync.level} and the outermost one")
+        summed = math.prod(fanout for _, fanout in self.levels[first : names.index(inside) + 1])
+        if sync.summed != summed:
+            raise ValueError(f"sync adds up {sync.summed} groups inside {inside}, there are {summed}")
 
     @property
     def levels_in_group(self) -> int:

@@ -19,9 +19,9 @@ from thinwire.cost.device import check_device, efficiency, matmul_s
 from thinwire.cost.failures import Failures, goodput
 from thinwire.cost.memory import peak_memory, stage_memory
 from thinwire.cost.outer import outer_round, rate_for_utilisation, utilisation
-from thinwire.cost.placement import Axes, axis_hops, place
+from thinwire.cost.placement import Axes, axis_hops, place, rate_of
 from thinwire.cost.schedule import in_flight, pipeline_time
-from thinwire.cost.sent import data_bytes, sent_bytes
+from thinwire.cost.sent import Sent, data_bytes, sent_bytes
 from thinwire.cost.stages import Kind, kinds, parameters_of
 from thinwire.cost.states import unit_moves
 from thinwire.cost.step import StepTime, core_of, optimizer_s, step_time
@@ -31,6 +31,7 @@ from thinwire.model.spec import ModelSpec
 from thinwire.model.transformer import Transformer
 from thinwire.partition.engine import shard
 from thinwire.partition.report import predicted_bytes
+from thinwire.rounds.config import SyncConfig
 from thinwire.simulate.step import simulate_step
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.wire import OuterCodecName
@@ -285,8 +286,12 @@ def _of_rounds(rounds: Rounds) -> Candidate:
 
 def _round_bytes(world: World, rounds: Rounds) -> dict[str, dict[str, int]]:
     """level -> purpose -> bytes of H steps that only agree."""
+    return _candidates_round_bytes(world, _of_rounds(rounds))
+
+
+def _candidates_round_bytes(world: World, candidate: Candidate) -> dict[str, dict[str, int]]:
     given = _cpu_setting(tuple(level.fanout for level in world.cluster.levels))
-    plan = _of_rounds(rounds).to_plan(given)
+    plan = candidate.to_plan(given)
     assert plan.sync is not None
     engine = shard(Transformer(given.spec), plan.of_group(), world.inside(plan.levels_in_group))
     sync = OuterSync(engine, plan.sync, world)
@@ -301,6 +306,44 @@ def _round_bytes(world: World, rounds: Rounds) -> dict[str, dict[str, int]]:
     return {level: purposes for level, purposes in sent.items() if purposes}
 
 
+Summed = tuple[int, int, int]
+"""The levels across which groups agree and inside which they add up, fragments."""
+
+
+def _of_sums(sums: Summed, fanouts: tuple[int, ...]) -> Candidate:
+    level, inside, fragments = sums
+    given = _cpu_setting(fanouts)
+    names = given.cluster.level_names
+    config = SyncConfig(level=names[level], sum_inside=names[inside], inner_steps=8, fragments=fragments, codec="int4")
+    rounds = config.resolve([(each.name, each.fanout) for each in given.cluster.levels])
+    return Candidate(sync=Sync.of(rounds, level, given.spec.layers))
+
+
+@pytest.mark.parametrize(
+    ("fanouts", "sums"),
+    [((2, 2), (0, 0, 3)), ((2, 4), (0, 0, 1)), ((2, 2, 2), (1, 1, 2)), ((2, 2, 2), (0, 1, 1)), ((2, 2, 2), (0, 0, 1))],
+)
+def test_bytes_of_sums_are_those_of_a_run(fanouts: tuple[int, ...], sums: Summed) -> None:
+    candidate, given = _of_sums(sums, fanouts), _cpu_setting(fanouts)
+    made = run_world(fanouts, _candidates_round_bytes, candidate)[0]
+    sent = sent_bytes(given, candidate, place(candidate, given.cluster, given.calibration))
+    assert {level: pytest.approx(purposes, rel=1e-12) for level, purposes in _eight_steps(sent).items()} == made
+
+
+def test_a_round_of_sums_sends_across_what_as_many_groups_as_places_would() -> None:
+    given = setting(2, 2, 2, rate=1e9)
+    names = given.cluster.level_names
+    rounds = SyncConfig(level=names[0], sum_inside=names[1], inner_steps=8, codec="int8").resolve(
+        [(each.name, each.fanout) for each in given.cluster.levels]
+    )
+    summed, few = Sync.of(rounds, 0, 1), Sync(2, 8, codec="int8")
+    assert summed.groups(given.cluster) == 8
+    assert outer_round(given, summed, 1.0).sent_bytes == outer_round(given, few, 1.0).sent_bytes
+    inside_s = 2 * 4 * given.parameters * 3 / 4 / rate_of(given.cluster, 1, given.calibration)
+    travel_s = outer_round(given, few, 1.0).travel_s
+    assert outer_round(given, summed, 1.0).travel_s == pytest.approx(travel_s + inside_s)
+
+
 @pytest.mark.parametrize("fanouts", [(2, 2), (1, 4), (1, 2, 2)])
 @pytest.mark.parametrize(
     "rounds", [((-1, -1, -1), 1, 1, "fp32"), ((-1, -1, 0), 1, 3, "e3m0"), ((0, 0, 0), 1, 2, "topk")]
@@ -309,11 +352,16 @@ def test_bytes_of_rounds_are_those_of_a_run(fanouts: tuple[int, ...], rounds: Ro
     made = run_world(fanouts, _round_bytes, rounds)[0]
     given, candidate = _cpu_setting(fanouts), _of_rounds(rounds)
     sent = sent_bytes(given, candidate, place(candidate, given.cluster, given.calibration))
-    foreseen = {
+    assert {level: pytest.approx(purposes, rel=1e-12) for level, purposes in _eight_steps(sent).items()} == made
+
+
+def _eight_steps(sent: Sent) -> dict[str, dict[str, float]]:
+    """level -> purpose -> bytes of rounds in eight steps."""
+    found = {
         level: {purpose: 8 * count for purpose, count in purposes.items() if purpose.startswith("outer-")}
         for level, purposes in sent.items()
     }
-    assert {level: pytest.approx(purposes, rel=1e-12) for level, purposes in foreseen.items() if purposes} == made
+    return {level: purposes for level, purposes in found.items() if purposes}
 
 
 @pytest.mark.parametrize("depths", [(-1, -1, -1), (-1, -1, 0), (0, 0, 0)])

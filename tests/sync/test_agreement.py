@@ -87,7 +87,7 @@ def _second_hops(world: World, delay: int | None) -> list[int]:
     seen = []
     for _ in range(12):
         group.train(1)
-        if any(pending.hops == 1 for pending in group.sync.pending):
+        if any(not pending.due for pending in group.sync.pending):
             seen.append(group.sync.step)
     group.sync.settle()
     return seen

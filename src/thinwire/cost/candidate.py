@@ -95,10 +95,19 @@ class Sync:
         """How many groups there are: ranks of the cluster over ranks inside one member of `level`."""
         return cluster.ranks // cluster.ranks_within(self.level - 1)
 
+    @property
+    def summed(self) -> int:
+        """Groups that add up what they changed before it travels farther; 1: none do."""
+        return 1 if self.said is None else self.said.summed
+
+    def senders(self, cluster: Cluster) -> int:
+        """Groups, or places in which they add up, that send each other what they changed."""
+        return self.groups(cluster) // self.summed
+
     def peers(self, cluster: Cluster) -> list[int]:
-        """At `level` and each level outside it, how many other groups first part from a group there."""
-        inside = cluster.ranks_within(self.level - 1)
-        reached = [1, *(cluster.ranks_within(index) // inside for index in range(self.level, len(cluster.levels)))]
+        """At `level` and each level outside it, how many other senders first part from one there."""
+        inside = cluster.ranks_within(self.level - 1) * self.summed
+        reached = [1, *(max(1, cluster.ranks_within(i) // inside) for i in range(self.level, len(cluster.levels)))]
         return [more - fewer for fewer, more in pairwise(reached)]
 
 

@@ -40,20 +40,29 @@ def fragment_bytes(parameters: float, sync: Sync) -> float:
 def outer_round(setting: Setting, sync: Sync, step_s: float) -> Round:
     """A round when an inner step takes `step_s`.
 
-    Groups exchange with each other directly. The link of a level's member carries what all groups inside it send to those
-    outside; messages are all under way at once, so the slowest link decides.
+    Groups, or places in which they add up first, exchange with each other directly. The link of a level's member carries
+    what all senders inside it send to those outside; messages are all under way at once, so the slowest link decides.
     """
-    cluster, groups = setting.cluster, sync.groups(setting.cluster)
-    each = 2 * fragment_bytes(float(setting.parameters), sync) / groups  # to one other group, there and back
+    cluster, senders = setting.cluster, sync.senders(setting.cluster)
+    each = 2 * fragment_bytes(float(setting.parameters), sync) / senders  # to one other sender, there and back
     slowest, latency_s, inside = 0.0, 0.0, 1
     for index, peers in enumerate(sync.peers(cluster), sync.level):
         if peers:
-            through = inside * (groups - inside) * each
+            through = inside * (senders - inside) * each
             slowest = max(slowest, through / rate_of(cluster, index, setting.calibration))
             latency_s += 2 * peers // inside * (cluster.levels[index].latency_s or 0.0)
         inside += peers
-    travel = slowest + latency_s
-    return Round(sync.inner_steps / sync.fragments, (groups - 1) * each, travel, stall_s(travel, step_s, sync))
+    travel = slowest + latency_s + _inside_s(setting, sync)
+    return Round(sync.inner_steps / sync.fragments, (senders - 1) * each, travel, stall_s(travel, step_s, sync))
+
+
+def _inside_s(setting: Setting, sync: Sync) -> float:
+    """Seconds in which groups that add up do so, in fp32, and share what comes out."""
+    if sync.said is None or sync.said.sum_inside is None:
+        return 0.0
+    level = setting.cluster.index(sync.said.sum_inside)
+    moved = 2 * 4 * setting.parameters / sync.fragments * (sync.summed - 1) / sync.summed
+    return moved / rate_of(setting.cluster, level, setting.calibration)
 
 
 def stall_s(travel_s: float, step_s: float, sync: Sync) -> float:

@@ -12,7 +12,7 @@ from thinwire.cost.stages import kinds, parameters_of
 from thinwire.cost.states import padded, unit_bytes
 from thinwire.cost.step import message_bytes
 from thinwire.rounds.fragments import deal
-from thinwire.rounds.traffic import exchange_bytes, swaps
+from thinwire.rounds.traffic import exchange_bytes, inside_bytes, swaps
 from thinwire.traffic import total
 
 Sent = dict[str, dict[str, float]]
@@ -36,23 +36,28 @@ def sent_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> Sent:
 def _rounds_bytes(setting: Setting, candidate: Candidate, axes: Axes, sync: Sync) -> Iterator[tuple[int, str, float]]:
     """(level, purpose, bytes per step) of the first rank of a group, which stands for an equal part of every unit.
 
-    Every group sends to every other one as much, over the links of the outermost level at which they differ.
+    Every sender, a group or a place where groups add up, sends to every other one as much, over the links of the outermost
+    level at which they differ.
     """
-    groups, ranks = candidate.groups(setting.cluster), math.prod(hop.fanout for hop in axes.states)
+    groups, ranks, summed = candidate.groups(setting.cluster), math.prod(hop.fanout for hop in axes.states), sync.summed
     units = [
         (name, min(round(elements), padded(elements, candidate, axes.states) // ranks))
         for name, elements in _named_units(setting, candidate)
     ]
     dealt = deal(units, min(sync.fragments, len(units)), "strided" if sync.said is None else sync.said.order)
     block = 128 if sync.said is None else sync.said.block
-    sent = sum(
-        exchange_bytes(sum(units[place][1] for place in places), groups=groups, codec=sync.codec, block=block)
-        for places in dealt
-    )
-    hops = ("outer-send",) if swaps(groups, sync.codec) else ("outer-send", "outer-return")
+    numbers = [sum(units[place][1] for place in places) for places in dealt]
+    sent = sum(exchange_bytes(n, groups=groups, codec=sync.codec, block=block, summed=summed) for n in numbers)
+    senders = sync.senders(setting.cluster)
+    hops = ("outer-send",) if swaps(senders, sync.codec) else ("outer-send", "outer-return")
     for level, peers in enumerate(sync.peers(setting.cluster), sync.level):
         for hop in hops if peers else ():
-            yield level, hop, sent / len(hops) / sync.inner_steps * peers / (groups - 1)
+            yield level, hop, sent / len(hops) / sync.inner_steps * peers / (senders - 1)
+    if sync.said is not None and sync.said.sum_inside is not None:
+        near = setting.cluster.index(sync.said.sum_inside)
+        sums, spread = (sum(each) for each in zip(*(inside_bytes(n, summed=summed) for n in numbers), strict=True))
+        yield near, "outer-sum", sums / sync.inner_steps
+        yield near, "outer-spread", spread / sync.inner_steps
 
 
 def data_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> dict[int, dict[str, int]]:

@@ -33,7 +33,7 @@ PRESETS: dict[Kind, dict[str, Any]] = {
 
 local_sgd: the average of the groups' weights (arXiv 1805.09767). diloco: outer Nesterov momentum on the groups' mean
 change (2311.08105). streaming_diloco: fragments, 4-bit outer gradients, overlap and mixing (2501.18512); with three
-groups or more its delay is 2, see `SyncConfig.resolve`. eager: one round late, but a group's own part of the change is
+groups or more its delay is longer, see `least_delay`. eager: one round late, but a group's own part of the change is
 fresh (2502.12996). co2: one round late, with staleness-gap penalty and clipped outer momentum (2401.16265); a change that
 is a round late swings for ever once momentum + (share of the way that a round goes) / gap reaches 1, so the momentum is that
 of the authors' example, 0.2, and not their code's default, 0.5. sparse: top-k per chunk in 2 bits with error feedback
@@ -44,9 +44,13 @@ OUTER_LR = ((1, 0.4), (2, 0.6), (4, 0.6), (8, 0.8))
 """Tuned outer learning rates by number of groups (2503.09799, figure 7); the nearest smaller entry counts."""
 
 
-def least_delay(groups: int) -> int:
-    """Steps behind which a round can travel at best: of three groups or more it comes back in a second hop."""
-    return 1 if groups <= 2 else 2
+def least_delay(groups: int, summed: int = 1) -> int:
+    """Steps behind which a round can travel at best, one for each of its hops.
+
+    Of three groups or more it comes back in a second one; `summed` groups that add up first, and share what comes out,
+    take one before and one after.
+    """
+    return (1 if groups // summed <= 2 else 2) + (2 if summed > 1 else 0)
 
 
 class SyncConfig(Frozen):
@@ -55,6 +59,8 @@ class SyncConfig(Frozen):
     kind: Kind = "diloco"
     level: str | None = None
     """Groups inside it agree every step, across it and the levels outside it once a round. Default: the outermost."""
+    sum_inside: str | None = None
+    """The groups inside a member of this level add up what they changed, uncoded, before one sum of them travels farther."""
     inner_steps: int = Field(default=30, ge=1)
     fragments: int | str | None = None
     order: Order = "strided"
@@ -87,12 +93,13 @@ class SyncConfig(Frozen):
         if level not in names:
             raise PlanError(f"sync.level = {level!r} is no level; there are {', '.join(names)}")
         groups = math.prod(fanout for _, fanout in levels[names.index(level) :])
+        summed = self._summed(level, levels)
         given = self.model_dump(exclude_none=True)
         default_lr = [lr for least, lr in OUTER_LR if least <= groups][-1]
         preset = dict(PRESETS[self.kind])
         if preset.get("delay") == 1 and self.inner_steps > 2:
-            preset["delay"] = least_delay(groups)
-        decided = {"outer_lr": default_lr, **preset, **given, "level": level, "groups": groups}
+            preset["delay"] = min(least_delay(groups, summed), self.inner_steps - 1)
+        decided = {"outer_lr": default_lr, **preset, **given, "level": level, "groups": groups, "summed": summed}
         if decided.get("late"):
             if self.delay is not None and self.delay != self.inner_steps:
                 raise PlanError(f"sync.delay: kind {self.kind!r} applies one whole round late; leave delay out")
@@ -102,6 +109,20 @@ class SyncConfig(Frozen):
         except ValidationError as error:
             raise PlanError(f"sync: {explain(error)}") from None
 
+    def _summed(self, level: str, levels: Sequence[tuple[str, int]]) -> int:
+        """How many groups add up what they changed before it travels farther."""
+        if self.sum_inside is None:
+            return 1
+        names = [name for name, _ in levels]
+        first = names.index(level)
+        possible = names[first:-1]
+        if self.sum_inside not in possible:
+            choice = f"one of {', '.join(possible)}" if possible else f"sync.level = {names[0]!r} beside it"
+            raise PlanError(
+                f"sync.sum_inside = {self.sum_inside!r} must be {choice}: a level that joins groups, but not all of them"
+            )
+        return math.prod(fanout for _, fanout in levels[first : names.index(self.sum_inside) + 1])
+
 
 class Sync(Frozen):
     """A point of the space. The defaults are plain DiLoCo's."""
@@ -110,6 +131,9 @@ class Sync(Frozen):
     level: str
     groups: int = Field(ge=1)
     """M, the number of worker groups."""
+    sum_inside: str | None = None
+    summed: int = Field(default=1, ge=1)
+    """k, how many groups add up what they changed before one sum of them travels farther; 1: none do."""
     inner_steps: int = Field(ge=1)
     """H, steps between two rounds of the same fragment."""
     fragments: int | str = 1
@@ -154,12 +178,29 @@ class Sync(Frozen):
             raise ValueError(
                 f"aggregate = {self.aggregate!r}: kind {self.kind!r} replaces its own part of the mean; leave aggregate out"
             )
+        if self.sum_inside is not None:
+            self._summable(self.sum_inside)
         if self.aggregate in ("trimmed", "median") and self.groups < 3:
             raise ValueError(
                 f"aggregate {self.aggregate!r} needs at least 3 groups, there are {self.groups}; use 'mean'"
             )
         self._meaningful()
         return self
+
+    def _summable(self, level: str) -> None:
+        """Raises ValueError for a setting that needs to know each group's own contribution, or sums that nobody makes."""
+        if self.groups % self.summed or not 1 < self.summed < self.groups:
+            raise ValueError(f"sum_inside = {level!r} would add up {self.summed} of {self.groups} groups; leave it out")
+        for key, value in (("kind", self.own_fresh), ("error_feedback", self.error_feedback)):
+            if value:
+                raise ValueError(
+                    f"sum_inside = {level!r}: {key} = {getattr(self, key)!r} needs what each group sent, and only sums "
+                    f"travel; leave sum_inside out"
+                )
+        if self.aggregate not in ("mean", "tokens"):
+            raise ValueError(
+                f"sum_inside = {level!r}: aggregate = {self.aggregate!r} needs every contribution by itself; use 'mean'"
+            )
 
     def _meaningful(self) -> None:
         """Raises ValueError for a setting that would do nothing, or nothing sound, at this point."""

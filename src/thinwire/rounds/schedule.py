@@ -10,6 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 
+def hops_due(delay: int, *, far: int, sums: bool) -> list[int]:
+    """Steps after sending when the second hop of an exchange sets out, the third and so on; all are over after `delay`.
+
+    `far` hops over the slow links share the time evenly. With `sums` there is one before them and one after them, inside a
+    fast level, each with a quarter of the delay, but a step at least: ranks of one place need not be equally far.
+    """
+    halves = [(delay + 1) // 2] * (far - 1)
+    edge = max(1, delay // 4)
+    return [edge, *halves, delay - edge] if sums else halves
+
+
 @dataclass(frozen=True)
 class Exchange:
     """One fragment of one round: sent after step `send`, applied after step `apply`."""

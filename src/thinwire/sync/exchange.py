@@ -6,7 +6,8 @@ everybody, the owner too, uses what was decoded. Numbers are coded twice, never 
 `thinwire.wire.returned_as` says how the second time. The aggregation function sees all contributions of a chunk at once,
 at no extra traffic.
 
-A message begins with 16 bytes: the weight of the contribution, and a hash of the outer state it was taken from.
+A message begins with 16 bytes for each group it speaks for: the weight of its contribution, and a hash of the outer
+state that was taken from.
 """
 
 from collections import Counter
@@ -61,8 +62,8 @@ class Raw:
 class Clique:
     """One rank of each group, in the order of their ranks, with a communicator for each hop."""
 
-    groups: tuple[int, ...]
-    """The group of each rank of the communicators."""
+    groups: tuple[tuple[int, ...], ...]
+    """Of each rank of the communicators, the groups it speaks for: its own, or those whose contributions were added up."""
     present: tuple[int, ...]
     """The places in the communicators of those that take part."""
     communicators: Mapping[str, dist.ProcessGroup]
@@ -70,20 +71,30 @@ class Clique:
     """This rank's own."""
     levels: tuple[str, ...]
     """By place: the level whose links lie between this rank and that one."""
+    inside: World | None = None
+    """Those of its ranks that add up their contributions before anything travels farther, this one among them."""
+    across: "Clique | None" = None
+    """The ranks elsewhere, and this one, that hold the same chunk of such sums."""
 
     @property
     def size(self) -> int:
-        """M, how many take part."""
+        """How many take part."""
         return len(self.present)
 
     @property
-    def members(self) -> list[int]:
-        """The groups that take part, in the order of their rows."""
+    def members(self) -> list[tuple[int, ...]]:
+        """The groups of those that take part, in the order of their rows."""
         return [self.groups[place] for place in self.present]
 
+    @property
+    def head_bytes(self) -> int:
+        """Of a message, before its numbers."""
+        return HEADER_BYTES * len(self.groups[self.place])
+
     def without(self, groups: Collection[int]) -> "Clique":
-        """The clique of those that are left."""
-        return replace(self, present=tuple(place for place in self.present if self.groups[place] not in groups))
+        """The clique of those that are left, who send each other everything themselves from now on."""
+        left = tuple(place for place in self.present if not set(self.groups[place]) & set(groups))
+        return replace(self, present=left, inside=None, across=None)
 
 
 @dataclass
@@ -99,13 +110,26 @@ class Outcome:
     astray: list[int] = field(default_factory=list)
     """Groups that are left out because their outer state is not that of the others."""
 
+    def count(self, heads: Tensor, members: Sequence[tuple[int, ...]]) -> list[float]:
+        """Whose contributions count, of `members` whose messages began with `heads` (a row each): their weights.
+
+        What was added up with that of a group astray is left out with it.
+        """
+        groups = [group for member in members for group in member]
+        words = heads.cpu().contiguous().view(len(groups), HEADER_BYTES)
+        said = dict(zip(groups, words.view(torch.float64)[:, 0].tolist(), strict=True))
+        digests = dict(zip(groups, words.view(torch.int64)[:, 1].tolist(), strict=True))
+        self.astray = strays({group: digests[group] for group, weight in said.items() if weight > 0})
+        out = {group for member in members if set(member) & set(self.astray) for group in member}
+        self.weights = {group: 0.0 if group in out else weight for group, weight in said.items()}
+        return [sum(self.weights[group] for group in member) for member in members]
+
 
 def exchange(
     change: Tensor,
     outcome: Outcome,
     *,
-    weight: float,
-    digest: int,
+    heads: Tensor,
     clique: Clique,
     codec: Coder,
     back: Coder,
@@ -113,43 +137,48 @@ def exchange(
     how: Aggregate,
     world: World,
 ) -> Iterator[Handle]:
-    """Yields the handle of each hop; fills `outcome` on the way. Weight 0 leaves this member's contribution out."""
+    """Yields the handle of each hop; fills `outcome` on the way. `heads`: `head` of each group this rank speaks for."""
     hop = _Hop(world, clique, codec)
     n, members = change.numel(), clique.size
-    header = _header(weight, digest, change.device)
     if members == 1:
         decoded = codec.decode(codec.encode(change), n, change.dtype)
-        outcome.change.copy_(aggregate([decoded], [weight], how))
-        outcome.weights = dict.fromkeys(clique.members, weight)
+        outcome.change.copy_(aggregate([decoded], outcome.count(heads, clique.members), how))
         if outcome.own is not None:
             outcome.own.copy_(decoded)
     elif swaps(members, codec.name):
         coded = codec.encode(change)
         if outcome.own is not None:
             outcome.own.copy_(codec.decode(coded, n, change.dtype))
-        yield from hop.gather(torch.cat([header, coded]), SEND, change.nbytes)
-        parts = hop.read(n, change.dtype, outcome)
-        outcome.change.copy_(aggregate(parts, list(outcome.weights.values()), how))
+        yield from hop.gather(torch.cat([heads, coded]), SEND, change.nbytes)
+        weights = hop.count(outcome)
+        outcome.change.copy_(aggregate(hop.read(n, change.dtype), weights, how))
     else:
         chunk = chunk_elements(n, members, block)
         chunks = torch.nn.functional.pad(change, (0, members * chunk - n)).view(members, chunk)
         coded_chunks = [codec.encode(part) for part in chunks]
         if outcome.own is not None:
             _join(outcome.own, (codec.decode(part, chunk, change.dtype) for part in coded_chunks))
-        yield from hop.scatter(torch.stack([torch.cat([header, part]) for part in coded_chunks]), change.nbytes)
-        parts = hop.read(chunk, change.dtype, outcome)
-        mine = aggregate(parts, list(outcome.weights.values()), how)
+        yield from hop.scatter(torch.stack([torch.cat([heads, part]) for part in coded_chunks]), change.nbytes)
+        weights = hop.count(outcome)
+        mine = aggregate(hop.read(chunk, change.dtype), weights, how)
         hop = _Hop(world, clique, back)
-        yield from hop.gather(torch.cat([header, back.encode(mine)]), RETURN, change.nbytes)
-        _join(outcome.change, hop.read(chunk, change.dtype, outcome))
+        yield from hop.gather(torch.cat([heads, back.encode(mine)]), RETURN, change.nbytes)
+        hop.count(outcome)
+        _join(outcome.change, hop.read(chunk, change.dtype))
 
 
-def check(digest: int, outcome: Outcome, *, clique: Clique, world: World) -> Iterator[Handle]:
+def check(heads: Tensor, outcome: Outcome, *, clique: Clique, world: World) -> Iterator[Handle]:
     """Tell the others a hash of the outer state, and nothing else; `outcome` says who is astray."""
     hop = _Hop(world, clique, Raw(torch.float32))
     if clique.size > 1:
-        yield from hop.gather(_header(1.0, digest, world.device), SEND, HEADER_BYTES, said="control")
-        hop.heads(outcome)
+        yield from hop.gather(heads, SEND, HEADER_BYTES, said="control")
+        hop.count(outcome)
+
+
+def head(weight: float, digest: int, device: torch.device) -> Tensor:
+    """(16,) bytes: the weight of a group's contribution, 0 to leave it out, and the hash of what it was taken from."""
+    words = [torch.tensor([weight], dtype=torch.float64), torch.tensor([digest], dtype=torch.int64)]
+    return torch.cat([word.view(torch.uint8) for word in words]).to(device)
 
 
 class _Hop:
@@ -173,18 +202,13 @@ class _Hop:
         works = duplex.all_to_all(self._received, messages, group=clique.communicators[SEND], among=clique.present)
         yield self._handle("all_to_all", SEND, payload_bytes, messages.shape[1], works, messages)
 
-    def heads(self, outcome: Outcome) -> None:
-        """Whose messages, of those that came last, count: into `outcome`."""
-        headers = self._received[:, :HEADER_BYTES].cpu().contiguous()
-        weights = dict(zip(self._clique.members, headers.view(torch.float64)[:, 0].tolist(), strict=True))
-        digests = dict(zip(self._clique.members, headers.view(torch.int64)[:, 1].tolist(), strict=True))
-        outcome.astray = strays({group: digests[group] for group, weight in weights.items() if weight > 0})
-        outcome.weights = {group: 0.0 if group in outcome.astray else weight for group, weight in weights.items()}
+    def count(self, outcome: Outcome) -> list[float]:
+        """Whose messages, of those that came last, count: into `outcome`; the weight of each."""
+        return outcome.count(self._received[:, : self._clique.head_bytes], self._clique.members)
 
-    def read(self, n: int, dtype: torch.dtype, outcome: Outcome) -> Iterator[Tensor]:
-        """Of each member the decoded numbers (n,) of what came last, one at a time; whose count, `outcome` says."""
-        self.heads(outcome)
-        return (self._codec.decode(message[HEADER_BYTES:], n, dtype) for message in self._received)
+    def read(self, n: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Of each member the decoded numbers (n,) of what came last, one at a time."""
+        return (self._codec.decode(message[self._clique.head_bytes :], n, dtype) for message in self._received)
 
     def _handle(
         self, kind: str, purpose: str, payload_bytes: int, message_bytes: int, works: Sequence[Waitable], sent: Tensor
@@ -213,8 +237,3 @@ def _join(target_n: Tensor, chunks: Iterable[Tensor]) -> None:
         place = target_n[at : at + len(chunk)]
         place.copy_(chunk[: len(place)])
         at += len(chunk)
-
-
-def _header(weight: float, digest: int, device: torch.device) -> Tensor:
-    words = [torch.tensor([weight], dtype=torch.float64), torch.tensor([digest], dtype=torch.int64)]
-    return torch.cat([word.view(torch.uint8) for word in words]).to(device)

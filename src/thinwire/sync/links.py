@@ -1,22 +1,25 @@
 """What crosses groups: this rank's cliques, and the exchanges of fragments with them."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from thinwire.comm.codecs import make_codec
 from thinwire.comm.flight import Flight
+from thinwire.comm.handle import Handle
 from thinwire.comm.topk import TopK
 from thinwire.comm.world import World
 from thinwire.rounds.config import Sync
-from thinwire.rounds.schedule import Exchange
-from thinwire.rounds.traffic import exchange_bytes, swaps
-from thinwire.sync.exchange import Clique, Coder, Outcome, Raw, check, exchange
+from thinwire.rounds.schedule import Exchange, hops_due
+from thinwire.rounds.traffic import exchange_bytes, inside_bytes, swaps
+from thinwire.sync.exchange import Clique, Coder, Outcome, Raw, check, exchange, head
 from thinwire.sync.fragment import Fragment
 from thinwire.sync.identity import digest
 from thinwire.sync.meeting import Meeting, places_in
 from thinwire.sync.pending import Part, Pending, fill, gathered, landing
+from thinwire.sync.summed import exchange_sums
 from thinwire.wire import returned_as
 
 Alike = Callable[[int], list[Tensor]]
@@ -31,23 +34,30 @@ class Links:
         self.groups = set(range(sync.groups))
         self._element_bytes = [fragment.weights.element_size() for fragment in fragments]
         owned = sorted(range_ for fragment in fragments for range_ in fragment.ranges)
-        met = meeting.cliques(owned, sync.level)
+        met = meeting.cliques(owned, sync.level, sync.sum_inside)
         self._cliques: list[Clique] = [clique for clique, _ in met]
         self.places = [[places_in(fragment, ranges) for _, ranges in met] for fragment in fragments]
         """Of each fragment, the elements that it exchanges with each clique."""
 
     def bytes_of(self, fragment: int) -> int:
-        """Bytes that this rank sends across groups in one exchange of `fragment`, by the formula."""
-        return sum(
-            exchange_bytes(
-                sum(place.stop - place.start for place in places),
+        """Bytes that this rank sends to ranks of other groups in one exchange of `fragment`, by the formula."""
+        total = 0
+        for clique, places in zip(self._cliques, self.places[fragment], strict=True):
+            n, summed = sum(place.stop - place.start for place in places), self._summed(clique)
+            element_bytes = self._element_bytes[fragment]
+            total += sum(inside_bytes(n, summed=summed, element_bytes=element_bytes))
+            total += exchange_bytes(
+                n,
                 groups=clique.size,
                 codec=self._sync.codec,
                 block=self._sync.block,
-                element_bytes=self._element_bytes[fragment],
+                element_bytes=element_bytes,
+                summed=summed,
             )
-            for clique, places in zip(self._cliques, self.places[fragment], strict=True)
-        )
+        return total
+
+    def _summed(self, clique: Clique) -> int:
+        return 1 if clique.inside is None else clique.inside.size
 
     def send(self, key: Exchange, change: Tensor, *, weight: float, epoch: int, alike: Alike) -> Pending:
         """Start the exchange `key` of this rank's `change` (n,); a contribution of `weight` 0 is left out."""
@@ -61,7 +71,7 @@ class Links:
             groups=len(self.groups),
             weight=weight,
             sent_bytes=self.bytes_of(key.fragment),
-            hops=1 if swaps(len(self.groups), sync.codec) else 2,
+            due=self._due(key),
         )
         state = alike(key.fragment)
         for clique, places in zip(self._cliques, self.places[key.fragment], strict=True):
@@ -71,22 +81,33 @@ class Links:
             own = None if whole_own is None else landing(whole_own, places)
             outcome = Outcome(landing(pending.change, places), own)
             told = digest([whole[place] for whole in state for place in places], epoch, key.round, key.fragment)
-            chain = exchange(
-                part,
-                outcome,
-                weight=weight,
-                digest=told,
-                clique=clique,
-                codec=self._codec(sync.codec, key, part.dtype),
-                back=self._codec(returned_as(sync.codec), key, part.dtype),
-                block=sync.block,
-                how=sync.aggregate,
-                world=self._world,
-            )
+            chain = self._chain(key, part, outcome, weight, told, clique)
             pending.parts.append(Part(Flight(chain), outcome, places))
             if whole_own is not None and own is not None:
                 fill(whole_own, places, own)
         return pending
+
+    def _chain(
+        self, key: Exchange, part: Tensor, outcome: Outcome, weight: float, told: int, clique: Clique
+    ) -> Iterator[Handle]:
+        """The hops of what one clique exchanges: of sums, while all whose sums they are take part."""
+        sync = self._sync
+        how: dict[str, Any] = {
+            "codec": self._codec(sync.codec, key, part.dtype),
+            "back": self._codec(returned_as(sync.codec), key, part.dtype),
+            "block": sync.block,
+            "how": sync.aggregate,
+            "world": self._world,
+        }
+        if clique.inside is not None:
+            return exchange_sums(part, outcome, weight=weight, digest=told, clique=clique, **how)
+        return exchange(part, outcome, heads=head(weight, told, part.device), clique=clique, **how)
+
+    def _due(self, key: Exchange) -> list[int]:
+        """Steps after which the hops of an exchange set out, but for the first. Groups that are left need fewer."""
+        places = len(self.groups) // max(map(self._summed, self._cliques), default=1)
+        far, sums = 1 if swaps(places, self._sync.codec) else 2, any(clique.inside for clique in self._cliques)
+        return [key.send + after for after in hops_due(self._sync.delay, far=far, sums=sums)]
 
     def check(self, epoch: int, alike: Alike) -> set[int]:
         """Compare what all groups must hold alike, once more than every exchange does: the groups found astray."""
@@ -100,8 +121,8 @@ class Links:
                 for place in places[number]
             ]
             outcome = Outcome(torch.empty(0), None)
-            told = check(digest(parts, epoch), outcome, clique=clique, world=self._world)
-            flights.append((Flight(told), outcome))
+            said = head(1.0, digest(parts, epoch), self._world.device)
+            flights.append((Flight(check(said, outcome, clique=clique, world=self._world)), outcome))
         for flight, _ in flights:
             flight.land()
         return {group for _, outcome in flights for group in outcome.astray}

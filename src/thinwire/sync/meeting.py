@@ -2,15 +2,18 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch.distributed as dist
 
 from thinwire.comm.world import World
+from thinwire.errors import PlanError
 from thinwire.sync.cliques import Range, find_cliques, meet
 from thinwire.sync.exchange import RETURN, SEND, Clique
 from thinwire.sync.fragment import Fragment
 from thinwire.sync.identity import compare, digest
+from thinwire.sync.summed import COLLECTIVES
 
 Stated = TypeVar("Stated")
 
@@ -20,7 +23,8 @@ class Meeting:
 
     def __init__(self, world: World, groups: Sequence[Sequence[int]]) -> None:
         self._world, self._groups = world, groups
-        self._everyone = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
+        ranks = range(world.size)
+        self._everyone = world.communicator(ranks, members_only=False, small=True) if world.size > 1 else None
 
     def compare(self, statement: Mapping[str, str]) -> None:
         """Every rank states what its group has, by name. Raises ConfigError naming a group that has something else."""
@@ -28,18 +32,24 @@ class Meeting:
         ranks = [(rank, number) for number, group in enumerate(self._groups) for rank in group]
         compare([said[rank] for rank, _ in ranks], [number for _, number in ranks])
 
-    def cliques(self, owned: Sequence[Range], level: str) -> list[tuple[Clique, list[Range]]]:
+    def cliques(self, owned: Sequence[Range], level: str, sum_inside: str | None) -> list[tuple[Clique, list[Range]]]:
         """This rank's cliques with their elements, in an order that all ranks share. `owned`: what this rank stands for.
 
         `level` is the one across which groups agree: what they send crosses its links, or those of a level outside it.
-        Raises PlanError if the groups do not own the same elements.
+        Raises PlanError if the groups do not own the same elements, or are cut too differently to `sum_inside` a level.
         """
         ranges = self._gather(list(owned))
         cliques = find_cliques([[(rank, ranges[rank]) for rank in group] for group in self._groups])
         memberships = Counter(rank for clique in cliques for rank in clique)
         one_each = all(memberships[rank] == 1 for group in self._groups for rank in group)
         made = [(self._clique(ranks, one_each, level), met) for ranks, met in cliques.items()]
-        return [(clique, met) for clique, met in made if clique is not None]
+        own = [(clique, met) for clique, met in made if clique is not None]
+        if sum_inside is None:
+            return own
+        if not one_each:
+            raise PlanError(f"sync.sum_inside = {sum_inside!r} needs groups that are cut alike; leave it out")
+        ranks = next(ranks for ranks in cliques if self._world.rank in ranks)
+        return [(self._in_tiers(clique, ranks, level, sum_inside), met) for clique, met in own]
 
     def _gather(self, own: Stated) -> list[Stated]:
         """What every rank says, by rank."""
@@ -57,9 +67,35 @@ class Meeting:
         if not belongs:
             return None
         ordered = sorted(ranks)  # as communicators are
-        groups = tuple(ranks.index(rank) for rank in ordered)
+        groups = tuple((ranks.index(rank),) for rank in ordered)
         levels = tuple(self._between(rank, level) for rank in ordered)
         return Clique(groups, tuple(range(len(ranks))), made, ordered.index(self._world.rank), levels)
+
+    def _in_tiers(self, clique: Clique, ranks: tuple[int, ...], level: str, sum_inside: str) -> Clique:
+        """`clique` of `ranks` with those that add up inside a member of level `sum_inside`, and those that hold their sums.
+
+        Raises PlanError if there are not as many in each.
+        """
+        world, cluster = self._world, self._world.cluster
+        outside = cluster.ranks_within(cluster.index(sum_inside))
+        ordered = sorted(ranks)
+        places = [
+            [rank for rank in ordered if rank // outside == place] for place in sorted({r // outside for r in ordered})
+        ]
+        inside = next(place for place in places if world.rank in place)
+        if len({len(place) for place in places}) > 1 or not 1 < len(inside) < len(ordered):
+            raise PlanError(f"sync.sum_inside = {sum_inside!r} needs as many groups in each, and several; leave it out")
+        row = [place[inside.index(world.rank)] for place in places]
+        joins = cluster.levels[cluster.index(sum_inside)].model_copy(update={"fanout": len(inside)})
+        across = Clique(
+            tuple(tuple(ranks.index(rank) for rank in place) for place in places),
+            tuple(range(len(places))),
+            {kind: world.communicator(row, members_only=True) for kind in (SEND, RETURN)},
+            row.index(world.rank),
+            tuple(self._between(rank, level) for rank in row),
+        )
+        near = world.among(inside, cluster.model_copy(update={"levels": (joins,)}), kept=COLLECTIVES)
+        return replace(clique, inside=near, across=across)
 
     def _between(self, rank: int, level: str) -> str:
         """The outermost level at which this rank and `rank` differ; at least `level`, which groups of one's own may lack."""

@@ -3,7 +3,8 @@
 Four separate parts: when (`rounds.schedule`, a pure function of the step), how precisely (`comm.codecs`), with whom and
 how (`cliques`, `exchange`, `links`), and what is made of it (`outer`, `applying`). Any partition inside the groups: each
 rank exchanges the elements it stands for directly with the ranks of the other groups that stand for the same ones, K flows
-side by side, and what it gets goes to its group's replicas over the fast links.
+side by side, and what it gets goes to its group's replicas over the fast links. Groups that a fast level joins may add up
+what they send first (`summed`).
 
 Work is keyed by (epoch of membership, round, fragment). A contribution of weight 0 is left out of the aggregate; nothing
 a group did locally depends on the others' answers until a round is applied.
@@ -86,7 +87,7 @@ class OuterSync:
         return self.links.groups
 
     def bytes_of(self, fragment: int) -> int:
-        """Bytes that this rank sends across groups in one exchange of `fragment`, by the formula."""
+        """Bytes that this rank sends to ranks of other groups in one exchange of `fragment`, by the formula."""
         return self.links.bytes_of(fragment)
 
     def held_bytes(self) -> int:
@@ -122,14 +123,13 @@ class OuterSync:
         return applied
 
     def _advance(self, step: int) -> None:
-        """Second hops, where the form has them, set out halfway to applying, on all ranks in the same order.
+        """Hops after the first set out at times that the schedule says, on all ranks in the same order.
 
         Backends do not tell reliably whether something has come (gloo's sends and receives are "not completed" until
-        waited for), so the time is fixed by the schedule instead.
+        waited for), so that cannot decide.
         """
         for pending in self._pending:
-            if pending.hops > 1 and not pending.landed and step >= pending.key.send + (self.schedule.delay + 1) // 2:
-                pending.advance()
+            pending.advance(step)
 
     def _fetch_next(self, step: int) -> None:
         """Start bringing the outer state that the next step needs to the device."""

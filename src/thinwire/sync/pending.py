@@ -55,16 +55,18 @@ class Pending:
     weight: float = 1.0
     """Of this group's own contribution."""
     sent_bytes: int = 0
-    hops: int = 1
+    due: list[int] = field(default_factory=list)
+    """Steps after which its next hop sets out, the one after that, and so on."""
     landed: bool = False
     stall_s: float = 0.0
     """Seconds for which this rank waited for messages that were late, without what it makes of them."""
 
-    def advance(self) -> None:
-        """Issue the second hop; waits for the first if it is late."""
-        for part in self.parts:
-            self.stall_s += part.flight.advance()
-        self.hops -= 1
+    def advance(self, step: int) -> None:
+        """Issue the hops that are due after `step`; waits for those before them if they are late."""
+        while self.due and step >= self.due[0]:
+            self.due.pop(0)
+            for part in self.parts:
+                self.stall_s += part.flight.advance()
 
     def land(self) -> set[int]:
         """Wait for all of it and take it in: the groups that a clique of this rank found astray."""
