@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 Curve = Sequence[Mapping[str, Any]]
 COLOURS = {
     "data-parallel": "black", "no exchange": "#888888", "diloco": "#1b6ca8", "streaming fp32": "#2e8b57",
-    "streaming e3m0": "#e39b00",
+    "streaming e3m0": "#e39b00", "streaming e3m0 summed": "#a0522d",
     "streaming int4": "#8e5ea2", "eager": "#b3261e", "co2": "#00a6a6",
 }  # fmt: skip
 SHOWN_OF_FALL = 0.75

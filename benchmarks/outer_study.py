@@ -2,7 +2,8 @@
 
 Every run is `thinwire train` in full, one rank a group, on the bytes of Python's library. Kinds differ in `[plan.sync]`
 alone, which is left at each kind's defaults but for the outer rate and momentum that all Nesterov kinds are given; `no
-exchange` is one group with its share of the batch, on its own. The loss is that of the outer weights on held-out text,
+exchange` is one group with its share of the batch, on its own; `summed` are groups in two nodes, whose bytes are those
+between the nodes. The loss is that of the outer weights on held-out text,
 the bytes are those the run's own ledger counted between the groups. Finished runs stand in OUT/outer_study.jsonl and are
 not made again, so that a study can be interrupted, continued and extended. The report is made when no run is left.
 
@@ -33,7 +34,7 @@ from thinwire.train.folder import EVENTS_FILE
 Record = dict[str, Any]
 NAME = "outer_study"
 PAGE = Report(NAME, "Outer synchronisation: loss and bytes", "validation loss by tokens and by bytes sent")
-BASE, ALONE = "data-parallel", "no exchange"
+BASE, ALONE, SUMMED = "data-parallel", "no exchange", "streaming e3m0 summed"
 KINDS: dict[str, dict[str, str]] = {
     BASE: {},
     ALONE: {},
@@ -41,10 +42,11 @@ KINDS: dict[str, dict[str, str]] = {
     "streaming fp32": {"kind": "streaming_diloco", "codec": "fp32"},
     "streaming e3m0": {"kind": "streaming_diloco", "codec": "e3m0"},
     "streaming int4": {"kind": "streaming_diloco", "codec": "int4"},
+    SUMMED: {"kind": "streaming_diloco", "codec": "e3m0", "level": "node", "sum_inside": "node"},
     "eager": {"kind": "eager"},
     "co2": {"kind": "co2"},
 }
-NESTEROV = ("diloco", "streaming fp32", "streaming e3m0", "streaming int4", "eager")
+NESTEROV = ("diloco", "streaming fp32", "streaming e3m0", "streaming int4", SUMMED, "eager")
 """The kinds that share an outer optimizer; CO2 brings its own."""
 HEAD = 16
 SETTING = (
@@ -73,7 +75,7 @@ def planned(options: argparse.Namespace) -> Iterator[Run]:
             if ALONE in options.kinds:
                 yield Run(seed, groups, 1, ALONE)
             for inner_steps in options.inner_steps:
-                yield from (Run(seed, groups, inner_steps, kind) for kind in kinds)
+                yield from (Run(seed, groups, inner_steps, kind) for kind in kinds if kind != SUMMED or groups > 2)
 
 
 def settings(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def settings(run: Run, options: argparse.Namespace, folder: Path) -> dict[str, A
         "data.path": options.corpus, "data.tokenizer": "bytes",
         "batch.sequences": share * ranks, "batch.micro_batch": share, "batch.tokens": options.tokens,
         "optimizer.lr": options.lr, "schedule.kind": "cosine", "schedule.warmup_steps": options.warmup_steps,
-        "cluster.levels": f"[{ranks}]", "plan.partition": "ddp",
+        "cluster.levels": f"[{ranks // 2}, 2]" if run.kind == SUMMED else f"[{ranks}]", "plan.partition": "ddp",
         **{f"plan.sync.{key}": value for key, value in sync.items()},
         "run.folder": folder, "run.steps": options.steps, "run.seed": run.seed,
         "run.eval_every": rounds * run.inner_steps, "run.eval_sequences": options.eval_sequences,
@@ -117,17 +119,22 @@ def measure(run: Run, options: argparse.Namespace) -> Record:
             **asdict(run),
             "steps": options.steps,
             "seconds": seconds,
-            **read(folder / EVENTS_FILE, options.sequences * options.tokens),
+            **read(
+                folder / EVENTS_FILE, options.sequences * options.tokens, "cluster" if run.kind == SUMMED else "node"
+            ),
         }
 
 
-def read(path: Path, step_tokens: int) -> Record:
-    """Parameters, and the curve: a point for every validation, `step_tokens` being those of all groups together."""
+def read(path: Path, step_tokens: int, level: str) -> Record:
+    """Parameters, and the curve: a point for every validation.
+
+    `step_tokens` are those of all groups together, `level` is the one whose bytes count.
+    """
     start = next(read_events(path, "run_start"))
     losses = {record["step"]: record["loss"] for record in read_events(path, "eval")}
     sent, curve = 0, [{"tokens": 0, "sent_bytes": 0, "loss": losses[0]}]
     for number, step in sorted(steps(path).items()):
-        sent += sum(sum(purposes.values()) for purposes in step["wire"].values())
+        sent += sum(step["wire"].get(level, {}).values())
         if number in losses:
             curve.append({"tokens": number * step_tokens, "sent_bytes": sent, "loss": losses[number]})
     return {"parameters": start["parameters"], "curve": curve}

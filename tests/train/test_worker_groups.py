@@ -24,11 +24,15 @@ from worlds import run_world
 
 KINDS: dict[str, dict[str, Any]] = {
     "streaming": {"kind": "streaming_diloco", "inner_steps": 6, "fragments": 3, "delay": 3, "codec": "int8"},
+    "summed": {
+        "kind": "streaming_diloco", "inner_steps": 6, "fragments": 3, "delay": 4, "codec": "int8", "level": "node",
+        "sum_inside": "node",
+    },
     "feedback": {"kind": "diloco", "inner_steps": 4, "delay": 2, "codec": "int4", "error_feedback": True},
     "eager": {"kind": "eager", "inner_steps": 4},
     "co2": {"kind": "co2", "inner_steps": 4},
     "sparse": {"kind": "sparse", "inner_steps": 4},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +70,8 @@ def forget_after(folder: Path, step: int) -> None:
 def test_i14_a_run_resumed_in_the_middle_of_a_round_goes_on_bit_for_bit(
     kind: str, corpus: Path, tmp_path: Path
 ) -> None:
-    folder, levels = tmp_path / "run", [2, 2] if kind in ("streaming", "eager") else [2]
-    plan = {"partition": "zero1" if len(levels) == 2 else "ddp", "sync": KINDS[kind]}
+    folder, levels = tmp_path / "run", [2, 2] if kind in ("streaming", "summed", "eager") else [2]
+    plan = {"partition": "zero1" if kind in ("streaming", "eager") else "ddp", "sync": KINDS[kind]}
     whole = run(folder, corpus, levels, plan)
     expected = weights(folder)
     forget_after(folder, 7)
@@ -221,6 +225,26 @@ def test_groups_across_two_levels_train_as_across_one_and_count_bytes_on_each(co
     assert set(wires["deep"]) == {"node", "cluster"}
     assert wires["deep"]["cluster"] == 2 * wires["deep"]["node"] > 0  # one of three peers is in the same node
     assert sum(wires["deep"].values()) == sum(wires["flat"].values())
+
+
+def test_groups_of_a_node_that_add_up_first_train_alike_for_the_bytes_of_one_group(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Four groups in two nodes, every change as it is: sums inside make the order of additions another, nothing else."""
+    sync = {"kind": "diloco", "inner_steps": 4, "level": "node"}
+    found = {}
+    for name, more in (("flat", {}), ("summed", {"sum_inside": "node"})):
+        run(tmp_path / name, corpus, [2, 2], {"partition": "ddp", "sync": {**sync, **more}})
+        found[name] = weights(tmp_path / name), _outer_bytes(tmp_path / name)
+    two = run_tree(
+        tmp_path / "two", corpus, cluster={"levels": [2]}, plan={"partition": "ddp", "sync": {"inner_steps": 4}}
+    )
+    run_world([2], _train, two)
+    (apart, sent), (together, fewer) = found["flat"], found["summed"]
+    assert all(torch.allclose(tensor, apart[name], rtol=1e-3, atol=1e-5) for name, tensor in together.items())
+    heads = 5 * 16  # rounds of one fragment, in each of which a rank sends one head more
+    assert 2 * (fewer["cluster"] - heads) == _outer_bytes(tmp_path / "two")["node"] + heads
+    assert sent["cluster"] > 1.9 * fewer["cluster"]
 
 
 def _outer_bytes(folder: Path) -> dict[str, int]:

@@ -164,11 +164,15 @@ class World:
     def level_name(self, level: int) -> str:
         return self.cluster.levels[level].name
 
+    def settle(self) -> None:
+        """Wait until the ranks of this host have read what this one has sent. Raises LinkError if one is gone."""
+        self._exchanges.end()
+
     def leave(self) -> None:
         """Close every communicator. A handle that nobody waited for is a bug, and raises AssertionError."""
         dropped = list(self.outstanding)
         for world in (self, *self._parts):
-            world._exchanges.end()
+            world.settle()
             for near in world._neighbours.values():
                 near.close()
         if dist.is_initialized():

@@ -13,7 +13,7 @@ from thinwire.errors import PlanError
 from thinwire.planner.search import Found, Ranked, search
 from thinwire.planner.space import Space
 from thinwire.planner.whynot import fits_nowhere
-from thinwire.rounds.config import least_delay
+from thinwire.rounds.presets import least_delay
 from thinwire.simulate.step import step_s
 
 Outer = Literal["auto", "never", "always"]

@@ -14,10 +14,11 @@ from thinwire.comm.world import World
 from thinwire.rounds.config import Sync
 from thinwire.rounds.schedule import Exchange, hops_due
 from thinwire.rounds.traffic import exchange_bytes, inside_bytes, swaps
-from thinwire.sync.exchange import Clique, Coder, Outcome, Raw, check, exchange, head
+from thinwire.sync.exchange import Clique, check, exchange
 from thinwire.sync.fragment import Fragment
 from thinwire.sync.identity import digest
 from thinwire.sync.meeting import Meeting, places_in
+from thinwire.sync.message import Coder, Outcome, Raw, head
 from thinwire.sync.pending import Part, Pending, fill, gathered, landing
 from thinwire.sync.summed import exchange_sums
 from thinwire.wire import returned_as
@@ -105,9 +106,9 @@ class Links:
 
     def _due(self, key: Exchange) -> list[int]:
         """Steps after which the hops of an exchange set out, but for the first. Groups that are left need fewer."""
-        places = len(self.groups) // max(map(self._summed, self._cliques), default=1)
-        far, sums = 1 if swaps(places, self._sync.codec) else 2, any(clique.inside for clique in self._cliques)
-        return [key.send + after for after in hops_due(self._sync.delay, far=far, sums=sums)]
+        summed = max(map(self._summed, self._cliques), default=1)
+        far = 1 if swaps(len(self.groups) // summed, self._sync.codec) else 2
+        return [key.send + after for after in hops_due(self._sync.delay, far=far, sums=summed > 1)]
 
     def check(self, epoch: int, alike: Alike) -> set[int]:
         """Compare what all groups must hold alike, once more than every exchange does: the groups found astray."""
@@ -126,6 +127,12 @@ class Links:
         for flight, _ in flights:
             flight.land()
         return {group for _, outcome in flights for group in outcome.astray}
+
+    def settle(self) -> None:
+        """Wait until the others have read what this rank has sent them."""
+        for clique in self._cliques:
+            if clique.inside is not None:
+                clique.inside.settle()
 
     def drop(self, astray: Collection[int]) -> None:
         """Exchange with the other groups alone from now on; what is in flight still counts on all."""

@@ -177,6 +177,7 @@ class OuterSync:
         if self.group in astray:
             for pending in self._pending:
                 pending.land()
+            self.links.settle()
             what = "" if fragment is None else f" of fragment {fragment}"
             raise SyncError(
                 f"group {self.group}: its outer weights or momentum{what} are not those of the other groups {when}; it "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thinwire.comm.flight import Flight
 from thinwire.rounds.schedule import Exchange
-from thinwire.sync.exchange import Outcome
+from thinwire.sync.message import Outcome
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from thinwire.comm.collectives import all_gather, reduce_scatter
 from thinwire.comm.handle import Handle
 from thinwire.rounds.config import Aggregate
 from thinwire.rounds.traffic import HEADER_BYTES, inside_elements
-from thinwire.sync.exchange import Clique, Outcome, exchange, head
+from thinwire.sync.exchange import Clique, exchange
+from thinwire.sync.message import Outcome, head
 
 SUM, SPREAD = "outer-sum", "outer-spread"
 COLLECTIVES = 3
@@ -44,7 +45,7 @@ def exchange_sums(
     inner = Outcome(torch.empty_like(mine), None)
     yield from exchange(mine, inner, heads=heads.view(-1), clique=clique.across, how="tokens", **across)
     outcome.weights, outcome.astray = inner.weights, inner.astray
-    target = outcome.change if len(whole) == n else whole
+    target = outcome.change if k * chunk == n else change.new_empty(k * chunk)
     yield all_gather(target, inner.change, world=near, level=0, purpose=SPREAD)
     if target is not outcome.change:
         outcome.change.copy_(target[:n])
