@@ -200,7 +200,10 @@ def show(records: list[Record], left: int, options: argparse.Namespace) -> None:
     console.print(table)
     for line in lines:
         console.print(line)
-    picture = draw(curves(records), {groups: least_exact_mb(records, groups) for groups in options.groups})
+    picture = draw(
+        curves(records),
+        {groups: least_exact_mb(records, groups) for groups in {record["groups"] for record in records}},
+    )
     write(PAGE, report_of(records, rows, options), options.out, picture, COLUMNS, [cells(row) for row in rows], lines)
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 1))
     target = torch.randn(16, generator=torch.Generator().manual_seed(1))
-    sharded = shard(model, plan.of_group(), world.inside(len(cluster.levels) - 1))
+    sharded = shard(model, plan.of_group(), world.inside(plan.levels_in_group))
     optimizer = ShardedOptimizer(sharded, lambda groups: torch.optim.AdamW(groups, lr=1e-2))
     assert plan.sync is not None
     sync = OuterSync(sharded, plan.sync, world)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.comm.world import World
+from thinwire.errors import SyncError
 from thinwire.partition.engine import Sharded, shard
 from thinwire.partition.optimizer import ShardedOptimizer
 from thinwire.plan import Partition, Plan
@@ -109,6 +110,18 @@ class Group:
         from thinwire.sync.identity import digest
 
         return [digest([f.weights, f.momentum]) for f in self.sync.fragments]
+
+
+def gone_astray(group: Group, rank: int) -> str:
+    """Of 14 steps; after four of them `rank` alters its outer state, between a send and an apply: what its group is told."""
+    group.train(4)
+    if group.world.rank == rank:
+        group.sync.fragments[0].momentum[3] += 1e-7
+    try:
+        group.train(10)
+    except SyncError as error:
+        return str(error)
+    return ""
 
 
 def draw(step: int, rank: int) -> Tensor:
