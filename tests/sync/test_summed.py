@@ -96,7 +96,6 @@ def _agreement(world: World, sync: dict[str, Any]) -> tuple[list[list[int]], dic
 
 def _numbers(fragments: int) -> list[int]:
     """Elements of each fragment of the toy."""
-
     return run_world([("site", 1)], _count, fragments)[0]
 
 
@@ -172,10 +171,10 @@ def test_a_group_astray_is_named_and_the_others_go_on_without_sums() -> None:
     [
         (
             {"sum_inside": "site"},
-            "sync.sum_inside = 'site' must be one of node: a level that joins groups, but not all",
+            "sync.sum_inside = 'site' must be one of node: levels that join groups, but not all",
         ),
         ({"sum_inside": "rack"}, "must be one of node"),
-        ({"level": "site", "sum_inside": "node"}, "must be sync.level = 'node' beside it"),
+        ({"level": "site", "sum_inside": "node"}, "with sync.level = 'site' no level joins some of the groups"),
         ({"kind": "eager"}, "kind = 'eager' needs what each group sent, and only sums travel"),
         ({"codec": "int4", "error_feedback": True}, "error_feedback = True needs what each group sent"),
         ({"aggregate": "median"}, "aggregate = 'median' needs every contribution by itself; use 'mean'"),

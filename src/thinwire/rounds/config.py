@@ -84,9 +84,14 @@ class SyncConfig(Frozen):
         first = names.index(level)
         possible = names[first:-1]
         if self.sum_inside not in possible:
-            choice = f"one of {', '.join(possible)}" if possible else f"sync.level = {names[0]!r} beside it"
+            given = f"sync.sum_inside = {self.sum_inside!r}"
+            if not possible:
+                raise PlanError(
+                    f"{given}: with sync.level = {level!r} no level joins some of the groups, but not all; leave it out, or "
+                    f"set a sync.level further inside"
+                )
             raise PlanError(
-                f"sync.sum_inside = {self.sum_inside!r} must be {choice}: a level that joins groups, but not all of them"
+                f"{given} must be one of {', '.join(possible)}: levels that join groups, but not all of them"
             )
         return math.prod(fanout for _, fanout in levels[first : names.index(self.sum_inside) + 1])
 
