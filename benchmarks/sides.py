@@ -55,6 +55,7 @@ ROUNDS: dict[str, dict[str, Any]] = {
         "kind": "streaming_diloco",
         "fragments": 4,
         "delay": 8,
+        "lead": 2,
         "level": "node",
         "sum_inside": "node",
     },
@@ -62,8 +63,8 @@ ROUNDS: dict[str, dict[str, Any]] = {
     "co2": {"kind": "co2"},
 }
 """Hosts as worker groups that agree once a round, optimizer states cut inside each; or ranks as groups, those of a host
-adding up what they changed before it travels. Fragments are sent every `inner_steps` / 4 steps; a delay that is no multiple
-of that applies them in other steps than those that send."""
+adding up what they changed before it travels, none more than two steps ahead of another. Fragments are sent every
+`inner_steps` / 4 steps; a delay that is no multiple of that applies them in other steps than those that send."""
 EXACT = ("thinwire ddp", "thinwire hsdp", "thinwire auto")
 
 

@@ -106,7 +106,14 @@ class Sync:
 
     def peers(self, cluster: Cluster) -> list[int]:
         """At `level` and each level outside it, how many other senders first part from one there."""
-        inside = cluster.ranks_within(self.level - 1) * self.summed
+        return self._parting(cluster, self.summed)
+
+    def group_peers(self, cluster: Cluster) -> list[int]:
+        """`peers`, of groups instead of senders."""
+        return self._parting(cluster, 1)
+
+    def _parting(self, cluster: Cluster, together: int) -> list[int]:
+        inside = cluster.ranks_within(self.level - 1) * together
         reached = [1, *(max(1, cluster.ranks_within(i) // inside) for i in range(self.level, len(cluster.levels)))]
         return [more - fewer for fewer, more in pairwise(reached)]
 

@@ -12,7 +12,7 @@ from thinwire.cost.stages import kinds, parameters_of
 from thinwire.cost.states import padded, unit_bytes
 from thinwire.cost.step import message_bytes
 from thinwire.rounds.fragments import deal
-from thinwire.rounds.traffic import exchange_bytes, inside_bytes, swaps
+from thinwire.rounds.traffic import BEAT_BYTES, exchange_bytes, inside_bytes, swaps
 from thinwire.traffic import total
 
 Sent = dict[str, dict[str, float]]
@@ -53,6 +53,9 @@ def _rounds_bytes(setting: Setting, candidate: Candidate, axes: Axes, sync: Sync
     for level, peers in enumerate(sync.peers(setting.cluster), sync.level):
         for hop in hops if peers else ():
             yield level, hop, sent / len(hops) / sync.inner_steps * peers / (senders - 1)
+    if sync.said is not None and sync.said.lead is not None:
+        for level, peers in enumerate(sync.group_peers(setting.cluster), sync.level):
+            yield level, "outer-beat", BEAT_BYTES * peers
     if sync.said is not None and sync.said.sum_inside is not None:
         near = setting.cluster.index(sync.said.sum_inside)
         sums, spread = (sum(each) for each in zip(*(inside_bytes(n, summed=summed) for n in numbers), strict=True))

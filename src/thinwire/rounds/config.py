@@ -32,6 +32,7 @@ class SyncConfig(Frozen):
     fragments: int | str | None = None
     order: Order = "strided"
     delay: int | None = Field(default=None, ge=0)
+    lead: int | None = Field(default=None, ge=1)
     mix: float | None = Field(default=None, ge=0, le=1)
     outer_lr: float | None = Field(default=None, gt=0)
     outer_momentum: float | None = Field(default=None, ge=0, lt=1)
@@ -113,6 +114,8 @@ class Sync(Frozen):
     order: Order = "strided"
     delay: int = 0
     """Steps from sending to applying (tau)."""
+    lead: int | None = Field(default=None, ge=1)
+    """How many steps a group may be ahead of the slowest one; None: as many as rounds let it."""
     late: bool = False
     """Applied one whole round later, after that round's own change was taken: CO2 and eager updates."""
     mix: float = Field(default=0.0, ge=0, le=1)
@@ -176,6 +179,9 @@ class Sync(Frozen):
 
     def _meaningful(self) -> None:
         """Raises ValueError for a setting that would do nothing, or nothing sound, at this point."""
+        if self.lead is not None and (self.groups == 1 or self.lead >= self.inner_steps):
+            why = "there is one group" if self.groups == 1 else f"rounds of inner_steps = {self.inner_steps} do as much"
+            raise ValueError(f"lead = {self.lead} keeps groups together, and {why}; leave it out")
         if self.gap_penalty and (self.nesterov or not self.late):
             raise ValueError(
                 f"gap_penalty divides a change that is one round late, without Nesterov momentum; kind {self.kind!r} has "

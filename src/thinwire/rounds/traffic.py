@@ -9,11 +9,13 @@ growing dense, so they are always swapped.
 Where k groups add up what they changed before one sum travels farther, each rank sends (k - 1)(16 + 4 ceil(n / k)) bytes
 of fp32 inside for its part of the sum, and (k - 1) 4 ceil(n / k) for what comes back; across, M / k places exchange
 ceil(n / k) elements as above, with 16 k bytes of headers in a message.
+
+Groups that keep pace tell each other after every step that it is over: M - 1 bytes.
 """
 
 from thinwire.wire import returned_as, wire_bytes
 
-HEADER_BYTES = 16
+HEADER_BYTES, BEAT_BYTES = 16, 1
 
 
 def swaps(groups: int, codec: str) -> bool:

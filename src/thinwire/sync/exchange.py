@@ -19,11 +19,11 @@ from thinwire.comm import duplex
 from thinwire.comm.handle import Handle, Waitable
 from thinwire.comm.world import World
 from thinwire.rounds.config import Aggregate
-from thinwire.rounds.traffic import HEADER_BYTES, chunk_elements, swaps
+from thinwire.rounds.traffic import BEAT_BYTES, HEADER_BYTES, chunk_elements, swaps
 from thinwire.sync.aggregate import aggregate
 from thinwire.sync.message import Coder, Outcome, Raw
 
-SEND, RETURN = "outer-send", "outer-return"
+SEND, RETURN, BEAT = "outer-send", "outer-return", "outer-beat"
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,13 @@ def check(heads: Tensor, outcome: Outcome, *, clique: Clique, world: World) -> I
     if clique.size > 1:
         yield from hop.gather(heads, SEND, HEADER_BYTES, said="control")
         hop.count(outcome)
+
+
+def beat(*, clique: Clique, world: World) -> Iterator[Handle]:
+    """Tell the others that a step is over, and hear it of them."""
+    if clique.size > 1:
+        message = torch.zeros(BEAT_BYTES, dtype=torch.uint8)  # on the CPU: no accelerator has to wait for it
+        yield from _Hop(world, clique, Raw(torch.uint8)).gather(message, BEAT, BEAT_BYTES)
 
 
 class _Hop:

@@ -19,6 +19,7 @@ from thinwire.sync.fragment import Fragment
 from thinwire.sync.identity import digest
 from thinwire.sync.meeting import Meeting, places_in
 from thinwire.sync.message import Coder, Outcome, Raw, head
+from thinwire.sync.pace import Pace
 from thinwire.sync.pending import Part, Pending, fill, gathered, landing
 from thinwire.sync.summed import exchange_sums
 from thinwire.wire import returned_as
@@ -35,10 +36,11 @@ class Links:
         self.groups = set(range(sync.groups))
         self._element_bytes = [fragment.weights.element_size() for fragment in fragments]
         owned = sorted(range_ for fragment in fragments for range_ in fragment.ranges)
-        met = meeting.cliques(owned, sync.level, sync.sum_inside)
+        met = meeting.cliques(owned, sync)
         self._cliques: list[Clique] = [clique for clique, _ in met]
         self.places = [[places_in(fragment, ranges) for _, ranges in met] for fragment in fragments]
         """Of each fragment, the elements that it exchanges with each clique."""
+        self.pace = Pace(sync.lead, world)
 
     def bytes_of(self, fragment: int) -> int:
         """Bytes that this rank sends to ranks of other groups in one exchange of `fragment`, by the formula."""
@@ -128,8 +130,13 @@ class Links:
             flight.land()
         return {group for _, outcome in flights for group in outcome.astray}
 
+    def keep_pace(self) -> None:
+        """A step is over: wait for groups that are too far behind."""
+        self.pace.keep(self._cliques)
+
     def settle(self) -> None:
-        """Wait until the others have read what this rank has sent them."""
+        """Wait until the others have come as far, and have read what this rank has sent them."""
+        self.pace.settle()
         for clique in self._cliques:
             if clique.inside is not None:
                 clique.inside.settle()

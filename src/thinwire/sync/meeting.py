@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
+from thinwire.rounds.config import Sync
 from thinwire.sync.cliques import Range, find_cliques, meet
-from thinwire.sync.exchange import RETURN, SEND, Clique
+from thinwire.sync.exchange import BEAT, RETURN, SEND, Clique
 from thinwire.sync.fragment import Fragment
 from thinwire.sync.identity import compare, digest
 from thinwire.sync.summed import COLLECTIVES
@@ -32,24 +33,23 @@ class Meeting:
         ranks = [(rank, number) for number, group in enumerate(self._groups) for rank in group]
         compare([said[rank] for rank, _ in ranks], [number for _, number in ranks])
 
-    def cliques(self, owned: Sequence[Range], level: str, sum_inside: str | None) -> list[tuple[Clique, list[Range]]]:
+    def cliques(self, owned: Sequence[Range], sync: Sync) -> list[tuple[Clique, list[Range]]]:
         """This rank's cliques with their elements, in an order that all ranks share. `owned`: what this rank stands for.
 
-        `level` is the one across which groups agree: what they send crosses its links, or those of a level outside it.
-        Raises PlanError if the groups do not own the same elements, or are cut too differently to `sum_inside` a level.
+        Raises PlanError if the groups do not own the same elements, or are cut too differently to sum inside a level.
         """
         ranges = self._gather(list(owned))
         cliques = find_cliques([[(rank, ranges[rank]) for rank in group] for group in self._groups])
         memberships = Counter(rank for clique in cliques for rank in clique)
         one_each = all(memberships[rank] == 1 for group in self._groups for rank in group)
-        made = [(self._clique(ranks, one_each, level), met) for ranks, met in cliques.items()]
+        made = [(self._clique(ranks, one_each, sync), met) for ranks, met in cliques.items()]
         own = [(clique, met) for clique, met in made if clique is not None]
-        if sum_inside is None:
+        if sync.sum_inside is None:
             return own
         if not one_each:
-            raise PlanError(f"sync.sum_inside = {sum_inside!r} needs groups that are cut alike; leave it out")
+            raise PlanError(f"sync.sum_inside = {sync.sum_inside!r} needs groups that are cut alike; leave it out")
         ranks = next(ranks for ranks in cliques if self._world.rank in ranks)
-        return [(self._in_tiers(clique, ranks, level, sum_inside), met) for clique, met in own]
+        return [(self._in_tiers(clique, ranks, sync.level, sync.sum_inside), met) for clique, met in own]
 
     def _gather(self, own: Stated) -> list[Stated]:
         """What every rank says, by rank."""
@@ -58,17 +58,20 @@ class Meeting:
             dist.all_gather_object(everyone, own, group=self._everyone)
         return everyone
 
-    def _clique(self, ranks: tuple[int, ...], one_each: bool, level: str) -> Clique | None:
+    def _clique(self, ranks: tuple[int, ...], one_each: bool, sync: Sync) -> Clique | None:
         """The clique of one rank of each group, with its communicators; None if this rank is not in it."""
-        belongs, kinds = self._world.rank in ranks, (SEND, RETURN) if len(ranks) > 1 else ()
+        belongs, kinds = self._world.rank in ranks, (SEND, RETURN) if sync.lead is None else (SEND, RETURN, BEAT)
         if one_each and not belongs:
             return None
-        made = {kind: self._world.communicator(ranks, members_only=one_each) for kind in kinds}
+        made = {
+            kind: self._world.communicator(ranks, members_only=one_each, small=kind == BEAT)
+            for kind in (kinds if len(ranks) > 1 else ())
+        }
         if not belongs:
             return None
         ordered = sorted(ranks)  # as communicators are
         groups = tuple((ranks.index(rank),) for rank in ordered)
-        levels = tuple(self._between(rank, level) for rank in ordered)
+        levels = tuple(self._between(rank, sync.level) for rank in ordered)
         return Clique(groups, tuple(range(len(ranks))), made, ordered.index(self._world.rank), levels)
 
     def _in_tiers(self, clique: Clique, ranks: tuple[int, ...], level: str, sum_inside: str) -> Clique:

@@ -106,6 +106,7 @@ class OuterSync:
         assert step == self.step + 1, f"step {step} comes after {self.step}: the schedule follows committed steps"
         self.step = step
         self.tokens += tokens
+        self.links.keep_pace()
         self._advance(step)
         applied = []
         sent, due = self.schedule.sent_after(step), self.schedule.applied_after(step)
@@ -200,7 +201,7 @@ class OuterSync:
             key.fragment,
             key.send,
             self.step,
-            pending.stall_s,
+            pending.stall_s + self.links.pace.waited_s(),
             pending.sent_bytes,
             pending.groups,
         )
@@ -258,6 +259,7 @@ class OuterSync:
         """Wait for everything in flight without applying it."""
         for pending in self._pending:
             self._land(pending)
+        self.links.pace.settle()
 
     @contextmanager
     def outer_weights(self) -> Iterator[None]:

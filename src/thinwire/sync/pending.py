@@ -21,7 +21,7 @@ class Round:
     send: int
     apply: int
     stall_s: float
-    """How long this rank waited for it when it was due."""
+    """How long this rank waited for it when it was due, and since the round before for groups too far behind."""
     sent_bytes: int
     groups: int
     """How many groups' contributions it holds."""
