@@ -23,7 +23,7 @@ from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.partition import carried
 from thinwire.partition.deferred import FirstValues, Initial
-from thinwire.partition.dtypes import norm_of, sum_of_squares
+from thinwire.partition.dtypes import norm_of
 from thinwire.partition.guard import check_whole, refuse_backward, refuse_gradient, tensors_in
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece, Share
@@ -211,12 +211,10 @@ class Sharded:
 
         Rounded to the gradients' precision, so that it does not depend on how the sum was cut.
         """
-        own = sum(sum_of_squares(flat.sums.reduced_used) for unit in self.units for flat in unit.flats if flat.trained)
+        own = sum(flat.sums.squares() for unit in self.units for flat in unit.flats if flat.trained)
         total = torch.tensor([own], dtype=torch.float64)
         all_reduce_small(total, world=self.world, op="sum", levels=range(self.plan.depths[2] + 1))
-        return norm_of(
-            total.item(), {flat.sums.held.dtype for unit in self.units for flat in unit.flats if flat.trained}
-        )
+        return norm_of(total.item(), {flat.sums.dtype for unit in self.units for flat in unit.flats if flat.trained})
 
     def dropped(self) -> None:
         """Forget the gradients of a step that is not taken, those still on their way too."""

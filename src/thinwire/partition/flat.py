@@ -212,6 +212,6 @@ class Flat:
         """Bytes of each state on this rank; masters that lie in the weights count as optimizer state."""
         return {
             "params": self.weights.nbytes - (self.master.nbytes if self._shared else 0),
-            "grads": self.sums.held.nbytes,
+            "grads": self.sums.nbytes,
             "master": self.master.nbytes,
         }

@@ -2,6 +2,8 @@
 
 The sums of every partition nest in the same order (inner level first, ranks in order). Chains are as in
 `thinwire.partition.flat`.
+
+A rank that nobody adds to makes no sums in a step of one micro-batch: gradients stay where backward has left them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,7 @@ from thinwire.comm.collectives import all_gather, reduce_scatter
 from thinwire.comm.handle import Handle
 from thinwire.comm.lowrank import LowRank, Matrix
 from thinwire.comm.residual import Residual
+from thinwire.partition.dtypes import sum_of_squares
 from thinwire.partition.layout import matrices_in
 from thinwire.partition.place import Place
 from thinwire.traffic import G_GATHER, G_REDUCE
@@ -26,13 +29,30 @@ class Sums:
         self, parameters: Mapping[str, nn.Parameter], place: Place, *, dtype: torch.dtype, trained: bool
     ) -> None:
         self._parameters, self.place, self._cut, self._trained = parameters, place, place.cut, trained
-        self.held = torch.zeros(len(place.at(self._cut.lg)) if trained else 0, dtype=dtype, device=place.device)
+        self._numel, self.dtype = len(place.at(self._cut.lg)) if trained else 0, dtype
+        self._alone = not place.levels(0, place.outermost)
+        """Whether nobody adds to this rank's gradients."""
+        self._held = None if self._alone else self._zeros(self._numel)
+        self._left: dict[int, Tensor] = {}
+        """Gradients that were left where they are: flat pieces of this buffer, by where they begin."""
         self._begun = False
         """Whether a micro-batch of the step under way is in the sums or on its way; what they held before is nothing."""
         self._complete = False
         """Whether the sums at lo are those of the whole step."""
         self.low_rank = self._make_low_rank()
         self.residual = Residual() if self.low_rank is None else self.low_rank.residual
+
+    @property
+    def held(self) -> Tensor:
+        """What this rank holds of the sums at lg; of a rank alone made when it is first needed."""
+        if self._held is None:
+            self._held = self._zeros(self._numel)
+        return self._held
+
+    @property
+    def nbytes(self) -> int:
+        """Of the sums, or of the gradients in their place."""
+        return self._numel * self.dtype.itemsize
 
     def _make_low_rank(self) -> LowRank | None:
         """What sums this buffer's gradients at the hop of low rank, if they take that hop."""
@@ -82,18 +102,36 @@ class Sums:
         pieces: list[Tensor] = []
         for slot, parameter in zip(layout.slots, self._parameters.values(), strict=True):
             grad, parameter.grad = parameter.grad, None
-            pieces.append(self._zeros(slot.numel) if grad is None else grad.flatten().to(self.held.dtype))
+            pieces.append(self._zeros(slot.numel) if grad is None else grad.flatten().to(self.dtype))
         padding = layout.numel - layout.used
         return [*pieces, self._zeros(padding)] if padding else pieces
 
     def _zeros(self, numel: int) -> Tensor:
-        return torch.zeros(numel, dtype=self.held.dtype, device=self.place.device)
+        return torch.zeros(numel, dtype=self.dtype, device=self.place.device)
+
+    def _leave_grads(self) -> None:
+        """The parameters' gradients are the sums, which `held` has no part in."""
+        at = 0
+        for piece in self._take_grads():
+            self._left[at] = piece
+            at += len(piece)
+
+    def _take_up_left(self) -> None:
+        """More micro-batches come after all: what was left begins the sums."""
+        if self._left:
+            self.held.copy_(torch.cat([*self._left.values()]))
+            self._left = {}
 
     # -- from rank to rank ---------------------------------------------------------------------------------------------
 
     def reduce_chain(self, *, last: bool) -> Iterator[Handle]:
         """This micro-batch's gradients into the sum at depth lg; after the last one on to depth lo, replicas included."""
         first, self._begun = not self._begun, True
+        if first and last and self._alone:
+            self._leave_grads()
+            self._complete = True
+            return
+        self._take_up_left()
         begins: Tensor | list[Tensor] = self.held
         if self._cut.lg >= 0:
             yield from self._sum_inwards(first)
@@ -110,7 +148,7 @@ class Sums:
         part: Tensor | list[Tensor] = self._take_grads()
         levels = self.place.levels(0, self._cut.lg)
         for level in levels:
-            out = self.held if first and level == levels[-1] else self.place.empty(level, self.held.dtype)
+            out = self.held if first and level == levels[-1] else self.place.empty(level, self.dtype)
             yield self._reduce(out, part, level)
             part = out
         if part is not self.held:
@@ -183,17 +221,18 @@ class Sums:
     def reduced(self) -> Tensor:
         """The summed gradient of this rank's masters; complete after the last micro-batch's chain has landed."""
         assert self._complete, "gradients are not reduced yet"
-        return self._at(self._cut.lo)
+        return torch.cat([*self._left.values()]) if self._left else self._at(self._cut.lo)
 
     def reduced_at(self, where: slice) -> Tensor:
-        """A part of `reduced`."""
-        return self.reduced[where]
+        """A part of `reduced`, that of one parameter."""
+        return self._left[where.start] if self._left else self.reduced[where]
 
-    @property
-    def reduced_used(self) -> Tensor:
-        """`reduced` without the padding, into which codecs may put noise."""
+    def squares(self) -> float:
+        """Sum of the squares of `reduced` without the padding, into which codecs may put noise."""
+        if self._left:
+            return sum(map(sum_of_squares, self._left.values()))
         mine = self.place.at(self._cut.lo)
-        return self.reduced[: max(0, min(len(mine), self.place.layout.used - mine.start))]
+        return sum_of_squares(self.reduced[: max(0, min(len(mine), self.place.layout.used - mine.start))])
 
     def applied(self) -> None:
         """The step was taken: keep what error feedback lost, start new sums."""
@@ -203,6 +242,7 @@ class Sums:
     def dropped(self) -> None:
         """Forget the gradients and what this step would have lost."""
         self._begun = self._complete = False
+        self._left = {}
         (self.low_rank or self.residual).dropped()
 
 

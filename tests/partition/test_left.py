@@ -1,0 +1,101 @@
+"""A rank that nobody adds to takes gradients from where backward has left them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from thinwire.comm.world import World
+from thinwire.partition.engine import Sharded, shard
+from thinwire.partition.optimizer import ShardedOptimizer
+from thinwire.plan import Partition, Plan
+from worlds import cluster_of
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3), nn.Linear(3, 3))
+
+
+def _alone(**plan: Any) -> Sharded:
+    world = World.join(cluster_of([1]), rank=0, size=1, local_rank=0, host="127.0.0.1", port=0)
+    whole = Partition(params="replica", grads="replica", optimizer="replica")
+    return shard(_net(), Plan(levels=(("node", 1),), partition=whole, **plan), world)
+
+
+def _adamw(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def _batch(step: int) -> torch.Tensor:
+    return torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+
+
+def _made_sums(engine: Sharded) -> bool:
+    return any(flat.sums._held is not None for unit in engine.units for flat in unit.flats)
+
+
+def _loss(module: nn.Module, step: int) -> torch.Tensor:
+    hidden = module[1](module[0](_batch(step)))  # type: ignore[index]
+    return (module[2](hidden) if step else module[3](module[2](hidden))).square().sum()  # type: ignore[index]
+
+
+def test_training_is_the_plain_loops_bit_for_bit_and_no_sums_are_made() -> None:
+    """In all steps but the first the last layer is not used: its gradient counts as zero."""
+    engine, plain = _alone(), _net()
+    optimizer, expected = ShardedOptimizer(engine, _adamw), _adamw(plain.parameters())
+    for step in range(4):
+        with engine.micro_batch(last=True):
+            _loss(engine.module, step).backward()
+        engine.finish_reduce()
+        expected.zero_grad(set_to_none=False)
+        _loss(plain, step).backward()
+        for parameter in plain.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        norm = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None]).norm()
+        assert engine.grad_norm() == pytest.approx(norm.item(), rel=1e-6)
+        expected.step()
+        optimizer.step()
+        for mine, theirs in zip(engine.module.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+    assert not _made_sums(engine)
+
+
+@pytest.mark.parametrize("lasts", [[False, False, True], [True, True]])
+def test_more_micro_batches_add_up_even_after_one_that_was_called_the_last(lasts: list[bool]) -> None:
+    engine, plain = _alone(), _net()
+    for step, last in enumerate(lasts):
+        with engine.micro_batch(last=last):
+            engine.module(_batch(step)).square().sum().backward()
+        plain(_batch(step)).square().sum().backward()
+    engine.finish_reduce()
+    for owned, parameter in zip(engine.owned(), plain.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(owned.grad(), parameter.grad.flatten())
+    assert _made_sums(engine)
+
+
+def test_gradients_of_a_skipped_step_are_gone() -> None:
+    engine = _alone()
+    optimizer = ShardedOptimizer(engine, _adamw)
+    for step in (0, 1):
+        with engine.micro_batch(last=True):
+            engine.module(_batch(step)).square().sum().backward()
+        engine.finish_reduce()
+        if step == 0:
+            optimizer.skip()
+    plain = _net()
+    plain(_batch(1)).square().sum().backward()
+    for owned, parameter in zip(engine.owned(), plain.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(owned.grad(), parameter.grad.flatten())
+
+
+def test_of_weights_in_bf16_gradients_are_taken_in_fp32() -> None:
+    engine = _alone(compute_dtype="bf16")
+    with engine.micro_batch(last=True):
+        engine.module(_batch(0).bfloat16()).square().sum().backward()
+    engine.finish_reduce()
+    assert {owned.grad().dtype for owned in engine.owned()} == {torch.float32}
+    assert engine.grad_norm() > 0
