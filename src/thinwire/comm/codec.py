@@ -1,5 +1,6 @@
 """How numbers become bytes on a wire: the interface, and the identity."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -57,3 +58,9 @@ class Identity:
 
 
 IDENTITY: Codec = Identity()
+
+
+def sum_decoded(decode: Callable[[Tensor, int, torch.dtype], Tensor], coded_rc: Tensor, out_n: Tensor) -> None:
+    """`out_n` becomes the sum of what the rows decode to, in their order, decoded one after the other."""
+    for row, coded in enumerate(coded_rc):
+        (out_n.add_ if row else out_n.copy_)(decode(coded, out_n.numel(), out_n.dtype))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from thinwire.comm.codec import sum_decoded
 from thinwire.wire import TOPK_CHUNK, topk_kept, wire_bytes
 
 
@@ -35,6 +36,10 @@ class TopK:
         if rest:
             parts.append(_decode(coded[end:], 1, n - chunks * TOPK_CHUNK, rest))
         return torch.cat(parts).to(dtype)
+
+    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
+        """`out_n` becomes the sum of what the rows of (r, wire_bytes(n)) decode to, in their order."""
+        sum_decoded(self.decode, coded_rc, out_n)
 
     def wire_bytes(self, n: int) -> int:
         """Bytes that n elements take on the wire."""

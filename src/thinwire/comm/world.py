@@ -64,13 +64,16 @@ class World:
         if size > 1:
             timeout = world.timeout = timedelta(seconds=timeout_s)
             try:
+                world._devices = gloo.open_devices()
                 store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timeout)
-                backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+                if cuda:
+                    both = "cpu:gloo,cuda:nccl"
+                    dist.init_process_group(both, store=store, rank=rank, world_size=size, timeout=timeout)
+                else:
+                    gloo.join(store, rank, size, world._devices, timeout)
             except (dist.DistError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise LinkError(f"rank {rank} could not meet the others at {host}:{port}: {reason}") from error
-            world._devices = gloo.open_devices()
             world._make_groups()
         return world
 

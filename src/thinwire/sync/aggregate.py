@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thinwire.rounds.config import Aggregate
+from thinwire.sync.message import Coder
 
 
 def aggregate(parts_n: Iterable[Tensor], weights: Sequence[float], how: Aggregate) -> Tensor:
@@ -26,8 +27,25 @@ def aggregate(parts_n: Iterable[Tensor], weights: Sequence[float], how: Aggregat
         drop = 1 if how == "trimmed" else (len(present) - 1) // 2
         inner_Mn = sorted_Mn[drop : len(present) - drop]
         return _mean(inner_Mn, [1.0] * len(inner_Mn))
-    alike = how != "tokens" or len(set(present)) == 1
+    alike = _count_alike(weights, how)
     return _mean(parts_n, [float(weight > 0) if alike else max(0.0, weight) for weight in weights])
+
+
+def aggregate_coded(coded_rc: Tensor, out_n: Tensor, weights: Sequence[float], how: Aggregate, codec: Coder) -> None:
+    """`out_n` becomes the aggregate of what the rows decode to; rows that count alike are added up as they are decoded."""
+    counting = [row for row, weight in enumerate(weights) if weight > 0]
+    if counting and _count_alike(weights, how):
+        codec.sum_into(coded_rc if len(counting) == len(weights) else coded_rc[counting], out_n)
+        out_n.div_(len(counting))
+    else:
+        decoded = (codec.decode(coded, out_n.numel(), out_n.dtype) for coded in coded_rc)
+        out_n.copy_(aggregate(decoded, weights, how))
+
+
+def _count_alike(weights: Sequence[float], how: Aggregate) -> bool:
+    """Whether the aggregate is the plain mean of those that are in."""
+    present = [weight for weight in weights if weight > 0]
+    return len(present) < 3 if how in ("median", "trimmed") else how == "mean" or len(set(present)) == 1
 
 
 def _mean(parts_n: Iterable[Tensor], weights: Sequence[float]) -> Tensor:

@@ -20,7 +20,7 @@ from thinwire.comm.handle import Handle, Waitable
 from thinwire.comm.world import World
 from thinwire.rounds.config import Aggregate
 from thinwire.rounds.traffic import BEAT_BYTES, HEADER_BYTES, chunk_elements, swaps
-from thinwire.sync.aggregate import aggregate
+from thinwire.sync.aggregate import aggregate, aggregate_coded
 from thinwire.sync.message import Coder, Outcome, Raw
 
 SEND, RETURN, BEAT = "outer-send", "outer-return", "outer-beat"
@@ -90,8 +90,7 @@ def exchange(
         if outcome.own is not None:
             outcome.own.copy_(codec.decode(coded, n, change.dtype))
         yield from hop.gather(torch.cat([heads, coded]), SEND, change.nbytes)
-        weights = hop.count(outcome)
-        outcome.change.copy_(aggregate(hop.read(n, change.dtype), weights, how))
+        hop.combine(outcome.change, hop.count(outcome), how)
     else:
         chunk = chunk_elements(n, members, block)
         chunks = torch.nn.functional.pad(change, (0, members * chunk - n)).view(members, chunk)
@@ -99,8 +98,8 @@ def exchange(
         if outcome.own is not None:
             _join(outcome.own, (codec.decode(part, chunk, change.dtype) for part in coded_chunks))
         yield from hop.scatter(torch.stack([torch.cat([heads, part]) for part in coded_chunks]), change.nbytes)
-        weights = hop.count(outcome)
-        mine = aggregate(hop.read(chunk, change.dtype), weights, how)
+        mine = change.new_empty(chunk)
+        hop.combine(mine, hop.count(outcome), how)
         hop = _Hop(world, clique, back)
         yield from hop.gather(torch.cat([heads, back.encode(mine)]), RETURN, change.nbytes)
         hop.count(outcome)
@@ -149,7 +148,16 @@ class _Hop:
 
     def read(self, n: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Of each member the decoded numbers (n,) of what came last, one at a time."""
-        return (self._codec.decode(message[self._clique.head_bytes :], n, dtype) for message in self._received)
+        return (self._codec.decode(coded, n, dtype) for coded in self._coded)
+
+    def combine(self, out_n: Tensor, weights: Sequence[float], how: Aggregate) -> None:
+        """`out_n` becomes the aggregate of what came last."""
+        aggregate_coded(self._coded, out_n, weights, how, self._codec)
+
+    @property
+    def _coded(self) -> Tensor:
+        """What came last, a row from each member, without the heads."""
+        return self._received[:, self._clique.head_bytes :]
 
     def _handle(
         self, kind: str, purpose: str, payload_bytes: int, message_bytes: int, works: Sequence[Waitable], sent: Tensor

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from thinwire.comm.codec import sum_decoded
 from thinwire.rounds.traffic import HEADER_BYTES
 from thinwire.sync.identity import strays
 
@@ -26,6 +27,9 @@ class Coder(Protocol):
 
     def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor: ...
 
+    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
+        """`out_n` becomes the sum of what the rows decode to, in their order."""
+
 
 class Raw:
     """Numbers as they are, as bytes."""
@@ -40,6 +44,9 @@ class Raw:
 
     def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         return coded.clone().view(self._dtype)[:n].to(dtype)
+
+    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
+        sum_decoded(self.decode, coded_rc, out_n)
 
 
 def head(weight: float, digest: int, device: torch.device) -> Tensor:
