@@ -130,6 +130,17 @@ def test_a_corpus_is_prepared_on_first_use(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "corpus.json").exists()
 
 
+def test_a_plan_that_cannot_be_is_told_before_a_corpus_is_made(tmp_path: Path) -> None:
+    path = write_run(
+        tmp_path, tmp_path / "new", data={"sources": [str(make_text(tmp_path / "text"))]},
+        plan={"sync": {"inner_steps": 4, "delay": 4}},
+    )  # fmt: skip
+    done = thinwire("train", path)
+    assert done.returncode == 2
+    assert "delay = 4 must be below inner_steps = 4" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_damaged_corpus_is_named_before_anything_starts(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
     raw = (corpus / "train.bin").read_bytes()

@@ -13,15 +13,23 @@ from thinwire.plan import Partition, Plan
 from worlds import cluster_of
 
 
-def _net() -> nn.Module:
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3), nn.Linear(3, 3))
+class _Net(nn.Module):
+    """Three layers, of which the last may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.first, self.second, self.last = nn.Linear(6, 7), nn.Linear(7, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor, *, whole: bool = True) -> torch.Tensor:
+        hidden: torch.Tensor = self.second(self.first(x).tanh())
+        return self.last(hidden) if whole else hidden
 
 
 def _alone(**plan: Any) -> Sharded:
     world = World.join(cluster_of([1]), rank=0, size=1, local_rank=0, host="127.0.0.1", port=0)
     whole = Partition(params="replica", grads="replica", optimizer="replica")
-    return shard(_net(), Plan(levels=(("node", 1),), partition=whole, **plan), world)
+    return shard(_Net(), Plan(levels=(("node", 1),), partition=whole, **plan), world)
 
 
 def _adamw(groups: Any) -> torch.optim.Optimizer:
@@ -36,21 +44,16 @@ def _made_sums(engine: Sharded) -> bool:
     return any(flat.sums._held is not None for unit in engine.units for flat in unit.flats)
 
 
-def _loss(module: nn.Module, step: int) -> torch.Tensor:
-    hidden = module[1](module[0](_batch(step)))  # type: ignore[index]
-    return (module[2](hidden) if step else module[3](module[2](hidden))).square().sum()  # type: ignore[index]
-
-
 def test_training_is_the_plain_loops_bit_for_bit_and_no_sums_are_made() -> None:
     """In all steps but the first the last layer is not used: its gradient counts as zero."""
-    engine, plain = _alone(), _net()
+    engine, plain = _alone(), _Net()
     optimizer, expected = ShardedOptimizer(engine, _adamw), _adamw(plain.parameters())
     for step in range(4):
         with engine.micro_batch(last=True):
-            _loss(engine.module, step).backward()
+            engine.module(_batch(step), whole=step == 0).square().sum().backward()
         engine.finish_reduce()
         expected.zero_grad(set_to_none=False)
-        _loss(plain, step).backward()
+        plain(_batch(step), whole=step == 0).square().sum().backward()
         for parameter in plain.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         norm = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None]).norm()
@@ -64,7 +67,7 @@ def test_training_is_the_plain_loops_bit_for_bit_and_no_sums_are_made() -> None:
 
 @pytest.mark.parametrize("lasts", [[False, False, True], [True, True]])
 def test_more_micro_batches_add_up_even_after_one_that_was_called_the_last(lasts: list[bool]) -> None:
-    engine, plain = _alone(), _net()
+    engine, plain = _alone(), _Net()
     for step, last in enumerate(lasts):
         with engine.micro_batch(last=last):
             engine.module(_batch(step)).square().sum().backward()
@@ -85,7 +88,7 @@ def test_gradients_of_a_skipped_step_are_gone() -> None:
         engine.finish_reduce()
         if step == 0:
             optimizer.skip()
-    plain = _net()
+    plain = _Net()
     plain(_batch(1)).square().sum().backward()
     for owned, parameter in zip(engine.owned(), plain.parameters(), strict=True):
         assert parameter.grad is not None

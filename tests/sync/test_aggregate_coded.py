@@ -14,6 +14,8 @@ from thinwire.sync.message import Coder, Raw
 from worlds import run_world
 
 WEIGHTS = [[1.0] * 4, [1.0, 0.0, 1.0, 1.0], [2.0, 0.0, 0.0, 3.0], [3.0, 3.0, 0.0, 3.0], [0.0] * 4]
+HEADS = torch.zeros(16, dtype=torch.uint8)
+"""What a message has before its numbers: these are rows of a wider matrix."""
 CODERS = {"fp32": Raw(torch.float32), "topk": TopK(), **{name: make_codec(name) for name in ("e3m0", "int8", "bf16")}}
 
 
@@ -22,7 +24,8 @@ CODERS = {"fp32": Raw(torch.float32), "topk": TopK(), **{name: make_codec(name) 
 def test_coded_contributions_aggregate_as_decoded_ones(name: str, how: Aggregate) -> None:
     n, coder = 1000, CODERS[name]
     parts = torch.randn(4, n, generator=torch.Generator().manual_seed(1))
-    coded = torch.stack([coder.encode(part) for part in parts])
+    messages = torch.stack([torch.cat([HEADS, coder.encode(part)]) for part in parts])
+    coded = messages[:, len(HEADS) :]
     for weights in WEIGHTS:
         expected = aggregate([coder.decode(row, n, torch.float32) for row in coded], weights, how)
         made = torch.full((n,), torch.nan)

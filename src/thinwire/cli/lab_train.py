@@ -25,12 +25,11 @@ class Training:
     def check(run_file: Path, settings: list[str], config: "LabConfig") -> "Training":
         """Read and resolve the run file (its corpus is prepared on first use). Raises what `thinwire train` raises, and
         ConfigError if its levels are not the lab's hosts and ranks."""
-        from thinwire.train.job import corpus_for, read_config, resolve
+        from thinwire.train.job import read_config, resolve
 
         run = read_config(run_file, settings)
         check_levels(run.cluster.resolve(run_file.parent), config)
-        corpus_for(run)
-        return Training(run_file, settings, resolve(run_file, run))
+        return Training(run_file, settings, resolve(run_file, run, prepare=True))
 
     @property
     def folder(self) -> Path:

@@ -44,14 +44,13 @@ def run(
 def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int | None) -> None:
     """Check everything, make the run folder, start the ranks, tell how they ended."""
     from thinwire.train.folder import open_folder
-    from thinwire.train.job import corpus_for, crowding, read_config, resolve
+    from thinwire.train.job import crowding, read_config, resolve
     from thinwire.train.launch import Share, launch, refuse_taken
 
     config = read_config(run_file, settings)
     if port is not None:
         refuse_taken(port)
-    corpus_for(config)
-    job = resolve(run_file, config)
+    job = resolve(run_file, config, prepare=True)
     job.config.tracking.check()
     resuming = open_folder(job, fresh=fresh)
     _greet(job, resuming)

@@ -39,14 +39,19 @@ def read_config(run_file: Path, settings: Sequence[str] = ()) -> RunConfig:
     return load(RunConfig, run_file, settings)
 
 
-def resolve(run_file: Path, config: RunConfig) -> Job:
-    """Check every section against every other. Raises ConfigError, DataError or PlanError with one sentence."""
+def resolve(run_file: Path, config: RunConfig, *, prepare: bool = False) -> Job:
+    """Check every section against every other. Raises ConfigError, DataError or PlanError with one sentence.
+
+    `prepare`: make the corpus first if it is not there, once everything has been checked that does not need it.
+    """
     cluster = config.cluster.resolve(run_file.parent)
     try:
         micro_batch, accumulate = config.batch.split(cluster.ranks)
     except ValueError as error:
         raise ConfigError(f"{run_file}: {error}") from None
     plan = config.plan.resolve(cluster, micro_batch=micro_batch, accumulate=accumulate)
+    if prepare:
+        corpus_for(config)
     corpus = Corpus.open(config.data)
     folder = config.run.folder or Path("runs") / run_file.stem
     init = None if config.model.init is None else read_init(config.model.init, kept=folder)
