@@ -154,8 +154,32 @@ def test_a_line_tells_of_an_end_that_is_gone_or_silent(ends: Sequence[socket.soc
     here.close()
     with pytest.raises(LinkError, match="closed its connection"):
         line.hear(1)
+    line.say((1, 0, 0))
     with pytest.raises(LinkError, match="lost a rank of this host"):
-        line.say((1, 0, 0))
+        line.hear(1)
+
+
+def test_the_last_words_of_an_end_that_is_gone_are_heard_though_nothing_can_be_said_to_it(
+    ends: Sequence[socket.socket],
+) -> None:
+    here, there = ends
+    gone, line = Line(here, 5), Line(there, 5)
+    gone.say((1, 7, 8))
+    gone.close()
+    line.say((2, 0, 0))
+    assert line.hear(1) == (7, 8)
+    with pytest.raises(LinkError, match="lost a rank of this host"):
+        line.hear(1)
+
+
+def test_saying_never_blocks_however_much_is_unheard(ends: Sequence[socket.socket]) -> None:
+    """Both ends say 20,000 messages, more than a socket holds by far, before either hears one."""
+    one, other = Line(ends[0], 5), Line(ends[1], 5)
+    for number in range(20_000):
+        one.say((1, number, -number))
+        other.say((1, number, number))
+    assert [other.hear(1) for _ in range(20_000)] == [(number, -number) for number in range(20_000)]
+    assert [one.hear(1) for _ in range(20_000)] == [(number, number) for number in range(20_000)]
 
 
 def test_memory_that_is_not_there_is_not_read() -> None:

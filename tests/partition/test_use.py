@@ -76,47 +76,44 @@ def _micro_batch(engine: Sharded, world: World, act: Callable[[Tensor], Any]) ->
 
 
 def _misuses(world: World) -> None:
-    cut = (0, 0, 1)
-
-    def fresh(cut: tuple[int, int, int] = cut) -> Sharded:
+    def fresh(cut: tuple[int, int, int] = (0, 0, 1)) -> Sharded:
         return shard(Toy(), plan_of(world, cut), world)
-
-    def twice(total: Tensor) -> None:
-        total.backward(retain_graph=True)
-        total.backward()
 
     engine = fresh()
     refused(lambda: loss(engine, world, 0).backward(), "outside engine.micro_batch")
     engine = fresh((-1, -1, 1))
     refused(lambda: loss(engine, world, 0).backward(), "outside engine.micro_batch")
-    engine = fresh()
-    assert torch.isnan(sum(parameter.square().sum() for parameter in engine.module.blocks.parameters()))
-    assert sum(p.numel() for p in engine.module.parameters()) == sum(p.numel() for p in Toy().parameters())
-    with torch.no_grad():
-        next(engine.module.blocks.parameters()).fill_(1.0)
-    refused(lambda: _micro_batch(engine, world, Tensor.backward), "while it was not whole")
-    engine = fresh()
+    engine = fresh((-1, -1, 1))
     engine.module.double()
     refused(lambda: _micro_batch(engine, world, Tensor.backward), "moved, converted")
+    refused(lambda: fresh().module.double(), "moved, converted")
     engine = fresh()
     engine.module.scale.requires_grad_(False)
     refused(lambda: _micro_batch(engine, world, Tensor.backward), "scale was moved, converted, replaced, frozen")
-    engine = fresh((-1, -1, 1))
-    refused(lambda: _micro_batch(engine, world, twice), "a second gradient")
-    engine.finish_reduce()
-    engine = fresh((-1, -1, 1))
-    optimizer = adamw(engine)
-    _micro_batch(engine, world, Tensor.backward)
-    engine.finish_reduce()
-    optimizer.step(grad_scale=0.01)
-    with torch.no_grad():
-        engine.module.scale.fill_(3.0)
-    refused(lambda: _micro_batch(engine, world, Tensor.backward), "call drain")
-    engine.drain()
+    engine = fresh()
+    refused(lambda: adamw(engine).step(), "there are no gradients: run forward and backward")
+    for cut in CUTS:
+        engine = fresh(cut)
+        _micro_batch(engine, world, Tensor.backward)
+        engine.finish_reduce()
+        refused(lambda: nn.utils.clip_grad_norm_(engine.module.parameters(), 1.0), "their norm is engine.grad_norm()")  # noqa: B023
+        engine.dropped()
 
 
 def test_uses_that_would_give_wrong_numbers_are_refused_by_name() -> None:
     run_world((2, 2), _misuses)
+
+
+def _before(world: World) -> None:
+    module = Toy()
+    module.scale.grad = torch.ones(1)
+    refused(lambda: shard(module, plan_of(world, (0, 0, 0)), world), "scale has a gradient from before shard")
+    lazy = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3))
+    refused(lambda: shard(lazy, plan_of(world, (0, 0, 0)), world), "has no shape yet; run one forward before shard")
+
+
+def test_what_cannot_be_cut_is_refused_by_name_before_anything_is() -> None:
+    run_world(2, _before)
 
 
 @dataclass

@@ -21,7 +21,9 @@ from thinwire.comm.adding import rows_of
 from thinwire.comm.codec import IDENTITY, Codec
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
+from thinwire.comm.neighbours import GRADS, OTHERS, WEIGHTS
 from thinwire.comm.world import World
+from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER
 
 _DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8
 _PIECE_BYTES = 2**22
@@ -37,11 +39,15 @@ def all_gather(
     purpose: str,
     codec: Codec = IDENTITY,
     add: bool = False,
+    tag: int = 0,
 ) -> Handle:
     """`out_kn` becomes the chunks of all ranks of the group in order; this rank's is `shard_n`.
 
     `shard_n` may be the right part of `out_kn` itself. With a codec every rank, the owner too, decodes what was sent,
     so that all hold the same bits; with `add` too, it is added to what `out_kn` holds.
+
+    A gather of weights (P_GATHER) leaves `shard_n` with the others until `World.settle`: it must not be written to before.
+    If other ranks mean another `tag` (0: none), waiting raises OtherExchangeError, except on accelerators.
     """
     group, k = world.group(level, "gather"), world.fanout(level)
     assert not add or (codec is not IDENTITY and group is not None)
@@ -49,20 +55,44 @@ def all_gather(
     if group is None:
         return _alone(world, out_kn, shard_n)
     n = shard_n.numel()
+    to: dict[str, Any] = {"group": group, "near": world.neighbours(level), "stream": _stream(purpose), "tag": tag}
+    beside = [_control(world, level)] if tag and _has_headers(world, level) else []
     if codec is IDENTITY:
         entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, shard_n.nbytes * (k - 1), codec)
-        works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), group=group, near=world.neighbours(level))
-        return Handle(world.outstanding, entry, works, keep=(out_kn, shard_n))
+        works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), **to)
+        return Handle(world.outstanding, entry, works, keep=(out_kn, shard_n), beside=beside)
     coded = codec.encode(shard_n.reshape(-1))
     received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
     entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, coded.nbytes * (k - 1), codec)
-    works = duplex.all_gather(received.view(k, -1), coded, group=group, near=world.neighbours(level))
+    works = duplex.all_gather(received.view(k, -1), coded, **to)
 
     def finish() -> None:
         for part, chunk in zip(out_kn.view(k, n), received.view(k, 1, -1), strict=True):
             codec.sum_into(chunk, part, add=add)
 
-    return Handle(world.outstanding, entry, works, finish=finish, keep=(coded, received))
+    return Handle(world.outstanding, entry, works, finish=finish, keep=(coded, received), beside=beside)
+
+
+def compare(tag: int, *, world: World, levels: Sequence[int]) -> None:
+    """Raises OtherExchangeError if a rank that these levels join is in a tagged gather, or compares another tag. On CPUs."""
+    for level in levels:
+        group = world.group(level, "gather")
+        if group is not None:
+            entry = _control(world, level) if _has_headers(world, level) else None
+            Handle(world.outstanding, entry, duplex.compare(tag, group=group, near=world.neighbours(level))).wait()
+
+
+def _has_headers(world: World, level: int) -> bool:
+    return world.device.type == "cpu" and world.neighbours(level) is None
+
+
+def _control(world: World, level: int) -> Entry:
+    sent = duplex.Headers.sent_bytes(world.fanout(level))
+    return _entry(world, level, "all_gather", "control", sent, sent, IDENTITY)
+
+
+def _stream(purpose: str) -> int:
+    return WEIGHTS if purpose == P_GATHER else GRADS if purpose in (G_REDUCE, G_GATHER) else OTHERS
 
 
 def reduce_scatter(
@@ -73,11 +103,13 @@ def reduce_scatter(
     level: int,
     purpose: str,
     codec: Codec = IDENTITY,
+    tag: int = 0,
 ) -> Handle:
     """`out_n` becomes the sum over the group of everybody's chunk number (this rank's coordinate) of `full_kn`.
 
     Sums are in `out_n`'s precision and in rank order. `out_n` may be this rank's own chunk of `full_kn`, which may be given
-    in flat pieces that follow one another: on one host they are read from where they are.
+    in flat pieces that follow one another: on one host they are read from where they are. What other ranks send under
+    another `tag` is never added up (see `thinwire.comm.duplex`).
     """
     group, k = world.group(level, "reduce"), world.fanout(level)
     n = out_n.numel()
@@ -87,7 +119,7 @@ def reduce_scatter(
     if near is not None and codec is IDENTITY and pieces[0].dtype == out_n.dtype:
         rows = rows_of(pieces, k)
         entry = _entry(world, level, "reduce_scatter", purpose, k * out_n.nbytes, out_n.nbytes * (k - 1), codec)
-        added = near.add_up(out_n.view(-1), rows, me=world.coordinate(level))
+        added = near.add_up(out_n.view(-1), rows, me=world.coordinate(level), stream=_stream(purpose), tag=tag)
         return Handle(world.outstanding, entry, [added], keep=(out_n, *(piece for row in rows for piece in row)))
     full = (pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))).view(k, n)
     if group is None:
@@ -101,7 +133,8 @@ def reduce_scatter(
     entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, sent.nbytes // k * (k - 1), codec)
     sent = sent.contiguous()
     me = world.coordinate(level)
-    works = duplex.all_to_all(received, sent, group=group, copy_own=codec is not IDENTITY, near=near)
+    to: dict[str, Any] = {"group": group, "near": near, "stream": _stream(purpose), "tag": tag}
+    works = duplex.all_to_all(received, sent, copy_own=codec is not IDENTITY, **to)
 
     def finish() -> None:
         if codec is IDENTITY:
@@ -183,13 +216,20 @@ def all_reduce_small(
             all_reduce(x, world=world, level=level, purpose=purpose)
             continue
         gathered = torch.empty(k, x.numel(), dtype=x.dtype)
-        entry = _entry(world, level, "all_reduce", purpose, x.nbytes, x.nbytes * (k - 1), IDENTITY)
-        work = dist.all_gather_single(gathered.view(-1), x.reshape(-1), group=group, async_op=True)
-        Handle(world.outstanding, entry, [work]).wait()
+        gather_small(gathered, x, world=world, level=level, purpose=purpose).wait()
         total = gathered[0].clone()
         for other in gathered[1:]:
             total = total + other if op == "sum" else torch.maximum(total, other)
         x.copy_(total.view_as(x))
+
+
+def gather_small(out_kn: Tensor, x_n: Tensor, *, world: World, level: int, purpose: str) -> Handle:
+    """`out_kn` becomes everybody's `x_n`, a few numbers on the CPU, at a level that joins more than one member."""
+    sent = x_n.nbytes * (world.fanout(level) - 1)
+    entry = _entry(world, level, "all_reduce", purpose, x_n.nbytes, sent, IDENTITY)
+    group = world.group(level, "small")
+    work = dist.all_gather_single(out_kn.view(-1), x_n.reshape(-1), group=group, async_op=True)
+    return Handle(world.outstanding, entry, [work])
 
 
 def one_round_is_cheaper(size_bytes: int, k: int, world: World, level: int) -> bool:

@@ -14,11 +14,15 @@ Shapes: k ranks of the group that take part; one row of a matrix for each
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.comm.handle import Waitable
-from thinwire.comm.neighbours import Neighbours
+from thinwire.comm.neighbours import OTHERS, WEIGHTS, Neighbours, OtherExchangeError
+
+_HEADERS = 2**30
+"""gloo's slot of headers; those of messages are their tags."""
 
 
 def all_to_all(
@@ -29,10 +33,13 @@ def all_to_all(
     among: Sequence[int] | None = None,
     copy_own: bool = True,
     near: Neighbours | None = None,
+    stream: int = OTHERS,
+    tag: int = 0,
 ) -> Sequence[Waitable]:
     """Row j of `sent` goes to the j-th rank, row i of `received` (k rows) comes from the i-th. Wait for all works.
 
-    This rank's own row is copied at once; without `copy_own` it may be left as it is.
+    Rows of another `tag` are never taken for this exchange's: on one host that raises OtherExchangeError, over gloo they
+    wait for their own. This rank's own row is copied at once; without `copy_own` it may be left as it is.
     """
     places = _places(group, among)
     if received.is_cuda and len(places) == group.size():
@@ -40,7 +47,7 @@ def all_to_all(
     me = places.index(group.rank())
     if copy_own:
         received[me].copy_(sent[me])
-    return _post(received, list(sent), group, places, near, gathers=False)
+    return _post(received, list(sent), group, places, near, gathers=False, stream=stream, tag=tag)
 
 
 def all_gather(
@@ -50,15 +57,32 @@ def all_gather(
     group: dist.ProcessGroup,
     among: Sequence[int] | None = None,
     near: Neighbours | None = None,
+    stream: int = OTHERS,
+    tag: int = 0,
 ) -> Sequence[Waitable]:
-    """Row i of `received` (k rows) becomes the i-th rank's `row`; the own one may be that row itself. Wait for all works."""
+    """Row i of `received` (k rows) becomes the i-th rank's `row`; the own one may be that row itself. Wait for all works.
+
+    With a `tag` the ranks find out, before a byte of another gather is taken for this one's, if they do not mean the same:
+    waiting raises OtherExchangeError. NCCL's have none.
+    """
     places = _places(group, among)
     if received.is_cuda and len(places) == group.size():
         return [dist.all_gather_single(received.view(-1), row, group=group, async_op=True)]
     me = places.index(group.rank())
     if received[me].data_ptr() != row.data_ptr():
         received[me].copy_(row)
-    return _post(received, [row] * len(places), group, places, near, gathers=True)
+    return _post(received, [row] * len(places), group, places, near, gathers=True, stream=stream, tag=tag)
+
+
+def compare(tag: int, *, group: dist.ProcessGroup, near: Neighbours | None) -> Sequence[Waitable]:
+    """Wait for all works: raises OtherExchangeError if another rank is in a tagged gather, or compares something else."""
+    nothing = torch.empty(0, dtype=torch.uint8)
+    places = list(range(group.size()))
+    others = [place for place in places if place != group.rank()]
+    if near is not None:
+        rows = dict.fromkeys(others, nothing)
+        return [near.exchange(rows, rows, gathers=True, stream=WEIGHTS, tag=tag)]
+    return [Headers(group, others, others, tag)]
 
 
 def _places(group: dist.ProcessGroup, among: Sequence[int] | None) -> list[int]:
@@ -73,6 +97,8 @@ def _post(
     near: Neighbours | None,
     *,
     gathers: bool,
+    stream: int,
+    tag: int = 0,
 ) -> Sequence[Waitable]:
     me, k = places.index(group.rank()), len(places)
     sources, targets = [(me - d) % k for d in range(1, k)], [(me + d) % k for d in range(1, k)]
@@ -82,7 +108,34 @@ def _post(
         return list(dist.batch_isend_irecv([*come, *go])) if k > 1 else []
     if near is not None:
         come_near, go_near = {places[j]: received[j] for j in sources}, {places[j]: rows[j] for j in targets}
-        return [near.exchange(come_near, go_near, gathers=gathers)]
-    # The group's own calls: `dist.irecv` looks ranks up in both directions, which costs more than a small message.
-    works = [group.recv([received[j]], places[j], 0) for j in sources]
-    return works + [group.send([rows[j]], places[j], 0) for j in targets]
+        return [near.exchange(come_near, go_near, gathers=gathers, stream=stream, tag=tag)]
+    first: list[Waitable] = []
+    if tag and gathers:
+        first = [Headers(group, [places[j] for j in sources], [places[j] for j in targets], tag)]
+    # The group's own calls: `dist.irecv` looks ranks up in both directions, which costs more than a small message. Messages
+    # of another tag are never taken for this one's: a slot of gloo is a queue of its own.
+    works = [group.recv([received[j]], places[j], tag) for j in sources]
+    return first + works + [group.send([rows[j]], places[j], tag) for j in targets]
+
+
+class Headers:
+    """The tag of this rank's gather to all others of it, and theirs to this one; on a slot of gloo's, so in order."""
+
+    def __init__(self, group: dist.ProcessGroup, sources: Sequence[int], targets: Sequence[int], tag: int) -> None:
+        self._mine, self._theirs = torch.tensor([tag]), torch.zeros(len(sources), 1, dtype=torch.int64)
+        self._works = [group.recv([row], place, _HEADERS) for row, place in zip(self._theirs, sources, strict=True)]
+        self._works += [group.send([self._mine], place, _HEADERS) for place in targets]
+
+    @staticmethod
+    def sent_bytes(k: int) -> int:
+        """By one rank in a gather of k."""
+        return 8 * (k - 1)
+
+    def wait(self) -> None:
+        """Raises OtherExchangeError."""
+        for work in self._works:
+            work.wait()
+        mine = int(self._mine)
+        for theirs in self._theirs.view(-1).tolist():
+            if theirs != mine:
+                raise OtherExchangeError("ranks are in different all-gathers", mine, theirs)

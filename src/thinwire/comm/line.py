@@ -1,44 +1,104 @@
-"""A socket between two ranks of one host, for short messages: a kind and two numbers each."""
+"""A socket between two ranks of one host, for short messages: a kind and two numbers each.
 
+Saying never blocks, however many messages are on their way: what the socket cannot take is sent by a thread, which exists
+only as long as there is such a rest. If a rank waited there until the other end reads, ranks that all post before anybody
+reads (a deep model's weight all-gathers after the step) would wait for each other for ever.
+"""
+
+import select
 import socket
 import struct
+import threading
+import time
 from collections import defaultdict, deque
 
 from thinwire.errors import LinkError
 
 _MESSAGE = struct.Struct("=Bqq")
+_POLL_MS = 1000
 
 
 class Line:
-    """Says and hears messages; those of one kind arrive in the order in which they were said."""
+    """Says and hears messages; those of one kind arrive in the order in which they were said.
 
-    def __init__(self, end: socket.socket, timeout_s: float) -> None:
-        end.settimeout(timeout_s)
-        self._socket, self._unread = end, b""
+    `name` is the rank at the other end, as errors call it.
+    """
+
+    def __init__(self, end: socket.socket, timeout_s: float, name: str = "a rank of this host") -> None:
+        end.setblocking(False)
+        self.name = name
+        self._socket, self._timeout_s, self._unread = end, timeout_s, b""
         self._heard: defaultdict[int, deque[tuple[int, int]]] = defaultdict(deque)
+        self._unsent, self._sending, self._closed = bytearray(), threading.Lock(), False
 
     def say(self, *messages: tuple[int, int, int]) -> None:
-        """Each is a kind and two numbers. Raises LinkError if the other end is gone, or has not listened in time."""
+        """Each is a kind and two numbers. Never fails: that the other end is gone is heard, after its last words."""
+        data = b"".join(_MESSAGE.pack(*message) for message in messages)
+        with self._sending:
+            if not self._unsent:
+                data = data[self._send(data) :]
+                if data:
+                    threading.Thread(target=self._send_rest, name="line", daemon=True).start()
+            self._unsent += data
+
+    def _send(self, data: bytes | bytearray) -> int:
+        """Bytes of `data` that are done with: the socket takes them, or nobody will."""
         try:
-            self._socket.sendall(b"".join(_MESSAGE.pack(*message) for message in messages))
-        except OSError as error:
-            raise LinkError(f"lost a rank of this host: {error}") from error
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return len(data)
+
+    def _send_rest(self) -> None:
+        room = select.poll()
+        room.register(self._socket, select.POLLOUT)
+        while True:
+            room.poll(_POLL_MS)
+            with self._sending:
+                if not self._closed:
+                    del self._unsent[: self._send(self._unsent)]
+                if self._closed or not self._unsent:
+                    return
 
     def hear(self, kind: int) -> tuple[int, int]:
         """The next message of a kind, as (number, note). Raises LinkError if the other end is gone or silent for long."""
+        end_s = time.monotonic() + self._timeout_s
         while not self._heard[kind]:
-            try:
-                received = self._socket.recv(4096)
-            except OSError as error:
-                raise LinkError(f"lost a rank of this host while waiting for it: {error}") from error
-            if not received:
-                raise LinkError("lost a rank of this host: it closed its connection")
-            data = self._unread + received
-            whole = len(data) - len(data) % _MESSAGE.size
-            for said, number, note in _MESSAGE.iter_unpack(data[:whole]):
-                self._heard[said].append((number, note))
-            self._unread = data[whole:]
+            self._receive(end_s - time.monotonic())
         return self._heard[kind].popleft()
 
+    def heard(self, kind: int) -> bool:
+        """Whether a message of a kind is there to be heard at once."""
+        if not self._heard[kind]:
+            self._receive(None)
+        return bool(self._heard[kind])
+
+    def _receive(self, wait_s: float | None) -> None:
+        """Take in what has arrived; if nothing has, the first that does within `wait_s` seconds (None: do not wait)."""
+        try:
+            received = self._socket.recv(4096)
+        except BlockingIOError:
+            if wait_s is not None:
+                self._wait(wait_s)
+            return
+        except OSError as error:
+            raise LinkError(f"lost {self.name} while waiting for it: {error}") from error
+        if not received:
+            raise LinkError(f"lost {self.name}: it closed its connection")
+        data = self._unread + received
+        whole = len(data) - len(data) % _MESSAGE.size
+        for said, number, note in _MESSAGE.iter_unpack(data[:whole]):
+            self._heard[said].append((number, note))
+        self._unread = data[whole:]
+
+    def _wait(self, wait_s: float) -> None:
+        come = select.poll()
+        come.register(self._socket, select.POLLIN)
+        if wait_s <= 0 or not come.poll(wait_s * 1000):
+            raise LinkError(f"lost {self.name} while waiting for it: timed out, silent for {self._timeout_s:g} s")
+
     def close(self) -> None:
-        self._socket.close()
+        with self._sending:
+            self._closed = True
+            self._socket.close()

@@ -5,9 +5,13 @@ receiver, if it is in the same collective, copies it from there, or adds it up a
 MPI libraries do the same between the processes of a node. Everything happens in the thread that issues and waits: gloo's
 event threads, which spin while a send holds the connection, have no part in it.
 
-Rows are read, and what others have read is heard of, in the order in which exchanges were issued, whichever is waited for
-first. That order is the same on all ranks, so no two of them ever wait for each other. Ranks that need not be equally far
-keep their rows for some exchanges more, instead of waiting until the slowest has read them.
+Rows are read, and what others have read is heard of, in the order in which exchanges of a stream were issued, whichever is
+waited for first. That order is the same on all ranks, so no two of them ever wait for each other. Streams are independent,
+as communicators are: ranks may issue a weight all-gather and a gradient reduction in either order. Ranks that need not be
+equally far keep their rows for some exchanges more, instead of waiting until the slowest has read them; rows that stay as
+they are until `World.settle` (the weights of a step) are not waited for at all.
+
+Both ends of an exchange name what it is for (a tag), and find out at once if they do not mean the same.
 """
 
 from collections import deque
@@ -20,14 +24,25 @@ from thinwire.comm.line import Line
 from thinwire.comm.memory import Run, read_memory
 from thinwire.errors import LinkError, UseError
 
-_ROW, _RUN, _DONE = 1, 2, 3  # kinds of message
+_ROW, _RUN, _DONE = 1, 2, 3  # kinds of message, of stream 0; each stream has four numbers
+OTHERS, WEIGHTS, GRADS = range(3)
+"""Streams: weight all-gathers, gradient reductions, and all else."""
+_TAG_BIT = 24
+"""Below a tag in a message of kind _ROW: the number of its runs."""
 
 
-class Exchanges:
-    """All exchanges under way of one rank, in the order of issue: those to read, and those that others may yet read."""
+class OtherExchangeError(UseError):
+    """Two ranks are in exchanges of different tags, `mine` and `theirs`."""
 
-    def __init__(self, kept: int = 0) -> None:
-        """`kept`: exchanges whose rows others may read after this rank has waited for them: rows must stay that long."""
+    def __init__(self, message: str, mine: int, theirs: int) -> None:
+        super().__init__(message)
+        self.mine, self.theirs = mine, theirs
+
+
+class Stream:
+    """The exchanges under way of one stream, in the order of issue: those to read, and those that others may yet read."""
+
+    def __init__(self, kept: int) -> None:
         self.unread, self.unacknowledged = deque["Reading"](), deque["Reading"]()
         self._kept = kept
 
@@ -36,28 +51,49 @@ class Exchanges:
         while reading in self.unacknowledged and self.unacknowledged.index(reading) >= self._kept:
             self.unacknowledged.popleft().hear_all()
 
+    def forget_read(self) -> None:
+        """Let go of the rows that all others are known to have read."""
+        while self.unacknowledged and self.unacknowledged[0].read and self.unacknowledged[0].all_heard():
+            self.unacknowledged.popleft().hear_all()
+
     def end(self) -> None:
-        """Wait until others have read all that this rank has waited for. Raises LinkError if one of them is gone."""
+        """Wait until others have read all that this rank has waited for."""
         while self.unacknowledged and self.unacknowledged[0].read:
             self.unacknowledged.popleft().hear_all()
+
+
+class Exchanges:
+    """All exchanges of one rank."""
+
+    def __init__(self, kept: int = 0) -> None:
+        """`kept`: exchanges whose rows others may read after this rank has waited for them: rows must stay that long."""
+        self.streams = tuple(Stream(kept) for _ in (OTHERS, WEIGHTS, GRADS))
+
+    def end(self) -> None:
+        """Wait until others have read all that this rank has waited for. Raises LinkError if one of them is gone."""
+        for stream in self.streams:
+            stream.end()
 
 
 class Row:
     """What another rank has for this one, to be read from its beginning on."""
 
-    def __init__(self, line: Line, pid: int, note: int) -> None:
-        self._line, self._pid, self._note = line, pid, note
+    def __init__(self, line: Line, pid: int, note: int, stream: int, tag: int) -> None:
+        self._line, self._pid, self._note, self._stream, self._tag = line, pid, note, stream, tag
         self._runs = deque[Run]()
 
     def hear(self) -> None:
         """Wait to be told where it lies. Raises LinkError if the rank is gone, UseError if it is in another collective."""
-        count, note = self._line.hear(_ROW)
-        if note != self._note:
-            raise UseError(
+        count, note = self._line.hear(_kind(_ROW, self._stream))
+        tag, count = count >> _TAG_BIT, count % (1 << _TAG_BIT)
+        if (note, tag) != (self._note, self._tag):
+            raise OtherExchangeError(
                 f"this rank is in {_in_words(self._note)}, another of its host in {_in_words(note)}: ranks "
-                "that share states must use the same units in the same order"
+                "that share states must use the same units in the same order",
+                self._tag,
+                tag,
             )
-        self._runs.extend(self._line.hear(_RUN) for _ in range(count))
+        self._runs.extend(self._line.hear(_kind(_RUN, self._stream)) for _ in range(count))
 
     def read(self, into: Tensor) -> None:
         """The next part of it, as long as `into`. Raises LinkError if the rank is gone."""
@@ -75,29 +111,38 @@ class Row:
         return taken
 
     def done(self) -> None:
-        self._line.say((_DONE, 0, 0))
+        self._line.say((_kind(_DONE, self._stream), 0, 0))
 
 
 class Reading:
     """An exchange under way: `wait` returns when this rank has read all its rows and its own ones have been read.
 
-    Of exchanges that keep their rows it returns sooner, see `Exchanges`; the rows are held on to here.
+    Of exchanges that keep their rows, or of weights, it returns sooner, see `Stream`; the rows are held on to here.
     """
 
     def __init__(
-        self, others: "Neighbours", rows: Mapping[int, Row], take: Callable[[], None], kept: Iterable[Tensor]
+        self,
+        others: "Neighbours",
+        rows: Mapping[int, Row],
+        take: Callable[[], None],
+        kept: Iterable[Tensor],
+        stream: int,
     ) -> None:
         """`take` reads the rows once they have been heard of; `kept` are this rank's own."""
         self._others, self._rows, self._take, self._kept = others, rows, take, tuple(kept)
+        self._number, self._stream = stream, others.exchanges.streams[stream]
         self.read = False
-        others.exchanges.unread.append(self)
-        others.exchanges.unacknowledged.append(self)
+        self._stream.unread.append(self)
+        self._stream.unacknowledged.append(self)
 
     def wait(self) -> None:
         """Raises LinkError if a rank is gone, UseError if it is in another collective."""
         while not self.read:
-            self._others.exchanges.unread.popleft()._carry_out()
-        self._others.exchanges.settle(self)
+            self._stream.unread.popleft()._carry_out()
+        if self._number == WEIGHTS:
+            self._stream.forget_read()
+        else:
+            self._stream.settle(self)
 
     def _carry_out(self) -> None:
         for row in self._rows.values():
@@ -110,8 +155,12 @@ class Reading:
     def hear_all(self) -> None:
         """Wait until the others have read this rank's rows."""
         for place in self._rows:
-            self._others.lines[place].hear(_DONE)
+            self._others.lines[place].hear(_kind(_DONE, self._number))
         self._kept = ()
+
+    def all_heard(self) -> bool:
+        """Whether `hear_all` would return at once."""
+        return all(self._others.lines[place].heard(_kind(_DONE, self._number)) for place in self._rows)
 
 
 class Neighbours:
@@ -120,54 +169,72 @@ class Neighbours:
     def __init__(self, pids: Sequence[int], lines: Mapping[int, Line], exchanges: Exchanges) -> None:
         self.pids, self.lines, self.exchanges = pids, lines, exchanges
 
-    def exchange(self, received: Mapping[int, Tensor], rows: Mapping[int, Tensor], *, gathers: bool) -> Reading:
+    def exchange(
+        self,
+        received: Mapping[int, Tensor],
+        rows: Mapping[int, Tensor],
+        *,
+        gathers: bool,
+        stream: int = OTHERS,
+        tag: int = 0,
+    ) -> Reading:
         """`received[place]` becomes what the rank there has for this one; `rows[place]` is for it.
 
-        `gathers` tells a gather from an all-to-all: both ends must mean the same one.
-        All are contiguous. Rows must stay as they are until the exchange has been waited for.
+        `gathers` tells a gather from an all-to-all: both ends must mean the same one, and the same `tag`.
+        All are contiguous. Rows must stay as they are until the exchange has been waited for, those of the stream WEIGHTS
+        until `Exchanges.end`.
         """
         for place, row in rows.items():
-            self._tell(place, [row], gathers=gathers)
-        theirs = {place: self._row(place, into.nbytes, gathers=gathers) for place, into in received.items()}
+            self._tell(place, [row], stream, _note(row.nbytes, gathers=gathers), tag)
+        theirs = {
+            place: self._row(place, stream, _note(into.nbytes, gathers=gathers), tag)
+            for place, into in received.items()
+        }
 
         def take() -> None:
             for place, into in received.items():
                 theirs[place].read(into)
 
-        return Reading(self, theirs, take, rows.values())
+        return Reading(self, theirs, take, rows.values(), stream)
 
-    def add_up(self, out: Tensor, rows: Sequence[Sequence[Tensor]], *, me: int) -> Reading:
+    def add_up(
+        self, out: Tensor, rows: Sequence[Sequence[Tensor]], *, me: int, stream: int = OTHERS, tag: int = 0
+    ) -> Reading:
         """`out` becomes the sum of everybody's row for this rank, `me`, in the order of places.
 
         `rows[place]` is for the rank there, in contiguous pieces that follow one another, all of `out`'s precision; they
         must stay as they are until the exchange has been waited for, but that `out` may be this rank's own row.
         """
-        theirs = {place: self._row(place, out.nbytes, gathers=False) for place in range(len(rows)) if place != me}
+        note = _note(out.nbytes, gathers=False)
+        theirs = {place: self._row(place, stream, note, tag) for place in range(len(rows)) if place != me}
         for place in theirs:
-            self._tell(place, rows[place], gathers=False)
+            self._tell(place, rows[place], stream, note, tag)
         own = rows[me]
 
         def take() -> None:
             add_rows([theirs.get(place) for place in range(len(rows))], own, out)
 
-        return Reading(self, theirs, take, (piece for row in rows for piece in row))
+        return Reading(self, theirs, take, (piece for row in rows for piece in row), stream)
 
-    def _tell(self, place: int, pieces: Sequence[Tensor], *, gathers: bool) -> None:
+    def _tell(self, place: int, pieces: Sequence[Tensor], stream: int, note: int, tag: int) -> None:
         assert all(piece.is_contiguous() for piece in pieces), "rows are read as runs of bytes"
-        note = _note(sum(piece.nbytes for piece in pieces), gathers=gathers)
-        runs = [(_RUN, piece.data_ptr(), piece.nbytes) for piece in pieces]
-        self.lines[place].say((_ROW, len(runs), note), *runs)
+        runs = [(_kind(_RUN, stream), piece.data_ptr(), piece.nbytes) for piece in pieces]
+        self.lines[place].say((_kind(_ROW, stream), (tag << _TAG_BIT) + len(runs), note), *runs)
 
-    def _row(self, place: int, size_bytes: int, *, gathers: bool) -> Row:
-        return Row(self.lines[place], self.pids[place], _note(size_bytes, gathers=gathers))
+    def _row(self, place: int, stream: int, note: int, tag: int) -> Row:
+        return Row(self.lines[place], self.pids[place], note, stream, tag)
 
     def close(self) -> None:
         for line in self.lines.values():
             line.close()
 
 
+def _kind(message: int, stream: int) -> int:
+    return message + 4 * stream
+
+
 def _note(size_bytes: int, *, gathers: bool) -> int:
-    """What both ends of an exchange must agree on."""
+    """What both ends of an exchange must agree on, beside the tag."""
     return 2 * size_bytes + gathers
 
 

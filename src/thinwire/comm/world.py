@@ -111,7 +111,7 @@ class World:
         near = {index: found for index, found in self._neighbours.items() if index < level}
         return World(
             self.rank % cluster.ranks, cluster.ranks, self.local_rank, cluster, self.device, self.ledger,
-            self.outstanding, groups, near, self.timeout, self._devices,
+            self.outstanding, groups, near, self.timeout, self._devices, self._exchanges,
         )  # fmt: skip
 
     def among(self, ranks: Sequence[int], cluster: Cluster, *, kept: int = 0) -> "World":

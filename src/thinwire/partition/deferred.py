@@ -52,6 +52,7 @@ def _make_hollow(module: nn.Module, device: torch.device) -> None:
         for key, parameter in list(inner.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter.is_meta:
                 if parameter not in made:
-                    nowhere = torch.full((), math.nan, dtype=parameter.dtype, device=device).expand(parameter.shape)
+                    fill = math.nan if parameter.is_floating_point() or parameter.is_complex() else 0
+                    nowhere = torch.full((), fill, device=device).to(parameter.dtype).expand(parameter.shape)
                     made[parameter] = nn.Parameter(nowhere, requires_grad=parameter.requires_grad)
                 setattr(inner, key, made[parameter])

@@ -10,28 +10,44 @@ gathers in the order of use, reductions and refreshes in orders recorded on rank
 has it, and ranks that gathered in different orders are told so (`thinwire.partition.order`).
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.flight import Flight
 from thinwire.comm.world import World
-from thinwire.errors import PlanError
+from thinwire.errors import PlanError, ThinwireError
 from thinwire.partition import carried
+from thinwire.partition.backward import Backwards, running
+from thinwire.partition.course import Course
 from thinwire.partition.deferred import FirstValues, Initial
 from thinwire.partition.dtypes import norm_of
-from thinwire.partition.guard import check_whole, refuse_backward, refuse_gradient, tensors_in
+from thinwire.partition.guard import (
+    check_flat,
+    check_parameters,
+    refuse_backward,
+    refuse_grad,
+    refuse_outside,
+    refuse_spoilt,
+    tensors_in,
+)
+from thinwire.partition.hooks import Hook
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece, Share
 from thinwire.partition.reductions import Reductions
+from thinwire.partition.saved import SavedWeights
 from thinwire.partition.state_dict import hook_state_dict
+from thinwire.partition.sums import Sums
 from thinwire.partition.unit import Unit, unit_of
 from thinwire.partition.units import find_units
+from thinwire.partition.watched import ALIASES, GET_GRAD
 from thinwire.partition.weights import Weights
+from thinwire.partition.without import Without
 from thinwire.plan import Plan
 
 
@@ -50,105 +66,199 @@ class Sharded:
         self.module, self.plan, self.world = module, plan, world
         self.timeline: list[str] = []
         """What was issued in the latest micro-batch and step, in order."""
+        check_parameters(module)
         first = FirstValues(module, initial, world.device)
-        self.units = [unit_of(found, plan, world, first) for found in find_units(module, units)]
+        self.units = [unit_of(found, plan, world, first, self._asked) for found in find_units(module, units)]
         self._weights = Weights(self.units, world, depth=plan.depths[0], note=self._note)
         self._reductions = Reductions(self.units, world, note=self._note, before=self._weights.land_refreshes)
-        self._inside, self._backward = False, False
-        self._step, self._first = 0, True
-        """Steps taken, and whether no micro-batch of the next one has begun."""
-        module.register_forward_pre_hook(lambda module, args: self._weights.land_refreshes_of_unused())
-        module.register_forward_hook(lambda module, args, out: self._after_root())
+        self._course, self._backwards = Course(), Backwards(self.units, self._backward_begins)
+        self._saved, self._saving = SavedWeights(self._weights.use), list[Unit]()
+        self._inside = False
+        self._trains = False
+        """Whether a backward of this micro-batch has given parameters gradients."""
+        self._step, self._count = 0, 0
+        """Steps taken, and micro-batches of the next one."""
+        self._first, self._finished, self._failed = True, True, False
+        """Whether no micro-batch of it has begun; whether its sums are complete, or spoilt."""
+        module.register_forward_hook(Hook(lambda module, args, out: self._after_root()))
         for index, unit in enumerate(self.units):
             self._hook(index, unit)
+        trained = [flat for unit in self.units for flat in unit.flats if flat.trained]
+        self._without = Without(trained, world)
+        self._telling: Flight | None = None
         self._full = False
         """Whether `full_parameters` is entered."""
-        hook_state_dict(module, self.full_parameters, copies=plan.depths[0] >= 0)
+        hook_state_dict(module, self.full_parameters)
         self.at_step(0)
 
     # -- making it -----------------------------------------------------------------------------------------------------
 
     def _hook(self, index: int, unit: Unit) -> None:
         for entry in unit.entries:
-            entry.register_forward_pre_hook(lambda module, args: self._before_forward(unit, module), prepend=True)
-            entry.register_forward_hook(lambda module, args, out: self._after_forward(unit, out))
+            entry.register_forward_pre_hook(Hook(lambda module, args: self._before_forward(unit, module)), prepend=True)
+            entry.register_forward_hook(
+                Hook(lambda module, args, out: self._after_forward(unit, out)), always_call=True
+            )
         for parameter in unit.trained:
-            parameter.register_post_accumulate_grad_hook(lambda _: self._grad_came(index))  # type: ignore[no-untyped-call]
+            with torch._C.DisableTorchFunctionSubclass():
+                parameter.register_post_accumulate_grad_hook(lambda _: self._grad_came(index))  # type: ignore[no-untyped-call]
 
     # -- a micro-batch -------------------------------------------------------------------------------------------------
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Forward and backward of one micro-batch happen inside; `last` is the one before the optimizer's step."""
+        """Forward and backward of one micro-batch happen inside; `last` is the one before the optimizer's step.
+
+        Marking none as the last, or several, costs time and not exactness. One whose body raises counts for nothing; if
+        gradients of it had been summed already, with those of others of its step, the step must be skipped.
+        """
         assert not self._inside, "micro-batches do not nest"
-        if self._first:  # what a validation has drawn since the step changes nothing
-            self.at_step(self._step)
-        self._first = False
-        self._inside, self.timeline = True, []
-        self._weights.begin(last=last)
-        self._reductions.begin(last=last)
-        for unit in self.units:
-            for flat in unit.flats:
-                check_whole(flat, refreshing=unit.refreshing is not None)
-                flat.absorb_edits()
+        self._begin(last=last)
         try:
             yield
+        except ThinwireError:
+            raise
+        except Exception:
+            self._give_up()
+            raise
         finally:
             self._inside = False
-        self._end_backward()
+        self._end_backward(last=last)
+
+    def _begin(self, *, last: bool) -> None:
+        if self._failed:
+            refuse_spoilt()
+        if self._first:  # what a validation has drawn since the step changes nothing
+            self.at_step(self._step)
+        self._first = self._finished = False
+        self._inside, self._trains, self.timeline = True, False, []
+        self._weights.begin(last=last)
+        self._reductions.begin(last=last)
+        self._course.begin()
+        self._backwards.forget()
+        for unit in self.units:
+            unit.watch()
+            for flat in unit.flats:
+                check_flat(flat)
+                flat.absorb_edits()
 
     def _before_forward(self, unit: Unit, entry: nn.Module) -> None:
-        if self._backward:  # a recomputed forward: its backward comes next, so the weights stay
-            self._weights.release_after(unit)
+        if running():  # a recomputed forward: its backward comes next, so the weights stay
+            self._backwards.recomputed(unit)
             self._weights.use(unit)
             return
         self._weights.first_use(unit)
         if entry is unit.entries[0]:
             self._weights.prefetch(unit, +1)
+        unit.hidden += self._inside and (unit.nests or not torch.is_grad_enabled())
+        again = unit.cut and not (unit.keep or unit.resident)
+        if again and self._inside and torch.is_grad_enabled() and self._saved.enter(unit):
+            self._saving.append(unit)
 
     def _after_forward(self, unit: Unit, out: Any) -> None:
-        if self._backward:
-            return
+        if self._saving and self._saving[-1] is unit and not running():
+            self._saved.leave(self._saving.pop())
         if torch.is_grad_enabled():
-            hook = (lambda _: self._before_backward(unit)) if self._inside else refuse_backward
-            for tensor in tensors_in(out):
-                if tensor.requires_grad:
-                    tensor.register_hook(hook)  # type: ignore[no-untyped-call]
-        if not (self._inside and (unit.keep or unit.resident)):
+            self._hook_outputs(unit, out)
+        if not (running() or (self._inside and (unit.keep or unit.resident or unit.loose))):
             self._weights.release(unit)
 
-    def _before_backward(self, unit: Unit) -> None:
-        """The unit's backward begins, so those of all units after it are over, unless its uses are in several places."""
-        self._backward = True
-        self._weights.release_after(unit)
-        self._weights.use(unit)
-        self._weights.prefetch(unit, -1)
+    def _hook_outputs(self, unit: Unit, out: Any) -> None:
+        found = [tensor for tensor in tensors_in(out) if tensor.requires_grad and not tensor.is_leaf]
+        if found and not self._inside:
+            hook: Callable[[Tensor], None] = refuse_backward
+        elif found:
+            hook = partial(self._back_to, self._course.called(unit, again=running()))
+        for tensor in found:
+            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _backward_begins(self, counts: list[int], nested: bool) -> None:
+        """The first that is heard of a backward, from `Backwards`."""
+        if nested:
+            self._reductions.expect(counts, nested=True)
+            return
+        self._course.again()
+        if not any(counts):
+            return  # with respect to inputs alone
+        if self._trains:
+            self._reductions.again()
+        self._trains = True
+        self._reductions.expect(counts, nested=False)
+
+    def _back_to(self, number: int, _: Tensor) -> None:
+        """Backward has come to the outputs of a call."""
+        if not self._inside:
+            refuse_backward(_)
+        self._backwards.heard()
+        self._come_through(number)
+
+    def _come_through(self, number: int) -> None:
+        for unit in self._course.back_to(number):
+            self._weights.release_over(self._course)
+            self._weights.use(unit)
+            self._weights.prefetch(unit, -1)
 
     def _after_root(self) -> None:
         """A forward without backward (evaluation) leaves nothing gathered and nothing in flight."""
         if not self._inside:
             self._weights.release_all(unless_kept=False)
+            self.world.settle()
 
     def _grad_came(self, index: int) -> None:
-        unit = self.units[index]
-        unit.waiting -= 1
-        if not self._inside or unit.waiting < 0:
-            refuse_gradient(f"unit {unit.name or 'root'}", inside=self._inside)
-        if unit.waiting == 0:
-            self._reductions.came(index)
-        else:
-            self._reductions.leave_host()
+        if not self._inside:
+            refuse_outside(self.units[index].label)
+        self._backwards.heard(self.units[index])
+        self._reductions.came(index)
 
-    def _end_backward(self) -> None:
-        """Reduce what has not been; the first time, agree on orders. No unit stays gathered."""
+    def _end_backward(self, *, last: bool) -> None:
+        """Come through what no gradient has come through here; reduce what has not been. No unit stays gathered."""
+        self._come_through(0)
         if not self._reductions.agreed:
-            self._reductions.agree()
             self._weights.agree()
         self._reductions.end()
         self._weights.release_all(unless_kept=True)
-        self._backward = False
+        self._count += 1
+        if last:
+            self._tell_without()
+
+    def _tell_without(self) -> None:
+        if self._telling is not None:
+            self._telling.land()
+        self._telling = Flight(self._without.chain())
+
+    def _give_up(self) -> None:
+        """The body of a micro-batch has raised: its gradients are forgotten, and the step if they were in its sums."""
+        self._backwards.forget()
+        while self._saving:
+            self._saved.leave(self._saving.pop())
+        self._weights.release_all(unless_kept=True)
+        self._failed = self._reductions.begun and self._count > 0
+        self._first = self._count == 0
+        self._reductions.drop()
+        for unit in self.units:
+            for flat in unit.flats:
+                flat.sums.forget_grads()
+                if self._first:
+                    flat.sums.dropped()
+
+    # -- parameters that are used elsewhere ----------------------------------------------------------------------------
+
+    def _asked(self, units: Sequence[Unit], what: Callable[..., Any]) -> None:
+        """Parameters of these units are used in a function of torch while they are watched."""
+        if what == GET_GRAD:
+            for unit in units:
+                if unit.summed:
+                    refuse_grad(unit.label)
+            return
+        away = [unit for unit in units if not unit.ready]
+        if away:
+            self._weights.look(units, stays=self._inside or (torch.is_grad_enabled() and what not in ALIASES))
 
     # -- after a step, and other writes --------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """The optimizer is about to read the summed gradients."""
+        self.finish_reduce()
 
     def updated(self) -> None:
         """The masters have changed: send the new weights out, outermost level first, in forward order."""
@@ -157,7 +267,13 @@ class Sharded:
                 flat.sums.applied()
         self._weights.refresh_all(exact=False)
         self.at_step(self._step + 1)
-        self._first = True
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._first, self._failed, self._count = True, False, 0
+        for unit in self.units:
+            unit.summed = False
+            unit.watch()
 
     def at_step(self, step: int) -> None:
         """Steps taken so far: what stochastic rounding draws its numbers from, besides rank and position."""
@@ -192,6 +308,7 @@ class Sharded:
         """Land everything in flight; call it before reading state or evaluating."""
         self._reductions.land()
         self._weights.land_refreshes()
+        self.world.settle()
         for unit in self.units:
             for flat in unit.flats:
                 flat.absorb_edits()
@@ -203,8 +320,23 @@ class Sharded:
 
         Raises UseError if ranks that share weights have not gathered the same units in the same order.
         """
-        self._reductions.land()
+        if self._failed:
+            refuse_spoilt()
+        if self._finished:
+            return
+        self._reductions.finish()
+        if self._telling is None:
+            self._tell_without()
+        assert self._telling is not None
+        self._telling.land()
+        self._telling = None
         self._weights.check()
+        self._weights.release_all(unless_kept=False)
+        self.world.settle()
+        for unit in self.units:
+            for flat in unit.flats:
+                flat.absorb_edits()
+        self._finished = True
 
     def grad_norm(self) -> float:
         """Global 2-norm of the summed gradient, every logical element counted once; the same on all ranks.
@@ -218,17 +350,22 @@ class Sharded:
 
     def dropped(self) -> None:
         """Forget the gradients of a step that is not taken, those still on their way too."""
-        self._reductions.land()
-        self._first = True
+        if not self._failed:
+            self.finish_reduce()
         for unit in self.units:
             for flat in unit.flats:
                 flat.sums.dropped()
+        self._finished = True
+        self._begin_step()
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def owned(self) -> list[Owned]:
         """This rank's trained masters, for the optimizer."""
-        return [part for unit in self.units for flat in unit.flats for part in flat.owned()]
+        return [part for unit in self.units for flat in unit.flats for part in flat.owned(self._grad_of)]
+
+    def _grad_of(self, sums: Sums, name: str, where: slice) -> Tensor | None:
+        return None if name in self._without.names else sums.reduced_at(where)
 
     def shares(self, *, trained: bool = True) -> list[Share]:
         """What this rank alone stands for of every trained (or every frozen) flat buffer, in the model's canonical order."""
@@ -237,7 +374,7 @@ class Sharded:
             for flat in (flat for flat in unit.flats if flat.trained == trained):
                 first, view = flat.share()
                 named = tuple(flat.place.parts(flat.place.outermost))
-                found.append(Share(index, unit.name or "root", base + first, view, named))
+                found.append(Share(index, unit.label, base + first, view, named))
                 base += flat.layout.used
         return found
 
@@ -290,11 +427,12 @@ class Sharded:
             for flat in unit.flats:
                 flat.absorb_edits()
             self._weights.release(unit)
+        self.world.settle()
 
     # -- small things --------------------------------------------------------------------------------------------------
 
     def _note(self, what: str, unit: Unit) -> None:
-        self.timeline.append(f"{what} {unit.name or 'root'}")
+        self.timeline.append(f"{what} {unit.label}")
 
 
 def shard(

@@ -8,8 +8,7 @@ Exactness: the sums of every partition nest in the same order (inner level first
 the owner too, uses what was decoded from the wire, so replicas hold the same bits.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -19,7 +18,9 @@ from thinwire.comm.codec import IDENTITY
 from thinwire.comm.collectives import all_gather
 from thinwire.comm.handle import Handle
 from thinwire.comm.world import World
+from thinwire.errors import UseError
 from thinwire.partition.deferred import FirstValues
+from thinwire.partition.dtypes import Kind
 from thinwire.partition.layout import Interval, Layout, Slot
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
@@ -29,81 +30,82 @@ from thinwire.traffic import P_GATHER, P_REFRESH, SPREAD, Flow
 
 
 class Flat:
-    """One flat buffer of a unit. `parameters` become views of it while they are gathered."""
+    """One flat buffer of a unit. `parameters` become views of it while they are gathered.
+
+    Gathered weights are let go of, never overwritten or taken from under somebody: a view of a parameter that outlives its
+    unit's forward keeps its numbers, those of the step that it was made in, and the memory they lie in.
+    """
 
     def __init__(
         self,
         parameters: dict[str, nn.Parameter],
         *,
-        compute: torch.dtype,
-        master: torch.dtype,
+        kind: Kind,
         multiple: int,
         cut: Cut,
         world: World,
         first: FirstValues,
     ) -> None:
-        self.parameters, self.cut = parameters, cut
-        one = next(iter(parameters.values()))
-        self.trained, self._device = one.requires_grad, one.device
-        self.layout = Layout.of([(name, tuple(p.shape)) for name, p in parameters.items()], multiple=multiple)
+        self.parameters, self.cut, self.kind = parameters, cut, kind
+        self.trained, self._device = kind.trained, next(iter(parameters.values())).device
+        self.layout = Layout.of([(name, kind.shape(p.shape)) for name, p in parameters.items()], multiple=multiple)
         self.place = Place(self.layout, cut, world, self._device)
-        self._compute = compute
-        whole = torch.zeros(self.layout.numel, dtype=master, device=self._device)
+        whole = torch.zeros(self.layout.numel, dtype=kind.master, device=self._device)
         for slot, parameter in zip(self.layout.slots, parameters.values(), strict=True):
-            whole[slot.offset : slot.offset + slot.numel] = first.of(slot.name, parameter).flatten()
+            whole[slot.offset : slot.offset + slot.numel] = kind.numbers(first.of(slot.name, parameter))
         within = self.place.within
-        self.weights = whole[within(cut.lp, -1)].to(compute, copy=True)
+        self.weights = whole[within(cut.lp, -1)].to(kind.compute, copy=True)
         outside = self.place.levels(cut.lp + 1, cut.lo)
-        self._shared = compute == master and not any(level in cut.weights for level in outside)
+        self._shared = kind.compute == kind.master and not any(level in cut.weights for level in outside)
         """Whether masters lie in the weights: those are as exact, and the owner's arrive as they are."""
         self.master = self.weights[within(cut.lo, cut.lp)] if self._shared else whole[within(cut.lo, -1)].clone()
-        self.sums = Sums(parameters, self.place, dtype=master, trained=self.trained)
-        self._make_whole()
-        away = torch.full((), math.nan, dtype=compute, device=self._device)
-        self._away = [away.expand(slot.shape) for slot in self.layout.slots]
+        self.sums = Sums(parameters, self.place, kind=kind)
+        self._away = [kind.nothing(slot.shape, self._device) for slot in self.layout.slots]
         """What parameters are while their weights are not here: of the right shape, and not a number wherever read."""
-        self.gathered = cut.lp < 0
-        self._point(self._views)
-        if not self.gathered:
-            self.release()
+        self.whole: Tensor | None = None
+        """The gathered weights, of which parameters are views; the weights themselves where they are not cut."""
+        self._views: list[Tensor] = self._away
+        if cut.lp < 0:
+            self._hold(self.weights)
+        else:
+            self._point(self._away)
         self._seen = self._versions()
-
-    def _make_whole(self) -> None:
-        """The whole weights, of which parameters are views while gathered: the weights themselves if they are not cut."""
-        lp = self.cut.lp
-        self._whole = (
-            self.weights if lp < 0 else torch.empty(self.layout.numel, dtype=self._compute, device=self._device)
-        )
-        self._views = [self._whole[s.offset : s.offset + s.numel].view(s.shape) for s in self.layout.slots]
 
     # -- weights that move ---------------------------------------------------------------------------------------------
 
-    def gather_chain(self) -> Iterator[Handle]:
-        """Weights from depth lp to whole; the parameters are views of them afterwards."""
+    @property
+    def gathered(self) -> bool:
+        """Whether the parameters are whole and can be used."""
+        return self.whole is not None
+
+    def _hold(self, whole: Tensor) -> None:
+        self.whole = whole
+        self._views = [self.kind.view(whole[s.offset : s.offset + s.numel], s.shape) for s in self.layout.slots]
+        self._point(self._views)
+
+    def gather_chain(self, tag: int) -> Iterator[Handle]:
+        """Weights from depth lp to whole; the parameters are views of them afterwards. All ranks mean the same `tag`."""
         if self.gathered:
             return
         place, part = self.place, self.weights
-        self._whole.untyped_storage().resize_(self._whole.numel() * self._whole.element_size())
-        levels = place.levels(0, self.cut.lp)
-        if not levels:
-            self._whole.data.copy_(part)
-        for level in reversed(levels):
-            out = self._whole.data if level == levels[0] else place.empty(level - 1, part.dtype)
+        for level in reversed(place.levels(0, self.cut.lp)):
+            out = place.empty(level - 1, part.dtype)
             codec = place.coding(self.cut.weights, level, level, P_GATHER)
-            yield all_gather(out, part, world=place.world, level=level, purpose=P_GATHER, codec=codec)
+            yield all_gather(out, part, world=place.world, level=level, purpose=P_GATHER, codec=codec, tag=tag)
             part = out
-        self._point(self._views)
-        self.gathered = True
+        self._hold(part)
 
     def release(self) -> None:
-        """Give the whole weights' memory back; the parameters cannot be used until they are gathered again."""
-        if self.cut.lp < 0:
+        """Let go of the whole weights; the parameters cannot be used until they are gathered again.
+
+        What was written into them (a forward that clamps its own weights) is taken over into the states first.
+        """
+        if self.cut.lp < 0 or not self.gathered:
             return
+        self.absorb_edits()
+        self.whole = None
+        self._views = self._away
         self._point(self._away)
-        if not self._whole.untyped_storage().resizable():
-            self._make_whole()  # somebody looked at it as a numpy array and may still hold it
-        self._whole.untyped_storage().resize_(0)
-        self.gathered = False
 
     def refresh_chain(self, *, exact: bool = False) -> Iterator[Handle]:
         """Weights at depth lp from the masters at lo: after a step, or (`exact`, nothing coded) after a load."""
@@ -118,7 +120,7 @@ class Flat:
                 part = there.to(part.dtype, copy=level != levels[0])
                 yield all_gather(part, change, world=place.world, level=level, purpose=P_REFRESH, codec=codec, add=True)
             else:
-                sent = part.to(self._compute) if codec is IDENTITY else part
+                sent = part.to(self.kind.compute) if codec is IDENTITY else part
                 in_place = sent.dtype == held.dtype and not self.cut.delta_levels
                 part = there if in_place else place.empty(level - 1, sent.dtype)
                 yield all_gather(part, sent, world=place.world, level=level, purpose=P_REFRESH, codec=codec)
@@ -140,44 +142,71 @@ class Flat:
 
     # -- parameters ----------------------------------------------------------------------------------------------------
 
-    def _point(self, views: list[Tensor]) -> None:
-        for parameter, view in zip(self.parameters.values(), views, strict=True):
-            parameter.data = view
+    def _point(self, views: Sequence[Tensor]) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            for parameter, view in zip(self.parameters.values(), views, strict=True):
+                parameter.data = view
 
     def _versions(self) -> list[int]:
-        return [parameter._version for parameter in self.parameters.values()]
+        with torch._C.DisableTorchFunctionSubclass():
+            return [parameter._version for parameter in self.parameters.values()]
 
-    def written(self) -> list[str]:
-        """Names of the parameters that somebody wrote to since the last `absorb_edits`."""
-        changed = zip(self.parameters, self._seen, self._versions(), strict=True)
-        return [name for name, before, now in changed if before != now]
+    def _written(self) -> list[tuple[Slot, Tensor | None]]:
+        """Parameters that somebody wrote to since the last `absorb_edits`; with the tensor that was put in its place."""
+        found: list[tuple[Slot, Tensor | None]] = []
+        with torch._C.DisableTorchFunctionSubclass():
+            each = zip(
+                self.layout.slots, self.parameters.values(), self._views, self._seen, self._versions(), strict=True
+            )
+            for slot, parameter, view, before, now in each:
+                if parameter.data_ptr() != view.data_ptr():
+                    found.append((slot, parameter.data))
+                elif before != now:
+                    found.append((slot, None))
+        return found
 
     def absorb_edits(self) -> None:
-        """Take writes into whole parameters (load_state_dict, a manual edit) over into the states made from them."""
-        written = set(self.written())
-        for slot in self.layout.slots:
-            if slot.name in written:
-                self._take_over(slot)
+        """Take writes into whole parameters (load_state_dict, `p.data = x`, a clamp) over into the states made from them.
+
+        Every rank makes the same ones. Raises UseError, naming the parameter, for one that was moved or converted.
+        """
+        for slot, other in self._written():
+            self._refuse_another(slot, other)
+            if other is not None:
+                assert self.whole is not None
+                self.whole[slot.offset : slot.offset + slot.numel] = self.kind.numbers(other)
+            self._take_over(slot)
+        if self.whole is not None:
+            self._point(self._views)
         self._seen = self._versions()
 
+    def _refuse_another(self, slot: Slot, other: Tensor | None) -> None:
+        there = self._away[self.layout.slots.index(slot)]
+        if other is not None and (
+            self.whole is None or (other.shape, other.dtype, other.device) != (there.shape, there.dtype, there.device)
+        ):
+            raise UseError(
+                f"{slot.name} was moved, converted or replaced after shard(); do that before, then shard anew"
+            )
+
     def _take_over(self, slot: Slot) -> None:
-        whole = self._whole.detach()
-        for depth, held in ((self.cut.lp, self.weights), (self.cut.lo, self.master)):
+        """Of what has changed alone: the rest of a master is finer than the weight that was made of it."""
+        assert self.whole is not None
+        self.place.world.settle()  # others may be reading these weights still
+        written = self.whole.detach()
+        for depth, held in ((self.cut.lo, self.master), (self.cut.lp, self.weights)):
             mine = self.place.at(depth)
             met = mine.meet(slot)
-            if held is not self._whole and len(met):
-                held[met.inside(mine)] = whole[met.start : met.end].to(held.dtype)
+            if held is not self.whole and len(met):
+                old, new = held[met.inside(mine)], written[met.start : met.end]
+                old.copy_(torch.where(old.to(new.dtype) == new, old, new.to(old.dtype)))
 
     def detached(self) -> str | None:
         """The name of a parameter that is no longer what this buffer made of it; None if all are."""
-        views = self._views if self.gathered else self._away
-        for (name, parameter), view in zip(self.parameters.items(), views, strict=True):
-            if (
-                parameter.data_ptr() != view.data_ptr()
-                or parameter.dtype != view.dtype
-                or parameter.requires_grad != self.trained
-            ):
-                return name
+        with torch._C.DisableTorchFunctionSubclass():
+            for (name, parameter), away in zip(self.parameters.items(), self._away, strict=True):
+                if parameter.dtype != away.dtype or parameter.requires_grad != self.trained:
+                    return name
         return None
 
     # -- what others see -----------------------------------------------------------------------------------------------
@@ -191,12 +220,12 @@ class Flat:
     @property
     def compute_bytes(self) -> int:
         """Bytes of a weight as it is computed with."""
-        return self._whole.element_size()
+        return self.kind.compute.itemsize
 
-    def owned(self) -> list[Owned]:
+    def owned(self, grad_of: Callable[[Sums, str, slice], Tensor | None]) -> list[Owned]:
         """The masters of this rank that are trained; their gradient is looked up when a step is taken."""
         return [
-            Owned(name, shape, offset, self.master[where], partial(self.sums.reduced_at, where))
+            Owned(name, shape, offset, self.master[where], partial(grad_of, self.sums, name, where))
             for name, shape, offset, where in self.place.parts(self.cut.lo)
             if self.trained
         ]

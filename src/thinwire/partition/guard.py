@@ -4,55 +4,80 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from thinwire.errors import UseError
 from thinwire.partition.flat import Flat
 
+_PLAIN = (str, bytes, bool, int, float, complex, Iterator, torch.dtype, torch.device)
 
-def check_whole(flat: Flat, *, refreshing: bool) -> None:
-    """Before a micro-batch: the parameters are still this buffer's, and nothing was written that would be lost.
 
-    Raises UseError naming the parameter.
-    """
+def check_parameters(root: nn.Module) -> None:
+    """Before anything is cut: every parameter can be. Raises UseError naming the first that cannot."""
+    for name, parameter in root.named_parameters():
+        if is_lazy(parameter):
+            raise UseError(f"{name} has no shape yet; run one forward before shard()")
+        if parameter.grad is not None:
+            raise UseError(f"{name} has a gradient from before shard(); call model.zero_grad() first")
+        if parameter.requires_grad and not parameter.is_leaf:
+            raise UseError(f"{name} is computed from other tensors; detach it before shard()")
+
+
+def check_flat(flat: Flat) -> None:
+    """Before a micro-batch: the parameters are still this buffer's. Raises UseError naming the parameter."""
     moved = flat.detached()
     if moved is not None:
         raise UseError(
             f"{moved} was moved, converted, replaced, frozen or unfrozen after shard(); do that before, then shard anew"
         )
-    written = flat.written()
-    if written and refreshing:
-        raise UseError(
-            f"{written[0]} was written to while its new value was on the way; call drain() between the step and the write"
-        )
-    if written and not flat.gathered:
-        raise UseError(
-            f"{written[0]} was written to while it was not whole; write inside `with engine.full_parameters()`"
-        )
 
 
 def refuse_backward(_: Tensor) -> NoReturn:
-    """For gradients that would run through weights that are not there any more."""
+    """For gradients that nobody would sum."""
     raise UseError("backward of a forward that ran outside engine.micro_batch; run both inside, evaluate under no_grad")
 
 
-def refuse_gradient(name: str, *, inside: bool) -> NoReturn:
-    """A gradient came that nobody would sum."""
-    if not inside:
-        raise UseError(f"a gradient of {name} came outside engine.micro_batch; run forward and backward inside")
+def refuse_grad(unit: str) -> NoReturn:
+    """For gradients that are looked at where they are not any more."""
     raise UseError(
-        f"a second gradient of {name} in one micro-batch; add the losses and call backward once (recompute of shared "
-        f"weights needs use_reentrant=False)"
+        f"gradients of unit {unit} are summed over ranks, in shards: .grad of its parameters is not on this rank; their "
+        "norm is engine.grad_norm(), and optimizer.step(grad_scale=...) scales (clips) them"
+    )
+
+
+def refuse_spoilt() -> NoReturn:
+    """A step goes on, some of whose gradients are those of half a micro-batch."""
+    raise UseError(
+        "a micro-batch failed after gradients of it had been added to those of others: call optimizer.skip(), then run the "
+        "step's micro-batches again"
+    )
+
+
+def refuse_outside(unit: str) -> NoReturn:
+    """A gradient came that nobody would sum."""
+    raise UseError(f"a gradient of unit {unit} came outside engine.micro_batch; run forward and backward inside")
+
+
+def refuse_second(unit: str) -> NoReturn:
+    """A gradient came after the unit's were summed."""
+    raise UseError(
+        f"a second gradient of unit {unit} in one backward, after the first had been summed; recompute shared weights "
+        "with use_reentrant=False"
     )
 
 
 def tensors_in(out: Any) -> Iterator[Tensor]:
-    """The tensors in a module's output: in mappings, iterables, dataclasses and the attributes of other objects."""
+    """The tensors in a module's output: in mappings, collections, dataclasses and the attributes of other objects.
+
+    Iterators and functions are left as they are: they can be used up once.
+    """
     seen: set[int] = set()
     left = [out]
     while left:
         item = left.pop()
-        if id(item) in seen or item is None or isinstance(item, str | bytes | bool | int | float):
+        if id(item) in seen or item is None or isinstance(item, _PLAIN) or callable(item):
             continue
         seen.add(id(item))
         if isinstance(item, Tensor):

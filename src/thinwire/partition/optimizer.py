@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from thinwire.errors import PlanError
+from thinwire.partition.elementwise import Build, check_elementwise
 from thinwire.partition.pieces import Piece
 
 
@@ -27,14 +28,16 @@ class Owned:
     shape: tuple[int, ...]
     offset: int
     master: Tensor
-    grad: Callable[[], Tensor]
-    """The summed gradient of these elements, once it is complete."""
+    grad: Callable[[], Tensor | None]
+    """The summed gradient of these elements, once it is complete; None if no rank has one for the parameter."""
 
 
 class Engine(Protocol):
     """What the optimizer needs of an engine."""
 
     def owned(self) -> list[Owned]: ...
+
+    def before_step(self) -> None: ...
 
     def updated(self) -> None: ...
 
@@ -45,13 +48,11 @@ class Engine(Protocol):
     def at_step(self, step: int) -> None: ...
 
 
-Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-
-
 class ShardedOptimizer:
     """Builds `build([{"params": [...], **group_of(name, shape)}, ...])` over the owned parts and steps it.
 
-    `updates` counts the steps applied; a skipped step leaves every state as it was.
+    `updates` counts the steps applied; a skipped step leaves every state as it was. `build` is called for a few small
+    tensors first, to see that its updates are elementwise; PlanError is raised, on all ranks, if they are not.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class ShardedOptimizer:
             options = {} if group_of is None else group_of(part.name, part.shape)
             groups.setdefault(tuple(sorted(options.items())), []).append(part.master)
         made = [{"params": tensors, **dict(options)} for options, tensors in groups.items()]
+        for chosen in groups:
+            check_elementwise(build, dict(chosen), self._owned[0].master)
         self._optimizer = build(made) if made else None
 
     def set_lr(self, lr: float) -> None:
@@ -75,8 +78,10 @@ class ShardedOptimizer:
 
     def step(self, *, grad_scale: float = 1.0) -> None:
         """Multiply the gradients by `grad_scale`, update the masters, and start bringing the weights up to date."""
+        self._engine.before_step()
         for part in self._owned:
-            part.master.grad = part.grad() if grad_scale == 1 else part.grad().mul_(grad_scale)
+            grad = part.grad()
+            part.master.grad = grad if grad is None or grad_scale == 1 else grad.mul_(grad_scale)
         if self._optimizer is not None:
             self._optimizer.step()
             self._forget_grads()

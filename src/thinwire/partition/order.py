@@ -1,19 +1,24 @@
 """Orders that all ranks must share: a collective pairs what each of them issues first, second, third.
 
 A rank whose forward skips a unit would take the weights of one unit for those of another, without a sound. What can be
-agreed on (reductions, refreshes) is agreed on; what follows the forward itself (gathers) is compared once a step.
+agreed on (reductions, refreshes) is agreed on; what follows the forward itself (gathers) is compared: over sockets and
+inside a host each gather says which one it is, and so does the end of a step; on accelerators the step's are compared at
+its end.
 """
 
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from thinwire.comm.collectives import all_reduce_small
+from thinwire.comm.collectives import all_reduce_small, compare
+from thinwire.comm.neighbours import OtherExchangeError
 from thinwire.comm.world import World
 from thinwire.errors import UseError
 
-_SHOWN = 12
-"""Units named in an error."""
+_END = 1
+_WAY_OUT = 'make every rank\'s forward use the same units in the same order, or set partition.params = "replica"'
 
 
 def of_rank_0(order: list[int], world: World) -> list[int]:
@@ -24,38 +29,50 @@ def of_rank_0(order: list[int], world: World) -> list[int]:
 
 
 class GatherOrder:
-    """What a rank has gathered in a step, to be compared among the ranks that its weights are cut over.
+    """What a rank gathers in a step, compared among the ranks that its weights are cut over.
 
-    `depth` is that of the weights; levels of one member do not count.
+    `depth` is that of the weights; levels of one member do not count. `names` are the units'.
     """
 
-    def __init__(self, world: World, depth: int) -> None:
-        self._world = world
+    def __init__(self, world: World, depth: int, names: Sequence[str]) -> None:
+        self._world, self._names = world, list(names)
         self._levels = [level for level in range(depth + 1) if world.fanout(level) > 1]
-        self._tag, self._count, self._names = 0, 0, list[str]()
+        self._sum = 0
 
-    def note(self, name: str) -> None:
-        """A gather of the unit of this name is issued."""
-        if self._levels:
-            self._tag, self._count = zlib.crc32(name.encode() + b"\n", self._tag), self._count + 1
-            if self._count <= _SHOWN:
-                self._names.append(name)
+    def tag(self, unit: int) -> int:
+        """Of a gather of this unit, about to be issued."""
+        self._sum = zlib.crc32(unit.to_bytes(4, "little"), self._sum)
+        return unit + 2
 
     def check(self) -> None:
-        """Compare, and start anew. Raises UseError, on all these ranks, if they have not gathered alike.
+        """A step's gathers are over. Raises UseError, on all ranks that differ, if they have not gathered alike."""
+        if self._world.device.type == "cpu":
+            with self.told():
+                compare(_END, world=self._world, levels=self._levels)
+        elif self._levels:
+            self._compare_sums()
+        self._sum = 0
 
-        The numbers h of n ranks are all equal if and only if n times the sum of h² is the square of the sum of h.
-        """
-        if not self._levels:
-            return
-        tag = float(self._tag >> 12)  # 20 bits: sums over 8,192 ranks are exact
+    def _compare_sums(self) -> None:
+        """The numbers h of n ranks are all equal if and only if n times the sum of h² is the square of the sum of h."""
+        tag = float(self._sum >> 12)  # 20 bits: sums over 8,192 ranks are exact
         sums = torch.tensor([1.0, tag, tag * tag], dtype=torch.float64)
         all_reduce_small(sums, world=self._world, levels=self._levels)
         ranks, total, squares = (int(number) for number in sums)
         if ranks * squares != total * total:
-            shown = ", ".join(self._names) + (", ..." if self._count > _SHOWN else "")
+            raise UseError(f"ranks that share weights gathered different units in this step; {_WAY_OUT}")
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Inside, ranks that are in different gathers are told so in words: raises UseError."""
+        try:
+            yield
+        except OtherExchangeError as error:
+            self._world.outstanding.clear()  # what else is in flight never comes
+            mine, theirs = self._name(error.mine), self._name(error.theirs)
             raise UseError(
-                f"ranks that share weights gathered different units in this step, or in different orders (here: "
-                f'{shown or "none"}); make every rank\'s forward use the same units, or set partition.params = "replica"'
-            )
-        self._tag, self._count, self._names = 0, 0, []
+                f"ranks that share weights gathered different units: this rank {mine}, another {theirs}; {_WAY_OUT}"
+            ) from None
+
+    def _name(self, tag: int) -> str:
+        return "came to the end of the step" if tag == _END else f"unit {self._names[tag - 2]}"

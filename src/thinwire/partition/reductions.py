@@ -8,8 +8,12 @@ from collections.abc import Callable, Sequence
 
 from thinwire.comm.flight import Flight
 from thinwire.comm.world import World
+from thinwire.partition.guard import refuse_second
 from thinwire.partition.order import of_rank_0
 from thinwire.partition.unit import Unit
+
+_TAGS = 1024
+"""Micro-batches whose reductions are told apart."""
 
 
 class Reductions:
@@ -26,26 +30,74 @@ class Reductions:
         self._order: list[int] | None = None
         self._complete: list[int] = []
         self._issued, self._last = 0, False
+        self._number = 0
+        """Of the micro-batch: a rank that has left one out takes no other rank's sums for its own."""
         self._flights: deque[Flight] = deque()
         """In flight, oldest first."""
         self._left: Flight | None = None
         """The latest in flight, once it has left the host."""
+
+    def begin(self, *, last: bool) -> None:
+        """A micro-batch begins; after the `last` one of a step sums travel on over the outer levels."""
+        if self._last:  # more comes in a step whose sums were thought to be over, or a new step begins
+            self.land()
+        self._last = last
+        self._number += 1
+        self._open()
+
+    def _open(self) -> None:
+        self._issued, self._complete = 0, []
+        for unit in self._units:
+            unit.waiting, unit.hidden, unit.summed = len(unit.trained), 0, False
 
     @property
     def agreed(self) -> bool:
         """Whether the order is known."""
         return self._order is not None
 
-    def begin(self, *, last: bool) -> None:
-        """A micro-batch begins; after the `last` one of a step sums travel on over the outer levels."""
-        self._last, self._issued, self._complete = last, 0, []
-        for unit in self._units:
-            unit.waiting = len(unit.trained)
+    @property
+    def begun(self) -> bool:
+        """Whether gradients of this micro-batch have been taken away."""
+        return self._issued > 0
+
+    def expect(self, counts: Sequence[int], *, nested: bool) -> None:
+        """A backward begins, in which so many trained parameters of each unit will get a gradient.
+
+        A cut unit that expects none is complete: other ranks, whose graph has it, may wait for this one's turn before they
+        gather what this one waits for. What a forward has hidden from autograd comes in `nested` backwards of recomputed
+        forwards; who knows how many there are of a unit that was hidden more than once.
+        """
+        for index, (unit, count) in enumerate(zip(self._units, counts, strict=True)):
+            if nested and count and self._take_back(index):
+                unit.nests, unit.hidden = True, 1
+            if nested or unit.hidden:
+                if count:
+                    unit.waiting = count if nested and unit.hidden == 1 else None
+            else:
+                unit.waiting = count or None
+                if not count and unit.cut and unit.trained:
+                    self._complete.append(index)
+        self._issue()
+
+    def _take_back(self, index: int) -> bool:
+        """A unit that was thought complete is not, if its reduction has not been issued; so the first micro-batch learns."""
+        thought = index in self._complete and index not in (self._order or [])[: self._issued]
+        if thought:
+            self._complete.remove(index)
+        return thought
 
     def came(self, index: int) -> None:
-        """All gradients of a unit are there."""
-        self._complete.append(index)
-        self._issue()
+        """A gradient of a unit is there. Raises UseError if the unit's have been taken away already."""
+        unit = self._units[index]
+        if index in self._complete:
+            refuse_second(unit.label)
+        if unit.waiting is not None:
+            unit.waiting -= 1
+        if unit.waiting == 0:
+            self._complete.append(index)
+            self._issue()
+        else:
+            self.leave_host()
 
     def leave_host(self) -> None:
         """The next unit's backward is well under way: the latest reduction, if its hop is a copy, goes on to the links.
@@ -56,17 +108,37 @@ class Reductions:
             self._left = self._flights[-1]
             self._left.advance()
 
-    def agree(self) -> None:
-        """The order from now on: as gradients came on rank 0, then the units that got none."""
-        trained = [index for index, unit in enumerate(self._units) if unit.trained]
-        rest = [index for index in reversed(trained) if index not in self._complete]
-        self._order = of_rank_0(self._complete + rest, self._world)
-
     def end(self) -> None:
-        """Backward is over: issue what has not been, for units without gradients too."""
-        assert self._order is not None
+        """Backward is over: issue what has not been, for units without gradients too; the first time, agree on the order.
+
+        The order is that in which gradients came on rank 0, then come the units that got none.
+        """
+        if self._order is None:
+            trained = [index for index, unit in enumerate(self._units) if unit.trained]
+            rest = [index for index in reversed(trained) if index not in self._complete]
+            self._order = of_rank_0(self._complete + rest, self._world)
         self._complete += [index for index in self._order if index not in self._complete]
         self._issue()
+
+    def again(self) -> None:
+        """Another backward of the same micro-batch begins: what the one before has summed is added to."""
+        self.end()
+        self.land()
+        hidden = [unit.hidden for unit in self._units]
+        self._open()
+        for unit, count in zip(self._units, hidden, strict=True):
+            unit.hidden = count
+
+    def drop(self) -> None:
+        """What is under way is waited for, and forgotten with the gradients of the micro-batch."""
+        self.land()
+        self._complete = [index for index, _ in enumerate(self._units)]
+
+    def finish(self) -> None:
+        """The sums are those of the step when this returns, whether or not a micro-batch said that it was the last."""
+        self.land()
+        for index in self._order or ():
+            Flight(*(flat.sums.finish_chain() for flat in self._units[index].flats if flat.trained)).land()
 
     def land(self) -> None:
         """Everything has arrived when this returns: hop by hop, so that reductions go on overlapping each other."""
@@ -85,9 +157,12 @@ class Reductions:
             self._issued += 1
             self._advance_older()
             self._note("reduce", unit)
+            tag = (self._number % _TAGS) * len(self._units) + self._order[self._issued - 1] + 1
             self._flights.append(
-                Flight(*(flat.sums.reduce_chain(last=self._last) for flat in unit.flats if flat.trained))
+                Flight(*(flat.sums.reduce_chain(last=self._last, tag=tag) for flat in unit.flats if flat.trained))
             )
+            unit.summed = True
+            unit.watch()
             self._left = None
             self._drop_landed()
 

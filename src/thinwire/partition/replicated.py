@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thinwire.comm.collectives import all_reduce
 from thinwire.comm.world import World
@@ -30,6 +30,8 @@ class Replicated:
         self._grads = {
             name: torch.zeros_like(m) for name, m in self._masters.items() if self._parameters[name].requires_grad
         }
+        self._came = torch.zeros(len(self._grads))
+        """Of each parameter, whether backward has given it a gradient in this step."""
         for p in self._parameters.values():
             p.data = p.data.to(computed_in(p.dtype, plan.compute_dtype))
         self.loaded()
@@ -43,12 +45,14 @@ class Replicated:
             if parameter.grad is not None:
                 grad.add_(parameter.grad.flatten())
                 parameter.grad = None
+                self._came[list(self._grads).index(name)] = 1.0
 
     def finish_reduce(self) -> None:
         """Sum over all ranks, level by level, inner to outer."""
         for level in range(len(self.world.cluster.levels)):
             for grad in self._grads.values():
                 all_reduce(grad, world=self.world, level=level, purpose="G-reduce")
+            all_reduce(self._came, world=self.world, level=level, purpose="control")
 
     def grad_norm(self) -> float:
         """2-norm of the summed gradient."""
@@ -62,10 +66,16 @@ class Replicated:
                 tuple(self._parameters[name].shape),
                 0,
                 self._masters[name],
-                partial(self._grads.__getitem__, name),
+                partial(self._grad_of, name),
             )
             for name in self._grads
         ]
+
+    def before_step(self) -> None:
+        """`finish_reduce` has summed the gradients."""
+
+    def _grad_of(self, name: str) -> Tensor | None:
+        return self._grads[name] if self._came[list(self._grads).index(name)] else None
 
     def updated(self) -> None:
         """The masters changed: bring the model's weights up to date, forget the gradients."""
@@ -74,8 +84,8 @@ class Replicated:
 
     def dropped(self) -> None:
         """Forget the gradients."""
-        for grad in self._grads.values():
-            grad.zero_()
+        for state in (*self._grads.values(), self._came):
+            state.zero_()
 
     def at_step(self, step: int) -> None:
         """Nothing here depends on the step."""

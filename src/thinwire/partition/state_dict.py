@@ -6,28 +6,23 @@ from typing import Any
 
 from torch import nn
 
+from thinwire.partition.hooks import Hook
 
-def hook_state_dict(module: nn.Module, whole: Callable[[], AbstractContextManager[None]], *, copies: bool) -> None:
-    """Run both inside `whole()`, which all ranks enter together; `copies`: parameters do not outlive it."""
-    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+
+def hook_state_dict(module: nn.Module, whole: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run both inside `whole()`, which all ranks enter together."""
     entered = ExitStack()
 
     def enter(*_: Any) -> None:
         entered.enter_context(whole())
 
-    def after_state_dict(_: nn.Module, found: dict[str, Any], prefix: str, __: Any) -> None:
-        for name in names:
-            if copies and prefix + name in found:
-                found[prefix + name] = found[prefix + name].clone()
-        entered.close()
-
-    def after_load(*_: Any) -> None:
+    def leave(*_: Any) -> None:
         entered.close()
 
     for register, hook in (
         (module.register_state_dict_pre_hook, enter),
-        (module.register_state_dict_post_hook, after_state_dict),
+        (module.register_state_dict_post_hook, leave),
         (module.register_load_state_dict_pre_hook, enter),
-        (module.register_load_state_dict_post_hook, after_load),
+        (module.register_load_state_dict_post_hook, leave),
     ):
-        register(hook)  # type: ignore[no-untyped-call]
+        register(Hook(hook))  # type: ignore[no-untyped-call]

@@ -16,7 +16,8 @@ from thinwire.comm.collectives import all_gather, reduce_scatter
 from thinwire.comm.handle import Handle
 from thinwire.comm.lowrank import LowRank, Matrix
 from thinwire.comm.residual import Residual
-from thinwire.partition.dtypes import sum_of_squares
+from thinwire.errors import UseError
+from thinwire.partition.dtypes import Kind, sum_of_squares
 from thinwire.partition.layout import matrices_in
 from thinwire.partition.place import Place
 from thinwire.traffic import G_GATHER, G_REDUCE
@@ -25,20 +26,24 @@ from thinwire.traffic import G_GATHER, G_REDUCE
 class Sums:
     """Of the gradients of `parameters`, in the order in which they lie in the buffer; empty if they are not trained."""
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], place: Place, *, dtype: torch.dtype, trained: bool
-    ) -> None:
-        self._parameters, self.place, self._cut, self._trained = parameters, place, place.cut, trained
-        self._numel, self.dtype = len(place.at(self._cut.lg)) if trained else 0, dtype
+    def __init__(self, parameters: Mapping[str, nn.Parameter], place: Place, *, kind: Kind) -> None:
+        self._parameters, self.place, self._cut, self._kind = parameters, place, place.cut, kind
+        self._trained, self.dtype = kind.trained, kind.master
+        self._numel = len(place.at(self._cut.lg)) if kind.trained else 0
         self._alone = not place.levels(0, place.outermost)
         """Whether nobody adds to this rank's gradients."""
         self._held = None if self._alone else self._zeros(self._numel)
         self._left: dict[int, Tensor] = {}
         """Gradients that were left where they are: flat pieces of this buffer, by where they begin."""
+        self._tag = 0
+        self.came = [False] * len(parameters)
+        """Of each parameter, whether backward has given it a gradient in this step, on this rank."""
         self._begun = False
         """Whether a micro-batch of the step under way is in the sums or on its way; what they held before is nothing."""
-        self._complete = False
-        """Whether the sums at lo are those of the whole step."""
+        self.complete = False
+        """Whether the sums at lo are those of the step, as far as it has come."""
+        self._earlier: Tensor | None = None
+        """Complete sums of this step from before it went on all the same."""
         self.low_rank = self._make_low_rank()
         self.residual = Residual() if self.low_rank is None else self.low_rank.residual
 
@@ -87,22 +92,35 @@ class Sums:
 
     def _add_grads(self, first: bool) -> None:
         """Add the parameters' gradients to the sums, which are whole; the first ones of a step begin them."""
-        for slot, parameter in zip(self.place.layout.slots, self._parameters.values(), strict=True):
+        for slot, grad in zip(self.place.layout.slots, self._grads(), strict=True):
             total = self.held[slot.offset : slot.offset + slot.numel]
-            if parameter.grad is not None:
+            if grad is not None:
                 add = total.copy_ if first else total.add_
-                add(parameter.grad.flatten())
-                parameter.grad = None
+                add(self._kind.numbers(grad))
             elif first:
                 total.zero_()
+
+    def forget_grads(self) -> None:
+        """Of a micro-batch that is given up, what backward has left."""
+        came = list(self.came)
+        for _ in self._grads():
+            pass
+        self.came = came
+
+    def _grads(self) -> Iterator[Tensor | None]:
+        """Take the parameters' gradients away, one by one."""
+        for number, parameter in enumerate(self._parameters.values()):
+            with torch._C.DisableTorchFunctionSubclass():
+                grad, parameter.grad = parameter.grad, None
+            self.came[number] |= grad is not None
+            yield grad
 
     def _take_grads(self) -> list[Tensor]:
         """Take the parameters' gradients away: flat pieces of N elements in all; one that is missing counts as zero."""
         layout = self.place.layout
         pieces: list[Tensor] = []
-        for slot, parameter in zip(layout.slots, self._parameters.values(), strict=True):
-            grad, parameter.grad = parameter.grad, None
-            pieces.append(self._zeros(slot.numel) if grad is None else grad.flatten().to(self.dtype))
+        for slot, grad in zip(layout.slots, self._grads(), strict=True):
+            pieces.append(self._zeros(slot.numel) if grad is None else self._kind.numbers(grad).to(self.dtype))
         padding = layout.numel - layout.used
         return [*pieces, self._zeros(padding)] if padding else pieces
 
@@ -116,22 +134,42 @@ class Sums:
             self._left[at] = piece
             at += len(piece)
 
-    def _take_up_left(self) -> None:
-        """More micro-batches come after all: what was left begins the sums."""
-        if self._left:
-            self.held.copy_(torch.cat([*self._left.values()]))
-            self._left = {}
+    def _set_aside(self) -> None:
+        if self.feedback_level is not None:
+            raise UseError(
+                "a step with error feedback or low-rank sums has one last backward; pass last=True to one micro_batch and "
+                "add the losses up before backward, or leave plan.wire.error_feedback and lowrank out"
+            )
+        self._earlier = self.reduced.clone()
+        self._begun = self.complete = False
+        self._left = {}
+
+    def finish_chain(self) -> Iterator[Handle]:
+        """The sums on to depth lo after all, where no micro-batch was the last; and with what was set aside."""
+        if not self._begun:
+            return
+        if not self.complete:
+            yield from self._sum_outwards(self.held)
+            self.complete = True
+        if self._earlier is not None:
+            total = self._earlier.add_(self.reduced)
+            self._left, self._earlier = {}, None
+            self._at(self._cut.lo).copy_(total)
 
     # -- from rank to rank ---------------------------------------------------------------------------------------------
 
-    def reduce_chain(self, *, last: bool) -> Iterator[Handle]:
-        """This micro-batch's gradients into the sum at depth lg; after the last one on to depth lo, replicas included."""
-        first, self._begun = not self._begun, True
+    def reduce_chain(self, *, last: bool, tag: int) -> Iterator[Handle]:
+        """This micro-batch's gradients into the sum at depth lg; after the last one on to depth lo, replicas included.
+
+        All ranks mean the same `tag`. More may come after the last one: complete sums are then added to those that follow.
+        """
+        if self.complete:
+            self._set_aside()
+        first, self._begun, self._tag = not self._begun, True, tag
         if first and last and self._alone:
             self._leave_grads()
-            self._complete = True
+            self.complete = True
             return
-        self._take_up_left()
         begins: Tensor | list[Tensor] = self.held
         if self._cut.lg >= 0:
             yield from self._sum_inwards(first)
@@ -141,7 +179,7 @@ class Sums:
             self._add_grads(first)
         if last:
             yield from self._sum_outwards(begins)
-            self._complete = True
+            self.complete = True
 
     def _sum_inwards(self, first: bool) -> Iterator[Handle]:
         """This micro-batch's gradients into the sums at lg, at least one level deep."""
@@ -202,7 +240,7 @@ class Sums:
         codec = place.coding(self._cut.grads, level, place.outermost, G_REDUCE)
         if level == self._cut.feedback_level:
             part = self._with_residual(_whole(part), codec, place.world.fanout(level))
-        handle = reduce_scatter(out, part, world=place.world, level=level, purpose=G_REDUCE, codec=codec)
+        handle = reduce_scatter(out, part, world=place.world, level=level, purpose=G_REDUCE, codec=codec, tag=self._tag)
         if isinstance(part, list):
             part.clear()  # the handle keeps what is still needed, and no longer than that
         return handle
@@ -220,7 +258,10 @@ class Sums:
     @property
     def reduced(self) -> Tensor:
         """The summed gradient of this rank's masters; complete after the last micro-batch's chain has landed."""
-        assert self._complete, "gradients are not reduced yet"
+        if not self.complete:
+            raise UseError(
+                "there are no gradients: run forward and backward inside engine.micro_batch() before the step"
+            )
         return torch.cat([*self._left.values()]) if self._left else self._at(self._cut.lo)
 
     def reduced_at(self, where: slice) -> Tensor:
@@ -241,8 +282,9 @@ class Sums:
 
     def dropped(self) -> None:
         """Forget the gradients and what this step would have lost."""
-        self._begun = self._complete = False
-        self._left = {}
+        self._begun = self.complete = False
+        self._left, self._earlier = {}, None
+        self.came = [False] * len(self.came)
         (self.low_rank or self.residual).dropped()
 
 

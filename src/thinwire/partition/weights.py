@@ -5,10 +5,13 @@ units: their inner hops are issued as they land, and forwards may differ between
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+
+import torch
 
 from thinwire.comm.flight import Flight
 from thinwire.comm.world import World
+from thinwire.partition.course import Course
 from thinwire.partition.order import GatherOrder, of_rank_0
 from thinwire.partition.unit import Unit
 
@@ -18,20 +21,28 @@ class Weights:
 
     def __init__(self, units: Sequence[Unit], world: World, *, depth: int, note: Callable[[str, Unit], None]) -> None:
         self._units, self._world, self._note = units, world, note
+        self._number = {unit: number for number, unit in enumerate(units)}
         self.used: list[Unit] = []
         """Units in order of first use in forward."""
         self._refreshes = list(range(len(units)))
         """The order of refreshes, agreed on after the first micro-batch."""
         self._refreshing: deque[Unit] = deque()
         """Units whose new weights are on their way, oldest first."""
-        self._gathers = GatherOrder(world, depth)
+        self._here: dict[Unit, None] = {}
+        """Cut units that are gathered, oldest first."""
+        self._passing: list[Unit] = []
+        """Of those, the ones that are here because somebody looked at them."""
+        self._gathers = GatherOrder(world, depth, [unit.label for unit in units])
         self._last = False
+        for unit in units:
+            unit.watch()
 
     # -- in a micro-batch ----------------------------------------------------------------------------------------------
 
     def begin(self, *, last: bool) -> None:
         """A micro-batch begins; `last` is the one before the optimizer's step."""
         self._last = last
+        self._pass(())
 
     def first_use(self, unit: Unit) -> None:
         """The forward uses a unit: it is whole when this returns."""
@@ -46,26 +57,52 @@ class Weights:
         self.land_refresh(unit)
         self._land_gather(unit)
 
+    def look(self, units: Sequence[Unit], *, stays: bool) -> None:
+        """Parameters of these units are used outside their forward: they are whole, and new, when this returns.
+
+        They stay so to the end of the micro-batch (`stays`), or until others are looked at: a loop over all parameters
+        holds one unit at a time.
+        """
+        self._pass(units)
+        for unit in units:
+            if stays:
+                unit.loose = True
+                unit.hidden += not torch.is_grad_enabled()
+            elif not unit.gathered and unit.gathering is None:
+                self._passing.append(unit)
+            self.use(unit)
+        if not stays:
+            self._world.settle()
+
+    def _pass(self, except_for: Collection[Unit]) -> None:
+        left, self._passing = self._passing, []
+        for unit in left:
+            if unit in except_for:
+                self._passing.append(unit)
+            elif not unit.loose:
+                self.release(unit)
+
     def prefetch(self, unit: Unit, direction: int) -> None:
         """Start gathering the unit that comes next in this direction (+1: forward, -1: backward)."""
-        position = self.used.index(unit) + direction
+        position = self.used.index(unit) + direction if unit in self.used else -1
         if not 0 <= position < len(self.used):
             return
         following = self.used[position]
         if not following.gathered and following.gathering is None:
             self._start_gather(following)
 
-    def release_after(self, unit: Unit) -> None:
-        """Backward has come to a unit: those after it are done with, unless they are used in several places."""
-        if not unit.resident and unit in self.used:
-            for done in self.used[self.used.index(unit) + 1 :]:
-                if not (done.resident or self._kept(done)):
-                    self.release(done)
+    def release_over(self, course: Course) -> None:
+        """Give up the units that backward has come through, unless they are used in several places."""
+        for unit in list(self._here):
+            if course.is_over(unit) and not (unit.resident or unit.loose or self._kept(unit)):
+                self.release(unit)
 
     def release_all(self, *, unless_kept: bool) -> None:
         """Nothing stays gathered, or only what the next micro-batch of the step uses as it is."""
+        self._passing = []
         for unit in self._units:
             self._land_gather(unit)
+            unit.loose = False
             if not (unless_kept and self._kept(unit)):
                 self.release(unit)
 
@@ -73,8 +110,9 @@ class Weights:
         """Give a unit's whole weights up, unless they are on their way."""
         if unit.gathering is None:
             for flat in unit.flats:
-                if flat.gathered:
-                    flat.release()
+                flat.release()
+            self._here.pop(unit, None)
+            unit.watch()
 
     def check(self) -> None:
         """Raises UseError if ranks that share weights have gathered different units in this step, or in other orders."""
@@ -87,19 +125,22 @@ class Weights:
     def _start_gather(self, unit: Unit) -> None:
         self.land_refresh(unit)
         self._note("gather", unit)
-        self._gathers.note(unit.name or "root")
-        unit.gathering = Flight(*(flat.gather_chain() for flat in unit.flats))
+        tag = self._gathers.tag(self._number[unit])
+        unit.gathering = Flight(*(flat.gather_chain(tag) for flat in unit.flats))
 
     def _land_gather(self, unit: Unit) -> None:
         if unit.gathering is not None:
-            unit.gathering.land()
+            with self._gathers.told():
+                unit.gathering.land()
             unit.gathering = None
+            self._here[unit] = None
+            unit.watch()
 
     # -- after a step --------------------------------------------------------------------------------------------------
 
     def agree(self) -> None:
         """From now on refreshes go in the order in which rank 0's forward used units; then come the others."""
-        used = [self._units.index(unit) for unit in self.used]
+        used = [self._number[unit] for unit in self.used]
         self._refreshes = of_rank_0([*used, *(index for index in self._refreshes if index not in used)], self._world)
 
     def refresh_all(self, *, exact: bool) -> None:
@@ -112,9 +153,11 @@ class Weights:
         self.land_refresh(unit)
         self._land_gather(unit)
         self.release(unit)
+        self._world.settle()  # others may be reading the old ones
         self._note("refresh", unit)
         unit.refreshing = Flight(*(flat.refresh_chain(exact=exact) for flat in unit.flats if exact or flat.trained))
         self._refreshing.append(unit)
+        unit.watch()
 
     def land_refresh(self, unit: Unit) -> None:
         """The unit's new weights have arrived when this returns, and those sent before them."""
@@ -123,14 +166,9 @@ class Weights:
             assert older.refreshing is not None
             older.refreshing.land()
             older.refreshing = None
+            older.watch()
 
     def land_refreshes(self) -> None:
         """All new weights have arrived when this returns."""
         while self._refreshing:
             self.land_refresh(self._refreshing[-1])
-
-    def land_refreshes_of_unused(self) -> None:
-        """Units that no forward has been seen to use may be used in other ways: their weights are brought up to date."""
-        for unit in self._units:
-            if unit not in self.used:
-                self.land_refresh(unit)
