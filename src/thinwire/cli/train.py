@@ -78,7 +78,8 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
 def leave(ending: "Ending") -> None:
     """Tell whose fault it was, if it was somebody's, and exit with the run's status."""
     if ending.failure is not None:
-        who = f"rank {ending.failure.rank}: " if ending.failure.rank >= 0 else ""
+        named = ending.failure.names_a_rank or ending.failure.rank < 0
+        who = "" if named else f"rank {ending.failure.rank}: "
         typer.echo(f"thinwire: {who}{ending.failure.sentence}", err=True)
         if ending.failure.details:
             typer.echo(ending.failure.details.rstrip(), err=True)

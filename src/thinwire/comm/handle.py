@@ -1,18 +1,47 @@
 """A collective in flight. It is waited for exactly once; one that is dropped is found when the world is left."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor
 
 from thinwire.comm.ledger import Entry
+from thinwire.comm.lost import Peers
+from thinwire.comm.status import Status
+from thinwire.errors import LinkError
 
 
 class Waitable(Protocol):
     """What torch.distributed returns for an asynchronous call."""
 
     def wait(self) -> object: ...
+
+
+class Outstanding(set["Handle"]):
+    """The handles of one rank that nobody has waited for yet, and what others are told while one is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.status = Status()
+        self.peers: Peers | None = None
+
+    @contextmanager
+    def waiting(self, awaited: Entry | str) -> Iterator[None]:
+        """Others are waited for inside. Raises RankLost, naming the one that has not come, if a connection fails."""
+        self.status.wait(awaited)
+        try:
+            yield
+        except (RuntimeError, LinkError) as error:
+            if (found := self.explain(error)) is error:
+                raise
+            raise found from None
+        self.status.waited()
+
+    def explain(self, error: Exception) -> Exception:
+        """What to raise in the place of `error`, see `Peers.explain`."""
+        return error if self.peers is None else self.peers.explain(error)
 
 
 class Handle:
@@ -23,7 +52,7 @@ class Handle:
 
     def __init__(
         self,
-        outstanding: set["Handle"],
+        outstanding: Outstanding,
         entry: Entry | None,
         works: Sequence[Waitable],
         *,
@@ -51,12 +80,13 @@ class Handle:
     def wait(self) -> float:
         """Block until the result is in place; seconds until it came, without what `finish` makes of it.
 
-        Calling it twice is a bug, and raises AssertionError.
+        Raises RankLost if another rank does not come. Calling it twice is a bug, and raises AssertionError.
         """
         assert not self._waited, f"handle waited for twice: {self._entry}"
         start_s = time.perf_counter()
-        for work in self._works:
-            work.wait()
+        with self._outstanding.waiting(self._entry or "a collective"):
+            for work in self._works:
+                work.wait()
         now_s = time.perf_counter()
         waited_s = now_s - start_s
         for each in self._entries:

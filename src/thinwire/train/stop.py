@@ -26,6 +26,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         self.by = ""
+        self.at_once = False
+        """By a signal that asks for the end of the process, not for a stop some time before it."""
 
     def listen(self) -> None:
         """Take over the stop signals of this process. Call from the main thread."""
@@ -37,4 +39,5 @@ class StopRequest:
         if self.asked and number == signal.SIGINT:
             os._exit(INTERRUPTED_STATUS)
         self.asked = True
+        self.at_once = self.at_once or number != signal.SIGUSR1
         self.by = signal.Signals(number).name
