@@ -192,6 +192,7 @@ def hosts(tmp_path: Path) -> Hosts:
         yield made
 
 
+@pytest.mark.slow
 def test_the_interface_that_reaches_the_others_is_found_and_told(hosts: Hosts, tmp_path: Path, corpus: Path) -> None:
     hosts.start_ranks(_train(tmp_path, corpus))
     assert hosts.ends(100) == [0, 0], hosts.output(0) + hosts.output(1)
@@ -199,6 +200,7 @@ def test_the_interface_that_reaches_the_others_is_found_and_told(hosts: Hosts, t
     assert "step 2/2" in hosts.output(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["file", "environment"])
 def test_a_wrong_interface_ends_all_ranks_in_time_with_a_sentence_that_names_it(
     hosts: Hosts, tmp_path: Path, corpus: Path, named: str
@@ -217,6 +219,7 @@ def test_a_wrong_interface_ends_all_ranks_in_time_with_a_sentence_that_names_it(
         assert "c10d" not in hosts.output(rank)
 
 
+@pytest.mark.slow
 def test_an_address_that_does_not_lead_to_rank_0_is_told_on_both_sides(
     hosts: Hosts, tmp_path: Path, corpus: Path
 ) -> None:
@@ -227,6 +230,7 @@ def test_an_address_that_does_not_lead_to_rank_0_is_told_on_both_sides(
     assert told in hosts.output(1)
 
 
+@pytest.mark.slow
 def test_where_the_way_to_rank_0_does_not_join_the_others_another_is_taken(
     hosts: Hosts, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +246,7 @@ def test_where_the_way_to_rank_0_does_not_join_the_others_another_is_taken(
     assert f"rank 0 talks over eth1 ({joined(0)}): 2 ranks on 2 hosts" in hosts.output(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_ends_ranks_that_wait_for_others(
