@@ -112,6 +112,32 @@ def test_the_rank_that_does_not_come_is_named_by_all_others_in_time(
         assert_matches(rf"rank {CULPRIT} \(host .*, pid \d+\) {sentence}", text)
 
 
+def _comes_after(world: World, folder: Path) -> None:
+    """The others issue a collective when one rank is long gone."""
+    if world.rank == CULPRIT:
+        os._exit(0)
+    time.sleep(1.5)
+    try:
+        for _ in range(3):
+            out = torch.empty(3000)
+            handles = [all_gather(out, torch.ones(1000), world=world, level=0, purpose="weights") for _ in range(3)]
+            for handle in handles:
+                handle.wait()
+    except RankLost as error:
+        (folder / f"{world.rank}.told").write_text(str(error))
+    while len(list(folder.glob("*.told"))) < RANKS - 1:
+        time.sleep(0.01)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("sockets", [(), (0,)], ids=["memory", "sockets"])
+def test_a_rank_that_went_before_a_collective_was_issued_is_named(tmp_path: Path, sockets: Sequence[int]) -> None:
+    with pytest.raises(RuntimeError, match="died without a word"):
+        run_world(RANKS, _comes_after, tmp_path, sockets=sockets, patience_s=10, timeout_s=60)
+    for rank in set(range(RANKS)) - {CULPRIT}:
+        assert_matches(rf"rank {CULPRIT} \(host .*, pid \d+\) has ended: ", (tmp_path / f"{rank}.told").read_text())
+
+
 def assert_matches(pattern: str, text: str) -> None:
     assert re.match(pattern, text), text
 

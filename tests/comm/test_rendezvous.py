@@ -67,6 +67,20 @@ def test_nccls_patterns_mean_what_its_manual_says(pattern: str, chosen: str) -> 
     assert [name for name in ("lo", "eth0", "eth1") if interfaces.selects(pattern, name)] == chosen.split()
 
 
+def test_libraries_are_told_the_interface_unless_somebody_has_told_them() -> None:
+    environment: dict[str, str] = {}
+    interfaces.tell_libraries(environment, ["eth1"], between_hosts=True)
+    assert environment == {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}
+    assert interfaces.selects(environment["NCCL_SOCKET_IFNAME"], "eth1")
+    assert not interfaces.selects(environment["NCCL_SOCKET_IFNAME"], "eth10")
+    environment = {"NCCL_SOCKET_IFNAME": "ib"}
+    interfaces.tell_libraries(environment, ["eth1"], between_hosts=True)
+    assert environment == {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "ib"}
+    environment = {}
+    interfaces.tell_libraries(environment, ["lo"], between_hosts=False)
+    assert environment == {"GLOO_SOCKET_IFNAME": "lo"}
+
+
 def _presence(rank: int, machine: str, local: Address | None, reached: str | None, *here: Address) -> Presence:
     return Presence(rank, machine, 100 + rank, machine, "pids", 5, local, reached, here, ())
 

@@ -119,6 +119,21 @@ def test_a_signal_before_the_ranks_can_listen_is_kept(corpus: Path, tmp_path: Pa
     assert max(losses(tmp_path / "run")) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_before_its_ranks_have_met_ends_at_once_with_status_0(
+    corpus: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start("train", write_run(tmp_path, corpus, cluster=CLUSTER, run={**RUN, "steps": 100000}))
+    end_s = time.monotonic() + 60
+    while len(ranks_of(process)) < 2 and time.monotonic() < end_s:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert "stopped before the ranks had met; the same command starts again" in output
+    assert not (tmp_path / "run" / EVENTS_FILE).exists()
+
+
 def test_a_second_ctrl_c_leaves_at_once(corpus: Path, tmp_path: Path) -> None:
     path = write_run(tmp_path, corpus, cluster=CLUSTER, run={**RUN, "steps": 100000})
     process = start("train", path)

@@ -51,12 +51,14 @@ def all_gather(
     n = shard_n.numel()
     if codec is IDENTITY:
         entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, shard_n.nbytes * (k - 1), codec)
-        works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), group=group, near=world.neighbours(level))
+        with world.outstanding.issuing():
+            works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), group=group, near=world.neighbours(level))
         return Handle(world.outstanding, entry, works, keep=(out_kn, shard_n))
     coded = codec.encode(shard_n.reshape(-1))
     received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
     entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, coded.nbytes * (k - 1), codec)
-    works = duplex.all_gather(received.view(k, -1), coded, group=group, near=world.neighbours(level))
+    with world.outstanding.issuing():
+        works = duplex.all_gather(received.view(k, -1), coded, group=group, near=world.neighbours(level))
 
     def finish() -> None:
         for part, chunk in zip(out_kn.view(k, n), received.view(k, 1, -1), strict=True):
@@ -87,7 +89,8 @@ def reduce_scatter(
     if near is not None and codec is IDENTITY and pieces[0].dtype == out_n.dtype:
         rows = rows_of(pieces, k)
         entry = _entry(world, level, "reduce_scatter", purpose, k * out_n.nbytes, out_n.nbytes * (k - 1), codec)
-        added = near.add_up(out_n.view(-1), rows, me=world.coordinate(level))
+        with world.outstanding.issuing():
+            added = near.add_up(out_n.view(-1), rows, me=world.coordinate(level))
         return Handle(world.outstanding, entry, [added], keep=(out_n, *(piece for row in rows for piece in row)))
     full = (pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))).view(k, n)
     if group is None:
@@ -101,7 +104,8 @@ def reduce_scatter(
     entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, sent.nbytes // k * (k - 1), codec)
     sent = sent.contiguous()
     me = world.coordinate(level)
-    works = duplex.all_to_all(received, sent, group=group, copy_own=codec is not IDENTITY, near=near)
+    with world.outstanding.issuing():
+        works = duplex.all_to_all(received, sent, group=group, copy_own=codec is not IDENTITY, near=near)
 
     def finish() -> None:
         if codec is IDENTITY:

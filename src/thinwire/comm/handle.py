@@ -31,13 +31,19 @@ class Outstanding(set["Handle"]):
     def waiting(self, awaited: Entry | str) -> Iterator[None]:
         """Others are waited for inside. Raises RankLost, naming the one that has not come, if a connection fails."""
         self.status.wait(awaited)
+        with self.issuing():
+            yield
+        self.status.waited()
+
+    @contextmanager
+    def issuing(self) -> Iterator[None]:
+        """Something is sent to others inside. Raises RankLost, naming the one that is gone, if a connection fails."""
         try:
             yield
         except (RuntimeError, LinkError) as error:
             if (found := self.explain(error)) is error:
                 raise
             raise found from None
-        self.status.waited()
 
     def explain(self, error: Exception) -> Exception:
         """What to raise in the place of `error`, see `Peers.explain`."""

@@ -1,7 +1,7 @@
 """This machine's network interfaces, and those that the user wants ranks to talk over. No torch."""
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import NamedTuple
 
 import psutil
@@ -62,6 +62,16 @@ def selects(pattern: str, name: str) -> bool:
     exact, rest = rest.startswith("="), rest.removeprefix("=")
     named = any(name == word if exact else name.startswith(word) for word in _names(rest))
     return named != excludes
+
+
+def tell_libraries(environment: MutableMapping[str, str], names: Sequence[str], *, between_hosts: bool) -> None:
+    """Name the interfaces to NCCL and to torch's own gloo groups, which hear of them in no other way.
+
+    What is set already stays. On one host NCCL finds its own way, past sockets.
+    """
+    environment.setdefault(GLOO, ",".join(names))
+    if between_hosts:
+        environment.setdefault(NCCL, f"={','.join(names)}")
 
 
 def _names(text: str) -> list[str]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from thinwire.cluster.cluster import Cluster, Level, check_size
 from thinwire.comm import gloo
 from thinwire.comm.handle import Outstanding
-from thinwire.comm.interfaces import GLOO, NCCL, addresses, asked
+from thinwire.comm.interfaces import addresses, asked, tell_libraries
 from thinwire.comm.ledger import Ledger
 from thinwire.comm.lost import Peers
 from thinwire.comm.neighbours import Exchanges, Neighbours
@@ -101,9 +101,7 @@ class World:
         assert peers is not None
         self._devices = gloo.open_devices(peers.route)
         if self.device.type == "cuda":
-            if not peers.on_one_host:  # NCCL, and torch's own gloo groups, can be told in no other way
-                os.environ.setdefault(NCCL, f"={','.join(peers.interfaces)}")
-            os.environ.setdefault(GLOO, ",".join(peers.interfaces))
+            tell_libraries(os.environ, peers.interfaces, between_hosts=not peers.on_one_host)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl", store=store, rank=self.rank, world_size=self.size, timeout=self.timeout
             )

@@ -16,6 +16,7 @@ from thinwire.cluster.cluster import Cluster
 from thinwire.comm.place import Place
 from thinwire.config import dump_toml
 from thinwire.errors import ConfigError
+from thinwire.train.stop import take_as_usual
 from thinwire.train.worker import failures_reported, leave_with_launcher
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     """A rank started by the local launcher. Returns the exit status; a failure is written to the report file."""
     own = json.loads(arguments[0])
     leave_with_launcher(own["launcher_pipe"])
+    take_as_usual()
     place = Place(**own["place"])
     with failures_reported(place, Path(own["report"])):
         cluster = Cluster.model_validate_json(arguments[1])

@@ -12,12 +12,17 @@ INTERRUPTED_STATUS = 130
 
 @contextmanager
 def held_for_children() -> Iterator[None]:
-    """Processes started inside keep a SIGUSR1 waiting until they `listen`: a scheduler may send it before they can."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    """Processes started inside keep stop signals waiting until they `listen`: they may come before they can."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def take_as_usual() -> None:
+    """End this process by the stop signals that were `held_for_children`, as every process does that does not `listen`."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 class StopRequest:
