@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from torch import Tensor
 
@@ -41,9 +41,13 @@ class Outstanding(set["Handle"]):
         try:
             yield
         except (RuntimeError, LinkError) as error:
-            if (found := self.explain(error)) is error:
-                raise
-            raise found from None
+            self.fail(error)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise `error`, or what explains it."""
+        if (found := self.explain(error)) is error:
+            raise error
+        raise found from None
 
     def explain(self, error: Exception) -> Exception:
         """What to raise in the place of `error`, see `Peers.explain`."""
@@ -90,9 +94,13 @@ class Handle:
         """
         assert not self._waited, f"handle waited for twice: {self._entry}"
         start_s = time.perf_counter()
-        with self._outstanding.waiting(self._entry or "a collective"):
+        self._outstanding.status.wait(self._entry or "a collective")
+        try:
             for work in self._works:
                 work.wait()
+        except (RuntimeError, LinkError) as error:
+            self._outstanding.fail(error)
+        self._outstanding.status.waited()
         now_s = time.perf_counter()
         waited_s = now_s - start_s
         for each in self._entries:
