@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from labs import need_lab
-from runs import make_corpus, write_run
+from runs import make_corpus, thinwire, write_run
 from thinwire.comm import interfaces
 from thinwire.comm.interfaces import Address
 from thinwire.comm.rendezvous import Presence, Rendezvous, _routes
@@ -163,8 +163,11 @@ def test_rank_0_that_is_not_there_is_told_with_this_sides_address() -> None:
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("", 0)) as taken:
         meeting = Rendezvous(0, 2, "127.0.0.1", taken.getsockname()[1], timeout_s=5, stopped=lambda: False)
-        with pytest.raises(LinkError, match="another program listens there; choose another port"):
+        with pytest.raises(LinkError, match="it cannot listen there: Address already in use; choose another port"):
             meeting.open()
+        other = Rendezvous(1, 2, "127.0.0.1", taken.getsockname()[1], timeout_s=2, stopped=lambda: False)
+        with pytest.raises(LinkError, match="no rank 0 of a run answers there; choose another port"):
+            other.open()
 
 
 def test_an_interface_that_one_rank_lacks_ends_all_with_its_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +200,14 @@ def _train(folder: Path, corpus: Path, **cluster: object) -> list[str]:
     run = {"steps": 2, "sample_tokens": 0, "eval_sequences": 4, "timeout": "8 s"}
     path = write_run(folder, corpus, cluster={"levels": levels, **cluster}, run=run, schedule={"warmup_steps": 0})
     return ["-m", "thinwire", "train", str(path)]
+
+
+def test_an_interface_that_is_not_here_is_refused_before_anything_is_written(tmp_path: Path, corpus: Path) -> None:
+    path = write_run(tmp_path, corpus, cluster={"levels": [2], "interface": "eth77"})
+    done = thinwire("train", path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("thinwire: cluster.interface names 'eth77', but ")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

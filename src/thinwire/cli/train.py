@@ -43,6 +43,7 @@ def run(
 
 def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int | None) -> None:
     """Check everything, make the run folder, start the ranks, tell how they ended."""
+    from thinwire.comm.interfaces import addresses, asked
     from thinwire.train.folder import open_folder
     from thinwire.train.job import crowding, read_config, resolve
     from thinwire.train.launch import Share, launch, refuse_taken
@@ -52,6 +53,8 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
         refuse_taken(port)
     job = resolve(run_file, config, prepare=True)
     job.config.tracking.check()
+    if job.cluster.ranks > 1 or job.cluster.interface:
+        asked(job.cluster.interface, os.environ, addresses(), cuda=job.cluster.device.kind == "cuda")
     resuming = open_folder(job, fresh=fresh)
     _greet(job, resuming)
     if warning := crowding(job.cluster.ranks):

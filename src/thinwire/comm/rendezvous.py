@@ -6,10 +6,13 @@ to the host's next one, on all ranks alike. Waiting is done in short steps, so t
 that another rank has told, ends it at once on every rank.
 """
 
+import errno
 import json
 import os
+import re
 import secrets
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +28,7 @@ from thinwire.comm.interfaces import Address
 from thinwire.comm.status import Desk, call
 from thinwire.errors import ConfigError, LinkError, StopAsked, ThinwireError
 
-_LOOK_S, _CONNECT_S, _FAREWELL_S = 0.05, 3.0, 2.0
+_LOOK_S, _OPEN_S, _CONNECT_S, _FAREWELL_S = 0.05, 1.0, 3.0, 2.0
 _CALLERS = 32
 _TROUBLE, _HEARD = "thinwire/trouble", "thinwire/heard"
 _KINDS: dict[str, type[ThinwireError]] = {"config": ConfigError, "link": LinkError, "stop": StopAsked}
@@ -104,17 +107,32 @@ class Rendezvous:
         Raises LinkError, naming the address from which rank 0 was not reached in time, and StopAsked.
         """
         door = None if self._rank == 0 else self._knock()
-        own = "127.0.0.1"  # whether the others' address for rank 0 leads here shows when they come
-        try:
-            self._store = dist.TCPStore(
-                own if door is None else door[1], self._port, self._size, is_master=self._rank == 0,
-                timeout=timedelta(seconds=self._timeout_s), wait_for_workers=False,
-            )  # fmt: skip
-        except (dist.DistError, RuntimeError, ValueError) as error:
-            taken = "EADDRINUSE" in str(error)
-            why = "another program listens there; choose another port" if taken else str(error).splitlines()[0]
-            raise LinkError(f"rank {self._rank} could not meet the others at {self._where}: {why}") from None
+        opened: list[dist.TCPStore | Exception] = []
+        # In a thread: what answers at that port and is no store keeps a client waiting for ever.
+        thread = threading.Thread(
+            target=self._open_at, args=("127.0.0.1" if door is None else door[1], opened), daemon=True
+        )
+        thread.start()
+        thread.join(min(_OPEN_S, self._timeout_s))  # once it is open, a stop can be told to the others
+        while thread.is_alive() and time.monotonic() < self._end_s:
+            self._leave_if_asked()
+            thread.join(_LOOK_S)
+        if not opened or isinstance(opened[0], Exception):
+            why = "no rank 0 of a run answers there"
+            if self._rank == 0:
+                why = f"it cannot listen there: {_reason(opened[0]) if opened else 'no answer'}"
+            raise LinkError(f"rank {self._rank} could not meet the others at {self._where}: {why}; choose another port")
+        self._store = opened[0]
         return door
+
+    def _open_at(self, host: str, opened: "list[dist.TCPStore | Exception]") -> None:
+        timeout, first = timedelta(seconds=self._timeout_s), self._rank == 0
+        try:
+            opened.append(
+                dist.TCPStore(host, self._port, self._size, is_master=first, timeout=timeout, wait_for_workers=False)
+            )
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            opened.append(error)
 
     def present(self, presence: Presence, desk: Desk) -> tuple[Presence, ...]:
         """Everybody, with the addresses at which each is reached by all. Raises LinkError naming who is not."""
@@ -296,6 +314,12 @@ def _advice(rank: Presence, routes: Sequence[Route]) -> str:
         f"rank {rank.rank} has {has}; connect the hosts, or name an interface that leads to the others in "
         "cluster.interface"
     )
+
+
+def _reason(error: object) -> str:
+    """The system's word for what torch's store calls by the name of the error's number."""
+    named = re.search(r"name: (E[A-Z]+)", str(error))
+    return os.strerror(getattr(errno, named[1])) if named and hasattr(errno, named[1]) else type(error).__name__
 
 
 def _listed(addresses: Sequence[Address]) -> str:
