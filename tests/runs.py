@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import tomli_w
 
 from thinwire.cli import main
 from thinwire.data.prepare import Options, prepare
+from thinwire.events import read_events
+from thinwire.train.folder import EVENTS_FILE
 
 _STARTS_NO_RANKS = ("data", "eval", "export", "generate", "import", "plan", "simulate")
 
@@ -92,11 +95,10 @@ def _here(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
+def start(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
     """Start the command line and return at once."""
-    return subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
+    own = {**environment(), **variables}
+    return subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=own)
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -106,3 +108,28 @@ def command(*arguments: str | Path) -> list[str]:
 def environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def wait_for_step(folder: Path, step: int, timeout_s: float = 60) -> None:
+    end_s = time.monotonic() + timeout_s
+    path = folder / EVENTS_FILE
+    while time.monotonic() < end_s:
+        if path.exists() and any(record["step"] >= step for record in read_events(path, "step")):
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"{folder} did not reach step {step}")
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of a launcher's ranks, by rank."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                line = (entry / "cmdline").read_bytes().decode()
+            except (OSError, IndexError):
+                continue
+            if parent == str(process.pid) and "thinwire.train.worker" in line:
+                found.append((int(line.partition('"rank": ')[2].partition(",")[0]), int(entry.name)))
+    return [pid for _, pid in sorted(found)]

@@ -25,12 +25,17 @@ def cluster_of(levels: Levels) -> Cluster:
 
 
 def run_world(
-    levels: int | Levels, fn: Callable[..., Any], *args: Any, timeout_s: float = 120, sockets: Sequence[int] = ()
+    levels: int | Levels,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 120,
+    sockets: Sequence[int] = (),
+    patience_s: float = 60,
 ) -> list[Any]:
     """`fn(world, *args)` on every rank of a new world: the results by rank. Raises what a rank raised, or TimeoutError.
 
-    All ranks are neighbours on this host; those of the levels in `sockets` talk as if they were not. Leaving the world
-    checks that no handle was dropped.
+    All ranks are neighbours on this host; those of the levels in `sockets` talk as if they were not. Collectives wait for
+    `patience_s`. Leaving the world checks that no handle was dropped.
     """
     cluster = cluster_of([levels] if isinstance(levels, int) else levels)
     context = mp.get_context("forkserver")
@@ -39,7 +44,8 @@ def run_world(
     pipes, processes = [], []
     for rank in range(cluster.ranks):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, cluster, rank, port, sockets, fn, args), daemon=True)
+        setting = (cluster, rank, port, sockets, patience_s)
+        process = context.Process(target=_rank, args=(theirs, *setting, fn, args), daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -75,7 +81,14 @@ def _results(pipes: list[Connection], timeout_s: float) -> list[Any]:
 
 
 def _rank(
-    pipe: Connection, cluster: Cluster, rank: int, port: int, sockets: Sequence[int], fn: Callable[..., Any], args: Any
+    pipe: Connection,
+    cluster: Cluster,
+    rank: int,
+    port: int,
+    sockets: Sequence[int],
+    patience_s: float,
+    fn: Callable[..., Any],
+    args: Any,
 ) -> None:
     import torch
 
@@ -84,7 +97,7 @@ def _rank(
     torch.set_num_threads(1)
     try:
         world = World.join(
-            cluster, rank=rank, size=cluster.ranks, local_rank=rank, host="127.0.0.1", port=port, timeout_s=60
+            cluster, rank=rank, size=cluster.ranks, local_rank=rank, host="127.0.0.1", port=port, timeout_s=patience_s
         )
         result = fn(world.through_sockets(sockets), *args)
         world.leave()

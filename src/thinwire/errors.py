@@ -38,6 +38,20 @@ class LinkError(ThinwireError):
     """Ranks could not meet, or lost each other."""
 
 
+class RankLost(LinkError):
+    """A collective cannot end because of `rank`, which the sentence names: it has ended, is stopped, or has not come."""
+
+    def __init__(self, sentence: str, rank: int) -> None:
+        super().__init__(sentence)
+        self.rank = rank
+
+
+class StopAsked(ThinwireError):
+    """A stop was asked for before there was anything to stop."""
+
+    exit_status = 0
+
+
 class LabError(ThinwireError):
     """The emulated cluster could not be built on this machine, or broke."""
 

@@ -1,17 +1,12 @@
 """gloo communicators on shared devices."""
 
-import os
 from datetime import timedelta
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from thinwire.cluster.cluster import Cluster, Level
-from thinwire.comm import gloo
 from thinwire.comm.world import World
-from thinwire.errors import LinkError
 from worlds import run_world
 
 
@@ -53,19 +48,3 @@ def _own_timeout(world: World) -> float:
 
 def test_a_communicator_keeps_its_own_timeout() -> None:
     assert run_world(2, _own_timeout) == [7.0, 7.0]
-
-
-def test_interfaces_are_those_that_torchs_variable_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(gloo.open_devices()) == 1
-    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo,lo")
-    assert len(gloo.open_devices()) == 2
-    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "nowhere0")
-    with pytest.raises(RuntimeError, match="nowhere0"):
-        gloo.open_devices()
-
-
-def test_an_interface_that_does_not_exist_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "nowhere0")
-    cluster = Cluster(levels=(Level(name="node", fanout=2),))
-    with pytest.raises(LinkError, match=r"rank 1 could not meet.*nowhere0"):
-        World.join(cluster, rank=1, size=2, local_rank=1, host="127.0.0.1", port=1, timeout_s=5)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from runs import command, environment, make_corpus, start, thinwire, write_run
-from thinwire.events import read_events, steps
+from runs import command, environment, make_corpus, ranks_of, start, thinwire, wait_for_step, write_run
+from thinwire.events import steps
 from thinwire.train.folder import EVENTS_FILE
 
 CLUSTER = {"levels": [2]}
@@ -34,31 +34,6 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def losses(folder: Path) -> dict[int, float]:
     return {step: record["loss"] for step, record in steps(folder / EVENTS_FILE).items()}
-
-
-def wait_for_step(folder: Path, step: int, timeout_s: float = 60) -> None:
-    end_s = time.monotonic() + timeout_s
-    path = folder / EVENTS_FILE
-    while time.monotonic() < end_s:
-        if path.exists() and any(record["step"] >= step for record in read_events(path, "step")):
-            return
-        time.sleep(0.01)
-    raise TimeoutError(f"{folder} did not reach step {step}")
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    """The process ids of a launcher's ranks, by rank."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                line = (entry / "cmdline").read_bytes().decode()
-            except (OSError, IndexError):
-                continue
-            if parent == str(process.pid) and "thinwire.train.worker" in line:
-                found.append((int(line.partition('"rank": ')[2].partition(",")[0]), int(entry.name)))
-    return [pid for _, pid in sorted(found)]
 
 
 @pytest.mark.parametrize("victims", ["all", "one", "launcher"])
@@ -142,6 +117,21 @@ def test_a_signal_before_the_ranks_can_listen_is_kept(corpus: Path, tmp_path: Pa
     assert len(told) == 2
     assert process.returncode == 0, output
     assert max(losses(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_before_its_ranks_have_met_ends_at_once_with_status_0(
+    corpus: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start("train", write_run(tmp_path, corpus, cluster=CLUSTER, run={**RUN, "steps": 100000}))
+    end_s = time.monotonic() + 60
+    while len(ranks_of(process)) < 2 and time.monotonic() < end_s:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert "stopped before the ranks had met; the same command starts again" in output
+    assert not (tmp_path / "run" / EVENTS_FILE).exists()
 
 
 def test_a_second_ctrl_c_leaves_at_once(corpus: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep_last: int, keep_every: int, world: World, verify: bool = True) -> None:
         self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
-        self._rank, self._verify = world.rank, verify
+        self._world, self._rank, self._verify = world, world.rank, verify
         ranks = range(world.size)
         self._group = (
             world.communicator(ranks, members_only=False, small=True, timeout=_PATIENCE) if world.size > 1 else None
@@ -137,7 +137,8 @@ class Checkpoints:
         """Rank 0's decision, on all ranks."""
         box = [decide() if decide is not None else None]
         if self._group is not None:
-            dist.broadcast_object_list(box, src=0, group=self._group)
+            with self._world.outstanding.waiting("the agreement on a checkpoint"):
+                dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def _write(self, step: int, pieces: list[Piece], meta: dict[str, Any]) -> Saved | SaveFailed:
@@ -168,7 +169,10 @@ class Checkpoints:
         results = [mine]
         if self._group is not None:
             results = [(None, None)] * dist.get_world_size(self._group)
-            dist.all_gather_object(results, mine, group=self._group)
+            try:
+                dist.all_gather_object(results, mine, group=self._group)
+            except RuntimeError as error:
+                raise self._world.outstanding.explain(error) from None
         failed = [
             why if why.startswith("rank ") else f"rank {rank}: {why}"
             for rank, (_, why) in enumerate(results)

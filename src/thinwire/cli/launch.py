@@ -17,7 +17,7 @@ SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of
 NODES = typer.Option(help="Nodes, or a range such as 2-4: the run's levels become [ranks per node, nodes].")
 PER_NODE = typer.Option(help="Default: the ranks inside the run's level called node.", min=1)
 INTERFACE = typer.Option(
-    help="Network interface for the ranks to talk over, such as ib0; default: the libraries' choice."
+    help="Network interface for the ranks to talk over, such as ib0; default: the one that reaches the others."
 )
 
 

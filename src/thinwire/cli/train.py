@@ -43,6 +43,7 @@ def run(
 
 def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int | None) -> None:
     """Check everything, make the run folder, start the ranks, tell how they ended."""
+    from thinwire.comm.interfaces import addresses, asked
     from thinwire.train.folder import open_folder
     from thinwire.train.job import crowding, read_config, resolve
     from thinwire.train.launch import Share, launch, refuse_taken
@@ -52,6 +53,8 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
         refuse_taken(port)
     job = resolve(run_file, config, prepare=True)
     job.config.tracking.check()
+    if job.cluster.ranks > 1 or job.cluster.interface:
+        asked(job.cluster.interface, os.environ, addresses(), cuda=job.cluster.device.kind == "cuda")
     resuming = open_folder(job, fresh=fresh)
     _greet(job, resuming)
     if warning := crowding(job.cluster.ranks):
@@ -78,7 +81,8 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
 def leave(ending: "Ending") -> None:
     """Tell whose fault it was, if it was somebody's, and exit with the run's status."""
     if ending.failure is not None:
-        who = f"rank {ending.failure.rank}: " if ending.failure.rank >= 0 else ""
+        named = ending.failure.names_a_rank or ending.failure.rank < 0
+        who = "" if named else f"rank {ending.failure.rank}: "
         typer.echo(f"thinwire: {who}{ending.failure.sentence}", err=True)
         if ending.failure.details:
             typer.echo(ending.failure.details.rstrip(), err=True)

@@ -66,6 +66,8 @@ class Cluster(Frozen):
     version: Literal[1] = 1
     device: Device = Device()
     levels: tuple[Level, ...] = Field(min_length=1)
+    interface: str | None = Field(default=None, min_length=1)
+    """The network interface that ranks talk over (several: `eth0,eth1`); None: the one that reaches the others."""
     calibration: Calibration | None = None
     """How near device and links come to these figures; none: the device's default."""
     measured: tuple[Measurement, ...] = ()
@@ -122,6 +124,7 @@ class ClusterConfig(Frozen):
     file: str | None = None
     device: Device | str | None = None
     levels: tuple[Level, ...] = ()
+    interface: str | None = Field(default=None, min_length=1)
 
     @field_validator("levels", mode="before")
     @classmethod
@@ -150,8 +153,9 @@ class ClusterConfig(Frozen):
             cluster = read_cluster(base / self.file)
         else:
             levels = self.levels or (Level(name="node", fanout=1),)
-            return build(Cluster, {"device": device or Device(), "levels": levels}, "cluster")
-        return cluster.model_copy(update={"device": device}) if device else cluster
+            cluster = build(Cluster, {"device": Device(), "levels": levels}, "cluster")
+        given = {"device": device, "interface": self.interface}
+        return cluster.model_copy(update={name: value for name, value in given.items() if value})
 
 
 def read_cluster(path: Path) -> Cluster:

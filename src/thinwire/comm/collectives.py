@@ -59,12 +59,14 @@ def all_gather(
     beside = [_control(world, level)] if tag and _has_headers(world, level) else []
     if codec is IDENTITY:
         entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, shard_n.nbytes * (k - 1), codec)
-        works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), **to)
+        with world.outstanding.issuing():
+            works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), **to)
         return Handle(world.outstanding, entry, works, keep=(out_kn, shard_n), beside=beside)
     coded = codec.encode(shard_n.reshape(-1))
     received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
     entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, coded.nbytes * (k - 1), codec)
-    works = duplex.all_gather(received.view(k, -1), coded, **to)
+    with world.outstanding.issuing():
+        works = duplex.all_gather(received.view(k, -1), coded, **to)
 
     def finish() -> None:
         for part, chunk in zip(out_kn.view(k, n), received.view(k, 1, -1), strict=True):
@@ -79,7 +81,9 @@ def compare(tag: int, *, world: World, levels: Sequence[int]) -> None:
         group = world.group(level, "gather")
         if group is not None:
             entry = _control(world, level) if _has_headers(world, level) else None
-            Handle(world.outstanding, entry, duplex.compare(tag, group=group, near=world.neighbours(level))).wait()
+            with world.outstanding.issuing():
+                works = duplex.compare(tag, group=group, near=world.neighbours(level))
+            Handle(world.outstanding, entry, works).wait()
 
 
 def _has_headers(world: World, level: int) -> bool:
@@ -119,7 +123,8 @@ def reduce_scatter(
     if near is not None and codec is IDENTITY and pieces[0].dtype == out_n.dtype:
         rows = rows_of(pieces, k)
         entry = _entry(world, level, "reduce_scatter", purpose, k * out_n.nbytes, out_n.nbytes * (k - 1), codec)
-        added = near.add_up(out_n.view(-1), rows, me=world.coordinate(level), stream=_stream(purpose), tag=tag)
+        with world.outstanding.issuing():
+            added = near.add_up(out_n.view(-1), rows, me=world.coordinate(level), stream=_stream(purpose), tag=tag)
         return Handle(world.outstanding, entry, [added], keep=(out_n, *(piece for row in rows for piece in row)))
     full = (pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))).view(k, n)
     if group is None:
@@ -134,7 +139,8 @@ def reduce_scatter(
     sent = sent.contiguous()
     me = world.coordinate(level)
     to: dict[str, Any] = {"group": group, "near": near, "stream": _stream(purpose), "tag": tag}
-    works = duplex.all_to_all(received, sent, copy_own=codec is not IDENTITY, **to)
+    with world.outstanding.issuing():
+        works = duplex.all_to_all(received, sent, copy_own=codec is not IDENTITY, **to)
 
     def finish() -> None:
         if codec is IDENTITY:

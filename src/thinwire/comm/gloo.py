@@ -6,23 +6,21 @@ second, and interrupt what computes each time; on one device they cost 5 (docs/l
 that is registered with it.
 """
 
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 NAME = "shared_gloo"
-_INTERFACES = "GLOO_SOCKET_IFNAME"
 _Gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack its options and devices
 Devices = Sequence[Any]
 
 
-def open_devices() -> Devices:
-    """One for each network interface that GLOO_SOCKET_IFNAME names, as torch's own groups have; else for the host's name."""
-    names = [name for name in os.environ.get(_INTERFACES, "").split(",") if name]
-    return [_Gloo.create_device(interface=name) for name in names] or [_Gloo.create_default_device()]
+def open_devices(addresses: Sequence[str]) -> Devices:
+    """One for each of this machine's addresses."""
+    return [_Gloo.create_device(hostname=address) for address in addresses]
 
 
 def join(store: dist.Store, rank: int, size: int, devices: Devices, timeout: timedelta) -> None:
@@ -47,8 +45,13 @@ def _options(devices: Devices, timeout: timedelta) -> Any:
 
 
 def _make(place: Any, options: Any) -> Any:
-    """A group that somebody made like the default one has no options: it gets devices of its own."""
-    return _Gloo(place.store, place.group_rank, place.group_size, options or _options(open_devices(), place.timeout))
+    """A group that somebody makes like the default one has no options: it gets that one's devices."""
+    return _Gloo(place.store, place.group_rank, place.group_size, options or _options(_shared(), place.timeout))
+
+
+def _shared() -> Devices:
+    devices: Devices = dist.group.WORLD._get_backend(torch.device("cpu")).options._devices  # type: ignore[union-attr]
+    return devices
 
 
 dist.Backend.register_backend(NAME, _make, extended_api=True, devices=["cpu"])

@@ -1,18 +1,57 @@
 """A collective in flight. It is waited for exactly once; one that is dropped is found when the world is left."""
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, Protocol
 
 from torch import Tensor
 
 from thinwire.comm.ledger import Entry
+from thinwire.comm.lost import Peers
+from thinwire.comm.status import Status
+from thinwire.errors import LinkError
 
 
 class Waitable(Protocol):
     """What torch.distributed returns for an asynchronous call."""
 
     def wait(self) -> object: ...
+
+
+class Outstanding(set["Handle"]):
+    """The handles of one rank that nobody has waited for yet, and what others are told while one is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.status = Status()
+        self.peers: Peers | None = None
+
+    @contextmanager
+    def waiting(self, awaited: Entry | str) -> Iterator[None]:
+        """Others are waited for inside. Raises RankLost, naming the one that has not come, if a connection fails."""
+        self.status.wait(awaited)
+        with self.issuing():
+            yield
+        self.status.waited()
+
+    @contextmanager
+    def issuing(self) -> Iterator[None]:
+        """Something is sent to others inside. Raises RankLost, naming the one that is gone, if a connection fails."""
+        try:
+            yield
+        except (RuntimeError, LinkError) as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise `error`, or what explains it."""
+        if (found := self.explain(error)) is error:
+            raise error
+        raise found from None
+
+    def explain(self, error: Exception) -> Exception:
+        """What to raise in the place of `error`, see `Peers.explain`."""
+        return error if self.peers is None else self.peers.explain(error)
 
 
 class Handle:
@@ -23,7 +62,7 @@ class Handle:
 
     def __init__(
         self,
-        outstanding: set["Handle"],
+        outstanding: Outstanding,
         entry: Entry | None,
         works: Sequence[Waitable],
         *,
@@ -51,12 +90,17 @@ class Handle:
     def wait(self) -> float:
         """Block until the result is in place; seconds until it came, without what `finish` makes of it.
 
-        Calling it twice is a bug, and raises AssertionError.
+        Raises RankLost if another rank does not come. Calling it twice is a bug, and raises AssertionError.
         """
         assert not self._waited, f"handle waited for twice: {self._entry}"
         start_s = time.perf_counter()
-        for work in self._works:
-            work.wait()
+        self._outstanding.status.wait(self._entry or "a collective")
+        try:
+            for work in self._works:
+                work.wait()
+        except (RuntimeError, LinkError) as error:
+            self._outstanding.fail(error)
+        self._outstanding.status.waited()
         now_s = time.perf_counter()
         waited_s = now_s - start_s
         for each in self._entries:

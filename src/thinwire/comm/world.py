@@ -5,7 +5,9 @@ it in that level's coordinate alone. Different kinds of collective have communic
 never queues behind a reduction (pytorch issue 177011). A world of one rank has no communicator and no process group.
 """
 
-from collections.abc import Container, Mapping, Sequence
+import os
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Literal, get_args
@@ -15,12 +17,16 @@ import torch.distributed as dist
 
 from thinwire.cluster.cluster import Cluster, Level, check_size
 from thinwire.comm import gloo
-from thinwire.comm.handle import Handle
+from thinwire.comm.handle import Outstanding
+from thinwire.comm.interfaces import addresses, asked, tell_libraries
 from thinwire.comm.ledger import Ledger
+from thinwire.comm.lost import Peers
 from thinwire.comm.neighbours import Exchanges, Neighbours
 from thinwire.comm.place import Place
+from thinwire.comm.rendezvous import Presence, Rendezvous
 from thinwire.comm.same_host import find_neighbours
-from thinwire.errors import ConfigError, LinkError
+from thinwire.comm.status import Desk, Status
+from thinwire.errors import ConfigError, LinkError, RankLost
 
 Kind = Literal["gather", "reduce", "small"]
 
@@ -35,8 +41,8 @@ class World:
     cluster: Cluster
     device: torch.device
     ledger: Ledger = field(default_factory=Ledger)
-    outstanding: set[Handle] = field(default_factory=set)
-    """Handles not waited for yet."""
+    outstanding: Outstanding = field(default_factory=Outstanding)
+    """Handles not waited for yet, and what others may ask of this rank."""
     _groups: dict[tuple[int, Kind], dist.ProcessGroup] = field(default_factory=dict)
     _neighbours: dict[int, Neighbours] = field(default_factory=dict)
     timeout: timedelta = timedelta(seconds=600)
@@ -49,33 +55,85 @@ class World:
 
     @staticmethod
     def join(
-        cluster: Cluster, *, rank: int, size: int, local_rank: int, host: str, port: int, timeout_s: float = 600.0
-    ) -> "World":
+        cluster: Cluster, *, rank: int, size: int, local_rank: int, host: str, port: int, timeout_s: float = 600.0,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> "World":  # fmt: skip
         """Meet the other ranks at host:port (rank 0 listens there) and make every communicator.
 
-        Raises ConfigError if the cluster's levels do not multiply up to `size`, LinkError if the ranks do not meet.
+        `stopped` is asked while others are waited for: whether this process is to leave instead. Raises ConfigError if the
+        cluster's levels do not multiply up to `size` or an interface that is named is not here, LinkError if the ranks do
+        not meet in time, StopAsked.
         """
         check_size(cluster, size)
         cuda = cluster.device.kind == "cuda"
         if cuda and not torch.cuda.is_available():
             raise ConfigError('the cluster\'s device is a GPU, but torch sees none here; set cluster.device = "cpu"')
         device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-        world = World(rank, size, local_rank, cluster, device)
+        world = World(rank, size, local_rank, cluster, device, timeout=timedelta(seconds=timeout_s))
         if size > 1:
-            timeout = world.timeout = timedelta(seconds=timeout_s)
+            meeting = Rendezvous(rank, size, host, port, timeout_s=timeout_s, stopped=stopped)
+            world._meet(meeting)
             try:
-                world._devices = gloo.open_devices()
-                store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timeout)
-                if cuda:
-                    both = "cpu:gloo,cuda:nccl"
-                    dist.init_process_group(both, store=store, rank=rank, world_size=size, timeout=timeout)
-                else:
-                    gloo.join(store, rank, size, world._devices, timeout)
-            except (dist.DistError, RuntimeError, ValueError) as error:
+                with world.outstanding.waiting("the start of the communicators"):
+                    world._connect(meeting.store)
+            except (RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
-                raise LinkError(f"rank {rank} could not meet the others at {host}:{port}: {reason}") from error
-            world._make_groups()
+                raise LinkError(f"{world.introduction}; it could not connect to the others: {reason}") from None
         return world
+
+    def _meet(self, meeting: Rendezvous) -> None:
+        """Find out who the others are and at which addresses all reach each other."""
+        here, door = addresses(), meeting.open()
+        try:
+            wanted = asked(self.cluster.interface, os.environ, here, cuda=self.device.type == "cuda")
+        except ConfigError as error:
+            meeting.fail("config", f"rank {self.rank}: {error}")
+        desk = Desk(self.rank, self.status)
+        try:
+            own = Presence.of_this_process(self.rank, desk.port, here, wanted, door)
+            self.outstanding.peers = Peers(self.rank, meeting.present(own, desk), desk)
+        except BaseException:
+            desk.close()
+            raise
+
+    def _connect(self, store: dist.Store) -> None:
+        peers = self.outstanding.peers
+        assert peers is not None
+        self._devices = gloo.open_devices(peers.route)
+        if self.device.type == "cuda":
+            tell_libraries(os.environ, peers.interfaces, between_hosts=not peers.on_one_host)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl", store=store, rank=self.rank, world_size=self.size, timeout=self.timeout
+            )
+        else:
+            gloo.join(store, self.rank, self.size, self._devices, self.timeout)
+        self._make_groups()
+
+    @property
+    def status(self) -> Status:
+        """What this rank is doing, as the others are told who ask for it."""
+        return self.outstanding.status
+
+    @property
+    def introduction(self) -> str | None:
+        """Over which interface this rank talks to the others; None if there are none."""
+        return None if self.outstanding.peers is None else self.outstanding.peers.introduction()
+
+    @contextmanager
+    def failures_explained(self) -> Iterator[None]:
+        """Whatever connections break inside, one sentence names the rank that others waited for (RankLost).
+
+        A failure of this rank's own passes, after all others have been told of it.
+        """
+        try:
+            yield
+        except Exception as error:
+            found, peers = self.outstanding.explain(error), self.outstanding.peers
+            if peers is not None and not isinstance(found, RankLost):
+                peers.announce(found)
+            if found is error:
+                raise
+            raise found from None
 
     @staticmethod
     def from_environment(cluster: Cluster, environment: Mapping[str, str], *, timeout_s: float = 600.0) -> "World":
@@ -180,4 +238,6 @@ class World:
                 near.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if self.outstanding.peers is not None:
+            self.outstanding.peers.close()
         assert not dropped, f"{len(dropped)} handles were never waited for, the first is {dropped[0]}"

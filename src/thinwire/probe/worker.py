@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -15,7 +16,12 @@ from thinwire.cluster.cluster import Cluster
 from thinwire.comm.place import Place
 from thinwire.config import dump_toml
 from thinwire.errors import ConfigError
+from thinwire.train.stop import take_as_usual
 from thinwire.train.worker import failures_reported, leave_with_launcher
+
+if TYPE_CHECKING:
+    from thinwire.comm.world import World
+    from thinwire.probe.effort import Effort
 
 
 def probe_rank(cluster: Cluster, place: Place, out: Path, *, quick: bool) -> None:
@@ -25,23 +31,29 @@ def probe_rank(cluster: Cluster, place: Place, out: Path, *, quick: bool) -> Non
     from thinwire.comm.heap import keep_heap
     from thinwire.comm.world import World
     from thinwire.probe.effort import FULL, QUICK
-    from thinwire.probe.fit import measured_cluster
-    from thinwire.probe.measure import measure, parts
 
     keep_heap()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     world = World.join(cluster, **asdict(place))
-    effort = QUICK if quick else FULL
+    with world.failures_explained():
+        _measure(world, out, QUICK if quick else FULL)
+        world.leave()
+
+
+def _measure(world: "World", out: Path, effort: "Effort") -> None:
+    """Measure on all ranks; rank 0 shows how far it is and writes the cluster file."""
+    from thinwire.probe.fit import measured_cluster
+    from thinwire.probe.measure import measure, parts
+
     shown = Progress(
         TextColumn("[bold]probe"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-        console=Console(stderr=True), disable=place.rank != 0,
+        console=Console(stderr=True), disable=world.rank != 0,
     )  # fmt: skip
     with shown:
         task = shown.add_task("start", total=parts(world, effort))
         timings = measure(world, effort, lambda what: shown.update(task, description=what, advance=1))
-    if place.rank == 0:
-        write(measured_cluster(cluster, timings), out)
-    world.leave()
+    if world.rank == 0:
+        write(measured_cluster(world.cluster, timings), out)
 
 
 def write(cluster: Cluster, out: Path) -> None:
@@ -59,6 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     """A rank started by the local launcher. Returns the exit status; a failure is written to the report file."""
     own = json.loads(arguments[0])
     leave_with_launcher(own["launcher_pipe"])
+    take_as_usual()
     place = Place(**own["place"])
     with failures_reported(place, Path(own["report"])):
         cluster = Cluster.model_validate_json(arguments[1])

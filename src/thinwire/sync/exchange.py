@@ -132,14 +132,16 @@ class _Hop:
         """Send `message` to all members; the ledger calls it `said`, else by the name of the hop."""
         clique = self._clique
         self._received = torch.empty(clique.size, message.numel(), dtype=torch.uint8, device=message.device)
-        works = duplex.all_gather(self._received, message, group=clique.communicators[hop], among=clique.present)
+        with self._world.outstanding.issuing():
+            works = duplex.all_gather(self._received, message, group=clique.communicators[hop], among=clique.present)
         yield self._handle("all_gather", said or hop, payload_bytes, message.numel(), works, message)
 
     def scatter(self, messages: Tensor, payload_bytes: int) -> Iterator[Handle]:
         """Send message m to member m."""
         clique = self._clique
         self._received = torch.empty_like(messages)
-        works = duplex.all_to_all(self._received, messages, group=clique.communicators[SEND], among=clique.present)
+        with self._world.outstanding.issuing():
+            works = duplex.all_to_all(self._received, messages, group=clique.communicators[SEND], among=clique.present)
         yield self._handle("all_to_all", SEND, payload_bytes, messages.shape[1], works, messages)
 
     def count(self, outcome: Outcome) -> list[float]:

@@ -55,7 +55,8 @@ class Meeting:
         """What every rank says, by rank."""
         everyone = [own] * self._world.size
         if self._everyone is not None:
-            dist.all_gather_object(everyone, own, group=self._everyone)
+            with self._world.outstanding.waiting("the comparison of all groups"):
+                dist.all_gather_object(everyone, own, group=self._everyone)
         return everyone
 
     def _clique(self, ranks: tuple[int, ...], one_each: bool, sync: Sync) -> Clique | None:

@@ -184,6 +184,7 @@ class Crew:
             if process.returncode is not None and process.returncode < 0
         }
         self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)  # one that is stopped would not hear it
         self._wait_at_most(_KILL_S if not died else 1.0)
         self._signal(signal.SIGKILL)
         failure = root_cause(self._reports, died, self._logs)

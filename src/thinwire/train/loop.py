@@ -44,6 +44,7 @@ def train(job: Job, world: World, stop: StopRequest) -> None:
 
 def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
     saver = Saver(job, parts)
+    parts.world.status.enter("the start of the run")
     step = saver.resume()
     total = job.config.run.steps
     parts.begin(step)
@@ -59,6 +60,7 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
         stopping = vote.after(step, asked=asked)
         agree(parts, step, tokens=record["tokens"], last=step == total)
         clock.lap("sync")
+        parts.world.status.enter("the end (records, checkpoint, validation)", step)
         bad_in_a_row = bad_in_a_row + 1 if record["skipped"] else 0
         _give_up_if_diverged(job, saver, bad_in_a_row, step)
         saver.after_step(step, last=stopping or step == total)
@@ -67,6 +69,7 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
         if _due(job.config.run.eval_every, step) or step == total:
             validate(job, parts, step)
     vote.close()
+    parts.world.status.enter("the end of the run", step)
     saver.finish()
     finish(job, parts, saver, step=step, stopped=stopping and step < total, by=stop.by)
 
@@ -74,7 +77,9 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
 def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     """One optimizer step: `(its record without timings, whether a rank of the group asks for a stop)`."""
     torch.default_generator.manual_seed(job.config.run.seed + step)
+    parts.world.status.enter("the data", step + 1)
     micro_batches = parts.feed.next()
+    parts.world.status.enter("forward and backward", step + 1)
     clock.lap("data")
     summed, valid_tokens = torch.zeros((), dtype=torch.float64, device=parts.world.device), 0
     for i, batch in enumerate(micro_batches):
@@ -85,6 +90,7 @@ def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRe
             clock.lap("backward")
         summed += loss.detach().double()
         valid_tokens += valid
+    parts.world.status.enter("the sums and the optimizer", step + 1)
     parts.sharded.finish_reduce()
     agreed = torch.tensor([summed.item(), valid_tokens, stop.asked], dtype=torch.float64)
     all_reduce_small(agreed, world=parts.group, op="sum")

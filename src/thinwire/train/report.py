@@ -1,7 +1,6 @@
 """Failure reports: what a rank leaves when it fails, and which of several reports is the root cause. No torch here."""
 
 import json
-import re
 import signal
 import time
 import traceback
@@ -9,15 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from thinwire.errors import ThinwireError
-
-_CASCADE = re.compile(
-    r"Connection closed by peer|Connection reset by peer|Timed out waiting \d+ms|connectFullMesh failed"
-    r"|Connection refused|Broken pipe|Socket Timeout|wait timeout|NCCL.*(abort|remote)|Software caused connection abort",
-    re.IGNORECASE,
-)
-_LOST = "lost a rank of this host"
-"""How a LinkError of `thinwire.comm.line` begins."""
+from thinwire.errors import LinkError, RankLost, ThinwireError
 
 
 @dataclass(frozen=True)
@@ -30,7 +21,9 @@ class FailureReport:
     details: str
     exit_status: int
     cascade: bool
-    """True if this looks like the echo of another rank's failure."""
+    """True if this is the echo of another rank's failure."""
+    names_a_rank: bool = False
+    """True if the sentence says itself which rank it is about."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -46,7 +39,8 @@ def describe(rank: int, error: BaseException) -> FailureReport:
         sentence=text if known else f"{type(error).__name__}: {text.splitlines()[0]}",
         details="" if known else "".join(traceback.format_exception(error)),
         exit_status=error.exit_status if isinstance(error, ThinwireError) else 1,
-        cascade=text.startswith(_LOST) if known else bool(_CASCADE.search(text)),
+        cascade=isinstance(error, RankLost),
+        names_a_rank=isinstance(error, LinkError),
     )
 
 

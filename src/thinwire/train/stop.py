@@ -12,12 +12,17 @@ INTERRUPTED_STATUS = 130
 
 @contextmanager
 def held_for_children() -> Iterator[None]:
-    """Processes started inside keep a SIGUSR1 waiting until they `listen`: a scheduler may send it before they can."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    """Processes started inside keep stop signals waiting until they `listen`: they may come before they can."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def take_as_usual() -> None:
+    """End this process by the stop signals that were `held_for_children`, as every process does that does not `listen`."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 class StopRequest:
@@ -26,6 +31,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         self.by = ""
+        self.at_once = False
+        """By a signal that asks for the end of the process, not for a stop some time before it."""
 
     def listen(self) -> None:
         """Take over the stop signals of this process. Call from the main thread."""
@@ -37,4 +44,5 @@ class StopRequest:
         if self.asked and number == signal.SIGINT:
             os._exit(INTERRUPTED_STATUS)
         self.asked = True
+        self.at_once = self.at_once or number != signal.SIGUSR1
         self.by = signal.Signals(number).name

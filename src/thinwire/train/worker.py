@@ -4,16 +4,16 @@ import json
 import os
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from thinwire.cluster.cluster import check_size
 from thinwire.comm.place import Place
-from thinwire.errors import ThinwireError
+from thinwire.errors import StopAsked, ThinwireError
 from thinwire.train.folder import open_folder
 from thinwire.train.job import Job, read_config, resolve
 from thinwire.train.report import describe
@@ -22,6 +22,7 @@ from thinwire.train.stop import StopRequest
 
 def run_rank(job: Job, place: Place, stop: StopRequest) -> None:
     """Join the world, train, leave it. Raises what training raises."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of sockets are not for users
     import torch
 
     from thinwire.comm.heap import keep_heap
@@ -34,9 +35,13 @@ def run_rank(job: Job, place: Place, stop: StopRequest) -> None:
         job.cluster,
         **asdict(place),
         timeout_s=job.config.run.timeout,
+        stopped=lambda: stop.at_once,
     )
-    train(job, world, stop)
-    world.leave()
+    if place.rank == 0 and world.introduction is not None:
+        print(world.introduction, flush=True)
+    with world.failures_explained():
+        train(job, world, stop)
+        world.leave()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,18 +62,21 @@ def failures_reported(place: Place, report: Path) -> Iterator[None]:
     """A failure inside is written to `report`, shown by ranks that nobody watches, and ends this process at once."""
     try:
         yield
+    except StopAsked as error:
+        leave_unbegun(place, error)
     except BaseException as error:
-        describe(place.rank, error).write(report)
+        said = describe(place.rank, error)
+        said.write(report)
         if place.rank != 0:
-            traceback.print_exception(error)
+            print(said.details or f"thinwire: {said.sentence}", file=sys.stderr)
         leave_now(1)
 
 
 def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh: bool) -> None:
     """Be one rank that torchrun or Slurm started: rank 0 makes the run folder, the others wait for it in the world.
 
-    Raises ThinwireError for wrong input. Any other failure is told in one line if it is the echo of another rank's, else
-    with its traceback, and ends this process at once so that the launcher sees it.
+    Raises ThinwireError for wrong input. A failure of the run is told in one sentence, with its traceback if it is none
+    of ours, and ends this process at once so that the launcher sees it.
     """
     stop = StopRequest()
     stop.listen()
@@ -80,17 +88,25 @@ def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh
         open_folder(job, fresh=fresh)
     try:
         run_rank(job, place, stop)
+    except StopAsked as error:
+        leave_unbegun(place, error)
+    except ThinwireError as error:
+        print(f"thinwire: {error}", file=sys.stderr)
+        leave_now(error.exit_status)
     except BaseException as error:
         report = describe(place.rank, error)
-        if isinstance(error, ThinwireError) and not report.cascade:
-            raise
-        print(f"thinwire: rank {place.rank}: {report.sentence}", file=sys.stderr)
-        if not report.cascade:
-            traceback.print_exception(error)
+        print(f"thinwire: rank {place.rank}: {report.sentence}\n{report.details}", file=sys.stderr)
         leave_now(1)
 
 
-def leave_now(status: int) -> None:
+def leave_unbegun(place: Place, stop: StopAsked) -> NoReturn:
+    """Leave because of a stop that was asked for before the ranks had met."""
+    if place.rank == 0:
+        print(stop)
+    leave_now(stop.exit_status)
+
+
+def leave_now(status: int) -> NoReturn:
     """Leave without waiting for communicators whose peers may be gone."""
     sys.stdout.flush()
     sys.stderr.flush()

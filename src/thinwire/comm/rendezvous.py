@@ -1,0 +1,341 @@
+"""How ranks find each other: a store at rank 0, what each says of itself, and the addresses at which all are reached.
+
+A rank's first choice is the address from which its connection to rank 0 leaves; on rank 0's host, that at which the other
+hosts have reached it. One rank of each host then calls all other hosts. An address that somebody cannot reach gives way
+to the host's next one, on all ranks alike. Waiting is done in short steps, so that a stop that was asked for, or trouble
+that another rank has told, ends it at once on every rank.
+"""
+
+import errno
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from thinwire.comm.interfaces import Address
+from thinwire.comm.status import Desk, call
+from thinwire.errors import ConfigError, LinkError, StopAsked, ThinwireError
+
+_LOOK_S, _OPEN_S, _CONNECT_S, _FAREWELL_S = 0.05, 1.0, 3.0, 2.0
+_CALLERS = 32
+_TROUBLE, _HEARD = "thinwire/trouble", "thinwire/heard"
+_KINDS: dict[str, type[ThinwireError]] = {"config": ConfigError, "link": LinkError, "stop": StopAsked}
+
+Route = tuple[Address, ...]
+"""The addresses that a rank listens on: one, or one for each interface that was asked for."""
+
+
+@dataclass(frozen=True)
+class Presence:
+    """What a rank says of itself. `machine`: ranks that share it share interfaces; `pids`: ... share process numbers."""
+
+    rank: int
+    host: str
+    pid: int
+    machine: str
+    pids: str
+    port: int
+    """Where its desk answers."""
+    local: Address | None
+    """From where it has reached rank 0."""
+    reached: str | None
+    """At which of rank 0's addresses."""
+    here: tuple[Address, ...]
+    asked: Route
+    route: Route = ()
+    """Decided by all."""
+
+    @staticmethod
+    def of_this_process(
+        rank: int, port: int, here: Sequence[Address], asked: Sequence[Address], door: tuple[str, str] | None
+    ) -> "Presence":
+        """`door`: the addresses of both ends of the connection to rank 0."""
+        boot, network, pids = _boot(), _inode("net"), _inode("pid")
+        local = None if door is None else next((each for each in here if each.ip == door[0]), None)
+        return Presence(
+            rank, socket.gethostname(), os.getpid(), f"{boot}/{network}", f"{boot}/{pids}", port,
+            local, None if door is None else door[1], tuple(here), tuple(asked),
+        )  # fmt: skip
+
+    @staticmethod
+    def read(told: Mapping[str, Any]) -> "Presence":
+        """From JSON."""
+        address = told["local"]
+        routes = {name: tuple(Address(*each) for each in told[name]) for name in ("here", "asked", "route")}
+        return Presence(**{**told, **routes, "local": None if address is None else Address(*address)})
+
+    @property
+    def who(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+    @property
+    def over(self) -> str:
+        return ", ".join(map(str, self.route))
+
+
+class Rendezvous:
+    """One rank's way to the others, until a time limit. Every rank makes it and calls its methods in the same order."""
+
+    def __init__(
+        self, rank: int, size: int, host: str, port: int, *, timeout_s: float, stopped: Callable[[], bool]
+    ) -> None:
+        self._rank, self._size, self._host, self._port = rank, size, host, port
+        self._timeout_s, self._end_s, self._stopped = timeout_s, time.monotonic() + timeout_s, stopped
+        self._store: dist.TCPStore | None = None
+        self._shared = ""
+
+    @property
+    def store(self) -> dist.TCPStore:
+        assert self._store is not None, "the store is not open yet"
+        return self._store
+
+    def open(self) -> tuple[str, str] | None:
+        """Open the store, at rank 0; the addresses of both ends of the connection to it, on the others.
+
+        Raises LinkError, naming the address from which rank 0 was not reached in time, and StopAsked.
+        """
+        door = None if self._rank == 0 else self._knock()
+        opened: list[dist.TCPStore | Exception] = []
+        # In a thread: what answers at that port and is no store keeps a client waiting for ever.
+        thread = threading.Thread(
+            target=self._open_at, args=("127.0.0.1" if door is None else door[1], opened), daemon=True
+        )
+        thread.start()
+        thread.join(min(_OPEN_S, self._timeout_s))  # once it is open, a stop can be told to the others
+        while thread.is_alive() and time.monotonic() < self._end_s:
+            self._leave_if_asked()
+            thread.join(_LOOK_S)
+        if not opened or isinstance(opened[0], Exception):
+            why = "no rank 0 of a run answers there"
+            if self._rank == 0:
+                why = f"it cannot listen there: {_reason(opened[0]) if opened else 'no answer'}"
+            raise LinkError(f"rank {self._rank} could not meet the others at {self._where}: {why}; choose another port")
+        self._store = opened[0]
+        return door
+
+    def _open_at(self, host: str, opened: "list[dist.TCPStore | Exception]") -> None:
+        timeout, first = timedelta(seconds=self._timeout_s), self._rank == 0
+        try:
+            opened.append(
+                dist.TCPStore(host, self._port, self._size, is_master=first, timeout=timeout, wait_for_workers=False)
+            )
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            opened.append(error)
+
+    def present(self, presence: Presence, desk: Desk) -> tuple[Presence, ...]:
+        """Everybody, with the addresses at which each is reached by all. Raises LinkError naming who is not."""
+        told = self._share("present", {**asdict(presence), "token": secrets.token_hex(8)})
+        desk.token = told[0]["token"]
+        self._share("ready", None)  # every desk knows the token before anybody calls
+        everyone = [Presence.read({key: value for key, value in each.items() if key != "token"}) for each in told]
+        routes = _routes(everyone)
+        if empty := [each for each, of_rank in zip(everyone, routes, strict=True) if not of_rank]:
+            self.fail("link", f"{empty[0].who} has no address beside {_listed(empty[0].here)}; plug in a network")
+        decided = self._choose(everyone, routes, desk.token)
+        return tuple(replace(each, route=route) for each, route in zip(everyone, decided, strict=True))
+
+    def fail(self, kind: str, sentence: str) -> NoReturn:
+        """Tell all ranks, then raise what `kind` (`config`, `link`, `stop`) stands for."""
+        if self._store is not None:
+            self._store.set(_TROUBLE, json.dumps([kind, sentence]))
+            if self._rank == 0:  # the store goes with this process: let the others read it
+                end_s = time.monotonic() + _FAREWELL_S
+                while self._store.add(_HEARD, 0) < self._size - 1 and time.monotonic() < end_s:
+                    time.sleep(_LOOK_S)
+        raise _KINDS[kind](sentence)
+
+    def _knock(self) -> tuple[str, str]:
+        """Connect to rank 0, again and again until it is there."""
+        why = "nobody answers"
+        while (left_s := self._end_s - time.monotonic()) > 0:
+            try:
+                with socket.create_connection((self._host, self._port), min(1.0, left_s)) as line:
+                    return str(line.getsockname()[0]), str(line.getpeername()[0])
+            except OSError as error:
+                why = error.strerror or str(error)
+            self._leave_if_asked()  # there is nobody to tell
+            time.sleep(min(_LOOK_S, left_s))
+        raise LinkError(
+            f"rank {self._rank} (host {socket.gethostname()}) could not reach rank 0 at {self._where}{self._leaving()} "
+            f"in {self._timeout_s:g} s: {why}; is rank 0 running there, and does that address lead to it?"
+        )
+
+    def _leaving(self) -> str:
+        """By which of this machine's addresses the way to rank 0 begins, as far as routes tell."""
+        from thinwire.comm.interfaces import addresses
+
+        try:
+            family, kind, _, _, target = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as line:
+                line.connect(target)
+                ip = line.getsockname()[0]
+        except OSError:
+            return ""
+        return "".join(f" from {address}" for address in addresses() if address.ip == ip)
+
+    @property
+    def _where(self) -> str:
+        return f"{self._host}:{self._port}"
+
+    def _leave_if_asked(self) -> None:
+        if self._stopped():
+            self.fail("stop", "stopped before the ranks had met; the same command starts again")
+
+    def _share(self, name: str, mine: Any) -> list[Any]:
+        """What every rank gives, by rank. Raises what another rank has told instead."""
+        try:
+            self._shared = f"thinwire/{name}"
+            self.store.set(f"{self._shared}/{self._rank}", json.dumps(mine))
+            if self._rank == 0:
+                keys = [f"{self._shared}/{rank}" for rank in range(self._size)]
+                for key in keys:
+                    self._await(key)
+                told = [json.loads(each) for each in self.store.multi_get(keys)]
+                self.store.set(self._shared, json.dumps(told))
+                return told
+            self._await(self._shared)
+            everything: list[Any] = json.loads(self.store.get(self._shared))
+            return everything
+        except (dist.DistError, RuntimeError) as error:
+            raise LinkError(
+                f"rank {self._rank} (host {socket.gethostname()}) lost rank 0 at {self._where} while the ranks met: it "
+                "has ended, or its network has"
+            ) from error
+
+    def _await(self, key: str) -> None:
+        wait_s = _LOOK_S / 10
+        while not self.store.check([key]):
+            self._leave_if_asked()
+            if self.store.check([_TROUBLE]):
+                kind, sentence = json.loads(self.store.get(_TROUBLE))
+                self.store.add(_HEARD, 1)
+                raise _KINDS[kind](sentence)
+            if time.monotonic() > self._end_s:
+                self.fail("link", self._missing())
+            time.sleep(wait_s)
+            wait_s = min(1.5 * wait_s, _LOOK_S)
+
+    def _missing(self) -> str:
+        late = [rank for rank in range(self._size) if not self.store.check([f"{self._shared}/{rank}"])] or [0]
+        ranks = f"rank{'s' * (len(late) > 1)} {', '.join(map(str, late[:8]))}{', ...' * (len(late) > 8)}"
+        return (
+            f"{ranks} of {self._size} did not come to rank 0 at {self._where} within {self._timeout_s:g} s; did they "
+            "start, and does that address lead from their hosts to rank 0?"
+        )
+
+    def _choose(self, everyone: Sequence[Presence], routes: Sequence[Sequence[Route]], token: str) -> list[Route]:
+        """Of the routes of every rank, in order of preference, the first that all reach. Raises LinkError."""
+        leaders = _leaders(everyone, routes)
+        at, failures = dict.fromkeys(set(leaders), 0), dict[int, list[str]]()
+        for attempt in range(sum(len(routes[leader]) for leader in at) if len(at) > 1 else 0):
+            current = {leader: routes[leader][choice] for leader, choice in at.items()}
+            mine = self._call_all(everyone, current, token) if self._rank in at else {}
+            reasons = self._share(f"reached-{attempt}", mine)
+            lost = {int(leader) for of_rank in reasons for leader in of_rank}
+            for caller, of_rank in enumerate(reasons):
+                for leader, why in of_rank.items():
+                    failures.setdefault(int(leader), []).append(
+                        f"{everyone[caller].who} over {_listed(current[caller])} cannot reach "
+                        f"{everyone[int(leader)].who} at {_listed(current[int(leader)])}: {why}"
+                    )
+            if not lost:
+                break
+            for leader in sorted(lost):
+                at[leader] += 1
+                if at[leader] == len(routes[leader]):
+                    self.fail("link", f"{failures[leader][0]}; {_advice(everyone[leader], routes[leader])}")
+        return [routes[rank][at[leader]] for rank, leader in enumerate(leaders)]
+
+    def _call_all(self, everyone: Sequence[Presence], current: Mapping[int, Route], token: str) -> dict[int, str]:
+        """Who is not reached, and why."""
+        targets = [
+            (leader, address.ip) for leader, route in current.items() if leader != self._rank for address in route
+        ]
+
+        def reach(target: tuple[int, str]) -> str | None:
+            leader, ip = target
+            try:
+                there = call(ip, everyone[leader].port, {"token": token}, min(_CONNECT_S, self._timeout_s / 4))
+            except OSError as error:
+                return error.strerror or str(error)
+            return None if there["rank"] == leader else f"rank {there['rank']} answers there"
+
+        with ThreadPoolExecutor(_CALLERS) as pool:
+            answers = list(pool.map(reach, targets))
+        return {leader: why for (leader, _), why in zip(targets, answers, strict=True) if why is not None}
+
+
+def _routes(everyone: Sequence[Presence]) -> list[list[Route]]:
+    """For every rank its possible routes, best first. Where all are on one host, loopback is one."""
+    reached = Counter(each.reached for each in everyone if each.machine != everyone[0].machine)
+    if all(each.machine == everyone[0].machine for each in everyone):
+        reached = Counter(each.reached for each in everyone if each.reached is not None)
+    first = [ip for ip, _ in sorted(reached.items(), key=lambda item: (-item[1], str(item[0])))]
+    return [_routes_of(each, first if each.machine == everyone[0].machine else [], everyone) for each in everyone]
+
+
+def _routes_of(rank: Presence, first: Sequence[str | None], everyone: Sequence[Presence]) -> list[Route]:
+    if rank.asked:
+        return [rank.asked]
+    alone = all(each.machine == rank.machine for each in everyone)
+    liked = [address for ip in first for address in rank.here if address.ip == ip]
+    if not first and rank.local is not None:
+        liked = [rank.local]
+    order = dict.fromkeys([*liked, *rank.here])
+    return [(address,) for address in order if alone or not address.is_loopback]
+
+
+def _leaders(everyone: Sequence[Presence], routes: Sequence[Sequence[Route]]) -> list[int]:
+    """For every rank the first one that shares its host and its routes: what holds for that one holds for it."""
+    seen: dict[tuple[Any, ...], int] = {}
+    return [
+        seen.setdefault((each.machine, *of_rank), each.rank) for each, of_rank in zip(everyone, routes, strict=True)
+    ]
+
+
+def _advice(rank: Presence, routes: Sequence[Route]) -> str:
+    if rank.asked:
+        told = f"rank {rank.rank} was told to use {_listed(rank.asked)}"
+        return f"{told}; name an interface that leads to the others, or leave it out"
+    has = ", ".join(_listed(route) for route in routes)
+    return (
+        f"rank {rank.rank} has {has}; connect the hosts, or name an interface that leads to the others in "
+        "cluster.interface"
+    )
+
+
+def _reason(error: object) -> str:
+    """The system's word for what torch's store calls by the name of the error's number."""
+    named = re.search(r"name: (E[A-Z]+)", str(error))
+    return os.strerror(getattr(errno, named[1])) if named and hasattr(errno, named[1]) else type(error).__name__
+
+
+def _listed(addresses: Sequence[Address]) -> str:
+    return ", ".join(map(str, addresses)) or "none"
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _inode(space: str) -> int:
+    """The namespace of that kind that this process is in."""
+    try:
+        return Path(f"/proc/self/ns/{space}").stat().st_ino
+    except OSError:
+        return -1
