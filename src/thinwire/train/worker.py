@@ -76,8 +76,7 @@ def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh
     job = resolve(run_file, config)
     job.config.tracking.check()
     check_size(job.cluster, place.size)
-    if place.rank == 0:
-        open_folder(job, fresh=fresh)
+    opened = open_folder(job, fresh=fresh) if place.rank == 0 else None
     try:
         run_rank(job, place, stop)
     except BaseException as error:
@@ -88,6 +87,8 @@ def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh
         if not report.cascade:
             traceback.print_exception(error)
         leave_now(1)
+    if opened is not None:
+        opened.lock.release()
 
 
 def leave_now(status: int) -> None:
