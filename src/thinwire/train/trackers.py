@@ -7,7 +7,7 @@ import importlib.util
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,6 +15,7 @@ from pydantic import Field
 
 from thinwire.config import Frozen
 from thinwire.errors import ConfigError
+from thinwire.folders import write_whole
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 TENSORBOARD = "tensorboard"
@@ -157,12 +158,18 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _kept(folder: Path, name: str) -> str | None:
-    path = folder / KEPT
-    found: Sequence[Any] | dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    return found.get(name) if isinstance(found, dict) else None
+    found = _all_kept(folder).get(name)
+    return found if isinstance(found, str) else None
 
 
 def _keep(folder: Path, name: str, identity: str) -> None:
-    path = folder / KEPT
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**known, name: identity}) + "\n")
+    write_whole(folder / KEPT, json.dumps({**_all_kept(folder), name: identity}) + "\n")
+
+
+def _all_kept(folder: Path) -> dict[str, Any]:
+    """Nothing if the file is no JSON object: the curves then begin anew."""
+    try:
+        found = json.loads((folder / KEPT).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
