@@ -280,3 +280,59 @@ def test_a_damaged_archive_of_format_1_is_a_sentence(tmp_path: Path) -> None:
     _resign(folder)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged"):
         list(read_tensors(folder, Manifest.read(folder), ""))
+
+
+def _flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def _make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _dangle(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut short": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b" x"),
+    "a bit flipped": _flip,
+    "removed": Path.unlink,
+    "a folder": _make_folder,
+    "a dangling link": _dangle,
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["format 2", "format 1"])
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_after_any_damage_to_any_file_the_one_before_is_used(tmp_path: Path, damage: str, old: bool) -> None:
+    _save(alone(), tmp_path, [1, 2], old)
+    for number, file in enumerate(sorted(path.name for path in (tmp_path / "step-00000002").iterdir())):
+        folder = tmp_path / str(number)
+        for name in ("step-00000001", "step-00000002"):
+            shutil.copytree(tmp_path / name, folder / name)
+        if old and file == "manifest.json" and damage == "a bit flipped":
+            continue  # format 1 has no digest
+        DAMAGES[damage](folder / "step-00000002" / file)
+        step, warnings = _load(alone(), folder, "abcefgh")
+        assert step == 1 and "step-00000002 is not whole" in warnings[0], file
+        assert (folder / "step-00000002.torn").is_dir()
+        path, _ = newest_whole(folder)
+        assert path.name == "step-00000001"
+
+
+def test_sizes_alone_are_compared_where_that_is_asked_for(tmp_path: Path) -> None:
+    _save(alone(), tmp_path, [1, 2])
+    _flip(tmp_path / "step-00000002" / "rank-00000.safetensors")
+    assert newest_whole(tmp_path, verify=False)[0].name == "step-00000002"
+    assert newest_whole(tmp_path, verify=True)[0].name == "step-00000001"
+    quick = Checkpoints(tmp_path, keep_last=9, keep_every=0, world=alone(), verify=False).newest()
+    assert quick is not None and quick.step == 2
+    os.truncate(tmp_path / "step-00000002" / "rank-00000.safetensors", 100)
+    assert newest_whole(tmp_path, verify=False)[0].name == "step-00000001"
