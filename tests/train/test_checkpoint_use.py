@@ -1,5 +1,6 @@
 """What a run makes of the checkpoints and the log that it finds in its folder."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from runs import make_corpus, run_tree
+from thinwire.checkpoint import store
 from thinwire.cli import main
 from thinwire.comm.world import World
 from thinwire.config import build
@@ -85,23 +87,25 @@ def main_report(folder: Path, out: Path) -> None:
     assert out.is_file()
 
 
-def test_a_save_that_fails_at_the_end_is_an_error_with_the_newest_named(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from thinwire.checkpoint import store
-
+def break_saves(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Ranks cannot write their part of the checkpoint of `step`."""
     plain = store.write_pieces
 
     def fails(path: Path, *args: Any) -> Any:
-        if "step-00000004" in str(path):
-            raise OSError(28, "No space left on device")
+        if f"step-{step:08d}" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return plain(path, *args)
 
+    patch.setattr(store, "write_pieces", fails)
+
+
+def test_a_save_that_fails_at_the_end_is_an_error_with_the_newest_named(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = r"of step 4, could not be saved: .*No space left on device; the newest is .*step-00000002"
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_pieces", fails)
-        with pytest.raises(
-            ThinwireError, match=r"of step 4, could not be saved: .*No space left.*step-00000002"
-        ) as told:
+        break_saves(patch, 4)
+        with pytest.raises(ThinwireError, match=said) as told:
             go(tree_of(tmp_path, corpus, 4))
     assert told.value.exit_status == 1
     assert list(read_events(tmp_path / EVENTS_FILE, "run_end"))[-1]["reason"] == "finished, but not saved"
@@ -113,16 +117,7 @@ def test_a_save_that_fails_at_the_end_is_an_error_with_the_newest_named(
 def test_a_save_that_fails_in_between_costs_only_itself(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from thinwire.checkpoint import store
-
-    plain = store.write_pieces
-
-    def fails(path: Path, *args: Any) -> Any:
-        if "step-00000002" in str(path):
-            raise OSError(5, "Input/output error")
-        return plain(path, *args)
-
-    monkeypatch.setattr(store, "write_pieces", fails)
+    break_saves(monkeypatch, 2)
     go(tree_of(tmp_path, corpus, 4))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
 
