@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,3 +151,32 @@ def test_a_folder_that_may_not_be_read_is_a_sentence_and_stays_as_it_is(
         os.seteuid(0)
         (open_to_all / closed).chmod(0o755)
     assert sorted(str(path) for path in open_to_all.rglob("*")) == before
+
+
+MANIFEST = "checkpoints/step-00000002/manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("verb", "closed"),
+    [
+        *(("eval", closed) for closed in ("", "run.toml", "checkpoints", MANIFEST)),
+        *(("generate", closed) for closed in ("", MANIFEST)),
+        *(("export", closed) for closed in ("", "run.toml", MANIFEST)),
+        *(("report", closed) for closed in ("", "plan.json", EVENTS_FILE)),
+    ],
+)
+def test_what_only_reads_says_in_a_sentence_what_it_may_not_read(
+    open_to_all: Path, verb: str, closed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (open_to_all / closed).chmod(0)
+    os.seteuid(65534)
+    out = ["-o", str(open_to_all / "out")] if verb in ("export", "report") else []
+    try:
+        with pytest.raises(SystemExit) as left:
+            main([verb, str(open_to_all), *out])
+    finally:
+        os.seteuid(0)
+        (open_to_all / closed).chmod(0o755)
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert re.fullmatch(r"thinwire: .*Permission denied.*\n", said), said

@@ -101,7 +101,8 @@ def read_run(folder: Path, name: str) -> Run:
     try:
         return _read(folder, name)
     except OSError as error:
-        raise ConfigError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise ConfigError(f"{error.filename or folder} cannot be read: {reason}; make it readable") from None
 
 
 def _read(folder: Path, name: str) -> Run:
