@@ -1,5 +1,7 @@
 """The run folder: one folder out, a documented interface. A run belongs to one resolved run file for its whole life."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +45,11 @@ def open_folder(job: Job, *, fresh: bool) -> Opened:
     weights it is to start from have changed, or the run's checkpoints are gone.
     """
     folder = job.folder
-    try:
+    with _told(folder, "read"):
         _refuse_other_things(folder)
-        if job.init is not None and (fresh or not list_checkpoints(folder / CHECKPOINTS)):
-            verify_init(job.init, digests=job.config.checkpoint.verify)
+    if job.init is not None and (fresh or not list_checkpoints(folder / CHECKPOINTS)):
+        verify_init(job.init, digests=job.config.checkpoint.verify)
+    with _told(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = hold(folder)
         try:
@@ -57,12 +60,19 @@ def open_folder(job: Job, *, fresh: bool) -> Opened:
         except BaseException:
             lock.release()
             raise
+    return Opened(resuming, lock)
+
+
+@contextmanager
+def _told(folder: Path, what: str) -> Iterator[None]:
+    """What the system refuses, as a ConfigError."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
-            f"the run folder {folder} cannot be read and written: {error.strerror or error}; mend that, or choose another "
-            f"with --set run.folder=PATH"
+            f"the run folder {folder} cannot be {what}: {error.strerror or error}; choose another with --set "
+            f"run.folder=PATH"
         ) from None
-    return Opened(resuming, lock)
 
 
 def _refuse_other_things(folder: Path) -> None:
