@@ -73,12 +73,16 @@ def _take_up(target: Path, partial: Path, goes_on: Callable[[Path], bool]) -> No
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder for temporary files (in TMPDIR) while the context lasts."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
-        with suppress(OSError):  # gone since, by another start
-            if owner_has_ended(path.name) and path.stat().st_uid == os.geteuid():
-                shutil.rmtree(path, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH, suffix=f"-{Process.this().tag}") as folder:
+    """A folder for temporary files (in TMPDIR) while the context lasts. Raises ConfigError if none can be made."""
+    try:
+        for path in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+            with suppress(OSError):  # gone since, by another start
+                if owner_has_ended(path.name) and path.stat().st_uid == os.geteuid():
+                    shutil.rmtree(path, ignore_errors=True)
+        made = tempfile.TemporaryDirectory(prefix=_SCRATCH, suffix=f"-{Process.this().tag}", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ConfigError(f"no temporary folder can be made: {error.strerror}; set TMPDIR to one with room") from None
+    with made as folder:
         yield Path(folder)
 
 
