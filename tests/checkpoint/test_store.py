@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from thinwire.checkpoint.listing import list_checkpoints
-from thinwire.checkpoint.manifest import Part
 from thinwire.checkpoint.read import newest_whole, read_tensors
 from thinwire.checkpoint.store import Checkpoints, Found, Saved, SaveFailed, complete
 from thinwire.comm.world import World
@@ -214,7 +213,7 @@ def test_another_models_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_elements_written_by_nobody_or_by_two_are_found() -> None:
     def spans(*ranges: tuple[int, int]) -> Any:
-        return {"t": ((10,), "torch.float32", [Part(offset, length, "file", 0) for offset, length in ranges])}
+        return {"t": ((10,), "torch.float32", list(ranges))}
 
     assert complete([spans((0, 4)), spans((4, 6))])["t"].shape == (10,)
     for wrong in ([spans((0, 4)), spans((5, 5))], [spans((0, 6)), spans((4, 6))], [spans((0, 4))]):

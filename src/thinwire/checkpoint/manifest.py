@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,8 +22,7 @@ OLD_METADATA = ".metadata"
 _DIGEST = "sha256"
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Elements offset .. offset + length of a flattened tensor: in `file`, from byte `start` on."""
 
     offset: int

@@ -8,7 +8,6 @@ are taken, not the pickle beside them.
 import io
 import pickle
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,6 @@ from thinwire.errors import CheckpointError
 
 _MODULES = ("torch", "torch.serialization", "pathlib", "pathlib._local")
 _ROOM = "torch.distributed.checkpoint."
-
-
-@dataclass(frozen=True)
-class _OldPart(Part):
-    size: int
-    """Bytes of the archive that begins at `start`."""
 
 
 class _Record:
@@ -56,7 +49,7 @@ class OldParts:
         with reading(path, missing=f"{path} is missing"):
             raw = path.read_bytes()
         try:
-            self._parts = _parts(_Inert(io.BytesIO(raw)).load())
+            self._parts, self._sizes = _parts(_Inert(io.BytesIO(raw)).load())
         except CheckpointError as error:
             raise CheckpointError(f"{path} {error}") from None
         except Exception as error:  # whatever bytes that are no pickle lead to
@@ -67,10 +60,9 @@ class OldParts:
 
     def read_into(self, out: memoryview, part: Part, skip: int) -> int:
         """Bytes of `part` from `skip` on, and how many there were. Raises OSError, or CheckpointError if damaged."""
-        assert isinstance(part, _OldPart)
         with (self._folder / part.file).open("rb") as file:
             file.seek(part.start)
-            blob = file.read(part.size)
+            blob = file.read(self._sizes[part])
         try:
             with zipfile.ZipFile(io.BytesIO(blob)) as archive:
                 (name,) = [name for name in archive.namelist() if name.endswith("/data/0")]
@@ -81,23 +73,24 @@ class OldParts:
         return len(found)
 
 
-def _parts(metadata: _Record) -> dict[str, list[Part]]:
-    """Tensor name -> parts, from the records of a `Metadata`."""
+def _parts(metadata: _Record) -> tuple[dict[str, list[Part]], dict[Part, int]]:
+    """Tensor name -> parts, and the bytes of each part's archive, from the records of a `Metadata`."""
     lengths = {
         (name, _first(chunk.state["offsets"])): _first(chunk.state["sizes"])
         for name, tensor in metadata.state["state_dict_metadata"].items()
         for chunk in tensor.state["chunks"]
     }
     found: dict[str, list[Part]] = {}
+    sizes: dict[Part, int] = {}
     for index, stored in metadata.state["storage_data"].items():
         name, offset, where = index.state["fqn"], _first(index.state["offset"]), stored.state
         file = str(where["relative_path"])
         if Path(file).name != file:
             raise CheckpointError(f"names the file {file!r}, which is not one of its folder")
-        found.setdefault(name, []).append(
-            _OldPart(offset, lengths[name, offset], file, int(where["offset"]), int(where["length"]))
-        )
-    return found
+        part = Part(offset, lengths[name, offset], file, int(where["offset"]))
+        found.setdefault(name, []).append(part)
+        sizes[part] = int(where["length"])
+    return found, sizes
 
 
 def _first(size: _Record) -> int:

@@ -239,13 +239,13 @@ def complete(spans_by_rank: Sequence[Spans]) -> dict[str, TensorInfo]:
             parts.setdefault(name, []).extend(own)
     for name, (shape, _) in kinds.items():
         end = 0
-        parts[name].sort(key=lambda part: part.offset)
-        for part in parts[name]:
-            if part.offset != end:
+        parts[name].sort()
+        for offset, length, *_ in parts[name]:
+            if offset != end:
                 raise CheckpointError(
-                    f"{name!r}: elements {min(end, part.offset):,} to {max(end, part.offset):,} are not written once"
+                    f"{name!r}: elements {min(end, offset):,} to {max(end, offset):,} are not written once"
                 )
-            end += part.length
+            end += length
         if end != torch.Size(shape).numel():
             raise CheckpointError(f"{name!r}: {end:,} of {torch.Size(shape).numel():,} elements were written")
     return {name: TensorInfo(shape, dtype, tuple(parts[name])) for name, (shape, dtype) in kinds.items()}
