@@ -10,6 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "thinwire"
 RANKS = {
     "units": 0, "errors": 0, "config": 0, "events": 0, "wire": 0, "traffic": 0, "trace": 0, "folders": 0,
+    "processes": 0, "locks": 0,
     "cluster": 1, "model": 1, "data": 1, "rounds": 1,
     "plan": 2, "comm": 2,
     "cost": 3, "partition": 3,
@@ -22,12 +23,16 @@ SAME_RANK_ALLOWED = {
     ("units", "errors"),
     ("events", "errors"),
     ("folders", "errors"),
+    ("folders", "processes"),
+    ("locks", "errors"),
+    ("locks", "processes"),
     ("evaluate", "hub"),
 }
 THINKING = {"cost", "simulate", "planner", "report", "lab"}
 DOING = {"comm", "partition", "sync", "parallel", "checkpoint", "evaluate", "hub", "resilience", "train", "probe"}
 TORCH_FREE = [
     "thinwire.cli", "thinwire.cli.train", "thinwire.cli.data", "thinwire.train.config", "thinwire.train.job",
+    "thinwire.checkpoint.listing", "thinwire.locks",
     "thinwire.train.folder", "thinwire.train.launch", "thinwire.train.worker", "thinwire.plan", "thinwire.model.spec",
     "thinwire.model.config", "thinwire.cluster.cluster", "thinwire.data.prepare", "thinwire.data.loader",
     "thinwire.comm.place", "thinwire.comm.interfaces", "thinwire.cli.eval", "thinwire.cli.generate",

@@ -11,7 +11,7 @@ from typing import Any
 from thinwire.cluster.cluster import Cluster, Level
 from thinwire.train.launch import free_port
 
-_PRELOADED = ["torch.distributed", "thinwire.checkpoint.store", "thinwire.train.loop", "torch.utils.tensorboard"]
+_PRELOADED = ["torch.distributed", "thinwire.checkpoint.store", "thinwire.train.loop"]
 """Installed modules only: the server does not see the tests' folder."""
 
 Levels = Sequence[int | tuple[str, int]]

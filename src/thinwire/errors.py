@@ -34,6 +34,14 @@ class CheckpointError(ThinwireError):
     exit_status = 2
 
 
+class UnreadableError(CheckpointError):
+    """Whether a checkpoint is whole cannot be told: the system does not let it be read, or the disk fails."""
+
+
+class SaveError(ThinwireError):
+    """What a run computed last could not be saved."""
+
+
 class LinkError(ThinwireError):
     """Ranks could not meet, or lost each other."""
 

@@ -1,12 +1,20 @@
-"""A folder that is there whole or not at all: written hidden beside its place, renamed into it at the end. No torch."""
+"""A folder or file that is there whole or not at all: written hidden beside its place, renamed into it at the end. No torch.
+
+A folder that is being written, or used for a while, is named after its process: what is left of one that was killed is
+removed by the next, and what belongs to one that runs is left alone.
+"""
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from thinwire.errors import ConfigError, ThinwireError
+from thinwire.processes import Process, owner_has_ended
+
+_SCRATCH = "thinwire-"
 
 
 def _never(folder: Path) -> bool:
@@ -25,7 +33,7 @@ def whole_folder(
     """
     if target.exists() and not force:
         raise error(f"{target} exists already; choose another folder or use --force to replace it")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial = target.with_name(f".{target.name}.partial-{Process.this().tag}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _take_up(target, partial, goes_on)
@@ -51,7 +59,8 @@ def _replace(partial: Path, target: Path) -> None:
 
 def _take_up(target: Path, partial: Path, goes_on: Callable[[Path], bool]) -> None:
     """Make `partial`, or rename a leftover that goes on into it; remove all others."""
-    left = [path for path in sorted(target.parent.glob(f".{target.name}.partial-*")) if path == partial or _left(path)]
+    left = sorted(target.parent.glob(f".{target.name}.partial-*"))
+    left = [path for path in left if path == partial or owner_has_ended(path.name)]
     kept = next((path for path in left if goes_on(path)), None)
     for path in left:
         if path != kept:
@@ -62,17 +71,26 @@ def _take_up(target: Path, partial: Path, goes_on: Callable[[Path], bool]) -> No
         kept.rename(partial)
 
 
-def _left(path: Path) -> bool:
-    """Whether the process that wrote this hidden folder is gone."""
-    owner = path.name.rpartition("-")[2]
-    return owner.isdigit() and not _alive(int(owner))
-
-
-def _alive(pid: int) -> bool:
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for temporary files (in TMPDIR) while the context lasts. Raises ConfigError if none can be made."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        for path in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+            with suppress(OSError):  # gone since, by another start
+                if owner_has_ended(path.name) and path.stat().st_uid == os.geteuid():
+                    shutil.rmtree(path, ignore_errors=True)
+        made = tempfile.TemporaryDirectory(prefix=_SCRATCH, suffix=f"-{Process.this().tag}", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ConfigError(f"no temporary folder can be made: {error.strerror}; set TMPDIR to one with room") from None
+    with made as folder:
+        yield Path(folder)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside `path`, then rename: a reader sees the old text or the new, never half."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

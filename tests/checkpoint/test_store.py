@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from thinwire.checkpoint.listing import list_checkpoints
 from thinwire.checkpoint.read import newest_whole, read_tensors
-from thinwire.checkpoint.store import Checkpoints, Found, Saved, SaveFailed, complete, list_checkpoints
+from thinwire.checkpoint.store import Checkpoints, Found, Saved, SaveFailed, complete
 from thinwire.comm.world import World
 from thinwire.errors import CheckpointError
 from thinwire.partition.pieces import Piece
@@ -89,7 +90,7 @@ def test_every_nth_is_kept_beside_the_last(tmp_path: Path) -> None:
 
 
 def _flip(folder: Path) -> None:
-    path = next(folder.glob("__0_*"))
+    path = folder / "rank-00000.safetensors"
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
@@ -98,11 +99,11 @@ def _flip(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda f: next(f.glob("__0_*")).write_bytes(b"short"), "has 5 bytes, the manifest says"),
+        (lambda f: (f / "rank-00000.safetensors").write_bytes(b"short"), "has 5 bytes, the manifest says"),
         (_flip, "has changed since it was written"),
         (lambda f: (f / "manifest.json").unlink(), "its writing was cut short"),
-        (lambda f: (f / "manifest.json").write_text('{"st'), "cannot be read"),
-        (lambda f: (f / ".metadata").unlink(), "is missing"),
+        (lambda f: (f / "manifest.json").write_text('{"st'), "is no JSON"),
+        (lambda f: (f / "rank-00001.safetensors").unlink(), "is missing"),
     ],
 )
 def test_a_torn_checkpoint_is_put_aside_and_the_one_before_is_used(tmp_path: Path, damage: Any, says: str) -> None:

@@ -189,8 +189,12 @@ def test_training_goes_on_over_a_full_disk_and_says_so(corpus: Path, tmp_path: P
     try:
         path = write_run(disk, corpus, run={**RUN, "steps": 20}, checkpoint={"every_steps": 5, "keep_last": 1})
         done = thinwire("train", path)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 1, "the last save failed"
         assert "could not be saved: rank 0: No space left on device" in done.stdout.replace("\n", " ")
+        last = "the last checkpoint, of step 20, could not be saved: rank 0: No space left on device; the newest is"
+        assert f"{last} {disk}/run/checkpoints/step-00000005" in done.stderr, done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        assert next(read_events(disk / "run" / EVENTS_FILE, "run_end"))["reason"] == "finished, but not saved"
         assert sorted(losses(disk / "run")) == list(range(1, 21))
         assert [p.name for p in (disk / "run" / "checkpoints").iterdir()] == ["step-00000005"]
     finally:

@@ -30,6 +30,21 @@ def test_a_tracker_that_fails_is_dropped_with_a_warning(tmp_path: Path) -> None:
     assert "mlflow takes no more records from step 1 on: the server is gone" in faults[0]
 
 
+def test_tensorboard_reads_what_was_logged_and_hides_what_a_resumed_run_did_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, last in ((0, 5), (3, 7)):
+        tracker = open_trackers(TrackingConfig(), tmp_path, first_step=first, settings={})["tensorboard"]
+        for step in range(first + 1, last + 1):
+            tracker.log({"train/loss": step / 10 + first, "train/lr": 0.5}, step)
+        tracker.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(read.Tags()["scalars"]) == ["train/loss", "train/lr"]
+    assert [(one.step, round(one.value, 3)) for one in read.Scalars("train/loss")] == [
+        (1, 0.1), (2, 0.2), (3, 0.3), (4, 3.4), (5, 3.5), (6, 3.6), (7, 3.7),
+    ]  # fmt: skip
+
+
 def test_settings_are_flattened() -> None:
     assert flat({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
 

@@ -1,24 +1,43 @@
-"""The manifest of a checkpoint: what it holds and a digest of every file. Written last; without it there is none."""
+"""The manifest of a checkpoint: what it holds and a digest of every file. Written last; without it there is none.
+
+It is JSON with a digest of its own. Format 1, from before, has none, and leaves where elements lie to a `.metadata` of
+torch.distributed.checkpoint.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from thinwire.errors import CheckpointError
+from pydantic import TypeAdapter, ValidationError
 
-MANIFEST, FORMAT = "manifest.json", 1
+from thinwire.errors import CheckpointError, UnreadableError
+
+MANIFEST, FORMAT, OLD_FORMAT = "manifest.json", 2, 1
+OLD_METADATA = ".metadata"
+_DIGEST = "sha256"
+
+
+class Part(NamedTuple):
+    """Elements offset .. offset + length of a flattened tensor: in `file`, from byte `start` on."""
+
+    offset: int
+    length: int
+    file: str
+    start: int
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A logical tensor: what `Piece` says of it, without the elements."""
+    """A logical tensor: what `Piece` says of it, and where its elements lie (in format 1 `.metadata` says that)."""
 
     shape: tuple[int, ...]
     dtype: str
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,42 +54,85 @@ class Manifest:
     meta: dict[str, Any]
     tensors: dict[str, TensorInfo]
     files: dict[str, FileInfo]
-    format: int = FORMAT
+    format: int = field(default=FORMAT)
 
     def write(self, folder: Path) -> None:
         """Write and sync `folder/manifest.json`."""
+        tree = asdict(self)
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
+            json.dump({**tree, _DIGEST: _digest_of(tree)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
-        """Raises CheckpointError, saying what is wrong, if there is none that this version reads."""
+        """Raises CheckpointError, saying what is wrong, if there is none that this version reads, or it was changed."""
         path = folder / MANIFEST
+        with reading(path, missing=f"{folder} has no {MANIFEST}: its writing was cut short"):
+            raw = path.read_bytes()
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder} has no {MANIFEST}: its writing was cut short") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
-        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is not of format {FORMAT}, the one this version reads")
-        tensors = {name: TensorInfo(tuple(info["shape"]), info["dtype"]) for name, info in tree["tensors"].items()}
-        files = {name: FileInfo(**info) for name, info in tree["files"].items()}
-        return Manifest(tree["step"], tree["meta"], tensors, files)
+            tree = json.loads(raw)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is no JSON: {error}") from None
+        if not isinstance(tree, dict) or tree.get("format") not in (FORMAT, OLD_FORMAT):
+            raise CheckpointError(f"{path} is not of format {FORMAT}, the one this version writes, or {OLD_FORMAT}")
+        if tree.pop(_DIGEST, None) != _digest_of(tree) and tree["format"] == FORMAT:
+            raise CheckpointError(f"{path} has changed since it was written: its sha256 is another")
+        try:
+            manifest = TypeAdapter(Manifest).validate_python(tree)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        manifest._check(path)
+        return manifest
+
+    def _check(self, path: Path) -> None:
+        """Raises CheckpointError if it contradicts itself, as one that was edited by hand does."""
+        files = {OLD_METADATA} if self.format == OLD_FORMAT else set()
+        files |= {part.file for info in self.tensors.values() for part in info.parts}
+        lacking = sorted(files - set(self.files))
+        if not self.files or lacking:
+            raise CheckpointError(f"{path} names no {lacking[0] if lacking else 'file'} under `files`: it was edited")
+        for name in self.files:
+            if Path(name).name != name:
+                raise CheckpointError(f"{path} names the file {name!r}, which is not one of this folder: it was edited")
+        step, updates = self.meta.get("step", self.step), self.meta.get("updates", 0)
+        if step != self.step or not isinstance(updates, int) or not 0 <= updates <= self.step:
+            raise CheckpointError(
+                f"{path} is of step {self.step}, its meta says step {step} and {updates} updates: it was edited"
+            )
 
     def verify(self, folder: Path, *, digests: bool) -> None:
         """Raises CheckpointError naming the first file that is missing, of another size, or (`digests`) changed."""
         for name, info in self.files.items():
             path = folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing")
-            size = path.stat().st_size
-            if size != info.size:
-                raise CheckpointError(f"{path} has {size:,} bytes, the manifest says {info.size:,}")
-            if digests and digest(path) != info.sha256:
-                raise CheckpointError(f"{path} has changed since it was written: its sha256 is not the manifest's")
+            with reading(path, missing=f"{path} is missing"):
+                size = path.stat().st_size
+                if size != info.size:
+                    raise CheckpointError(f"{path} has {size:,} bytes, the manifest says {info.size:,}")
+                if digests and digest(path) != info.sha256:
+                    raise CheckpointError(f"{path} has changed since it was written: its sha256 is not the manifest's")
+
+
+@contextmanager
+def reading(path: Path, *, missing: str) -> Iterator[None]:
+    """CheckpointError(`missing`) where nothing of that kind is there; UnreadableError where one cannot look.
+
+    Those are different things: what cannot be read just now may be whole.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise CheckpointError(missing) from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: OSError) -> UnreadableError:
+    return UnreadableError(
+        f"{path} cannot be read: {error.strerror or error}; it may be whole, so nothing was done: make it readable and "
+        f"start again, or move it away"
+    )
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, FileInfo]:
@@ -81,3 +143,8 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, FileInfo]:
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(tree: dict[str, Any]) -> str:
+    """Of the JSON in one certain spelling."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

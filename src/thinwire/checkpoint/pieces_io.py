@@ -1,176 +1,136 @@
-"""Pieces through torch.distributed.checkpoint: every logical tensor is stored flat, in one-dimensional chunks.
+"""Pieces in files: every rank writes one, in the layout of safetensors, and the manifest says where which elements lie.
 
-DTensor cannot describe uneven flat cuts (pytorch issue 160533), so the write and read items are made here; files,
-resharding and the metadata are DCP's own.
+The layout: eight bytes with the length of a JSON header, the header, then elements back to back. It is written and read
+here, not by the library: so nothing is copied, only the bytes that a rank needs are read, and a disk that fails is an
+error with a sentence (the library maps files into memory, where it is a SIGBUS). A test opens the files with the library.
 """
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from thinwire.checkpoint.manifest import OLD_FORMAT, FileInfo, Manifest, Part, reading
+from thinwire.checkpoint.old_format import OldParts
 from thinwire.errors import CheckpointError
 from thinwire.partition.pieces import Piece
 
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_ALIGNED = 8
 
-def write_pieces(folder: Path, pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> None:
-    """Write this rank's pieces; collective over `group` (None: a world of one). Raises what DCP raises, on all ranks."""
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1, overwrite=True)
-    with _quiet():
-        dcp.save({}, storage_writer=writer, planner=_SavePieces(pieces), process_group=group, no_dist=group is None)
 
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> tuple[FileInfo, list[Part]]:
+    """Write and sync one file: what the manifest says of it, and where each piece lies. Raises OSError.
 
-def read_pieces(folder: Path, pieces: Sequence[Piece], *, reader: "PiecesReader | None" = None) -> None:
-    """Fill the pieces' tensors, each rank for itself. Raises CheckpointError for a tensor that is not there or differs.
-
-    Give the same `reader` to several calls on one folder, and its metadata is read once.
+    `pieces` are on the CPU. Wide types come first, so that every element is aligned.
     """
-    with _quiet():
-        dcp.load({}, storage_reader=reader or PiecesReader(folder), planner=_LoadPieces(folder, pieces), no_dist=True)
+    order = sorted(range(len(pieces)), key=lambda i: -pieces[i].tensor.element_size())
+    header, starts, end = {}, [0] * len(pieces), 0
+    for i in order:
+        piece = pieces[i]
+        starts[i], end = end, end + piece.tensor.nbytes
+        if piece.tensor.numel():
+            header[f"{piece.name}@{piece.offset}"] = {
+                "dtype": _name(piece), "shape": [piece.tensor.numel()], "data_offsets": [starts[i], end],
+            }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    sha256, first = hashlib.sha256(), _ALIGNED + len(text)
+    with path.open("wb", buffering=0) as file:
+        head = [memoryview(len(text).to_bytes(_ALIGNED, "little")), memoryview(text)]
+        for raw in (*head, *(_bytes(pieces[i].tensor) for i in order)):
+            sha256.update(raw)
+            _write_all(file.fileno(), raw)
+        os.fsync(file.fileno())
+    parts = [Part(p.offset, p.tensor.numel(), path.name, first + starts[i]) for i, p in enumerate(pieces)]
+    return FileInfo(first + end, sha256.hexdigest()), parts
 
 
-class PiecesReader(dcp.FileSystemReader):
-    """DCP's reader, keeping the metadata: of a large run that is megabytes of pickle."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
+def _name(piece: Piece) -> str:
+    if piece.tensor.dtype not in _NAMES:
+        raise CheckpointError(f"{piece.name!r} is of {piece.tensor.dtype}, which checkpoints do not hold")
+    return _NAMES[piece.tensor.dtype]
 
 
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size([piece.offset]), sizes=torch.Size([piece.tensor.numel()]))
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a flat tensor."""
+    memory: Any = tensor.detach().contiguous().view(torch.uint8).numpy()
+    return memoryview(memory)
 
 
-def _numel(piece: Piece) -> int:
-    return torch.Size(piece.shape).numel()
+def _write_all(descriptor: int, left: memoryview) -> None:
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
-class _SavePieces(DefaultSavePlanner):
-    """Write items from pieces instead of from a state dict."""
+class PiecesReader:
+    """The elements of a checkpoint. Only those asked for are read; nothing in its files is executed."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        super().__init__()
-        self._pieces = {(piece.name, piece.offset): piece for piece in pieces}
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
+        self._old = OldParts(folder) if manifest.format == OLD_FORMAT else None
 
-    def create_local_plan(self) -> SavePlan:
-        items = [
-            WriteItem(
-                index=MetadataIndex(piece.name, torch.Size([piece.offset])),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=_chunk(piece),
-                    properties=TensorProperties.create_from_tensor(piece.tensor),
-                    size=torch.Size([_numel(piece)]),
-                ),
-            )
-            for piece in self._pieces.values()
-            if piece.tensor.numel()
-        ]
-        self.plan = SavePlan(items, planner_data={})
-        return self.plan
+    def fill(self, pieces: Sequence[Piece]) -> None:
+        """Fill the pieces' tensors. Raises CheckpointError for a tensor that is not there or differs."""
+        for piece in pieces:
+            if piece.tensor.numel():
+                self._fill(piece)
 
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        return self._pieces[index.fqn, index.offset[0]].tensor
-
-
-class _LoadPieces(DefaultLoadPlanner):
-    """Read items into pieces; DCP intersects the intervals."""
-
-    def __init__(self, folder: Path, pieces: Sequence[Piece]) -> None:
-        super().__init__()
-        self._folder = folder
-        self._pieces = {(piece.name, piece.offset): piece for piece in pieces if piece.tensor.numel()}
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        assert metadata is not None
-        self._stored = metadata.state_dict_metadata
-
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([item for piece in self._pieces.values() for item in self._reads(piece)])
-
-    def _reads(self, piece: Piece) -> list[ReadItem]:
-        stored = self._stored.get(piece.name)
-        if not isinstance(stored, TensorStorageMetadata):
+    def _fill(self, piece: Piece) -> None:
+        stored = self._manifest.tensors.get(piece.name)
+        if stored is None:
             raise CheckpointError(
                 f"{self._folder} has no tensor {piece.name!r}; it was saved by another model or optimizer"
             )
-        if stored.size.numel() != _numel(piece) or stored.properties.dtype != piece.tensor.dtype:
+        count = torch.Size(stored.shape).numel()
+        if count != torch.Size(piece.shape).numel() or stored.dtype != str(piece.tensor.dtype):
             raise CheckpointError(
-                f"{self._folder}: {piece.name!r} has {stored.size.numel():,} elements of {stored.properties.dtype}, here it "
-                f"has {_numel(piece):,} of {piece.tensor.dtype}; model or precision differ"
+                f"{self._folder}: {piece.name!r} has {count:,} elements of {stored.dtype}, here it has "
+                f"{torch.Size(piece.shape).numel():,} of {piece.tensor.dtype}; model or precision differ"
             )
-        items = create_read_items_for_chunk_list(piece.name, stored, [_chunk(piece)])
-        found = sum(item.lengths.numel() for item in items)
+        first, last = piece.offset, piece.offset + piece.tensor.numel()
+        found = 0
+        for part in stored.parts if self._old is None else self._old.of(piece.name):
+            begin, end = max(first, part.offset), min(last, part.offset + part.length)
+            if begin < end:
+                self._read(part, begin - part.offset, piece.tensor[begin - first : end - first])
+                found += end - begin
         if found != piece.tensor.numel():
             raise CheckpointError(
                 f"{self._folder}: {piece.name!r} holds {found:,} of the {piece.tensor.numel():,} elements from "
                 f"{piece.offset:,} on"
             )
-        return items
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        index = read_item.dest_index
-        assert index.offset is not None
-        piece = self._pieces[index.fqn, index.offset[0]]
-        start = read_item.dest_offsets[0]
-        return piece.tensor.narrow(0, start, read_item.lengths[0])
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """The view was filled in place."""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """DCP's own words kept short: no warning that no process group is there when it was told so, and of a failure that
-    it wraps the first cause itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
-        warnings.filterwarnings("ignore", message=".*(TypedStorage|torch.distributed is disabled).*")
-        try:
-            yield
-        except dcp.api.CheckpointException as error:
-            rank, (cause, _) = min(error.failures.items())
-            if isinstance(cause, CheckpointError):
-                raise cause from None
-            raise CheckpointError(f"rank {rank}: {_sentence(cause)}") from error
+    def _read(self, part: Part, skip: int, out: Tensor) -> None:
+        """Elements `skip` .. `skip + len(out)` of a part."""
+        target = out if out.device.type == "cpu" and out.is_contiguous() else torch.empty_like(out, device="cpu")
+        path = self._folder / part.file
+        with reading(path, missing=f"{path} is missing"):
+            if self._old is not None:
+                read = self._old.read_into(_bytes(target), part, skip * out.element_size())
+            else:
+                with path.open("rb", buffering=0) as file:
+                    file.seek(part.start + skip * out.element_size())
+                    read = _read_all(file.fileno(), _bytes(target))
+        if read != target.nbytes:
+            raise CheckpointError(f"{path} is cut short: {target.nbytes - read:,} bytes of it are missing")
+        if target is not out:
+            out.copy_(target)
 
 
-def _sentence(error: BaseException) -> str:
-    """What the operating system said, if an error in the chain came from it; else the error's first line."""
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, OSError) and chain.strerror:
-            return chain.strerror
-        chain = chain.__cause__ or chain.__context__
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _read_all(descriptor: int, into: memoryview) -> int:
+    """Fill `into`; fewer bytes only where the file ends."""
+    read = 0
+    while read < len(into) and (count := os.readv(descriptor, [into[read:]])):
+        read += count
+    return read

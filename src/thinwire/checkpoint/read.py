@@ -6,28 +6,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from thinwire.checkpoint.listing import list_checkpoints, open_checkpoint, step_of
 from thinwire.checkpoint.manifest import Manifest
-from thinwire.checkpoint.pieces_io import PiecesReader, read_pieces
-from thinwire.checkpoint.store import list_checkpoints, open_checkpoint
-from thinwire.errors import CheckpointError
+from thinwire.checkpoint.pieces_io import PiecesReader
+from thinwire.errors import CheckpointError, UnreadableError
 from thinwire.partition.pieces import Piece
 
 
-def newest_whole(folder: Path, *, step: int | None = None) -> tuple[Path, Manifest]:
-    """The newest checkpoint in `folder` that is whole (or that of `step`). Raises CheckpointError if there is none."""
+def newest_whole(folder: Path, *, step: int | None = None, verify: bool = True) -> tuple[Path, Manifest]:
+    """The newest checkpoint in `folder` that is whole (or that of `step`); `verify`: by digests, not only by sizes.
+
+    Raises CheckpointError if there is none, or if one cannot be read.
+    """
     there = list_checkpoints(folder)
     if step is not None:
-        chosen = [path for path in there if path.name.endswith(f"{step:08d}")]
+        chosen = [path for path in there if step_of(path) == step]
         if not chosen:
-            known = ", ".join(str(int(path.name[5:])) for path in there) or "none"
+            known = ", ".join(str(step_of(path)) for path in there) or "none"
             raise CheckpointError(f"{folder} has no checkpoint of step {step}; there are: {known}")
-        return chosen[0], open_checkpoint(chosen[0], digests=True)
+        return chosen[0], open_checkpoint(chosen[0], digests=verify)
     wrong = ""
     for path in reversed(there):
         try:
-            return path, open_checkpoint(path, digests=True)
+            return path, open_checkpoint(path, digests=verify)
+        except UnreadableError:
+            raise
         except CheckpointError as error:
-            wrong = f" ({error})"
+            wrong = wrong or f" ({error})"
     raise CheckpointError(f"{folder} holds no checkpoint that is whole{wrong}; train first, or give another run folder")
 
 
@@ -36,7 +41,7 @@ class TensorReader:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path, self._tensors = path, manifest.tensors
-        self._reader = PiecesReader(path)
+        self._reader = PiecesReader(path, manifest)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor `name`. Raises CheckpointError if it is not there."""
@@ -45,7 +50,7 @@ class TensorReader:
         info = self._tensors[name]
         dtype = getattr(torch, info.dtype.removeprefix("torch."))
         flat = torch.empty(torch.Size(info.shape).numel(), dtype=dtype)
-        read_pieces(self._path, [Piece(name, info.shape, 0, flat)], reader=self._reader)
+        self._reader.fill([Piece(name, info.shape, 0, flat)])
         return flat.view(info.shape)
 
 

@@ -1,7 +1,8 @@
 """The checkpoints of a run: saved in the background while training goes on, found and verified again.
 
 A checkpoint is written in a hidden folder, its manifest last, and renamed into place: what carries its name is whole.
-A save that fails (disk full, no permission) is told to all ranks alike and costs nothing but itself.
+A save that fails (disk full, no permission) is told to all ranks alike and costs nothing but itself. One that cannot be
+read just now is no torn one: it stops the start.
 """
 
 import os
@@ -9,6 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,15 +19,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from thinwire.checkpoint.manifest import FileInfo, Manifest, TensorInfo, describe_files
-from thinwire.checkpoint.pieces_io import read_pieces, write_pieces
+from thinwire.checkpoint.listing import (
+    list_checkpoints,
+    list_torn,
+    new_partial,
+    open_checkpoint,
+    path_of,
+    put_aside,
+    step_of,
+)
+from thinwire.checkpoint.manifest import FileInfo, Manifest, Part, TensorInfo
+from thinwire.checkpoint.pieces_io import PiecesReader, write_pieces
 from thinwire.comm.world import World
-from thinwire.errors import CheckpointError
+from thinwire.errors import CheckpointError, ThinwireError, UnreadableError
 from thinwire.partition.pieces import Piece
 
 _PATIENCE = timedelta(minutes=30)
 """For the slowest rank's files."""
-_PREFIX, _DIGITS, _TORN = "step-", 8, ".torn"
 
 
 @dataclass(frozen=True)
@@ -90,9 +100,6 @@ class Checkpoints:
         self._saving: Saving | None = None
         self.warnings: list[str] = []
         """What `newest` found wrong with checkpoints that it passed over."""
-        if self._rank == 0 and folder.is_dir():
-            for leftover in folder.glob(f".{_PREFIX}*.partial"):
-                shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, pieces: Sequence[Piece], meta: dict[str, Any]) -> Saving:
         """Copy `pieces` (this rank's own; over all ranks every element once) and write them in the background."""
@@ -105,8 +112,12 @@ class Checkpoints:
         return self._saving
 
     def newest(self) -> Found | None:
-        """The newest checkpoint that is whole. Torn ones are put aside as NAME.torn, with a warning that says why."""
-        decided: tuple[Found | None, list[str]] = self._agree(self._search if self._rank == 0 else None)
+        """The newest checkpoint that is whole; None if there never was any.
+
+        Torn ones are put aside as NAME.torn, with a warning that says why. Raises CheckpointError, on all ranks, if there
+        are some and none can be used, or if one cannot be read.
+        """
+        decided: tuple[Found | None, list[str]] = self._agree(self._search)
         found, self.warnings = decided
         return found
 
@@ -119,43 +130,55 @@ class Checkpoints:
             stored = found.manifest.tensors.get(piece.name)
             if stored is not None and stored.shape != piece.shape:
                 raise CheckpointError(f"{found.path}: {piece.name!r} is {stored.shape}, this model's is {piece.shape}")
-        read_pieces(found.path, pieces)
+        PiecesReader(found.path, found.manifest).fill(pieces)
         return found.manifest.meta
 
     def _search(self) -> tuple[Found | None, list[str]]:
-        warnings: list[str] = []
+        torn: dict[Path, CheckpointError] = {}
         for path in reversed(list_checkpoints(self._folder)):
             try:
-                return Found(step_of(path), path, open_checkpoint(path, digests=self._verify)), warnings
+                found = Found(step_of(path), path, open_checkpoint(path, digests=self._verify))
+            except UnreadableError:
+                raise
             except CheckpointError as error:
-                aside = _free_name(path.with_name(path.name + _TORN))
-                path.rename(aside)
-                warnings.append(f"the checkpoint {path.name} is not whole ({error}); put aside as {aside.name}")
-        return None, warnings
+                torn[path] = error
+            else:
+                said = "the checkpoint {} is not whole ({}); put aside as {}"
+                return found, [said.format(path.name, error, put_aside(path).name) for path, error in torn.items()]
+        aside = list_torn(self._folder)
+        if torn or aside:
+            why = f"{next(iter(torn.values()))}" if torn else f"{aside[-1].name} was put aside as not whole"
+            raise CheckpointError(
+                f"none of the {len(torn) + len(aside)} checkpoints in {self._folder} can be used: {why}; put a good copy "
+                f"back, or start anew with --fresh, which puts this run aside"
+            )
+        return None, []
 
-    def _agree(self, decide: Callable[[], Any] | None) -> Any:
-        """Rank 0's decision, on all ranks."""
-        box = [decide() if decide is not None else None]
+    def _agree(self, decide: Callable[[], Any]) -> Any:
+        """Rank 0's decision, on all ranks; so is its error."""
+        box: list[Any] = [None]
+        if self._rank == 0:
+            try:
+                box = [decide()]
+            except ThinwireError as error:
+                box = [error]
         if self._group is not None:
             with self._world.outstanding.waiting("the agreement on a checkpoint"):
                 dist.broadcast_object_list(box, src=0, group=self._group)
+        if isinstance(box[0], ThinwireError):
+            raise box[0]
         return box[0]
 
     def _write(self, step: int, pieces: list[Piece], meta: dict[str, Any]) -> Saved | SaveFailed:
         """In the background thread of every rank: the stages of a save, agreed on one by one."""
         start_s = time.perf_counter()
-        final = self._folder / f"{_PREFIX}{step:0{_DIGITS}d}"
-        partial = self._folder / f".{final.name}.partial"
+        final, partial = path_of(self._folder, step), None
         try:
-            self._stage(lambda: _make_empty(partial) if self._rank == 0 else None)
-            self._stage(lambda: write_pieces(partial, pieces, self._group))
-            described = self._stage(lambda: _describe(partial, f"__{self._rank}_*", pieces))
-            if self._rank == 0:
-                size = self._stage(lambda: self._commit(step, partial, final, described, meta))[0]
-            else:
-                size = self._stage(lambda: 0)[0]
+            partial = self._stage(lambda: _make(new_partial(final)) if self._rank == 0 else None)[0]
+            written = self._stage(lambda: _write_own(partial / f"rank-{self._rank:05d}.safetensors", pieces))
+            size = self._stage(lambda: self._commit(step, partial, final, written, meta) if self._rank == 0 else 0)[0]
         except Exception as error:
-            if self._rank == 0:
+            if self._rank == 0 and partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
             return SaveFailed(step, _reason(error))
         return Saved(step, final, size, time.perf_counter() - start_s)
@@ -182,13 +205,11 @@ class Checkpoints:
             raise CheckpointError(failed[0])
         return [value for value, _ in results]
 
-    def _commit(self, step: int, partial: Path, final: Path, described: list[Any], meta: dict[str, Any]) -> int:
+    def _commit(self, step: int, partial: Path, final: Path, written: "list[Written]", meta: dict[str, Any]) -> int:
         """Rank 0: check that every element is there once, write the manifest, rename, prune. The size in bytes."""
-        files: dict[str, FileInfo] = describe_files(partial, [".metadata"])
-        for of_rank, _ in described:
-            files |= of_rank
-        tensors = complete([spans for _, spans in described])
-        Manifest(step, meta, tensors, files).write(partial)
+        files = {partial_file.name: info for partial_file, info, _ in written}
+        Manifest(step, meta, complete([spans for _, _, spans in written]), files).write(partial)
+        _sync_folder(partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -197,67 +218,57 @@ class Checkpoints:
         return sum(info.size for info in files.values())
 
     def _prune(self) -> None:
-        """Delete what neither `keep_last` nor `keep_every` keeps."""
-        there = list_checkpoints(self._folder)
+        """Delete what neither `keep_last` nor `keep_every` keeps. What cannot be deleted now is at the next save."""
+        there: list[Path] = []
+        with suppress(UnreadableError):
+            there = list_checkpoints(self._folder)
         for path in there[: -self._keep_last]:
             if not (self._keep_every and step_of(path) % self._keep_every == 0):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-Spans = dict[str, tuple[tuple[int, ...], str, list[tuple[int, int]]]]
-"""Tensor name -> shape, dtype, and (offset, length) of the parts a rank wrote."""
+Spans = dict[str, tuple[tuple[int, ...], str, list[Part]]]
+"""Tensor name -> shape, dtype, and the parts that a rank wrote."""
+Written = tuple[Path, FileInfo, Spans]
+"""A rank's file, and what is in it."""
 
 
 def complete(spans_by_rank: Sequence[Spans]) -> dict[str, TensorInfo]:
     """All logical tensors. Raises CheckpointError if an element was written by nobody or by two."""
-    parts: dict[str, list[tuple[int, int]]] = {}
-    infos: dict[str, TensorInfo] = {}
+    parts: dict[str, list[Part]] = {}
+    kinds: dict[str, tuple[tuple[int, ...], str]] = {}
     for spans in spans_by_rank:
-        for name, (shape, dtype, ranges) in spans.items():
-            infos[name] = TensorInfo(shape, dtype)
-            parts.setdefault(name, []).extend(ranges)
-    for name, info in infos.items():
+        for name, (shape, dtype, own) in spans.items():
+            kinds[name] = (shape, dtype)
+            parts.setdefault(name, []).extend(own)
+    for name, (shape, _) in kinds.items():
         end = 0
-        for offset, length in sorted(parts[name]):
+        parts[name].sort()
+        for offset, length, *_ in parts[name]:
             if offset != end:
                 raise CheckpointError(
                     f"{name!r}: elements {min(end, offset):,} to {max(end, offset):,} are not written once"
                 )
             end += length
-        if end != torch.Size(info.shape).numel():
-            raise CheckpointError(f"{name!r}: {end:,} of {torch.Size(info.shape).numel():,} elements were written")
-    return infos
+        if end != torch.Size(shape).numel():
+            raise CheckpointError(f"{name!r}: {end:,} of {torch.Size(shape).numel():,} elements were written")
+    return {name: TensorInfo(shape, dtype, tuple(parts[name])) for name, (shape, dtype) in kinds.items()}
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders by step, oldest first, whole or not."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdigit()]
-    return sorted(found, key=step_of)
-
-
-def step_of(path: Path) -> int:
-    return int(path.name[len(_PREFIX) :])
-
-
-def open_checkpoint(path: Path, *, digests: bool) -> Manifest:
-    """The manifest of a verified checkpoint. Raises CheckpointError saying what is wrong."""
-    manifest = Manifest.read(path)
-    manifest.verify(path, digests=digests)
-    return manifest
-
-
-def _describe(folder: Path, pattern: str, pieces: Sequence[Piece]) -> tuple[dict[str, FileInfo], Spans]:
+def _write_own(path: Path, pieces: Sequence[Piece]) -> Written:
+    """This rank's file."""
+    info, parts = write_pieces(path, pieces)
     spans: Spans = {}
-    for piece in pieces:
+    for piece, part in zip(pieces, parts, strict=True):
         entry = spans.setdefault(piece.name, (piece.shape, str(piece.tensor.dtype), []))
-        if piece.tensor.numel():
-            entry[2].append((piece.offset, piece.tensor.numel()))
-    return describe_files(folder, [path.name for path in folder.glob(pattern)]), spans
+        if part.length:
+            entry[2].append(part)
+    return path, info, spans
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _make(folder: Path) -> Path:
     folder.mkdir(parents=True)
+    return folder
 
 
 def _sync_folder(folder: Path) -> None:
@@ -266,14 +277,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _free_name(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}{number}")
-    return free
 
 
 def _reason(error: BaseException) -> str:

@@ -86,3 +86,10 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(error.exit_status)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        typer.echo(
+            f"thinwire: {error.filename} cannot be used: {error.strerror}; make it readable, or give another", err=True
+        )
+        sys.exit(2)

@@ -45,7 +45,7 @@ class Training:
         """Make or re-open the run folder; the command of every rank. Raises ConfigError."""
         from thinwire.train.folder import open_folder
 
-        open_folder(self.job, fresh=fresh)
+        open_folder(self.job, fresh=fresh).lock.release()  # rank 0 opens it again, and holds it
         overrides = [word for setting in self.settings for word in ("--set", setting)]
         start = [sys.executable, "-c", "from thinwire.cli import main; main()"]
         return [*start, "train", str(self.run_file), *overrides]

@@ -1,7 +1,6 @@
 """`thinwire probe -o cluster.toml`: measure a cluster; starts the ranks itself, or is one of them under torchrun or srun."""
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,12 +64,13 @@ def _cluster(levels: str, device: str) -> "Cluster":
 
 def _probe_here(cluster: "Cluster", out: Path, *, quick: bool) -> None:
     from thinwire.cli.train import leave
+    from thinwire.folders import scratch_folder
     from thinwire.train.launch import Share, launch
 
     arguments = [cluster.model_dump_json(), str(out.absolute()), "quick" if quick else "full"]
-    with tempfile.TemporaryDirectory(prefix="thinwire-") as folder:
+    with scratch_folder() as folder:
         share = Share.whole(cluster.ranks)
-        ending = launch(arguments, share=share, folder=Path(folder), worker="thinwire.probe.worker")
+        ending = launch(arguments, share=share, folder=folder, worker="thinwire.probe.worker")
     if ending.status:
         leave(ending)
 

@@ -55,15 +55,18 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     job.config.tracking.check()
     if job.cluster.ranks > 1 or job.cluster.interface:
         asked(job.cluster.interface, os.environ, addresses(), cuda=job.cluster.device.kind == "cuda")
-    resuming = open_folder(job, fresh=fresh)
-    _greet(job, resuming)
-    if warning := crowding(job.cluster.ranks):
-        typer.secho(f"warning: {warning}", fg="yellow", err=True)
-    leave(launch([str(run_file), *settings], share=Share.whole(job.cluster.ranks, port), folder=job.folder))
+    with open_folder(job, fresh=fresh) as opened:
+        _greet(job, opened.resuming)
+        if warning := crowding(job.cluster.ranks):
+            typer.secho(f"warning: {warning}", fg="yellow", err=True)
+        share = Share.whole(job.cluster.ranks, port)
+        leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=opened.lock.descriptor))
 
 
 def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_node: int, *, fresh: bool) -> None:
     """Start the ranks of one node; a launcher like this one does so on every other. The first makes the run folder."""
+    from contextlib import nullcontext
+
     from thinwire.cluster.cluster import check_size
     from thinwire.train.folder import open_folder
     from thinwire.train.job import read_config, resolve
@@ -73,9 +76,11 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     job.config.tracking.check()
     share = Share.of_node(place, ranks_per_node)
     check_size(job.cluster, share.size)
-    if place.rank == 0:
-        _greet(job, open_folder(job, fresh=fresh))
-    leave(launch([str(run_file), *settings], share=share, folder=job.folder))
+    with open_folder(job, fresh=fresh) if place.rank == 0 else nullcontext() as opened:
+        if opened is not None:
+            _greet(job, opened.resuming)
+        lock = None if opened is None else opened.lock.descriptor
+        leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=lock))
 
 
 def leave(ending: "Ending") -> None:

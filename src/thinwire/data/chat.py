@@ -61,7 +61,7 @@ def template_of(folder: Path) -> Render:
     except ImportError:
         raise DataError("chat templates need the transformers library; pip install 'thinwire[hf]'") from None
     try:
-        library: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        library: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
         raise DataError(f"{folder} holds no tokenizer that transformers reads: {_line(error)}") from None
     if not library.chat_template:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from thinwire.checkpoint.config import CheckpointConfig
 from thinwire.checkpoint.read import newest_whole, read_tensors
 from thinwire.config import build, read_toml
 from thinwire.data.config import DataConfig
@@ -43,7 +44,8 @@ def load_run(folder: Path, *, step: int | None = None, dtype: torch.dtype = torc
             f"{folder} is no run folder: it has no run.toml; give the folder that `thinwire train` made"
         )
     tree = read_toml(run_file)
-    path, manifest = newest_whole(folder / "checkpoints", step=step)
+    verify = build(CheckpointConfig, tree.get("checkpoint", {}), str(run_file)).verify
+    path, manifest = newest_whole(folder / "checkpoints", step=step, verify=verify)
     spec = read_any_spec(manifest.meta["spec"], str(path))
     state = {name: tensor.to(dtype) for name, tensor in read_tensors(path, manifest, "params/")}
     model = _native(spec, state, tree) if isinstance(spec, NativeSpec) else _own(spec, state)

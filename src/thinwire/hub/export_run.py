@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinwire.checkpoint.config import CheckpointConfig
 from thinwire.checkpoint.read import TensorReader, newest_whole
 from thinwire.config import build, read_toml
 from thinwire.data.config import DataConfig
@@ -56,8 +57,10 @@ def export_run(
     run_file = run / "run.toml"
     if not run_file.is_file():
         raise CheckpointError(f"{run} is no run folder: it has no run.toml; give the folder that `thinwire train` made")
-    data = build(DataConfig, read_toml(run_file).get("data", {}), str(run_file))
-    path, manifest = newest_whole(run / "checkpoints", step=step)
+    tree = read_toml(run_file)
+    data = build(DataConfig, tree.get("data", {}), str(run_file))
+    verify = build(CheckpointConfig, tree.get("checkpoint", {}), str(run_file)).verify
+    path, manifest = newest_whole(run / "checkpoints", step=step, verify=verify)
     spec = read_any_spec(manifest.meta["spec"], str(path))
     came_from = read_json(run / HUB / CONFIG) if (run / HUB / CONFIG).is_file() else {}
     config = _config(spec, model_type, came_from)
@@ -68,7 +71,7 @@ def export_run(
             from thinwire.hub.native import write_adapters, write_native
 
             if spec.lora is not None:
-                base = Path(read_toml(run_file)["model"]["hf"])
+                base = Path(tree["model"]["hf"])
                 write_adapters(folder, spec, base.absolute(), lambda name: reader.read(f"params/{name}").to(dtype))
             else:
                 write_native(folder, spec, lambda name: reader.read(f"params/{name}"), dtype, limit=shard_bytes)

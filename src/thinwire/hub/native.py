@@ -135,7 +135,12 @@ def _from_pretrained(folder: Path) -> nn.Module:
     try:
         with _quiet():
             model, info = _transformers().AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
     except Exception as error:  # whatever a damaged file makes the library raise
         raise CheckpointError(f"transformers cannot load the weights in {folder}: {_line(error)}") from None

@@ -2,7 +2,8 @@
 
 import os
 import secrets
-from pathlib import Path
+
+from thinwire.processes import start_ticks
 
 PREFIX = "thinwire-lab-"
 
@@ -21,13 +22,3 @@ def owner_lives(name: str) -> bool:
     """Whether the process that made the lab `name` still runs."""
     pid, ticks, _ = name.removeprefix(PREFIX).split("-")
     return start_ticks(int(pid)) == int(ticks)
-
-
-def start_ticks(pid: int) -> int | None:
-    """When a process started, in ticks since boot: tells it from a later one of its number. None if it has ended."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])

@@ -1,7 +1,6 @@
 """A run folder as a report needs it: what was decided, and what every step said. Reads files only."""
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +98,14 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def read_run(folder: Path, name: str) -> Run:
     """One run folder. Raises ConfigError if it is none, or if it has no finished step yet."""
+    try:
+        return _read(folder, name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{error.filename or folder} cannot be read: {reason}; make it readable") from None
+
+
+def _read(folder: Path, name: str) -> Run:
     events = folder / "events.jsonl"
     for path in (events, folder / "plan.json", folder / "cluster.json"):
         if not path.is_file():
@@ -110,12 +117,14 @@ def read_run(folder: Path, name: str) -> Run:
         cluster = Cluster.model_validate_json((folder / "cluster.json").read_text(encoding="utf-8"))
     except ValidationError as error:
         raise ConfigError(f"{folder} was not written by this version of thinwire: {explain(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"plan.json or cluster.json of {folder} is damaged: {error}") from None
     try:
         records = list(read_events(events))
         start = next((record for record in reversed(records) if record["event"] == "run_start"), None)
         steps = {record["step"]: record for record in records if record["event"] == "step"}
         evals = {record["step"]: record for record in records if record["event"] == "eval"}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{events} is damaged: {error}") from None
     if start is None or not steps:
         raise ConfigError(f"{folder} has no finished step yet; train first")

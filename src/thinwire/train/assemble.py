@@ -143,7 +143,7 @@ def assemble(job: Job, world: World) -> Parts:
     feed = Prefetcher(loader, rank=world.rank, ranks=world.size, micro_batch=job.plan.micro_batch)
     kept = config.checkpoint
     checkpoints = Checkpoints(
-        job.folder / CHECKPOINTS, keep_last=kept.keep_last, keep_every=kept.keep_every, world=world
+        job.folder / CHECKPOINTS, keep_last=kept.keep_last, keep_every=kept.keep_every, world=world, verify=kept.verify
     )
     peak, origin = peak_flops_per_s(job.cluster.device, COMPUTE_DTYPES[job.plan.compute_dtype])
     return Parts(

@@ -17,7 +17,8 @@ def finish(job: Job, parts: Parts, saver: Saver, *, step: int, stopped: bool, by
     parts.sharded.drain()
     with parts.sync.outer_weights() if parts.sync is not None else nullcontext():
         text = None if stopped else sample(job, parts)
-    parts.event("run_end", step=step, reason=f"stopped by {by or 'another rank'}" if stopped else "finished")
+    reason = f"stopped by {by or 'another rank'}" if stopped else "finished"
+    parts.event("run_end", step=step, reason=reason if saver.saved else f"{reason}, but not saved")
     if parts.telemetry is None:
         return
     rows = {"run folder": str(job.folder), "step": f"{step} of {job.config.run.steps}"}
@@ -33,7 +34,7 @@ def finish(job: Job, parts: Parts, saver: Saver, *, step: int, stopped: bool, by
         parts.telemetry.console.rule("sample", align="left")
         parts.telemetry.console.print(text, markup=False, highlight=False)
         parts.telemetry.console.rule()
-    if stopped:
+    if stopped and saver.saved:
         parts.say(f"stopped after step {step}; the same command goes on from there")
 
 

@@ -1,12 +1,18 @@
 """The run folder: one folder out, a documented interface. A run belongs to one resolved run file for its whole life."""
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from thinwire.checkpoint.listing import list_checkpoints, list_torn, remove_partial
 from thinwire.config import differences, dump_toml, load
-from thinwire.errors import ConfigError
+from thinwire.errors import CheckpointError, ConfigError
+from thinwire.events import read_events
+from thinwire.folders import write_whole
 from thinwire.hub.files import SIDE_FILES, copy_files
 from thinwire.hub.init import HUB, keep_beside, verify_init
+from thinwire.locks import LOCK, Lock, hold
 from thinwire.train.config import MAY_CHANGE, RunConfig
 from thinwire.train.job import Job
 
@@ -15,40 +21,99 @@ TRACE_FILE = "trace.json"
 CHECKPOINTS, LOGS = "checkpoints", "logs"
 
 
-def open_folder(job: Job, *, fresh: bool) -> bool:
-    """Make or re-open `job.folder`; True if there is a run to go on with.
+@dataclass(frozen=True)
+class Opened:
+    """A run folder that is ours to write. A context: leaving it lets others write."""
+
+    resuming: bool
+    """Whether there is a run to go on with."""
+    lock: Lock
+
+    def __enter__(self) -> "Opened":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+
+
+def open_folder(job: Job, *, fresh: bool) -> Opened:
+    """Make or re-open `job.folder` as its only writer.
 
     `fresh` puts an existing run aside (`NAME.1`, `NAME.2`, ...) and starts anew. The resolved run file, plan and cluster
-    are written whole or not at all. Raises ConfigError if the folder belongs to another run or cannot be written,
-    CheckpointError if the weights it is to start from have changed.
+    are written whole or not at all; what a killed run left half-written is removed. Raises ConfigError if the folder
+    belongs to another run, or to a process that is training in it, or cannot be read or written; CheckpointError if the
+    weights it is to start from have changed, or the run's checkpoints are gone.
     """
     folder = job.folder
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file, not a run folder; choose another with --set run.folder=PATH")
-    if job.init is not None and (fresh or not any(folder.glob(f"{CHECKPOINTS}/*"))):
+    with _told(folder, "read"):
+        _refuse_other_things(folder)
+    if job.init is not None and (fresh or not list_checkpoints(folder / CHECKPOINTS)):
         verify_init(job.init, digests=job.config.checkpoint.verify)
-    if fresh and (folder / RUN_FILE).exists():
-        _put_aside(folder)
-    resuming = (folder / RUN_FILE).exists()
+    with _told(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = hold(folder)
+        try:
+            if fresh and present(folder / RUN_FILE):
+                lock = _put_aside(folder, lock)
+            resuming = present(folder / RUN_FILE)
+            _fill(job, resuming=resuming)
+        except BaseException:
+            lock.release()
+            raise
+    return Opened(resuming, lock)
+
+
+@contextmanager
+def _told(folder: Path, what: str) -> Iterator[None]:
+    """What the system refuses, as a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {folder} cannot be {what}: {error.strerror or error}; choose another with --set "
+            f"run.folder=PATH"
+        ) from None
+
+
+def _refuse_other_things(folder: Path) -> None:
+    """Raise ConfigError for a file, or a folder with other things in it. Nothing is written there."""
+    if not present(folder):
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is a file, not a run folder; choose another with --set run.folder=PATH")
+    if not present(folder / RUN_FILE) and any(path.name not in (LOGS, LOCK) for path in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no {RUN_FILE}; choose another with --set run.folder=PATH")
+
+
+def _fill(job: Job, *, resuming: bool) -> None:
+    folder = job.folder
     if resuming:
         refuse_other_run(job)
-    elif folder.exists() and any(path.name != LOGS for path in folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no {RUN_FILE}; choose another with --set run.folder=PATH")
+        _refuse_lost_checkpoints(folder)
+    remove_partial(folder / CHECKPOINTS)
+    write_whole(folder / RUN_FILE, dump_toml(job.config))
+    write_whole(folder / PLAN_FILE, job.plan.model_dump_json(indent=2) + "\n")
+    write_whole(folder / CLUSTER_FILE, job.cluster.model_dump_json(indent=2) + "\n")
+    if job.init is not None:
+        keep_beside(job.init, folder)
+    elif job.config.model.hf is not None:
+        copy_files(job.config.model.hf, folder / HUB, SIDE_FILES)
+
+
+def _refuse_lost_checkpoints(folder: Path) -> None:
+    """Raise CheckpointError if the run has saved before and nothing of it is there: it would begin anew unasked."""
+    kept = folder / CHECKPOINTS
+    if list_checkpoints(kept) or list_torn(kept) or not present(folder / EVENTS_FILE):
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / RUN_FILE, dump_toml(job.config))
-        _write_whole(folder / PLAN_FILE, job.plan.model_dump_json(indent=2) + "\n")
-        _write_whole(folder / CLUSTER_FILE, job.cluster.model_dump_json(indent=2) + "\n")
-        if job.init is not None:
-            keep_beside(job.init, folder)
-        elif job.config.model.hf is not None:
-            copy_files(job.config.model.hf, folder / HUB, SIDE_FILES)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(
-            f"the run folder {folder} cannot be written: {reason}; choose another with --set run.folder=PATH"
-        ) from None
-    return resuming
+        saved = [record["step"] for record in read_events(folder / EVENTS_FILE, "checkpoint")]
+    except ValueError as error:
+        raise ConfigError(f"{folder / EVENTS_FILE} is damaged: {error}") from None
+    if saved:
+        raise CheckpointError(
+            f"{kept} holds no checkpoint any more, though that of step {saved[-1]} was saved; put it back, or start anew "
+            f"with --fresh, which puts this run aside"
+        )
 
 
 def refuse_other_run(job: Job) -> None:
@@ -67,18 +132,23 @@ def refuse_other_run(job: Job) -> None:
         )
 
 
-def _put_aside(folder: Path) -> None:
+def _put_aside(folder: Path, lock: Lock) -> Lock:
+    """Rename the run that `lock` holds and make the folder anew: its lock."""
     number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+    while present(aside := folder.with_name(f"{folder.name}.{number}")):
         number += 1
     folder.rename(aside)
+    lock.moved_to(aside)
+    folder.mkdir(exist_ok=True)
+    new = hold(folder)
+    lock.release()
+    return new
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old text or the new, never half."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def present(path: Path) -> bool:
+    """Whether something is there. Raises OSError where that cannot be told: `Path.exists` may call it absent."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

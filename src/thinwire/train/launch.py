@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from thinwire.comm.place import Place
 from thinwire.errors import ConfigError
+from thinwire.folders import scratch_folder
 from thinwire.train.folder import LOGS
 from thinwire.train.report import FailureReport, root_cause
 from thinwire.train.stop import INTERRUPTED_STATUS, STOP_SIGNALS, held_for_children
@@ -84,14 +84,17 @@ class Share:
 WORKER = "thinwire.train.worker"
 
 
-def launch(arguments: Sequence[str], *, share: Share, folder: Path, worker: str = WORKER) -> Ending:
+def launch(
+    arguments: Sequence[str], *, share: Share, folder: Path, worker: str = WORKER, lock: int | None = None
+) -> Ending:
     """Run `python -m WORKER PLACE ARGUMENTS` as the ranks of `share` and wait for their end.
 
-    Rank 0 shares this process's output; the others write to `folder/logs/rank-N.log`.
+    Rank 0 shares this process's output; the others write to `folder/logs/rank-N.log`. `lock`: a descriptor that every
+    rank holds open while it lives.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="thinwire-") as reports,
-        Crew(arguments, share=share, folder=folder, reports=Path(reports), worker=worker) as crew,
+        scratch_folder() as reports,
+        Crew(arguments, share=share, folder=folder, reports=reports, worker=worker, lock=lock) as crew,
     ):
         return crew.wait()
 
@@ -100,9 +103,16 @@ class Crew:
     """The processes of one launch. A context: leaving it leaves no process behind."""
 
     def __init__(
-        self, arguments: Sequence[str], *, share: Share, folder: Path, reports: Path, worker: str = WORKER
+        self,
+        arguments: Sequence[str],
+        *,
+        share: Share,
+        folder: Path,
+        reports: Path,
+        worker: str = WORKER,
+        lock: int | None = None,
     ) -> None:
-        self._worker = worker
+        self._worker, self._lock = worker, lock
         self._arguments, self._share, self._reports = list(arguments), share, reports
         self._logs = folder / LOGS
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -150,7 +160,7 @@ class Crew:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=(watched,),
+                pass_fds=(watched,) if self._lock is None else (watched, self._lock),
                 start_new_session=True,
             )
         finally:

@@ -72,6 +72,7 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
     parts.world.status.enter("the end of the run", step)
     saver.finish()
     finish(job, parts, saver, step=step, stopped=stopping and step < total, by=stop.by)
+    saver.require_saved()
 
 
 def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRequest) -> tuple[dict[str, Any], bool]:

@@ -5,6 +5,7 @@ import signal
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +27,11 @@ class FailureReport:
     """True if the sentence says itself which rank it is about."""
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        """Whole or not at all: the launcher may read it when this process is killed, or the disk is full."""
+        partial = path.with_suffix(".partial")
+        with suppress(OSError):
+            partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
+            partial.replace(path)
 
 
 def describe(rank: int, error: BaseException) -> FailureReport:

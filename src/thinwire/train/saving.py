@@ -2,7 +2,7 @@
 
 from thinwire import __version__
 from thinwire.checkpoint.store import Found, SaveFailed, Saving
-from thinwire.errors import CheckpointError
+from thinwire.errors import CheckpointError, SaveError
 from thinwire.hub.init import load_pieces
 from thinwire.partition.pieces import Piece
 from thinwire.sync.saving import in_flight, own_names, to_load, to_save
@@ -20,6 +20,8 @@ class Saver:
         self._saving: Saving | None = None
         self._last_asked = 0
         self._newest: str | None = None
+        self._failed: SaveFailed | None = None
+        """The last save, if that failed."""
         self._adapters = job.config.model.lora is not None
         """The frozen base is read from where it came from; only the adapters are saved."""
 
@@ -84,6 +86,19 @@ class Saver:
         """Wait for a save in flight."""
         self._collect(wait=True)
 
+    @property
+    def saved(self) -> bool:
+        """Whether the last save went well."""
+        return self._failed is None
+
+    def require_saved(self) -> None:
+        """Raises SaveError, on all ranks, if the last save failed: what was computed since the one before is lost."""
+        if self._failed is not None:
+            raise SaveError(
+                f"the last checkpoint, of step {self._failed.step}, could not be saved: {self._failed.reason}; the newest "
+                f"is {self.newest_name() or 'none'}: make room and start the same command again, which goes on from there"
+            )
+
     def newest_name(self) -> str | None:
         """Path of the newest checkpoint that is whole, relative to the run folder's parent."""
         return None if self._newest is None else str(self._job.folder / CHECKPOINTS / self._newest)
@@ -115,6 +130,7 @@ class Saver:
             return
         self._saving = None
         outcome = saving.result()
+        self._failed = outcome if isinstance(outcome, SaveFailed) else None
         if isinstance(outcome, SaveFailed):
             self._parts.warn(
                 f"the checkpoint of step {outcome.step} could not be saved: {outcome.reason}; training goes on, the last "

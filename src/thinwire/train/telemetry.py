@@ -43,7 +43,7 @@ class Telemetry:
 
     def step(self, record: dict[str, Any]) -> None:
         """Say what step `record["step"]` (1 is the first) did."""
-        self.log.write("step", **record)
+        self._write("step", **record)
         number = record["step"]
         names = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s")
         values = {f"train/{name}": record[name] for name in names if record[name] is not None}
@@ -74,7 +74,7 @@ class Telemetry:
 
     def event(self, kind: str, **fields: Any) -> None:
         """A record of another kind in the log; validation losses go to the trackers too."""
-        self.log.write(kind, **fields)
+        self._write(kind, **fields)
         if kind == "eval":
             shown = {f"eval/{name}": fields[name] for name in ("loss", "bits_per_byte") if fields.get(name) is not None}
             self._track(shown, fields["step"])
@@ -89,7 +89,20 @@ class Telemetry:
 
     def warn(self, text: str) -> None:
         """Something that does not end the run but that a person should see, and find again in the log."""
-        self.log.write("fault", message=text)
+        self._write("fault", message=text)
+        self._say_warning(text)
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        """A record in the log. One that cannot be written waits; that is told once."""
+        fine = self.log.trouble is None
+        self.log.write(kind, **fields)
+        if fine and self.log.trouble is not None:
+            self._say_warning(
+                f"{EVENTS_FILE} cannot be written: {self.log.trouble}; training goes on, and what it says is kept in memory "
+                f"until there is room"
+            )
+
+    def _say_warning(self, text: str) -> None:
         self.say(f"warning: {text}", "yellow")
 
     def stop_line(self) -> None:
@@ -103,6 +116,10 @@ class Telemetry:
                 tracker.close()
             except Exception as error:
                 self.warn(f"{name} could not be closed: {error}; its last records may be missing")
+        if gone := self.log.waiting + self.log.lost:
+            self._say_warning(
+                f"{gone:,} records of {EVENTS_FILE} could not be written: {self.log.trouble}; they are lost"
+            )
         self.log.close()
 
 

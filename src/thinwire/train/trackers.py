@@ -5,9 +5,12 @@ A tracker is a guest: one that fails while the run goes on is dropped with a war
 
 import importlib.util
 import json
+import os
+import socket
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,6 +18,7 @@ from pydantic import Field
 
 from thinwire.config import Frozen
 from thinwire.errors import ConfigError
+from thinwire.folders import write_whole
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 TENSORBOARD = "tensorboard"
@@ -55,19 +59,34 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run folder; points after `first_step` of an earlier start are hidden."""
+    """Event files in the run folder; points after `first_step` of an earlier start are hidden.
+
+    Written here and not by a SummaryWriter, whose thread dies of a full disk with a traceback of its own.
+    """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step, flush_secs=30)
+        self._event, self._summary = Event, Summary
+        (folder / TENSORBOARD).mkdir(parents=True, exist_ok=True)
+        seconds, rest = divmod(time.time_ns(), 10**9)
+        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest}"
+        self._records = RecordWriter((folder / TENSORBOARD / name).open("wb"))
+        self._write(step=first_step + 1, file_version="brain.Event:2")
+        self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        shown = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=self._summary(value=shown))
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
+
+    def _write(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
 
 
 class Wandb:
@@ -108,8 +127,6 @@ class Mlflow:
         self._id = known
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        import time
-
         now_ms = int(time.time() * 1000)
         self._client.log_batch(self._id, metrics=[self._metric(n, v, now_ms, step) for n, v in values.items()])
 
@@ -157,12 +174,18 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _kept(folder: Path, name: str) -> str | None:
-    path = folder / KEPT
-    found: Sequence[Any] | dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    return found.get(name) if isinstance(found, dict) else None
+    found = _all_kept(folder).get(name)
+    return found if isinstance(found, str) else None
 
 
 def _keep(folder: Path, name: str, identity: str) -> None:
-    path = folder / KEPT
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**known, name: identity}) + "\n")
+    write_whole(folder / KEPT, json.dumps({**_all_kept(folder), name: identity}) + "\n")
+
+
+def _all_kept(folder: Path) -> dict[str, Any]:
+    """Nothing if the file is no JSON object: the curves then begin anew."""
+    try:
+        found = json.loads((folder / KEPT).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -84,8 +84,7 @@ def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh
     job = resolve(run_file, config)
     job.config.tracking.check()
     check_size(job.cluster, place.size)
-    if place.rank == 0:
-        open_folder(job, fresh=fresh)
+    opened = open_folder(job, fresh=fresh) if place.rank == 0 else None
     try:
         run_rank(job, place, stop)
     except StopAsked as error:
@@ -97,6 +96,8 @@ def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh
         report = describe(place.rank, error)
         print(f"thinwire: rank {place.rank}: {report.sentence}\n{report.details}", file=sys.stderr)
         leave_now(1)
+    if opened is not None:
+        opened.lock.release()
 
 
 def leave_unbegun(place: Place, stop: StopAsked) -> NoReturn:
