@@ -13,20 +13,19 @@ def run(
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to score; 0: all.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Sequences in one forward.", min=1)] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Loss, perplexity and bits per byte on the held-out split of a corpus.
 
     Example: thinwire eval runs/stdlib --data corpora/stdlib
     """
-    import torch
-
     from thinwire.data.loader import evaluation_batches
     from thinwire.errors import DataError
-    from thinwire.evaluate.load import load_run
+    from thinwire.evaluate.load import device_for, load_run
     from thinwire.evaluate.loss import score
 
-    loaded = load_run(folder, step=step)
+    loaded = load_run(folder, step=step, device=device_for(device))
     corpus = loaded.corpus(data)
     if corpus.heldout is None or corpus.heldout.tokens < 2:
         raise DataError(
@@ -44,7 +43,6 @@ def run(
         loaded.model,
         batches,
         token_bytes=corpus.token_bytes,
-        device=torch.device("cpu"),
         cross_documents=loaded.data.cross_documents,
     )
     figures = {

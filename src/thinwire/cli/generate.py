@@ -14,16 +14,17 @@ def run(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
 ) -> None:
     """Continue a prompt; the text appears as it is drawn.
 
     Example: thinwire generate runs/stdlib --prompt "class Stack:" --temperature 0.7
     """
     from thinwire.errors import DataError
-    from thinwire.evaluate.load import load_run
+    from thinwire.evaluate.load import device_for, load_run
     from thinwire.model.generate import generate, stream_text
 
-    loaded = load_run(folder, step=step)
+    loaded = load_run(folder, step=step, device=device_for(device))
     tokenizer = loaded.corpus().tokenizer
     if tokenizer is None:
         raise DataError(f"the corpus {loaded.data.path} has no tokenizer, so there is no text to continue")
