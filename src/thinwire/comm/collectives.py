@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.comm import duplex
 from thinwire.comm.adding import rows_of
 from thinwire.comm.codec import IDENTITY, Codec
+from thinwire.comm.compat import all_gather_single, reduce_scatter_single
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
 from thinwire.comm.world import World
@@ -94,7 +94,7 @@ def reduce_scatter(
         return _alone(world, out_n, full)
     if codec is IDENTITY and world.device.type == "cuda":
         entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, full.nbytes // k * (k - 1), codec)
-        work = dist.reduce_scatter_single(out_n.view(-1), full.reshape(-1), group=group, async_op=True)
+        work = reduce_scatter_single(out_n.view(-1), full.reshape(-1), group=group)
         return Handle(world.outstanding, entry, [work], keep=(out_n, full))
     sent = full if codec is IDENTITY else torch.stack([codec.encode(chunk) for chunk in full])
     received = torch.empty_like(sent)
@@ -184,7 +184,7 @@ def all_reduce_small(
             continue
         gathered = torch.empty(k, x.numel(), dtype=x.dtype)
         entry = _entry(world, level, "all_reduce", purpose, x.nbytes, x.nbytes * (k - 1), IDENTITY)
-        work = dist.all_gather_single(gathered.view(-1), x.reshape(-1), group=group, async_op=True)
+        work = all_gather_single(gathered.view(-1), x.reshape(-1), group=group)
         Handle(world.outstanding, entry, [work]).wait()
         total = gathered[0].clone()
         for other in gathered[1:]:

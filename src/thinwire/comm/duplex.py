@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from thinwire.comm.compat import all_gather_single
 from thinwire.comm.handle import Waitable
 from thinwire.comm.neighbours import Neighbours
 
@@ -54,7 +55,7 @@ def all_gather(
     """Row i of `received` (k rows) becomes the i-th rank's `row`; the own one may be that row itself. Wait for all works."""
     places = _places(group, among)
     if received.is_cuda and len(places) == group.size():
-        return [dist.all_gather_single(received.view(-1), row, group=group, async_op=True)]
+        return [all_gather_single(received.view(-1), row, group=group)]
     me = places.index(group.rank())
     if received[me].data_ptr() != row.data_ptr():
         received[me].copy_(row)

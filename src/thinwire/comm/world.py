@@ -139,7 +139,7 @@ class World:
         """A new communicator of `ranks`; a `small` one is for a few numbers on the CPU.
 
         Every rank calls this for every communicator, in the same order; or (`members_only`, cheaper in large worlds) only
-        the members do, and only if all of them have made the same number of communicators before: torch 2.13 derives the
+        the members do, and only if all of them have made the same number of communicators before: torch derives the
         name under which they meet from that number.
         """
         if small or self.device.type == "cpu":
