@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from thinwire.cluster.cluster import Cluster
     from thinwire.comm.place import Place
     from thinwire.train.job import Job
     from thinwire.train.launch import Ending
@@ -52,6 +53,7 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
         refuse_taken(port)
     job = resolve(run_file, config, prepare=True)
     job.config.tracking.check()
+    _tell_device(job.cluster, job.cluster.ranks)
     resuming = open_folder(job, fresh=fresh)
     _greet(job, resuming)
     if warning := crowding(job.cluster.ranks):
@@ -70,6 +72,7 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     job.config.tracking.check()
     share = Share.of_node(place, ranks_per_node)
     check_size(job.cluster, share.size)
+    _tell_device(job.cluster, share.count)
     if place.rank == 0:
         _greet(job, open_folder(job, fresh=fresh))
     leave(launch([str(run_file), *settings], share=share, folder=job.folder))
@@ -90,6 +93,15 @@ def _train_as(place: "Place", run_file: Path, settings: list[str], *, fresh: boo
     from thinwire.train.worker import run_external
 
     run_external(place, run_file, settings, fresh=fresh)
+
+
+def _tell_device(cluster: "Cluster", ranks: int) -> None:
+    """Say what computes. Raises ConfigError if this machine has too few GPUs for its `ranks` ranks."""
+    from thinwire.cluster.found import check_ranks, described, found_gpus
+
+    seen = found_gpus(os.environ)
+    check_ranks(cluster, ranks, seen)
+    typer.echo(described(cluster, seen))
 
 
 def _greet(job: "Job", resuming: bool) -> None:

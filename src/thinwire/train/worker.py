@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from thinwire.cluster.cluster import check_size
+from thinwire.cluster.found import described, found_gpus
 from thinwire.comm.place import Place
 from thinwire.errors import ThinwireError
 from thinwire.train.folder import open_folder
@@ -77,6 +78,7 @@ def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh
     job.config.tracking.check()
     check_size(job.cluster, place.size)
     if place.rank == 0:
+        print(described(job.cluster, found_gpus(os.environ)), flush=True)
         open_folder(job, fresh=fresh)
     try:
         run_rank(job, place, stop)
