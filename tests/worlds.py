@@ -25,14 +25,18 @@ def cluster_of(levels: Levels) -> Cluster:
 
 
 def run_world(
-    levels: int | Levels, fn: Callable[..., Any], *args: Any, timeout_s: float = 120, sockets: Sequence[int] = ()
+    levels: int | Levels | Cluster,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 120,
+    sockets: Sequence[int] = (),
 ) -> list[Any]:
     """`fn(world, *args)` on every rank of a new world: the results by rank. Raises what a rank raised, or TimeoutError.
 
     All ranks are neighbours on this host; those of the levels in `sockets` talk as if they were not. Leaving the world
     checks that no handle was dropped.
     """
-    cluster = cluster_of([levels] if isinstance(levels, int) else levels)
+    cluster = levels if isinstance(levels, Cluster) else cluster_of([levels] if isinstance(levels, int) else levels)
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     port = free_port()

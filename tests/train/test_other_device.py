@@ -30,10 +30,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 def _train(world: World, run_file: Path, settings: list[str], *, elsewhere: bool) -> list[float]:
     """Losses of the run's steps, then of its validations."""
-    if elsewhere:
-        world = replace(world, device=torch.device("elsewhere", 0))
+    if elsewhere:  # as ranks that share an accelerator: with communicators of the CPU
+        world = replace(world, device=torch.device("elsewhere", 0), over_host=True)
+        world = world.among(range(world.size), world.cluster)
     job = resolve(run_file, read_config(run_file, settings))
-    open_folder(job, fresh=False)
+    if world.rank == 0:
+        open_folder(job, fresh=False)
     train(job, world, StopRequest())
     events = [json.loads(line) for line in (job.folder / "events.jsonl").read_text().splitlines()]
     return [event["loss"] for kind in ("step", "eval") for event in events if event["event"] == kind]
@@ -53,10 +55,20 @@ def _train_and_go_on(world: World, run_file: Path, elsewhere: bool) -> tuple[lis
     return losses, ids, score(run.model, batches, token_bytes=None, cross_documents=False).loss
 
 
-def test_a_run_on_another_device_is_that_of_the_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "plan"),
+    [
+        (1, {}),
+        (2, {"wire": {"grads": {"node": "int8"}}}),
+        (2, {"partition": "ddp", "sync": {"inner_steps": 1, "level": "node"}}),
+    ],
+    ids=["one rank", "two ranks", "two groups"],
+)
+def test_a_run_on_another_device_is_that_of_the_cpu(ranks: int, plan: dict[str, Any], tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path)
+    sections = {**SECTIONS, "plan": plan, "cluster": {"levels": [ranks]}}
     here, there = (
-        run_world(1, _train_and_go_on, write_run(tmp_path, corpus, name, **SECTIONS), elsewhere)[0]
+        run_world(ranks, _train_and_go_on, write_run(tmp_path, corpus, name, **sections), elsewhere)[0]
         for name, elsewhere in (("here", False), ("there", True))
     )
     assert len(here[0]) >= 5 + 4

@@ -92,7 +92,7 @@ def reduce_scatter(
     full = (pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))).view(k, n)
     if group is None:
         return _alone(world, out_n, full)
-    if codec is IDENTITY and world.device.type == "cuda":
+    if codec is IDENTITY and duplex.carries(group, out_n):
         entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, full.nbytes // k * (k - 1), codec)
         work = reduce_scatter_single(out_n.view(-1), full.reshape(-1), group=group)
         return Handle(world.outstanding, entry, [work], keep=(out_n, full))

@@ -5,6 +5,9 @@ all-to-all and ring send first: the announcement then waits behind this rank's o
 take turns. Here every receive is posted before the first send. Sends start with the next rank of the group, so that no
 two ranks begin with the same receiver. All ranks of a group issue the same calls in the same order.
 
+A device whose tensors the group's library does not take (gloo, where ranks share an accelerator) is reached over copies in
+host memory: what was computed is waited for before it is sent, and what came is copied back when it is waited for.
+
 Where the ranks of a group are `near`, on one host, rows are read from each other's memory (`thinwire.comm.neighbours`).
 
 `among` leaves ranks of the group out, for instance because they are gone: only those at the given places take part.
@@ -13,7 +16,9 @@ Shapes: k ranks of the group that take part; one row of a matrix for each
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,7 +41,7 @@ def all_to_all(
     This rank's own row is copied at once; without `copy_own` it may be left as it is.
     """
     places = _places(group, among)
-    if received.is_cuda and len(places) == group.size():
+    if carries(group, received) and len(places) == group.size():
         return [dist.all_to_all_single(received, sent, group=group, async_op=True)]
     me = places.index(group.rank())
     if copy_own:
@@ -54,12 +59,31 @@ def all_gather(
 ) -> Sequence[Waitable]:
     """Row i of `received` (k rows) becomes the i-th rank's `row`; the own one may be that row itself. Wait for all works."""
     places = _places(group, among)
-    if received.is_cuda and len(places) == group.size():
+    if carries(group, received) and len(places) == group.size():
         return [all_gather_single(received.view(-1), row, group=group)]
     me = places.index(group.rank())
     if received[me].data_ptr() != row.data_ptr():
         received[me].copy_(row)
     return _post(received, [row] * len(places), group, places, near, gathers=True)
+
+
+def carries(group: dist.ProcessGroup, tensor: Tensor) -> bool:
+    """Whether the group's library takes tensors of this accelerator as they are: NCCL does, gloo does not."""
+    kinds: Any = group._device_types
+    return tensor.device.type != "cpu" and any(kind.type == tensor.device.type for kind in kinds)
+
+
+class _Landing:
+    """Rows on their way into host memory: waiting for them puts them where they belong."""
+
+    def __init__(self, works: Sequence[Waitable], here: Tensor, there: Tensor, places: Sequence[int]) -> None:
+        self._works, self._here, self._there, self._places = works, here, there, places
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        for place in self._places:
+            self._there[place].copy_(self._here[place])
 
 
 def _places(group: dist.ProcessGroup, among: Sequence[int] | None) -> list[int]:
@@ -77,10 +101,16 @@ def _post(
 ) -> Sequence[Waitable]:
     me, k = places.index(group.rank()), len(places)
     sources, targets = [(me - d) % k for d in range(1, k)], [(me + d) % k for d in range(1, k)]
-    if received.is_cuda:  # NCCL wants sends and receives of several peers in one batch
+    if carries(group, received):  # NCCL wants sends and receives of several peers in one batch
         come = [dist.P2POp(dist.irecv, received[j], group=group, group_peer=places[j]) for j in sources]
         go = [dist.P2POp(dist.isend, rows[j], group=group, group_peer=places[j]) for j in targets]
         return list(dist.batch_isend_irecv([*come, *go])) if k > 1 else []
+    if received.device.type != "cpu":
+        here, sent = (
+            torch.empty_like(received, device="cpu"),
+            [rows[0].cpu()] * k if gathers else [r.cpu() for r in rows],
+        )
+        return [_Landing(_post(here, sent, group, places, None, gathers=gathers), here, received, sources)]
     if near is not None:
         come_near, go_near = {places[j]: received[j] for j in sources}, {places[j]: rows[j] for j in targets}
         return [near.exchange(come_near, go_near, gathers=gathers)]

@@ -15,12 +15,13 @@ import torch.distributed as dist
 
 from thinwire.cluster.cluster import Cluster, Level, check_size
 from thinwire.comm import gloo
+from thinwire.comm.device import claim, rank_device
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Ledger
 from thinwire.comm.neighbours import Exchanges, Neighbours
 from thinwire.comm.place import Place
 from thinwire.comm.same_host import find_neighbours
-from thinwire.errors import ConfigError, LinkError
+from thinwire.errors import LinkError
 
 Kind = Literal["gather", "reduce", "small"]
 
@@ -40,6 +41,8 @@ class World:
     _groups: dict[tuple[int, Kind], dist.ProcessGroup] = field(default_factory=dict)
     _neighbours: dict[int, Neighbours] = field(default_factory=dict)
     timeout: timedelta = timedelta(seconds=600)
+    over_host: bool = False
+    """Tensors of an accelerator travel as copies in host memory, over gloo: several ranks may share one."""
     _devices: gloo.Devices = ()
     """What gloo's communicators share."""
     _exchanges: Exchanges = field(default_factory=Exchanges)
@@ -53,20 +56,19 @@ class World:
     ) -> "World":
         """Meet the other ranks at host:port (rank 0 listens there) and make every communicator.
 
-        Raises ConfigError if the cluster's levels do not multiply up to `size`, LinkError if the ranks do not meet.
+        Raises ConfigError if the cluster's levels do not multiply up to `size` or this rank has no device, LinkError if
+        the ranks do not meet.
         """
         check_size(cluster, size)
-        cuda = cluster.device.kind == "cuda"
-        if cuda and not torch.cuda.is_available():
-            raise ConfigError('the cluster\'s device is a GPU, but torch sees none here; set cluster.device = "cpu"')
-        device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-        world = World(rank, size, local_rank, cluster, device)
+        device = rank_device(cluster, local_rank)
+        world = World(rank, size, local_rank, cluster, device, over_host=cluster.share_device)
         if size > 1:
             timeout = world.timeout = timedelta(seconds=timeout_s)
             try:
                 world._devices = gloo.open_devices()
                 store = dist.TCPStore(host, port, size, is_master=rank == 0, timeout=timeout)
-                if cuda:
+                claim(store, device, rank=rank, share=world.over_host)
+                if device.type != "cpu" and not world.over_host:
                     both = "cpu:gloo,cuda:nccl"
                     dist.init_process_group(both, store=store, rank=rank, world_size=size, timeout=timeout)
                 else:
@@ -111,7 +113,7 @@ class World:
         near = {index: found for index, found in self._neighbours.items() if index < level}
         return World(
             self.rank % cluster.ranks, cluster.ranks, self.local_rank, cluster, self.device, self.ledger,
-            self.outstanding, groups, near, self.timeout, self._devices,
+            self.outstanding, groups, near, self.timeout, self.over_host, self._devices,
         )  # fmt: skip
 
     def among(self, ranks: Sequence[int], cluster: Cluster, *, kept: int = 0) -> "World":
@@ -122,7 +124,7 @@ class World:
         """
         part = World(
             list(ranks).index(self.rank), len(ranks), self.local_rank, cluster, self.device, self.ledger,
-            self.outstanding, timeout=self.timeout, _devices=self._devices,
+            self.outstanding, timeout=self.timeout, over_host=self.over_host, _devices=self._devices,
         )  # fmt: skip
         part._make_groups(base=ranks, kept=kept)
         self._parts.append(part)
@@ -142,7 +144,7 @@ class World:
         the members do, and only if all of them have made the same number of communicators before: torch derives the
         name under which they meet from that number.
         """
-        if small or self.device.type == "cpu":
+        if small or self.over_host or self.device.type == "cpu":
             return gloo.new_group(ranks, self._devices, timeout or self.timeout, members_only=members_only)
         made: dist.ProcessGroup = dist.new_group(
             list(ranks), timeout=timeout or self.timeout, backend="nccl", use_local_synchronization=members_only
