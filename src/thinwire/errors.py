@@ -42,6 +42,10 @@ class LabError(ThinwireError):
     """The emulated cluster could not be built on this machine, or broke."""
 
 
+class ProbeError(ThinwireError):
+    """What a probe timed cannot be what the machine does."""
+
+
 class DivergenceError(ThinwireError):
     """Training produced non-finite numbers too many times in a row."""
 

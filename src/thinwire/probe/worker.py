@@ -24,14 +24,14 @@ def probe_rank(cluster: Cluster, place: Place, out: Path, *, quick: bool) -> Non
 
     from thinwire.comm.heap import keep_heap
     from thinwire.comm.world import World
-    from thinwire.probe.effort import FULL, QUICK
+    from thinwire.probe.effort import Effort
     from thinwire.probe.fit import measured_cluster
     from thinwire.probe.measure import measure, parts
 
     keep_heap()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     world = World.join(cluster, **asdict(place))
-    effort = QUICK if quick else FULL
+    effort = Effort.of(cluster.device.kind, quick=quick)
     shown = Progress(
         TextColumn("[bold]probe"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
         console=Console(stderr=True), disable=place.rank != 0,
