@@ -24,8 +24,11 @@ def run(
     from thinwire.errors import DataError
     from thinwire.evaluate.load import device_for, load_run
     from thinwire.evaluate.loss import score
+    from thinwire.train.shortage import shortage_explained
 
-    loaded = load_run(folder, step=step, device=device_for(device))
+    where, hint = device_for(device), "give a smaller --batch, or --device cpu where the host has more memory"
+    with shortage_explained(where, hint=hint):
+        loaded = load_run(folder, step=step, device=where)
     corpus = loaded.corpus(data)
     if corpus.heldout is None or corpus.heldout.tokens < 2:
         raise DataError(
@@ -39,12 +42,10 @@ def run(
         cross_documents=loaded.data.cross_documents,
         vocab_size=loaded.spec.vocab_size,
     )
-    result = score(
-        loaded.model,
-        batches,
-        token_bytes=corpus.token_bytes,
-        cross_documents=loaded.data.cross_documents,
-    )
+    with shortage_explained(where, hint=hint):
+        result = score(
+            loaded.model, batches, token_bytes=corpus.token_bytes, cross_documents=loaded.data.cross_documents
+        )
     figures = {
         "step": loaded.step,
         "loss": result.loss,

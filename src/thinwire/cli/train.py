@@ -58,7 +58,7 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     _greet(job, resuming)
     if warning := crowding(job.cluster.ranks):
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
-    leave(launch([str(run_file), *settings], share=Share.whole(job.cluster.ranks, port), folder=job.folder))
+    leave(launch([str(run_file), *settings], share=Share.whole(job.cluster.ranks, port), folder=job.folder), job)
 
 
 def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_node: int, *, fresh: bool) -> None:
@@ -75,24 +75,33 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     _tell_device(job.cluster, share.count)
     if place.rank == 0:
         _greet(job, open_folder(job, fresh=fresh))
-    leave(launch([str(run_file), *settings], share=share, folder=job.folder))
+    leave(launch([str(run_file), *settings], share=share, folder=job.folder), job)
 
 
-def leave(ending: "Ending") -> None:
+def leave(ending: "Ending", job: "Job | None" = None) -> None:
     """Tell whose fault it was, if it was somebody's, and exit with the run's status."""
     if ending.failure is not None:
-        who = f"rank {ending.failure.rank}: " if ending.failure.rank >= 0 else ""
-        typer.echo(f"thinwire: {who}{ending.failure.sentence}", err=True)
+        failure = ending.failure
+        who = f"rank {failure.rank}: " if failure.rank >= 0 else ""
+        fits = _advise(job, failure.needed_bytes, failure.capacity_bytes) if job and failure.needed_bytes else ""
+        typer.echo(f"thinwire: {who}{failure.sentence}{fits and '; '}{fits}", err=True)
         if ending.failure.details:
             typer.echo(ending.failure.details.rstrip(), err=True)
     sys.exit(ending.status)
+
+
+def _advise(job: "Job", needed_bytes: float, capacity_bytes: float) -> str:
+    """Which setting would have fitted."""
+    from thinwire.cli.shortage import advice
+
+    return advice(job, needed_bytes, capacity_bytes)
 
 
 def _train_as(place: "Place", run_file: Path, settings: list[str], *, fresh: bool) -> None:
     """Be one rank of a world that torchrun or Slurm started."""
     from thinwire.train.worker import run_external
 
-    run_external(place, run_file, settings, fresh=fresh)
+    run_external(place, run_file, settings, fresh=fresh, advise=_advise)
 
 
 def _tell_device(cluster: "Cluster", ranks: int) -> None:

@@ -6,7 +6,7 @@ import signal
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from thinwire.errors import ThinwireError
@@ -29,6 +29,10 @@ class FailureReport:
     sentence: str
     details: str
     exit_status: int
+    needed_bytes: int = field(default=0, kw_only=True)
+    """Of a rank that ran out of memory: what it needed at least."""
+    capacity_bytes: int = field(default=0, kw_only=True)
+    """And what there is."""
     cascade: bool
     """True if this looks like the echo of another rank's failure."""
 
@@ -45,6 +49,8 @@ def describe(rank: int, error: BaseException) -> FailureReport:
         time_s=time.time(),
         sentence=text if known else f"{type(error).__name__}: {text.splitlines()[0]}",
         details="" if known else "".join(traceback.format_exception(error)),
+        needed_bytes=getattr(error, "needed_bytes", 0),
+        capacity_bytes=getattr(error, "capacity_bytes", 0),
         exit_status=error.exit_status if isinstance(error, ThinwireError) else 1,
         cascade=text.startswith(_LOST) if known else bool(_CASCADE.search(text)),
     )

@@ -6,7 +6,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,15 +14,18 @@ from pathlib import Path
 from thinwire.cluster.cluster import check_size
 from thinwire.cluster.found import described, found_gpus
 from thinwire.comm.place import Place
-from thinwire.errors import ThinwireError
+from thinwire.errors import ShortOfMemory, ThinwireError
 from thinwire.train.folder import open_folder
 from thinwire.train.job import Job, read_config, resolve
 from thinwire.train.report import describe
 from thinwire.train.stop import StopRequest
 
+Advise = Callable[[Job, float, float], str]
+"""(job, bytes needed, bytes there are) -> which setting would fit."""
 
-def run_rank(job: Job, place: Place, stop: StopRequest) -> None:
-    """Join the world, train, leave it. Raises what training raises."""
+
+def run_rank(job: Job, place: Place, stop: StopRequest, *, advise: Advise | None = None) -> None:
+    """Join the world, train, leave it. Raises what training raises; `advise` ends the sentence of a shortage of memory."""
     import torch
 
     from thinwire.comm.heap import keep_heap
@@ -36,7 +39,12 @@ def run_rank(job: Job, place: Place, stop: StopRequest) -> None:
         **asdict(place),
         timeout_s=job.config.run.timeout,
     )
-    train(job, world, stop)
+    try:
+        train(job, world, stop)
+    except ShortOfMemory as error:
+        if advise is not None:
+            error.args = (f"{error}; {advise(job, error.needed_bytes, error.capacity_bytes)}",)
+        raise
     world.leave()
 
 
@@ -65,7 +73,9 @@ def failures_reported(place: Place, report: Path) -> Iterator[None]:
         leave_now(1)
 
 
-def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh: bool) -> None:
+def run_external(
+    place: Place, run_file: Path, settings: Sequence[str], *, fresh: bool, advise: Advise | None = None
+) -> None:
     """Be one rank that torchrun or Slurm started: rank 0 makes the run folder, the others wait for it in the world.
 
     Raises ThinwireError for wrong input. Any other failure is told in one line if it is the echo of another rank's, else
@@ -81,7 +91,7 @@ def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh
         print(described(job.cluster, found_gpus(os.environ)), flush=True)
         open_folder(job, fresh=fresh)
     try:
-        run_rank(job, place, stop)
+        run_rank(job, place, stop, advise=advise)
     except BaseException as error:
         report = describe(place.rank, error)
         if isinstance(error, ThinwireError) and not report.cascade:
