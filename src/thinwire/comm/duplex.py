@@ -16,7 +16,7 @@ Shapes: k ranks of the group that take part; one row of a matrix for each
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,8 +69,8 @@ def all_gather(
 
 def carries(group: dist.ProcessGroup, tensor: Tensor) -> bool:
     """Whether the group's library takes tensors of this accelerator as they are: NCCL does, gloo does not."""
-    kinds: Any = group._device_types
-    return tensor.device.type != "cpu" and any(kind.type == tensor.device.type for kind in kinds)
+    kind, told = tensor.device.type, cast(Any, group)  # torch's stubs lack the list of what a group was made for
+    return kind != "cpu" and any(taken.type == kind for taken in told._device_types)
 
 
 class _Landing:
@@ -106,10 +106,8 @@ def _post(
         go = [dist.P2POp(dist.isend, rows[j], group=group, group_peer=places[j]) for j in targets]
         return list(dist.batch_isend_irecv([*come, *go])) if k > 1 else []
     if received.device.type != "cpu":
-        here, sent = (
-            torch.empty_like(received, device="cpu"),
-            [rows[0].cpu()] * k if gathers else [r.cpu() for r in rows],
-        )
+        here = torch.empty_like(received, device="cpu")
+        sent = [rows[0].cpu()] * k if gathers else [row.cpu() for row in rows]
         return [_Landing(_post(here, sent, group, places, None, gathers=gathers), here, received, sources)]
     if near is not None:
         come_near, go_near = {places[j]: received[j] for j in sources}, {places[j]: rows[j] for j in targets}
