@@ -58,7 +58,7 @@ def run_tree(folder: Path, corpus: Path, **sections: dict[str, Any]) -> dict[str
         "batch": {"sequences": 16, "tokens": 32, "micro_batch": 4},
         "optimizer": {"lr": 3e-3},
         "schedule": {"warmup_steps": 2},
-        "cluster": {"levels": [1]},
+        "cluster": {"levels": [1], "device": "cpu"},
         "checkpoint": {"every_steps": 5},
         "run": {"folder": str(folder), "steps": 20, "eval_every": 0, "sample_tokens": 0},
     }

@@ -43,7 +43,7 @@ TORCH_FREE = [
     "thinwire.cli.probe", "thinwire.probe.fit", "thinwire.report.write",
     "thinwire.lab.lab", "thinwire.lab.agent", "thinwire.lab.clean",
     "thinwire.cli.launch", "thinwire.launchers.slurm", "thinwire.launchers.kubernetes",
-    "thinwire.rounds.config",
+    "thinwire.rounds.config", "thinwire.cluster.found", "thinwire.cli.presets", "thinwire.cli.shortage",
     "thinwire.cli.export", "thinwire.cli.import_", "thinwire.hub.families", "thinwire.hub.names", "thinwire.hub.init",
 ]  # fmt: skip
 

@@ -25,7 +25,7 @@ def cluster_of(levels: Levels) -> Cluster:
 
 
 def run_world(
-    levels: int | Levels,
+    levels: int | Levels | Cluster,
     fn: Callable[..., Any],
     *args: Any,
     timeout_s: float = 120,
@@ -37,7 +37,7 @@ def run_world(
     All ranks are neighbours on this host; those of the levels in `sockets` talk as if they were not. Collectives wait for
     `patience_s`. Leaving the world checks that no handle was dropped.
     """
-    cluster = cluster_of([levels] if isinstance(levels, int) else levels)
+    cluster = levels if isinstance(levels, Cluster) else cluster_of([levels] if isinstance(levels, int) else levels)
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     port = free_port()

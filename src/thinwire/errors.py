@@ -64,6 +64,18 @@ class LabError(ThinwireError):
     """The emulated cluster could not be built on this machine, or broke."""
 
 
+class ShortOfMemory(ThinwireError):
+    """A process could not get the memory that it asked for: it needed `needed_bytes` or more, and has `capacity_bytes`."""
+
+    def __init__(self, sentence: str, *, needed_bytes: int, capacity_bytes: int) -> None:
+        super().__init__(sentence)
+        self.needed_bytes, self.capacity_bytes = needed_bytes, capacity_bytes
+
+
+class ProbeError(ThinwireError):
+    """What a probe timed cannot be what the machine does."""
+
+
 class DivergenceError(ThinwireError):
     """Training produced non-finite numbers too many times in a row."""
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from runs import make_corpus, make_text, thinwire, write_run
+from thinwire.cli import main
+from thinwire.model.presets import preset_names
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,7 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = thinwire("train", write_run(folder, corpus, run={"steps": 8, "sample_tokens": 10}))
     assert done.returncode == 0, done.stderr
     assert "bits per byte" in done.stdout
+    assert done.stdout.splitlines()[0].startswith("device: cpu")
     assert "sample" in done.stdout
     return folder / "run"
 
@@ -201,3 +204,18 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(finished: Path
     assert again.returncode == 0, again.stderr
     assert "8 of 8" in again.stdout
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == before
+
+
+def test_presets_are_listed_with_their_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["presets"])
+    assert left.value.code == 0
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["h200", "989", "TFLOP/s", "131", "GiB", "4.80", "TB/s"] in words
+    assert ["three-sites", "h100", "96", "node=8", "at", "3.60"] in [line[:6] for line in words]
+    assert ["llama-3-8b", "8.03", "G", "32", "4,096", "128,256", "8,192"] in words
+    with pytest.raises(SystemExit):
+        main(["presets", "--json"])
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["devices"]["h100"]["peak_flops_per_s"] == 989e12
+    assert set(listed["models"]) == set(preset_names())

@@ -1,26 +1,32 @@
 """Job scripts and manifests as text: their options, their shell, the published schema, and wrong input in one sentence."""
 
+import os
 import re
 import signal
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import kubeflow.training
 import kubernetes.client
 import pytest
+import tomli_w
 import yaml
 
 from runs import command as thinwire_command
-from runs import environment, make_corpus, write_run
+from runs import environment, make_corpus, run_tree, write_run
 from thinwire.cli import main
 from thinwire.cluster.cluster import Cluster, Level
+from thinwire.cluster.found import found_gpus
 from thinwire.events import steps
 from thinwire.launchers.allocation import ranks_per_node_of
 from thinwire.launchers.names import job_name
 from thinwire.train.folder import EVENTS_FILE
 from thinwire.train.launch import free_port
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,43 @@ def test_one_launcher_a_node_gets_the_whole_nodes_cores(call: Any, corpus: Path,
     asked = options(text)
     assert (asked["ntasks-per-node"], asked["cpus-per-task"], asked["gpus-per-node"]) == ("1", "32", "8")
     assert "--ranks-per-node=8" in text
+
+
+RECIPES = [
+    tomllib.loads(block)
+    for block in re.findall(r"^```toml\n(.*?)^```$", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE | re.DOTALL)
+]
+ON_GPUS = [tree for tree in RECIPES if {"preset", "device"} & tree.get("cluster", {}).keys()]
+
+
+@pytest.mark.parametrize("recipe", ON_GPUS, ids=lambda recipe: recipe["plan"]["partition"])
+def test_a_recipe_for_gpus_asks_the_scheduler_for_them(recipe: Any, call: Any, corpus: Path, tmp_path: Path) -> None:
+    tree = run_tree(tmp_path / "run", corpus, plan=recipe["plan"], batch={"sequences": 384, "micro_batch": 1})
+    (tmp_path / "run.toml").write_text(tomli_w.dumps({**tree, "cluster": recipe["cluster"]}))
+    status, text, said = call("slurm", tmp_path / "run.toml")
+    assert status == 0, said
+    per_node = options(text)["ntasks-per-node"]
+    assert options(text)["gpus-per-node"] == per_node == "8"
+    assert "names no cluster.device" not in said
+    status, text, said = call("k8s", tmp_path / "run.toml", "--image", "x")
+    resource = "amd.com/gpu" if "frontier" in recipe["cluster"].get("preset", "") else "nvidia.com/gpu"
+    for replica in list(yaml.safe_load_all(text))[1]["spec"]["pytorchReplicaSpecs"].values():
+        assert replica["template"]["spec"]["containers"][0]["resources"]["limits"] == {resource: "8"}
+
+
+def test_the_recipes_for_gpus_are_all_there() -> None:
+    assert len(ON_GPUS) == 4
+
+
+def test_a_run_file_without_a_device_is_told_what_its_script_asks_for(call: Any, corpus: Path, tmp_path: Path) -> None:
+    tree = run_tree(tmp_path / "run", corpus, cluster={"levels": [2, 2]})
+    del tree["cluster"]["device"]
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(tree))
+    for arguments in (("slurm", tmp_path / "run.toml"), ("k8s", tmp_path / "run.toml", "--image", "x")):
+        status, text, said = call(*arguments)
+        asks = "gpus-per-node" in text or "nvidia.com/gpu" in text
+        assert (status, asks) == (0, bool(found_gpus(os.environ)))
+        assert ("it asks for GPUs" if asks else "it asks for no GPU") in said
 
 
 @pytest.mark.parametrize("array", [None, "0-3%2"])

@@ -86,7 +86,7 @@ def _misuses(world: World) -> None:
     engine = fresh((-1, -1, 1))
     engine.module.double()
     refused(lambda: _micro_batch(engine, world, Tensor.backward), "moved, converted")
-    refused(lambda: fresh().module.double(), "moved, converted")
+    refused(fresh().module.double, "moved, converted")
     engine = fresh()
     engine.module.scale.requires_grad_(False)
     refused(lambda: _micro_batch(engine, world, Tensor.backward), "scale was moved, converted, replaced, frozen")

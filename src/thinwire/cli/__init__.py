@@ -25,6 +25,7 @@ _VERBS = {
     "generate": "Continue a prompt with a run's model.",
     "export": "Write a run's model as a Hugging Face folder.",
     "launch": "Start a run under Slurm or Kubernetes.",
+    "presets": "List the devices, clusters and models that run files name.",
     "import": "Make the folder that a run starts from out of a Hugging Face folder.",
 }
 

@@ -13,20 +13,22 @@ def run(
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
     sequences: Annotated[int, typer.Option(help="Sequences to score; 0: all.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Sequences in one forward.", min=1)] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Loss, perplexity and bits per byte on the held-out split of a corpus.
 
     Example: thinwire eval runs/stdlib --data corpora/stdlib
     """
-    import torch
-
     from thinwire.data.loader import evaluation_batches
     from thinwire.errors import DataError
-    from thinwire.evaluate.load import load_run
+    from thinwire.evaluate.load import device_for, load_run
     from thinwire.evaluate.loss import score
+    from thinwire.train.shortage import shortage_explained
 
-    loaded = load_run(folder, step=step)
+    where, hint = device_for(device), "give a smaller --batch, or --device cpu where the host has more memory"
+    with shortage_explained(where, hint=hint):
+        loaded = load_run(folder, step=step, device=where)
     corpus = loaded.corpus(data)
     if corpus.heldout is None or corpus.heldout.tokens < 2:
         raise DataError(
@@ -40,13 +42,10 @@ def run(
         cross_documents=loaded.data.cross_documents,
         vocab_size=loaded.spec.vocab_size,
     )
-    result = score(
-        loaded.model,
-        batches,
-        token_bytes=corpus.token_bytes,
-        device=torch.device("cpu"),
-        cross_documents=loaded.data.cross_documents,
-    )
+    with shortage_explained(where, hint=hint):
+        result = score(
+            loaded.model, batches, token_bytes=corpus.token_bytes, cross_documents=loaded.data.cross_documents
+        )
     figures = {
         "step": loaded.step,
         "loss": result.loss,

@@ -1,9 +1,12 @@
 """`thinwire generate RUN`: text from a run's model, as it is drawn."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from thinwire.evaluate.load import LoadedRun
 
 
 def run(
@@ -14,16 +17,24 @@ def run(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
 ) -> None:
     """Continue a prompt; the text appears as it is drawn.
 
     Example: thinwire generate runs/stdlib --prompt "class Stack:" --temperature 0.7
     """
+    from thinwire.evaluate.load import device_for, load_run
+    from thinwire.train.shortage import shortage_explained
+
+    where = device_for(device)
+    with shortage_explained(where, hint="give --device cpu where the host has more memory"):
+        _continue(load_run(folder, step=step, device=where), prompt, tokens, temperature, top_p, seed)
+
+
+def _continue(loaded: "LoadedRun", prompt: str, tokens: int, temperature: float, top_p: float, seed: int) -> None:
     from thinwire.errors import DataError
-    from thinwire.evaluate.load import load_run
     from thinwire.model.generate import generate, stream_text
 
-    loaded = load_run(folder, step=step)
     tokenizer = loaded.corpus().tokenizer
     if tokenizer is None:
         raise DataError(f"the corpus {loaded.data.path} has no tokenizer, so there is no text to continue")

@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from thinwire.launchers.allocation import Allocation
+    from thinwire.train.config import RunConfig
     from thinwire.train.job import Job
 
 app = typer.Typer(help="Start a run under a scheduler.", no_args_is_help=True, rich_markup_mode=None)
@@ -54,6 +55,7 @@ def slurm(
     lead_s = _seconds("--stop-before", stop_before)
     allocation, job = _checked(run_file, settings or [], nodes, ranks_per_node, array)
     gpus = job.cluster.device.kind == "cuda"
+    _tell_unnamed(job.config, gpus=gpus)
     run, logs = run_folders(job.folder, array, settings or [])
     request = SlurmRequest(
         name=run_file.stem,
@@ -92,7 +94,9 @@ def k8s(
     name: Annotated[str | None, typer.Option(help="Name of the job; default: the run file's.")] = None,
     namespace: Annotated[str | None, typer.Option(help="Kubernetes namespace.")] = None,
     claim: Annotated[str | None, typer.Option(help="A volume claim and its place in the pod: NAME:/PATH.")] = None,
-    gpu_resource: Annotated[str, typer.Option(help="What the cluster calls its accelerators.")] = "nvidia.com/gpu",
+    gpu_resource: Annotated[
+        str | None, typer.Option(help="What the cluster calls its accelerators; default: as NVIDIA or AMD do.")
+    ] = None,
     interface: Annotated[str | None, INTERFACE] = None,
 ) -> None:
     """Print a Kubeflow PyTorchJob, and the ConfigMap with its run file; pipe it to `kubectl apply -f -`.
@@ -103,7 +107,7 @@ def k8s(
 
     from thinwire.errors import ConfigError
     from thinwire.launchers.allocation import allocate
-    from thinwire.launchers.kubernetes import KubernetesRequest, manifest
+    from thinwire.launchers.kubernetes import KubernetesRequest, gpu_resource_of, manifest
     from thinwire.launchers.names import job_name, volume_claim
     from thinwire.train.job import read_config
 
@@ -114,6 +118,8 @@ def k8s(
     levels = [allocation.levels(str(allocation.fewest))] if allocation.from_nodes else []
     config = read_config(run_file, [*given, *levels])
     cluster = config.cluster.resolve(run_file.parent)
+    gpus = cluster.device.kind == "cuda"
+    _tell_unnamed(config, gpus=gpus)
     if config.cluster.file is not None:
         raise ConfigError(f"{run_file}: cluster.file does not travel into the pods; give cluster.levels instead")
     request = KubernetesRequest(
@@ -122,12 +128,22 @@ def k8s(
         run_file=run_file.read_text(encoding="utf-8"),
         settings=tuple(given),
         allocation=allocation,
-        gpu_resource=gpu_resource if cluster.device.kind == "cuda" else None,
+        gpu_resource=(gpu_resource or gpu_resource_of(cluster.device.name)) if gpus else None,
         namespace=namespace,
         claim=None if claim is None else volume_claim(claim),
         interface=interface,
     )
     typer.echo(yaml.safe_dump_all(manifest(request), sort_keys=False), nl=False)
+
+
+def _tell_unnamed(config: "RunConfig", *, gpus: bool) -> None:
+    """What a scheduler's machines have cannot be seen from here: say what the script does if the run file does not."""
+    where = config.cluster
+    if where.device is None and where.preset is None and where.file is None:
+        found = "it asks for GPUs because this machine has some" if gpus else "it asks for no GPU: the run is on CPUs"
+        typer.echo(
+            f"thinwire: the run file names no cluster.device, so {found}; `thinwire presets` lists names", err=True
+        )
 
 
 def _checked(

@@ -16,7 +16,9 @@ def run(
         str | None,
         typer.Option(help="Levels, inner first: node=2,cluster=4; default: node= all ranks (2 on one machine)."),
     ] = None,
-    device: Annotated[str, typer.Option(help="A device preset; `cpu`, or what the ranks compute on.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="What the ranks compute on, as `thinwire presets` lists it; default: found.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer shapes, sizes and repetitions: seconds, not minutes.")
     ] = False,
@@ -26,16 +28,21 @@ def run(
     Example: thinwire probe --levels node=2 -o cluster.toml
     """
     from thinwire.cluster.cluster import check_size
+    from thinwire.cluster.found import check_ranks, described, found_gpus
     from thinwire.comm.place import Place
     from thinwire.errors import ConfigError
 
-    place = Place.from_environment(os.environ)
-    cluster = _cluster(levels or f"node={place.size if place else 2}", device)
+    place, seen = Place.from_environment(os.environ), found_gpus(os.environ)
+    on_cpu = device == "cpu" or not seen
+    cluster = _cluster(levels or f"node={place.size if place else 2 if on_cpu else len(seen)}", device)
     if not out.parent.is_dir() or out.is_dir():
         raise ConfigError(
             f"{out} cannot be written: its folder is missing, or it is a folder; choose another with -o PATH"
         )
+    if place is None or place.rank == 0:
+        typer.echo(described(cluster, seen))
     if place is None:
+        check_ranks(cluster, cluster.ranks, seen)
         _probe_here(cluster, out, quick=quick)
     else:
         from thinwire.probe.worker import probe_rank
@@ -46,10 +53,9 @@ def run(
         _tell(out)
 
 
-def _cluster(levels: str, device: str) -> "Cluster":
+def _cluster(levels: str, device: str | None) -> "Cluster":
     """Raises ConfigError for what is no list of levels."""
-    from thinwire.cluster.cluster import Cluster
-    from thinwire.cluster.presets import device_preset
+    from thinwire.cluster.cluster import ClusterConfig
     from thinwire.config import build
     from thinwire.errors import ConfigError
 
@@ -59,7 +65,7 @@ def _cluster(levels: str, device: str) -> "Cluster":
         if not equals or not fanout.strip().isdigit():
             raise ConfigError(f"--levels {levels!r}: {part!r} is no level; write for example node=2,cluster=4")
         found.append({"name": name.strip(), "fanout": int(fanout)})
-    return build(Cluster, {"device": device_preset(device), "levels": found}, "--levels")
+    return build(ClusterConfig, {"device": device, "levels": found}, "--levels").resolve()
 
 
 def _probe_here(cluster: "Cluster", out: Path, *, quick: bool) -> None:

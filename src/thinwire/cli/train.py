@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from thinwire.cluster.cluster import Cluster
     from thinwire.comm.place import Place
     from thinwire.train.job import Job
     from thinwire.train.launch import Ending
@@ -55,12 +56,13 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     job.config.tracking.check()
     if job.cluster.ranks > 1 or job.cluster.interface:
         asked(job.cluster.interface, os.environ, addresses(), cuda=job.cluster.device.kind == "cuda")
+    _tell_device(job.cluster, job.cluster.ranks)
     with open_folder(job, fresh=fresh) as opened:
         _greet(job, opened.resuming)
         if warning := crowding(job.cluster.ranks):
             typer.secho(f"warning: {warning}", fg="yellow", err=True)
         share = Share.whole(job.cluster.ranks, port)
-        leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=opened.lock.descriptor))
+        leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=opened.lock.descriptor), job)
 
 
 def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_node: int, *, fresh: bool) -> None:
@@ -76,29 +78,48 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     job.config.tracking.check()
     share = Share.of_node(place, ranks_per_node)
     check_size(job.cluster, share.size)
+    _tell_device(job.cluster, share.count)
     with open_folder(job, fresh=fresh) if place.rank == 0 else nullcontext() as opened:
         if opened is not None:
             _greet(job, opened.resuming)
         lock = None if opened is None else opened.lock.descriptor
-        leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=lock))
+        leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=lock), job)
 
 
-def leave(ending: "Ending") -> None:
+def leave(ending: "Ending", job: "Job | None" = None) -> None:
     """Tell whose fault it was, if it was somebody's, and exit with the run's status."""
     if ending.failure is not None:
-        named = ending.failure.names_a_rank or ending.failure.rank < 0
-        who = "" if named else f"rank {ending.failure.rank}: "
-        typer.echo(f"thinwire: {who}{ending.failure.sentence}", err=True)
+        failure = ending.failure
+        named = failure.names_a_rank or failure.rank < 0
+        who = "" if named else f"rank {failure.rank}: "
+        fits = _advise(job, failure.needed_bytes, failure.capacity_bytes) if job and failure.needed_bytes else ""
+        typer.echo(f"thinwire: {who}{failure.sentence}{fits and '; '}{fits}", err=True)
         if ending.failure.details:
             typer.echo(ending.failure.details.rstrip(), err=True)
     sys.exit(ending.status)
+
+
+def _advise(job: "Job", needed_bytes: float, capacity_bytes: float) -> str:
+    """Which setting would have fitted."""
+    from thinwire.cli.shortage import advice
+
+    return advice(job, needed_bytes, capacity_bytes)
 
 
 def _train_as(place: "Place", run_file: Path, settings: list[str], *, fresh: bool) -> None:
     """Be one rank of a world that torchrun or Slurm started."""
     from thinwire.train.worker import run_external
 
-    run_external(place, run_file, settings, fresh=fresh)
+    run_external(place, run_file, settings, fresh=fresh, advise=_advise)
+
+
+def _tell_device(cluster: "Cluster", ranks: int) -> None:
+    """Say what computes. Raises ConfigError if this machine has too few GPUs for its `ranks` ranks."""
+    from thinwire.cluster.found import check_ranks, described, found_gpus
+
+    seen = found_gpus(os.environ)
+    check_ranks(cluster, ranks, seen)
+    typer.echo(described(cluster, seen))
 
 
 def _greet(job: "Job", resuming: bool) -> None:

@@ -7,6 +7,8 @@ link at that level, in one direction; `latency_s` is the time before the first b
 """
 
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -72,6 +74,8 @@ class Cluster(Frozen):
     """How near device and links come to these figures; none: the device's default."""
     measured: tuple[Measurement, ...] = ()
     """What a probe timed; the figures above were fitted to it."""
+    share_device: bool = False
+    """Ranks of a host may compute on one accelerator and talk over host memory: for tests of several ranks on one card."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -118,13 +122,16 @@ class Cluster(Frozen):
 
 
 class ClusterConfig(Frozen):
-    """`[cluster]` of a run file: a preset, a cluster file, or levels spelled out (then `device` may be given too)."""
+    """`[cluster]` of a run file: a preset, a cluster file, or levels spelled out; and `device`."""
 
     preset: str | None = None
     file: str | None = None
     device: Device | str | None = None
+    """A preset's name, alone or as `name` of a table with figures over the preset's; a table with a `kind` of its own;
+    "cuda": the GPU that this machine has. Default: that of the preset or file; with levels what this machine has."""
     levels: tuple[Level, ...] = ()
     interface: str | None = Field(default=None, min_length=1)
+    share_device: bool = False
 
     @field_validator("levels", mode="before")
     @classmethod
@@ -135,6 +142,30 @@ class ClusterConfig(Frozen):
             return [{"name": name, "fanout": fanout} for name, fanout in zip(names, value, strict=False)]
         return value
 
+    @field_validator("device", mode="before")
+    @classmethod
+    def _over_preset(cls, value: Any) -> Any:
+        """A table that names a preset means it; one without `kind` has to."""
+        from thinwire.cluster.presets import DEVICES, device_preset
+
+        if not isinstance(value, dict) or not isinstance(value.get("name", ""), str):
+            return value
+        name = value.get("name") or ("cuda" if value.get("kind") == "cuda" else "cpu")
+        if name in DEVICES:
+            preset = DEVICES[name]
+            if value.get("kind", preset.kind) != preset.kind:
+                raise ValueError(
+                    f"the device {name!r} is of kind {preset.kind!r}, not {value['kind']!r}; leave kind out"
+                )
+            figures = {"origin": "given", **value} if value.keys() - {"name", "kind"} else value
+            return {**preset.model_dump(), **figures}
+        if "kind" in value:
+            return {**value, "name": name}
+        try:
+            return device_preset(name)
+        except ConfigError as error:
+            raise ValueError(f"{error}; for one of your own give kind = 'cuda' or 'cpu' and its figures too") from None
+
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         given = [name for name in ("preset", "file", "levels") if getattr(self, name)]
@@ -142,20 +173,38 @@ class ClusterConfig(Frozen):
             raise ValueError(f"give one of preset, file and levels, not {' and '.join(given)}")
         return self
 
-    def resolve(self, base: Path = Path()) -> Cluster:
-        """The cluster this section means; `file` is relative to `base`. Raises ConfigError."""
-        from thinwire.cluster.presets import device_preset, preset
+    def resolve(self, base: Path = Path(), *, gpus: Sequence[str] | None = None) -> Cluster:
+        """The cluster this section means; `file` is relative to `base`. Raises ConfigError.
 
-        device = device_preset(self.device) if isinstance(self.device, str) else self.device
+        `gpus`: names of those that this machine has; None: they are looked for where they matter.
+        """
+        from thinwire.cluster.presets import preset
+
         if self.preset:
             cluster = preset(self.preset)
         elif self.file:
             cluster = read_cluster(base / self.file)
         else:
             levels = self.levels or (Level(name="node", fanout=1),)
-            cluster = build(Cluster, {"device": Device(), "levels": levels}, "cluster")
-        given = {"device": device, "interface": self.interface}
-        return cluster.model_copy(update={name: value for name, value in given.items() if value})
+            cluster = build(Cluster, {"device": self._device(gpus), "levels": levels}, "cluster")
+        device = self._device(gpus) if self.device is not None else cluster.device
+        if self.share_device and device.kind == "cpu":
+            raise ConfigError("cluster.share_device is for accelerators, and the device is a CPU; leave it out")
+        given: dict[str, Any] = {"device": device, "share_device": self.share_device or cluster.share_device}
+        if self.interface:
+            given["interface"] = self.interface
+        return cluster.model_copy(update=given)
+
+    def _device(self, gpus: Sequence[str] | None) -> Device:
+        from thinwire.cluster.found import found_device, found_gpus
+        from thinwire.cluster.presets import device_preset
+
+        if isinstance(self.device, Device):
+            return self.device
+        if self.device not in (None, "cuda"):
+            return device_preset(self.device)
+        found = found_device(found_gpus(os.environ) if gpus is None else gpus)
+        return Device(name="cuda", kind="cuda") if self.device and found.kind == "cpu" else found
 
 
 def read_cluster(path: Path) -> Cluster:

@@ -13,55 +13,58 @@ from thinwire.errors import ConfigError
 _GIB = 2**30
 _GBIT = 1e9 / 8
 
-DEVICES: Mapping[str, Device] = {
+
+def _gpu(name: str, tflops: float, memory_bytes: float, terabytes_per_s: float) -> Device:
+    """Peak is that of dense bf16 matmuls which add up in fp32."""
+    return Device(
+        name=name, kind="cuda", peak_flops_per_s=tflops * 1e12, memory_bytes=int(memory_bytes),
+        memory_bytes_per_s=terabytes_per_s * 1e12, origin="default",
+    )  # fmt: skip
+
+
+_ALL = (
     # A CPU's peak differs by machine: it is measured when a run starts.
-    "cpu": Device(name="cpu", kind="cpu", origin="default"),
-    # NVIDIA A100 80GB SXM data sheet (2021): 312 TFLOP/s bf16 dense, 80 GB HBM2e at 2,039 GB/s.
-    "a100-80g": Device(
-        name="a100-80g",
-        kind="cuda",
-        peak_flops_per_s=312e12,
-        memory_bytes=80 * _GIB,
-        memory_bytes_per_s=2.039e12,
-        origin="default",
-    ),
-    # NVIDIA A100 40GB SXM data sheet (2020): 312 TFLOP/s bf16 dense, 40 GB HBM2 at 1,555 GB/s.
-    "a100-40g": Device(
-        name="a100-40g",
-        kind="cuda",
-        peak_flops_per_s=312e12,
-        memory_bytes=40 * _GIB,
-        memory_bytes_per_s=1.555e12,
-        origin="default",
-    ),
-    # NVIDIA H100 SXM data sheet (2022): 989 TFLOP/s bf16 dense, 80 GB HBM3 at 3.35 TB/s.
-    "h100": Device(
-        name="h100",
-        kind="cuda",
-        peak_flops_per_s=989e12,
-        memory_bytes=80 * _GIB,
-        memory_bytes_per_s=3.35e12,
-        origin="default",
-    ),
+    Device(name="cpu", kind="cpu", origin="default"),
+    # NVIDIA HGX B200 data sheet (2024): 4.5 PFLOP/s bf16 with sparsity, 180 GB HBM3e at 7.7 TB/s.
+    _gpu("b200", 2250, 180e9, 7.7),
     # NVIDIA H200 data sheet (2023): 989 TFLOP/s bf16 dense, 141 GB HBM3e at 4.8 TB/s.
-    "h200": Device(
-        name="h200",
-        kind="cuda",
-        peak_flops_per_s=989e12,
-        memory_bytes=141 * 10**9,
-        memory_bytes_per_s=4.8e12,
-        origin="default",
-    ),
+    _gpu("h200", 989, 141e9, 4.8),
+    # NVIDIA H100 SXM data sheet (2022): 989 TFLOP/s bf16 dense, 80 GB HBM3 at 3.35 TB/s.
+    _gpu("h100", 989, 80 * _GIB, 3.35),
+    # NVIDIA A100 80GB SXM data sheet (2021): 312 TFLOP/s bf16 dense, 80 GB HBM2e at 2,039 GB/s.
+    _gpu("a100-80g", 312, 80 * _GIB, 2.039),
+    # NVIDIA A100 40GB data sheet (2020): 312 TFLOP/s bf16 dense, 40 GB HBM2 at 1,555 GB/s.
+    _gpu("a100-40g", 312, 40 * _GIB, 1.555),
+    # NVIDIA L40S data sheet (2023): 362 TFLOP/s bf16 dense, 48 GB GDDR6 at 864 GB/s.
+    _gpu("l40s", 362, 48e9, 0.864),
+    # NVIDIA Ampere GA102 whitepaper (2021), RTX A6000: 154.8 TFLOP/s bf16 dense, 48 GB GDDR6 at 768 GB/s.
+    _gpu("a6000", 154.8, 48 * _GIB, 0.768),
+    # NVIDIA Ampere GA102 whitepaper (2020): 71 TFLOP/s bf16 dense with fp32 sums, 24 GB GDDR6X at 936 GB/s.
+    _gpu("rtx-3090", 71, 24 * _GIB, 0.936),
+    # NVIDIA Ada whitepaper (2022): 165.2 TFLOP/s bf16 dense with fp32 sums, 24 GB GDDR6X at 1,008 GB/s.
+    _gpu("rtx-4090", 165.2, 24 * _GIB, 1.008),
+    # NVIDIA RTX Blackwell whitepaper (2025): 209.5 TFLOP/s bf16 dense with fp32 sums, 32 GB GDDR7 at 1,792 GB/s.
+    _gpu("rtx-5090", 209.5, 32 * _GIB, 1.792),
+    # AMD Instinct MI300X data sheet (2023): 1,307.4 TFLOP/s bf16 dense, 192 GB HBM3 at 5.3 TB/s.
+    _gpu("mi300x", 1307.4, 192 * _GIB, 5.3),
     # AMD MI250X data sheet (2021), one of its two dies (GCD): 191.5 TFLOP/s bf16, 64 GB HBM2e at 1.6 TB/s.
-    "mi250x-gcd": Device(
-        name="mi250x-gcd",
-        kind="cuda",
-        peak_flops_per_s=191.5e12,
-        memory_bytes=64 * _GIB,
-        memory_bytes_per_s=1.6e12,
-        origin="default",
-    ),
+    _gpu("mi250x-gcd", 191.5, 64 * _GIB, 1.6),
+)
+DEVICES: Mapping[str, Device] = {device.name: device for device in _ALL}
+PRODUCTS: Mapping[str, str] = {
+    "NVIDIA B200": "b200",
+    "NVIDIA H200": "h200",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+    "NVIDIA A100-SXM4-40GB": "a100-40g",
+    "NVIDIA A100-PCIE-40GB": "a100-40g",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA RTX A6000": "a6000",
+    "NVIDIA GeForce RTX 3090": "rtx-3090",
+    "NVIDIA GeForce RTX 4090": "rtx-4090",
+    "NVIDIA GeForce RTX 5090": "rtx-5090",
 }
+"""What NVIDIA's driver calls a device -> the preset with its figures. Others of a family (PCIe, NVL) have other figures."""
 
 
 # Fitted on five bf16 runs of torchtitan (its benchmarks/llama3_h100_202412 page and async TP post): element-wise work,
@@ -157,5 +160,5 @@ def device_preset(name: str) -> Device:
 
 def _unknown(what: str, name: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else "there are"
-    return f"there is no {what} {name!r}; {hint} {'' if nearest else ', '.join(known)}".rstrip()
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"there is no {what} {name!r}; {hint}there are {', '.join(known)}"

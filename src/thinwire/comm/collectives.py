@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.comm import duplex
 from thinwire.comm.adding import rows_of
 from thinwire.comm.codec import IDENTITY, Codec
+from thinwire.comm.compat import all_gather_single, reduce_scatter_single
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
 from thinwire.comm.neighbours import GRADS, OTHERS, WEIGHTS
@@ -87,7 +87,7 @@ def compare(tag: int, *, world: World, levels: Sequence[int]) -> None:
 
 
 def _has_headers(world: World, level: int) -> bool:
-    return world.device.type == "cpu" and world.neighbours(level) is None
+    return (world.device.type == "cpu" or world.over_host) and world.neighbours(level) is None
 
 
 def _control(world: World, level: int) -> Entry:
@@ -129,9 +129,9 @@ def reduce_scatter(
     full = (pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))).view(k, n)
     if group is None:
         return _alone(world, out_n, full)
-    if codec is IDENTITY and world.device.type == "cuda":
+    if codec is IDENTITY and duplex.carries(group, out_n):
         entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, full.nbytes // k * (k - 1), codec)
-        work = dist.reduce_scatter_single(out_n.view(-1), full.reshape(-1), group=group, async_op=True)
+        work = reduce_scatter_single(out_n.view(-1), full.reshape(-1), group=group)
         return Handle(world.outstanding, entry, [work], keep=(out_n, full))
     sent = full if codec is IDENTITY else torch.stack([codec.encode(chunk) for chunk in full])
     received = torch.empty_like(sent)
@@ -234,7 +234,8 @@ def gather_small(out_kn: Tensor, x_n: Tensor, *, world: World, level: int, purpo
     sent = x_n.nbytes * (world.fanout(level) - 1)
     entry = _entry(world, level, "all_reduce", purpose, x_n.nbytes, sent, IDENTITY)
     group = world.group(level, "small")
-    work = dist.all_gather_single(out_kn.view(-1), x_n.reshape(-1), group=group, async_op=True)
+    assert group is not None
+    work = all_gather_single(out_kn.view(-1), x_n.reshape(-1), group=group)
     return Handle(world.outstanding, entry, [work])
 
 

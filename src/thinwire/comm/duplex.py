@@ -5,6 +5,9 @@ all-to-all and ring send first: the announcement then waits behind this rank's o
 take turns. Here every receive is posted before the first send. Sends start with the next rank of the group, so that no
 two ranks begin with the same receiver. All ranks of a group issue the same calls in the same order.
 
+A device whose tensors the group's library does not take (gloo, where ranks share an accelerator) is reached over copies in
+host memory: what was computed is waited for before it is sent, and what came is copied back when it is waited for.
+
 Where the ranks of a group are `near`, on one host, rows are read from each other's memory (`thinwire.comm.neighbours`).
 
 `among` leaves ranks of the group out, for instance because they are gone: only those at the given places take part.
@@ -13,11 +16,13 @@ Shapes: k ranks of the group that take part; one row of a matrix for each
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from thinwire.comm.compat import all_gather_single
 from thinwire.comm.handle import Waitable
 from thinwire.comm.neighbours import OTHERS, WEIGHTS, Neighbours, OtherExchangeError
 
@@ -42,7 +47,7 @@ def all_to_all(
     wait for their own. This rank's own row is copied at once; without `copy_own` it may be left as it is.
     """
     places = _places(group, among)
-    if received.is_cuda and len(places) == group.size():
+    if carries(group, received) and len(places) == group.size():
         return [dist.all_to_all_single(received, sent, group=group, async_op=True)]
     me = places.index(group.rank())
     if copy_own:
@@ -66,8 +71,8 @@ def all_gather(
     waiting raises OtherExchangeError. NCCL's have none.
     """
     places = _places(group, among)
-    if received.is_cuda and len(places) == group.size():
-        return [dist.all_gather_single(received.view(-1), row, group=group, async_op=True)]
+    if carries(group, received) and len(places) == group.size():
+        return [all_gather_single(received.view(-1), row, group=group)]
     me = places.index(group.rank())
     if received[me].data_ptr() != row.data_ptr():
         received[me].copy_(row)
@@ -83,6 +88,25 @@ def compare(tag: int, *, group: dist.ProcessGroup, near: Neighbours | None) -> S
         rows = dict.fromkeys(others, nothing)
         return [near.exchange(rows, rows, gathers=True, stream=WEIGHTS, tag=tag)]
     return [Headers(group, others, others, tag)]
+
+
+def carries(group: dist.ProcessGroup, tensor: Tensor) -> bool:
+    """Whether the group's library takes tensors of this accelerator as they are: NCCL does, gloo does not."""
+    kind, told = tensor.device.type, cast(Any, group)  # torch's stubs lack the list of what a group was made for
+    return kind != "cpu" and any(taken.type == kind for taken in told._device_types)
+
+
+class _Landing:
+    """Rows on their way into host memory: waiting for them puts them where they belong."""
+
+    def __init__(self, works: Sequence[Waitable], here: Tensor, there: Tensor, places: Sequence[int]) -> None:
+        self._works, self._here, self._there, self._places = works, here, there, places
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        for place in self._places:
+            self._there[place].copy_(self._here[place])
 
 
 def _places(group: dist.ProcessGroup, among: Sequence[int] | None) -> list[int]:
@@ -102,10 +126,15 @@ def _post(
 ) -> Sequence[Waitable]:
     me, k = places.index(group.rank()), len(places)
     sources, targets = [(me - d) % k for d in range(1, k)], [(me + d) % k for d in range(1, k)]
-    if received.is_cuda:  # NCCL wants sends and receives of several peers in one batch
+    if carries(group, received):  # NCCL wants sends and receives of several peers in one batch
         come = [dist.P2POp(dist.irecv, received[j], group=group, group_peer=places[j]) for j in sources]
         go = [dist.P2POp(dist.isend, rows[j], group=group, group_peer=places[j]) for j in targets]
         return list(dist.batch_isend_irecv([*come, *go])) if k > 1 else []
+    if received.device.type != "cpu":
+        here = torch.empty_like(received, device="cpu")
+        sent = [rows[0].cpu()] * k if gathers else [row.cpu() for row in rows]
+        works = _post(here, sent, group, places, None, gathers=gathers, stream=stream, tag=tag)
+        return [_Landing(works, here, received, sources)]
     if near is not None:
         come_near, go_near = {places[j]: received[j] for j in sources}, {places[j]: rows[j] for j in targets}
         return [near.exchange(come_near, go_near, gathers=gathers, stream=stream, tag=tag)]
@@ -114,8 +143,8 @@ def _post(
         first = [Headers(group, [places[j] for j in sources], [places[j] for j in targets], tag)]
     # The group's own calls: `dist.irecv` looks ranks up in both directions, which costs more than a small message. Messages
     # of another tag are never taken for this one's: a slot of gloo is a queue of its own.
-    works = [group.recv([received[j]], places[j], tag) for j in sources]
-    return first + works + [group.send([rows[j]], places[j], tag) for j in targets]
+    both = [group.recv([received[j]], places[j], tag) for j in sources]
+    return first + both + [group.send([rows[j]], places[j], tag) for j in targets]
 
 
 class Headers:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from thinwire.comm.compat import all_gather_single
 from thinwire.comm.line import Line
 from thinwire.comm.memory import permit_siblings, read_memory
 from thinwire.comm.neighbours import Exchanges, Neighbours
@@ -77,7 +78,7 @@ def _name(token: int) -> str:
 
 def _tell_all(group: dist.ProcessGroup, numbers: Sequence[int]) -> list[list[int]]:
     everyone = torch.empty(group.size(), len(numbers), dtype=torch.int64)
-    dist.all_gather_single(everyone.view(-1), torch.tensor(numbers, dtype=torch.int64), group=group)
+    all_gather_single(everyone.view(-1), torch.tensor(numbers, dtype=torch.int64), group=group).wait()
     told: list[list[int]] = everyone.tolist()
     return told
 

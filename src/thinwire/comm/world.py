@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from thinwire.cluster.cluster import Cluster, Level, check_size
 from thinwire.comm import gloo
+from thinwire.comm.device import claim, rank_device
 from thinwire.comm.handle import Outstanding
 from thinwire.comm.interfaces import addresses, asked, tell_libraries
 from thinwire.comm.ledger import Ledger
@@ -46,6 +47,8 @@ class World:
     _groups: dict[tuple[int, Kind], dist.ProcessGroup] = field(default_factory=dict)
     _neighbours: dict[int, Neighbours] = field(default_factory=dict)
     timeout: timedelta = timedelta(seconds=600)
+    over_host: bool = False
+    """Tensors of an accelerator travel as copies in host memory, over gloo: several ranks may share one."""
     _devices: gloo.Devices = ()
     """What gloo's communicators share."""
     _exchanges: Exchanges = field(default_factory=Exchanges)
@@ -61,15 +64,13 @@ class World:
         """Meet the other ranks at host:port (rank 0 listens there) and make every communicator.
 
         `stopped` is asked while others are waited for: whether this process is to leave instead. Raises ConfigError if the
-        cluster's levels do not multiply up to `size` or an interface that is named is not here, LinkError if the ranks do
-        not meet in time, StopAsked.
+        cluster's levels do not multiply up to `size`, this rank has no device or an interface that is named is not here,
+        LinkError if the ranks do not meet in time, StopAsked.
         """
         check_size(cluster, size)
-        cuda = cluster.device.kind == "cuda"
-        if cuda and not torch.cuda.is_available():
-            raise ConfigError('the cluster\'s device is a GPU, but torch sees none here; set cluster.device = "cpu"')
-        device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-        world = World(rank, size, local_rank, cluster, device, timeout=timedelta(seconds=timeout_s))
+        device = rank_device(cluster, local_rank)
+        world = World(rank, size, local_rank, cluster, device, over_host=cluster.share_device)
+        world.timeout = timedelta(seconds=timeout_s)
         if size > 1:
             meeting = Rendezvous(rank, size, host, port, timeout_s=timeout_s, stopped=stopped)
             world._meet(meeting)
@@ -100,7 +101,8 @@ class World:
         peers = self.outstanding.peers
         assert peers is not None
         self._devices = gloo.open_devices(peers.route)
-        if self.device.type == "cuda":
+        claim(store, self.device, rank=self.rank, share=self.over_host)
+        if self.device.type != "cpu" and not self.over_host:
             tell_libraries(os.environ, peers.interfaces, between_hosts=not peers.on_one_host)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl", store=store, rank=self.rank, world_size=self.size, timeout=self.timeout
@@ -169,7 +171,7 @@ class World:
         near = {index: found for index, found in self._neighbours.items() if index < level}
         return World(
             self.rank % cluster.ranks, cluster.ranks, self.local_rank, cluster, self.device, self.ledger,
-            self.outstanding, groups, near, self.timeout, self._devices, self._exchanges,
+            self.outstanding, groups, near, self.timeout, self.over_host, self._devices, self._exchanges,
         )  # fmt: skip
 
     def among(self, ranks: Sequence[int], cluster: Cluster, *, kept: int = 0) -> "World":
@@ -180,7 +182,7 @@ class World:
         """
         part = World(
             list(ranks).index(self.rank), len(ranks), self.local_rank, cluster, self.device, self.ledger,
-            self.outstanding, timeout=self.timeout, _devices=self._devices,
+            self.outstanding, timeout=self.timeout, over_host=self.over_host, _devices=self._devices,
         )  # fmt: skip
         part._make_groups(base=ranks, kept=kept)
         self._parts.append(part)
@@ -197,10 +199,10 @@ class World:
         """A new communicator of `ranks`; a `small` one is for a few numbers on the CPU.
 
         Every rank calls this for every communicator, in the same order; or (`members_only`, cheaper in large worlds) only
-        the members do, and only if all of them have made the same number of communicators before: torch 2.13 derives the
+        the members do, and only if all of them have made the same number of communicators before: torch derives the
         name under which they meet from that number.
         """
-        if small or self.device.type == "cpu":
+        if small or self.over_host or self.device.type == "cpu":
             return gloo.new_group(ranks, self._devices, timeout or self.timeout, members_only=members_only)
         made: dist.ProcessGroup = dist.new_group(
             list(ranks), timeout=timeout or self.timeout, backend="nccl", use_local_synchronization=members_only

@@ -16,7 +16,7 @@ def check_device(device: Device) -> None:
         if getattr(device, name) is None:
             raise ConfigError(
                 f"device {device.name!r} has no {name}, which planning needs; give it in [cluster.device], for example "
-                f"{name} = '{example}', or name a device preset"
+                f"{name} = '{example}', or name a device that `thinwire presets` lists"
             )
 
 

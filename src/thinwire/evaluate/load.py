@@ -11,7 +11,7 @@ from thinwire.checkpoint.read import newest_whole, read_tensors
 from thinwire.config import build, read_toml
 from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
-from thinwire.errors import CheckpointError
+from thinwire.errors import CheckpointError, ConfigError
 from thinwire.hub.native_spec import AnySpec, NativeSpec, read_any_spec
 from thinwire.model.language import LanguageModel
 from thinwire.model.spec import ModelSpec
@@ -36,8 +36,27 @@ class LoadedRun:
         )
 
 
-def load_run(folder: Path, *, step: int | None = None, dtype: torch.dtype = torch.float32) -> LoadedRun:
-    """The newest whole checkpoint of the run in `folder`, or that of `step`. Raises CheckpointError or ConfigError."""
+def device_for(asked: str | None) -> torch.device:
+    """`cpu` or `cuda` as asked for; by default an accelerator if torch sees one. Raises ConfigError if it sees none."""
+    seen = torch.cuda.is_available()
+    if asked not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {asked!r} is unknown; there are cpu and cuda")
+    if asked == "cuda" and not seen:
+        raise ConfigError(f"torch {torch.__version__} sees no GPU on this machine; leave --device out, or give cpu")
+    return torch.device(asked or ("cuda" if seen else "cpu"))
+
+
+def load_run(
+    folder: Path,
+    *,
+    step: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> LoadedRun:
+    """The newest whole checkpoint of the run in `folder`, or that of `step`, on `device`.
+
+    Raises CheckpointError or ConfigError.
+    """
     run_file = folder / "run.toml"
     if not run_file.is_file():
         raise CheckpointError(
@@ -48,7 +67,7 @@ def load_run(folder: Path, *, step: int | None = None, dtype: torch.dtype = torc
     path, manifest = newest_whole(folder / "checkpoints", step=step, verify=verify)
     spec = read_any_spec(manifest.meta["spec"], str(path))
     state = {name: tensor.to(dtype) for name, tensor in read_tensors(path, manifest, "params/")}
-    model = _native(spec, state, tree) if isinstance(spec, NativeSpec) else _own(spec, state)
+    model = _native(spec, state, tree, device) if isinstance(spec, NativeSpec) else _own(spec, state).to(device)
     model.eval()
     data = build(DataConfig, tree["data"], str(run_file))
     return LoadedRun(model, spec, manifest.step, data, int(tree["batch"]["tokens"]))
@@ -63,9 +82,14 @@ def _own(spec: ModelSpec, state: dict[str, torch.Tensor]) -> Transformer:
     return model
 
 
-def _native(spec: NativeSpec, state: dict[str, torch.Tensor], tree: dict[str, Any]) -> LanguageModel:
+def _native(
+    spec: NativeSpec, state: dict[str, torch.Tensor], tree: dict[str, Any], device: torch.device
+) -> LanguageModel:
     from thinwire.hub.native import filled, with_adapters
 
     if spec.lora is not None:
-        return with_adapters(spec, Path(tree["model"]["hf"]), state.__getitem__)
-    return filled(spec, state.__getitem__, next(iter(state.values())).dtype)
+        model = with_adapters(spec, Path(tree["model"]["hf"]), state.__getitem__)
+    else:
+        model = filled(spec, state.__getitem__, next(iter(state.values())).dtype)
+    model.module.to(device)
+    return model

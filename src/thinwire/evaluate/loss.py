@@ -45,11 +45,13 @@ def score(
     batches: Iterable[Batch],
     *,
     token_bytes: NDArray[np.int64] | None,
-    device: torch.device,
     cross_documents: bool,
 ) -> Score:
-    """The sums over `batches`, on this rank alone. `token_bytes[id]` is how many UTF-8 bytes token `id` stands for."""
-    training = model.training
+    """The sums over `batches`, on this rank alone; the model computes where it is.
+
+    `token_bytes[id]` is how many UTF-8 bytes token `id` stands for.
+    """
+    training, device = model.training, model.device
     model.eval()
     loss_sum, tokens, text_bytes = 0.0, 0, 0
     with torch.no_grad():

@@ -59,6 +59,10 @@ class Native:
     def training(self) -> bool:
         return self.module.training
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
     def train(self, mode: bool = True) -> "Native":
         self.module.train(mode)
         return self

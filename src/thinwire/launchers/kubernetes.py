@@ -31,6 +31,11 @@ class KubernetesRequest:
     interface: str | None = None
 
 
+def gpu_resource_of(device: str) -> str:
+    """What the makers' device plugins call a GPU like `device`."""
+    return "amd.com/gpu" if device.lower().startswith(("mi", "amd")) else "nvidia.com/gpu"
+
+
 def manifest(request: KubernetesRequest) -> list[dict[str, Any]]:
     """The ConfigMap and the PyTorchJob."""
     where = {"name": request.name, **({"namespace": request.namespace} if request.namespace else {})}

@@ -19,17 +19,17 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Collection[int] = (),
-    device: torch.device | None = None,
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids that follow `prompt`, as they are drawn; stops before an id of `stop_ids`.
 
-    `max_tokens` is the model's length, temperature 0 means the likeliest token. Raises ConfigError for an empty prompt
+    `max_tokens` is the model's length, temperature 0 means the likeliest token. The model computes where it is; tokens are
+    drawn on the CPU, so that equal logits give equal text on every device. Raises ConfigError for an empty prompt
     or one that leaves no room, a negative temperature, or a top_p outside (0, 1].
     """
     _check(prompt, max_new_tokens, max_tokens, temperature, top_p)
     generator = torch.Generator().manual_seed(seed)
     cache = model.new_cache()
-    step = torch.tensor([list(prompt)], device=device)
+    step = torch.tensor([list(prompt)], device=model.device)
     for _ in range(max_new_tokens):
         with torch.no_grad():
             logits_V = model(step, cache=cache)[0, -1].float().cpu()
@@ -37,7 +37,7 @@ def generate(
         if chosen in stop_ids:
             return
         yield chosen
-        step = torch.tensor([[chosen]], device=device)
+        step = torch.tensor([[chosen]], device=model.device)
 
 
 def pick(logits_V: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:

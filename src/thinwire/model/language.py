@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 # B batch, T tokens, V vocabulary
@@ -12,6 +13,11 @@ class LanguageModel(Protocol):
 
     @property
     def training(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: tokens have to be there too."""
+        ...
 
     def __call__(
         self,

@@ -173,6 +173,11 @@ class Transformer(nn.Module):
             x_BTD = block(x_BTD, context)
         return self.head(self.norm(x_BTD))  # type: ignore[no-any-return]
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.embedding.weight.device
+
     def new_cache(self) -> KVCache:
         """An empty cache for generation."""
         return KVCache()

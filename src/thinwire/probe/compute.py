@@ -120,7 +120,7 @@ def collect(world: World, effort: Effort) -> Samples:
 def coding(world: World, effort: Effort, progress: Progress) -> dict[str, tuple[Samples, Samples]]:
     """Codec -> (seconds of coding one number, of decoding one)."""
     found = {}
-    n = min(effort.numbers, 2**19)
+    n = min(effort.numbers, effort.coded)
     x_n = torch.randn(n, device=world.device)
     out_n = torch.empty_like(x_n)
     for name in effort.codecs:

@@ -15,12 +15,13 @@ from thinwire.comm.world import World
 from thinwire.probe import compute, links
 from thinwire.probe.effort import Effort
 from thinwire.probe.fit import Timings
+from thinwire.probe.sane import check
 
 _PAIR_BYTES = 2**18
 
 
 def measure(world: World, effort: Effort, progress: Callable[[str], None]) -> Timings:
-    """Everything; `progress` is called before each part. All ranks return the same figures."""
+    """Everything; `progress` is called before each part. All ranks return the same figures, or raise the same ProbeError."""
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     agreed = torch.tensor([-_memory(world), _runtime(world)], dtype=torch.float64)
     all_reduce_small(agreed, world=world, op="max")
@@ -36,11 +37,13 @@ def measure(world: World, effort: Effort, progress: Callable[[str], None]) -> Ti
     progress("compute beside a collective")
     behind, slowdowns = links.beside(world, effort, gathers, dtype)
     meetings = links.meetings(world, effort, dtype)
-    return Timings(
+    timings = Timings(
         matmuls=matmuls, copies=copies, launches=single[0], gathers=gathers, reduces=reduces, slowdowns=slowdowns,
         memory_bytes=-int(agreed[0].item()), runtime_bytes=int(agreed[1].item()), blocks=blocks, logit=single[1],
         update=updates[0], collect=updates[1], coding=coding, behind=behind, exchanges=exchanges, meetings=meetings,
     )  # fmt: skip
+    check(world.cluster, timings)
+    return timings
 
 
 def parts(world: World, effort: Effort) -> int:

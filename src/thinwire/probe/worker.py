@@ -30,13 +30,13 @@ def probe_rank(cluster: Cluster, place: Place, out: Path, *, quick: bool) -> Non
 
     from thinwire.comm.heap import keep_heap
     from thinwire.comm.world import World
-    from thinwire.probe.effort import FULL, QUICK
+    from thinwire.probe.effort import Effort
 
     keep_heap()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     world = World.join(cluster, **asdict(place))
     with world.failures_explained():
-        _measure(world, out, QUICK if quick else FULL)
+        _measure(world, out, Effort.of(cluster.device.kind, quick=quick))
         world.leave()
 
 

@@ -16,6 +16,7 @@ from thinwire.comm.world import World
 from thinwire.data.loader import Batch
 from thinwire.errors import DivergenceError
 from thinwire.model.loss import token_loss
+from thinwire.partition.report import held_bytes
 from thinwire.train.assemble import Parts, assemble
 from thinwire.train.clock import StepClock
 from thinwire.train.finish import finish
@@ -23,6 +24,7 @@ from thinwire.train.job import Job
 from thinwire.train.numbers import mfu
 from thinwire.train.saving import Saver
 from thinwire.train.schedule import lr_at
+from thinwire.train.shortage import shortage_explained
 from thinwire.train.stop import StopRequest
 from thinwire.train.validate import validate
 from thinwire.train.vote import StopVote
@@ -35,11 +37,13 @@ def train(job: Job, world: World, stop: StopRequest) -> None:
 
     Raises DivergenceError after `run.max_bad_steps` non-finite steps in a row, and whatever a rank raises.
     """
-    parts = assemble(job, world)
-    try:
-        _train(job, parts, stop)
-    finally:
-        parts.close()
+    with shortage_explained(world.device, sharing=world.cluster.levels[0].fanout) as held:
+        parts = assemble(job, world)
+        held.update(held_bytes(parts.sharded))
+        try:
+            _train(job, parts, stop)
+        finally:
+            parts.close()
 
 
 def _train(job: Job, parts: Parts, stop: StopRequest) -> None:

@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from thinwire.errors import LinkError, RankLost, ThinwireError
@@ -21,6 +21,10 @@ class FailureReport:
     sentence: str
     details: str
     exit_status: int
+    needed_bytes: int = field(default=0, kw_only=True)
+    """Of a rank that ran out of memory: what it needed at least."""
+    capacity_bytes: int = field(default=0, kw_only=True)
+    """And what there is."""
     cascade: bool
     """True if this is the echo of another rank's failure."""
     names_a_rank: bool = False
@@ -43,6 +47,8 @@ def describe(rank: int, error: BaseException) -> FailureReport:
         time_s=time.time(),
         sentence=text if known else f"{type(error).__name__}: {text.splitlines()[0]}",
         details="" if known else "".join(traceback.format_exception(error)),
+        needed_bytes=getattr(error, "needed_bytes", 0),
+        capacity_bytes=getattr(error, "capacity_bytes", 0),
         exit_status=error.exit_status if isinstance(error, ThinwireError) else 1,
         cascade=isinstance(error, RankLost),
         names_a_rank=isinstance(error, LinkError),

@@ -35,7 +35,6 @@ def _score(job: Job, parts: Parts) -> Score:
             parts.model,
             _share(job, parts),
             token_bytes=job.corpus.token_bytes,
-            device=parts.world.device,
             cross_documents=job.config.data.cross_documents,
         )
     sums = torch.tensor([own.loss_sum, own.tokens, own.text_bytes], dtype=torch.float64)

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from thinwire.comm.compat import all_gather_single
 from thinwire.comm.handle import Handle
 from thinwire.train.assemble import Parts
 
@@ -59,5 +60,5 @@ class StopVote:
             sent_bytes=own.nbytes * (len(self._votes) - 1),
             codec="identity",
         )
-        work = dist.all_gather_single(self._votes, own, group=group, async_op=True)
+        work = all_gather_single(self._votes, own, group=group)
         self._handle = Handle(self._world.outstanding, entry, [work], keep=(own, self._votes))

@@ -5,23 +5,27 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
 from thinwire.cluster.cluster import check_size
+from thinwire.cluster.found import described, found_gpus
 from thinwire.comm.place import Place
-from thinwire.errors import StopAsked, ThinwireError
+from thinwire.errors import ShortOfMemory, StopAsked, ThinwireError
 from thinwire.train.folder import open_folder
 from thinwire.train.job import Job, read_config, resolve
 from thinwire.train.report import describe
 from thinwire.train.stop import StopRequest
 
+Advise = Callable[[Job, float, float], str]
+"""(job, bytes needed, bytes there are) -> which setting would fit."""
 
-def run_rank(job: Job, place: Place, stop: StopRequest) -> None:
-    """Join the world, train, leave it. Raises what training raises."""
+
+def run_rank(job: Job, place: Place, stop: StopRequest, *, advise: Advise | None = None) -> None:
+    """Join the world, train, leave it. Raises what training raises; `advise` ends the sentence of a shortage of memory."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of sockets are not for users
     import torch
 
@@ -40,7 +44,12 @@ def run_rank(job: Job, place: Place, stop: StopRequest) -> None:
     if place.rank == 0 and world.introduction is not None:
         print(world.introduction, flush=True)
     with world.failures_explained():
-        train(job, world, stop)
+        try:
+            train(job, world, stop)
+        except ShortOfMemory as error:
+            if advise is not None:
+                error.args = (f"{error}; {advise(job, error.needed_bytes, error.capacity_bytes)}",)
+            raise
         world.leave()
 
 
@@ -72,7 +81,9 @@ def failures_reported(place: Place, report: Path) -> Iterator[None]:
         leave_now(1)
 
 
-def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh: bool) -> None:
+def run_external(
+    place: Place, run_file: Path, settings: Sequence[str], *, fresh: bool, advise: Advise | None = None
+) -> None:
     """Be one rank that torchrun or Slurm started: rank 0 makes the run folder, the others wait for it in the world.
 
     Raises ThinwireError for wrong input. A failure of the run is told in one sentence, with its traceback if it is none
@@ -84,9 +95,11 @@ def run_external(place: Place, run_file: Path, settings: Sequence[str], *, fresh
     job = resolve(run_file, config)
     job.config.tracking.check()
     check_size(job.cluster, place.size)
+    if place.rank == 0:
+        print(described(job.cluster, found_gpus(os.environ)), flush=True)
     opened = open_folder(job, fresh=fresh) if place.rank == 0 else None
     try:
-        run_rank(job, place, stop)
+        run_rank(job, place, stop, advise=advise)
     except StopAsked as error:
         leave_unbegun(place, error)
     except ThinwireError as error:
