@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinwire.model.initial import initial_weight
+from thinwire.model.loss import linear_loss
 from thinwire.model.spec import ModelSpec, RopeScaling
 
 
@@ -126,8 +127,23 @@ class Block(nn.Module):
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))  # type: ignore[no-any-return]
 
 
+class Head(nn.Linear):
+    """Hidden states (B, T, D) -> logits (B, T, V); with targets (B, T), -> the sum of token losses, and no logits.
+
+    One module does both, so that whoever brings the weights to a module before its forward need not know of the loss.
+    """
+
+    def forward(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        if targets_BT is None:
+            return super().forward(x_BTD)
+        return linear_loss(x_BTD, self.weight, targets_BT, self.bias)
+
+
 class Transformer(nn.Module):
-    """tokens (B, T) -> logits (B, T, V). Initial weights depend on `seed` alone; on the meta device there are none."""
+    """tokens (B, T) -> logits (B, T, V), or with targets (B, T) -> the sum of token losses.
+
+    Initial weights depend on `seed` alone; on the meta device there are none.
+    """
 
     def __init__(self, spec: ModelSpec, *, seed: int = 0) -> None:
         super().__init__()
@@ -137,7 +153,7 @@ class Transformer(nn.Module):
             self.positions = nn.Embedding(spec.max_tokens, spec.hidden)
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.norm = make_norm(spec)
-        self.head = nn.Linear(spec.hidden, spec.vocab_size, bias=False)
+        self.head = Head(spec.hidden, spec.vocab_size, bias=False)
         if spec.tied:
             self.head.weight = self.embedding.weight
         if not self.embedding.weight.is_meta:
@@ -146,12 +162,13 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
         *,
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position; with `targets_BT` the sum of their losses (`loss.linear_loss`).
 
         `positions_BT` defaults to 0..T-1 after what `cache` holds. With `documents_BT` (an id per token) attention
         stays inside a document. Raises ValueError if positions run past `spec.max_tokens`.
@@ -171,7 +188,7 @@ class Transformer(nn.Module):
         context = Context(cos_BTK, sin_BTK, attention_mask(documents_BT, past, T, tokens_BT.device), cache)
         for block in self.blocks:
             x_BTD = block(x_BTD, context)
-        return self.head(self.norm(x_BTD))  # type: ignore[no-any-return]
+        return self.head(self.norm(x_BTD), targets_BT)  # type: ignore[no-any-return]
 
     def new_cache(self) -> KVCache:
         """An empty cache for generation."""
