@@ -21,14 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from thinwire.model.work import loss_chunk
+
 IGNORED = -100
 """What the loader puts where nothing is scored; every negative target is left out."""
-_TOKENS = {"cpu": 128}
-_TOKENS_ELSEWHERE = 4096
-"""A chunk's tokens: enough that adding up the weights' gradient (8 V D bytes a chunk) is small beside its 6 C V D FLOPs."""
-_LOGITS = {"cpu": 2**17}
-_LOGITS_ELSEWHERE = 2**27
-"""A chunk's logits, where a small vocabulary lets more tokens in: what stays in a cache, or fills an accelerator."""
 
 
 def linear_loss(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, bias_V: Tensor | None = None) -> Tensor:
@@ -147,8 +143,7 @@ def _times(made: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(rows: Tensor, vocabulary: int) -> Iterator[slice]:
-    kind = rows.device.type
-    size = max(_TOKENS.get(kind, _TOKENS_ELSEWHERE), _LOGITS.get(kind, _LOGITS_ELSEWHERE) // vocabulary)
+    size = loss_chunk(vocabulary, cpu=rows.device.type == "cpu")
     return (slice(first, first + size) for first in range(0, len(rows), size))
 
 
