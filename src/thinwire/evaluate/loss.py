@@ -66,5 +66,5 @@ def score(
 def _boundaries(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     return {
         "positions_BT": torch.from_numpy(batch.positions_BT).to(device),
-        "documents_BT": torch.from_numpy(batch.documents_BT).to(device),
+        "documents_BT": torch.from_numpy(batch.documents_BT),
     }

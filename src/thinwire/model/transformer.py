@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from thinwire.model.initial import initial_weight
 from thinwire.model.loss import linear_loss
+from thinwire.model.packed import Packed, attend_packed, dense_mask, pack
 from thinwire.model.spec import ModelSpec, RopeScaling
 
 
@@ -49,6 +50,8 @@ class Context:
     sin_BTK: Tensor | None
     mask_BTS: Tensor | None
     cache: KVCache | None
+    packed: Packed | None = None
+    """Documents that are attended to one by one, instead of a mask."""
 
 
 class RMSNorm(nn.Module):
@@ -86,6 +89,9 @@ class Attention(nn.Module):
         if context.cos_BTK is not None and context.sin_BTK is not None:
             q_BTHK = rotate(q_BTHK, context.cos_BTK, context.sin_BTK)
             k_BTGK = rotate(k_BTGK, context.cos_BTK, context.sin_BTK)
+        if context.packed is not None:
+            y_BTHK = attend_packed(q_BTHK, k_BTGK, v_BTGK, context.packed)
+            return self.out(y_BTHK.flatten(2))  # type: ignore[no-any-return]
         q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
         if context.cache is not None:
             k_BGSK, v_BGSK = context.cache.extend(self.layer, k_BGSK, v_BGSK)
@@ -170,8 +176,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits of the next token at every position; with `targets_BT` the sum of their losses (`loss.linear_loss`).
 
-        `positions_BT` defaults to 0..T-1 after what `cache` holds. With `documents_BT` (an id per token) attention
-        stays inside a document. Raises ValueError if positions run past `spec.max_tokens`.
+        `positions_BT` defaults to 0..T-1 after what `cache` holds. With `documents_BT` attention stays inside a document:
+        an id per token, on the host if a GPU is not to be waited for. Raises ValueError if positions run past
+        `spec.max_tokens`.
         """
         T = tokens_BT.shape[1]
         past = 0 if cache is None else cache.tokens
@@ -185,7 +192,10 @@ class Transformer(nn.Module):
             x_BTD = x_BTD + self.positions(positions_BT)
         else:
             cos_BTK, sin_BTK = rope_tables(self.spec, positions_BT, x_BTD.dtype)
-        context = Context(cos_BTK, sin_BTK, attention_mask(documents_BT, past, T, tokens_BT.device), cache)
+        assert documents_BT is None or past == 0, "documents and a cache do not go together"
+        packed = None if documents_BT is None else pack(documents_BT, like=x_BTD, head_size=self.spec.head_size)
+        mask_BTS = attention_mask(documents_BT, past, T, tokens_BT.device) if packed is None else None
+        context = Context(cos_BTK, sin_BTK, mask_BTS, cache, packed)
         for block in self.blocks:
             x_BTD = block(x_BTD, context)
         return self.head(self.norm(x_BTD), targets_BT)  # type: ignore[no-any-return]
@@ -209,13 +219,11 @@ def make_norm(spec: ModelSpec) -> nn.Module:
 
 def attention_mask(documents_BT: Tensor | None, past: int, T: int, device: torch.device) -> Tensor | None:
     """True where a query may look; None where plain causal attention is meant (no documents, nothing cached)."""
-    if documents_BT is None and (past == 0 or T == 1):
+    if documents_BT is not None:
+        return dense_mask(documents_BT.to(device))
+    if past == 0 or T == 1:
         return None if past == 0 else torch.ones(1, T, past + T, dtype=torch.bool, device=device)
-    causal_1TS = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None]
-    if documents_BT is None:
-        return causal_1TS
-    assert past == 0, "documents and a cache do not go together"
-    return causal_1TS & (documents_BT[:, :, None] == documents_BT[:, None, :])
+    return torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None]
 
 
 def rope_tables(spec: ModelSpec, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

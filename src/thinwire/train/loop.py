@@ -126,7 +126,7 @@ def forward(parts: Parts, batch: Batch) -> tuple[torch.Tensor, int]:
         loss = parts.model(tokens_BT, targets_BT)
     else:
         positions_BT = torch.from_numpy(batch.positions_BT).to(device, non_blocking=True)
-        documents_BT = torch.from_numpy(batch.documents_BT).to(device, non_blocking=True)
+        documents_BT = torch.from_numpy(batch.documents_BT)  # stays on the host, where attention reads it
         loss = parts.model(tokens_BT, targets_BT, positions_BT=positions_BT, documents_BT=documents_BT)
     return loss, int((batch.targets_BT >= 0).sum())
 
