@@ -69,7 +69,7 @@ class Check:
 
     def step(self, side: str, *more: str) -> dict[str, Any]:
         """What `gpu_steps.py` measures of one side."""
-        dry = ("--dry", "--steps", "2") if self.dry else ()
+        dry = ("--dry", "--steps", "3") if self.dry else ()
         out = self.run(HERE / "gpu_steps.py", "--side", side, "--work", self.work, *more, *dry)
         made: dict[str, Any] = json.loads(out.splitlines()[-1])
         return made

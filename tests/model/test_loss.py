@@ -167,6 +167,12 @@ def test_autocast_computes_the_head_in_its_precision() -> None:
         assert torch.equal(got, right)
 
 
+def test_shapes_alone_go_through_it() -> None:
+    x, weight = (torch.zeros(shape, device="meta", requires_grad=True) for shape in ((2, 9, 4), (6, 4)))
+    with torch.no_grad():
+        assert linear_loss(x, weight, torch.zeros(2, 9, dtype=torch.long, device="meta")).shape == ()
+
+
 class Widest(TorchDispatchMode):
     """The most elements of a tensor that any operation makes in fp32 or wider, and in any precision."""
 

@@ -33,8 +33,9 @@ def linear_loss(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, bias_V: Te
     Gradients reach `x_BTD`, `weight_VD` and `bias_V`, whichever want one; a second derivative is an error of torch.
     """
     x_ND, targets_N = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
-    if torch.is_autocast_enabled(x_ND.device.type):
-        dtype = torch.get_autocast_dtype(x_ND.device.type)
+    kind = x_ND.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # the meta device has none
+        dtype = torch.get_autocast_dtype(kind)
         x_ND, weight_VD, bias_V = x_ND.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
     given = (tensor for tensor in (x_ND, weight_VD, bias_V) if tensor is not None)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
