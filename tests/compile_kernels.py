@@ -1,7 +1,11 @@
-"""Compiles the kernels for GPUs that need not be here, and prints what matters of the code. Run by `test_kernels`."""
+"""Compiles the kernels for GPUs that need not be here, and prints what matters of the code.
+
+Run by `comm/test_kernels`; with the argument `loss`, by `model/test_loss`.
+"""
 
 import json
 import re
+import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -11,6 +15,7 @@ from thinwire.comm import kernels
 from thinwire.comm.blocks import BlockFormat
 from thinwire.comm.codecs import make_codec
 from thinwire.comm.triton_blocks import encode_blocks, sum_blocks
+from thinwire.model.triton_loss import MOST, softmax_gradient
 
 TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 COUNTS = dict.fromkeys(("n", "blocks", "codes_c"), "i32")
@@ -30,7 +35,25 @@ def assembly(form: BlockFormat, target: str) -> str:
     return made
 
 
+def loss(target: str) -> str:
+    """The kernel of the loss, for bf16 logits."""
+    arguments = {
+        "logits_ptr": "*bf16",
+        "targets_ptr": "*i64",
+        "losses_ptr": "*fp32",
+        "stride": "i32",
+        "vocabulary": "i32",
+    }
+    source = ASTSource(softmax_gradient, arguments | {"BLOCK": "constexpr"}, constexprs={"BLOCK": MOST})
+    warps = 32 if target == "cuda" else 16  # of 32 threads, and of 64
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    return str(compiled.asm["ptx" if target == "cuda" else "amdgcn"])
+
+
 def main() -> None:
+    if sys.argv[1:] == ["loss"]:
+        print(json.dumps({target: ["compiled"] if loss(target) else [] for target in TARGETS}))
+        return
     found = {}
     for name, rounding in (("int8", "stochastic"), ("e3m0", "stochastic"), ("int4-hadamard", "nearest")):
         form = make_codec(name, rounding=rounding).form  # type: ignore[arg-type, attr-defined]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thinwire.comm import blocks
 from thinwire.comm.blocks import BlockFormat
+from thinwire.comm.chance import uniform
 from thinwire.comm.codecs import Blocks, arithmetic, make_codec
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install thinwire[gpu]")
@@ -98,6 +99,24 @@ def test_kernels_make_the_bits_of_the_reference(
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_agree_on_every_kind_of_number(device: torch.device, name: str, rounding: str, kind: str) -> None:
     check(numbers(kind, 2301, 1), form_of(name, rounding), 5, device)
+
+
+@pytest.mark.parametrize("beside", [-1, 0, 1])
+def test_powers_by_chance_are_right_where_noise_and_number_nearly_meet(device: torch.device, beside: int) -> None:
+    """Numbers that lie at, just below and just above their own noise, which has one bit more than they can: of random
+    numbers only one in ten million does."""
+    form, n, salt = form_of("e3m0", "stochastic"), 128 * 300, 9
+    noise = uniform(n, salt, torch.device("cpu")).double()
+    low = 2.0 ** torch.randint(-6, 0, (n,), generator=torch.Generator().manual_seed(0)).double()
+    whole = (noise * 2**23).ceil() + beside
+    x = torch.where((whole >= 0) & (whole < 2**23), low * (1 + whole * 2.0**-23), low)
+    x[::128] = 1.0  # the scale of every block
+    below = x.log2().floor()
+    expected = 7 + below + (x - 2.0**below > noise * 2.0**below).double()
+    expected[::128] = 7  # there is nothing above
+    codes = blocks.encode(x.float(), form, salt)[: n // 2]
+    assert torch.equal(blocks.unpack(codes, n).double(), expected)
+    check(x.float(), form, salt, device)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PhiConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    MambaConfig,
+    PhiConfig,
+    PreTrainedConfig,
+)
 
-from hub_models import CONFIGS, logits, make_model, save_model
+from hub_models import CONFIGS, logits, make_model, save_model, tokens
 from runs import make_corpus, run_tree
 from thinwire.comm.world import World
 from thinwire.config import build
@@ -19,6 +27,7 @@ from thinwire.hub.export_run import export_run
 from thinwire.hub.families import read_spec
 from thinwire.hub.import_folder import import_folder
 from thinwire.hub.native import Native, build_native, describe
+from thinwire.model.loss import token_loss
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE, open_folder
 from thinwire.train.job import resolve
@@ -143,3 +152,41 @@ def test_damaged_or_partial_weights_are_refused(phi: Path, tmp_path: Path) -> No
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ThinwireError, match="transformers cannot load the weights"):
         build_native(spec, tmp_path / "hf", seed=0)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+HEADS: dict[str, tuple[PreTrainedConfig, bool]] = {
+    "plain": (CONFIGS["llama-3"], True),
+    "tied": (CONFIGS["qwen2-tied"], True),
+    "with a bias": (PhiConfig(**{**SMALL, "num_key_value_heads": 4}), True),
+    "in fp32 whatever the model": (
+        MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
+        True,
+    ),
+    "capped": (Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=5.0), False),
+    "scaled": (CohereConfig(**SMALL, logit_scale=0.25), False),
+    "divided": (GraniteConfig(**SMALL, logits_scaling=3.0), False),
+}
+"""Configs, and whether the head's output is the logits."""
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.filterwarnings("ignore:The fast path is not available")
+def test_the_loss_and_its_gradients_are_those_of_the_models_own_logits(name: str) -> None:
+    config, fused = HEADS[name]
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    native, targets = Native(module), torch.randint(0, 300, (2, 48))
+    targets[0, 5:9] = -100
+    assert (native._head is not None) == fused
+    expected = token_loss(module(input_ids=tokens()).logits, targets)
+    made = native(tokens(), targets)
+    assert made.shape == ()
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=0)
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for one, other in zip(*(torch.autograd.grad(each, wanted) for each in (made, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert native(tokens()).shape == (2, 48, 300)  # and logits again where there are no targets

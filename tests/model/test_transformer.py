@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thinwire.model.generate import generate, pick, stream_text
-from thinwire.model.loss import token_loss
 from thinwire.model.presets import preset
 from thinwire.model.spec import ModelSpec, RopeScaling
 from thinwire.model.transformer import KVCache, Transformer, scale_frequencies
@@ -143,14 +142,17 @@ def test_stretched_rotary_positions() -> None:
     assert torch.allclose(llama3[-1], frequencies[-1] / 8)  # wavelength 6283: above 64, stretched
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_loss_is_a_sum_over_valid_targets(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(2, 9, 7, dtype=dtype)
-    targets = torch.randint(0, 7, (2, 9))
-    targets[0, 3] = targets[1, :] = -100
-    expected = sum(-torch.log_softmax(logits[0, t].double(), -1)[targets[0, t]] for t in range(9) if targets[0, t] >= 0)
-    assert torch.allclose(token_loss(logits, targets).double(), expected, rtol=1e-5)  # type: ignore[arg-type]
+@SPECS
+def test_with_targets_the_model_gives_the_loss_of_its_logits(spec: ModelSpec) -> None:
+    model, tokens, targets = build(spec), torch.randint(0, 50, (2, 9)), torch.randint(0, 50, (2, 9))
+    targets[0, 3] = targets[1, :4] = -100
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    made, parameters = model(tokens, targets), list(model.parameters())
+    assert torch.allclose(made, expected)
+    of_both = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (made, expected))
+    for one, other in zip(*of_both, strict=True):
+        assert one is not None
+        assert torch.allclose(one, other, atol=1e-12)
 
 
 def test_generation_is_greedy_at_zero_and_repeats_with_its_seed() -> None:

@@ -210,11 +210,16 @@ class _Quantiser:
         return code.bitwise_xor_(sign).sub_(sign)
 
     def _up_by_chance(self, noise: Tensor, bits: Tensor) -> None:
-        """The code below, and one more where noise x (distance of the values) < number - value below; all exact."""
+        """The code below, and one more where noise x (distance of the values) < number - value below.
+
+        Both sides are exact (the right one by Sterbenz' lemma), and so is the sign of their difference. Nothing else is:
+        1 + noise takes 25 bits.
+        """
         low = bits.view(torch.float32)
         torch.bitwise_and(self._unit_bits, 0x7F800000, out=bits)
         torch.threshold_(low, 2.0**-7, 0.0)
-        above = noise.mul_(low.clamp(min=2.0**-6)).mul_(-(2.0**-BITS)).sub_(low).add_(self._units.abs())
+        wanted = noise.mul_(low.clamp(min=2.0**-6)).mul_(2.0**-BITS)
+        above = self._units.abs().sub_(low).sub_(wanted)
         up = above.view(torch.int32).clamp_(0, 1)
         self._code.copy_(bits.bitwise_right_shift_(23).sub_(120).clamp_(min=0).add_(up).clamp_(max=7))
 

@@ -9,7 +9,7 @@ Scores that are stored add 5 a s / h bytes (scores, softmax, dropout mask).
 """
 
 from thinwire.cost.candidate import Candidate, Setting
-from thinwire.model.work import every_second_matmul, kept_inside, kept_outside
+from thinwire.model.work import every_second_matmul, kept_inside, kept_outside, loss_chunk
 
 
 def score_elements(setting: Setting) -> float:
@@ -90,6 +90,33 @@ def head_bytes(setting: Setting, candidate: Candidate) -> float:
     matmul = _gathered_input(setting, candidate.tensor) or setting.spec.hidden / _cut(setting, candidate.tensor)
     matmul += _unweighted(setting, candidate.tensor)
     return input_bytes(setting, candidate) + tokens * setting.compute_bytes * matmul
+
+
+def fused_loss(setting: Setting, candidate: Candidate) -> bool:
+    """Whether head and loss are one function: where no rank has only a part of the vocabulary."""
+    return setting.framework.fused_loss and candidate.tensor == 1
+
+
+def chunk_tokens(setting: Setting, candidate: Candidate) -> float:
+    """Tokens whose logits are there at a time in a loss that is fused with the head."""
+    tokens = candidate.micro_batch * setting.tokens / candidate.context
+    return min(tokens, float(loss_chunk(setting.spec.vocab_size, cpu=setting.cluster.device.kind == "cpu")))
+
+
+def fused_loss_bytes(setting: Setting, candidate: Candidate) -> tuple[float, float]:
+    """Bytes beside a fused loss's inputs (while its chunks are made, in its backward).
+
+    A chunk of logits, and on a CPU their log-softmax and, of halves, their fp32 form; the gradient of the hidden states;
+    fp32 sums of the weights' gradient. In backward the sums, what they become in the compute precision, and the gradient
+    of the hidden states before and after its scaling.
+    """
+    spec, each = setting.spec, setting.compute_bytes
+    exact = max(4, each)
+    plain = (exact if each < exact else 0) + exact if setting.cluster.device.kind == "cpu" else 0
+    logits = chunk_tokens(setting, candidate) * spec.vocab_size * (each + plain)
+    sums = float(exact * spec.vocab_size * spec.hidden)
+    hidden = input_bytes(setting, candidate)
+    return logits + sums + hidden, sums + each * spec.vocab_size * spec.hidden + 2 * hidden
 
 
 def _cut(setting: Setting, tensor: int) -> int:

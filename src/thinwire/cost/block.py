@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from thinwire.cost.activations import block_elements
+from thinwire.cost.activations import block_elements, chunk_tokens, fused_loss
 from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.collectives import all_reduce_s, gather_s
 from thinwire.cost.device import matmul_s, touch_s
@@ -78,7 +78,7 @@ def block_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
 
 
 def head_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
-    """Final norm, head and loss."""
+    """Final norm, head and loss. Where head and loss are one, forward makes the gradients and backward scales them."""
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     columns = setting.spec.vocab_size / candidate.tensor
     multiply = matmul_s(tokens, columns, setting.spec.hidden, setting)
@@ -86,7 +86,12 @@ def head_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:
     by_memory = touch_s(tokens * columns * LOGIT_BYTES / 2, setting)
     loss = by_memory if each is None else tokens * columns * each / 2
     tensor = all_reduce_s(tokens * setting.spec.hidden * setting.compute_bytes, axes.tensor)
-    return Passes(Causes(multiply, loss, 0.0, 0.0), Causes(2 * multiply, loss, 0.0, tensor))
+    if not fused_loss(setting, candidate):
+        return Passes(Causes(multiply, loss, 0.0, 0.0), Causes(2 * multiply, loss, 0.0, tensor))
+    weights, moved = columns * setting.spec.hidden, tokens * setting.spec.hidden * setting.compute_bytes
+    summing = touch_s(8 * weights * tokens / chunk_tokens(setting, candidate), setting)
+    scaling = touch_s((4 + setting.compute_bytes) * weights + 2 * moved, setting)
+    return Passes(Causes(3 * multiply, 2 * loss + summing, 0.0, 0.0), Causes(0.0, scaling, 0.0, tensor))
 
 
 def embedding_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Passes:

@@ -36,6 +36,8 @@ class Framework:
     """A tied table stays whole from forward to backward, and the final norm is then a unit of its own."""
     logits_bytes: float = 12.0
     """Per logit at the peak: fp32 log-softmax, the gradient that comes and the one that is made of it."""
+    fused_loss: bool = False
+    """Head and loss are one function over chunks of tokens, which makes the gradients in forward (`model/loss.py`)."""
     cut_logits_bytes: float = 12.0
     """The same where tensor-parallel ranks each hold a part of the vocabulary."""
     casts_on_gather: bool = False
@@ -46,7 +48,7 @@ class Framework:
     """Inputs that sequence parallelism gathers for a matmul are kept whole for backward, not gathered again."""
 
 
-THINWIRE = Framework("thinwire", whole_table_grad=True, tied_units=True, packed_qkv=True)
+THINWIRE = Framework("thinwire", whole_table_grad=True, tied_units=True, packed_qkv=True, fused_loss=True)
 MEGATRON_2021 = Framework(
     "Megatron-LM and Megatron-DeepSpeed, 2021-23",
     grad_wire_bytes=2.0,

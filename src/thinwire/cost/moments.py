@@ -9,7 +9,14 @@ head's has been issued. What error feedback does not send of a step grows as act
 
 from typing import NamedTuple
 
-from thinwire.cost.activations import block_bytes, gradients_bytes, head_bytes, whole_block_bytes
+from thinwire.cost.activations import (
+    block_bytes,
+    fused_loss,
+    fused_loss_bytes,
+    gradients_bytes,
+    head_bytes,
+    whole_block_bytes,
+)
 from thinwire.cost.candidate import Candidate, Setting
 from thinwire.cost.placement import Hop
 from thinwire.cost.stages import Kind
@@ -66,7 +73,7 @@ def fullest(
     sent = head + max(0, kind.blocks - 2) * block  # of the first block's backward: the block before is on its way
     return max(
         Held(weights * at_loss + before, kept, _loss(setting, candidate, kind)),
-        Held(weights * (at_head + table) + before, kept, 0.0),
+        Held(weights * at_head + before, kept, _head_gradients(setting, candidate, kind, weights * table)),
         Held(begun + weights * block + each * max(head, embedding if carried and alone else 0.0), kept, inside),
         Held(begun + each * block, (1.0 - done) * kept, inside),
         Held(begun + (each + older) * block, max(0.0, 1.0 - 2 * done) * kept, inside),
@@ -99,11 +106,20 @@ def _reduced_bytes(setting: Setting, cut_g: int, hops: list[Hop], *, carried: bo
     return sent + came + (_SUMS_BYTES / hops[0].fanout if carried else 0.0)
 
 
+def _head_gradients(setting: Setting, candidate: Candidate, kind: Kind, table: float) -> float:
+    """What the head's backward has: the gradient of a tied table, or all that a loss makes which is fused with it."""
+    if kind.last and fused_loss(setting, candidate):
+        return fused_loss_bytes(setting, candidate)[1]
+    return table
+
+
 def _loss(setting: Setting, candidate: Candidate, kind: Kind) -> float:
     """What the loss needs of one micro-batch, and what the head keeps for backward."""
     if not kind.last:
         return 0.0
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     framework = setting.framework
+    if fused_loss(setting, candidate):
+        return fused_loss_bytes(setting, candidate)[0] + head_bytes(setting, candidate)
     each = framework.cut_logits_bytes if candidate.tensor > 1 else framework.logits_bytes
     return tokens * setting.spec.vocab_size / candidate.tensor * each + head_bytes(setting, candidate)

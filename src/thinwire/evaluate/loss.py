@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from thinwire.data.loader import Batch
 from thinwire.model.language import LanguageModel
-from thinwire.model.loss import token_loss
 
 # B batch, T tokens
 
@@ -57,9 +56,8 @@ def score(
     with torch.no_grad():
         for batch in batches:
             extra = {} if cross_documents else _boundaries(batch, device)
-            logits_BTV = model(torch.from_numpy(batch.tokens_BT).to(device), **extra)
-            targets_BT = torch.from_numpy(batch.targets_BT).to(device)
-            loss_sum += float(token_loss(logits_BTV, targets_BT))
+            tokens_BT, targets_BT = (torch.from_numpy(x).to(device) for x in (batch.tokens_BT, batch.targets_BT))
+            loss_sum += float(model(tokens_BT, targets_BT, **extra))
             counted = batch.targets_BT[batch.targets_BT >= 0]
             tokens += counted.size
             text_bytes += 0 if token_bytes is None else int(token_bytes[counted].sum())
@@ -70,5 +68,5 @@ def score(
 def _boundaries(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     return {
         "positions_BT": torch.from_numpy(batch.positions_BT).to(device),
-        "documents_BT": torch.from_numpy(batch.documents_BT).to(device),
+        "documents_BT": torch.from_numpy(batch.documents_BT),
     }

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from thinwire.hub.lora import adapted, identity_of, write_adapter
 from thinwire.hub.native_spec import NativeSpec
 from thinwire.hub.shards import INDEX, SINGLE
 from thinwire.model.lora import LoraOptions
+from thinwire.model.loss import linear_loss, token_loss
 
 _ENDLESS = 1 << 20
 """Positions of a model whose config sets no limit."""
@@ -29,16 +31,19 @@ _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
 
 
 class Native:
-    """tokens (B, T) -> logits (B, T, V), by a transformers model."""
+    """tokens (B, T) -> logits (B, T, V), or with targets (B, T) -> the sum of token losses, by a transformers model."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         inner = getattr(module, "get_base_model", lambda: module)()
         self._positions = "position_ids" in inspect.signature(inner.forward).parameters
+        self._head = plain_head(module)
+        """The layer whose output the logits are; None if the model makes them in another way."""
 
     def __call__(
         self,
         tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
         *,
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
@@ -53,7 +58,13 @@ class Native:
                     f"data.cross_documents = true"
                 )
             extra["position_ids"] = positions_BT
-        return self.module(input_ids=tokens_BT, use_cache=cache is not None, **extra).logits  # type: ignore[no-any-return]
+        call = partial(self.module, input_ids=tokens_BT, use_cache=cache is not None, **extra)
+        if targets_BT is None:
+            return call().logits  # type: ignore[no-any-return]
+        if self._head is None:
+            return token_loss(call().logits, targets_BT)
+        with _losing(self._head, targets_BT):
+            return call().logits  # type: ignore[no-any-return]
 
     @property
     def training(self) -> bool:
@@ -72,6 +83,38 @@ class Native:
 
     def new_cache(self) -> Any:
         return _transformers().DynamicCache()
+
+
+def plain_head(module: nn.Module) -> nn.Linear | None:
+    """The linear layer whose output is what the model returns as logits, found by running two tokens.
+
+    None if there is none, or if something is done to its output (scaled or capped logits, say).
+    """
+    inner = getattr(module, "get_base_model", lambda: module)()
+    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear or head.weight.is_meta or "forward" in vars(head):
+        return None
+    tokens_12 = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+    made: list[Tensor] = []
+    hook = head.register_forward_hook(lambda head, args, out: made.append(out))
+    training = module.training
+    try:
+        with torch.no_grad():
+            logits = module.eval()(input_ids=tokens_12, use_cache=False).logits
+    finally:
+        hook.remove()
+        module.train(training)
+    return head if len(made) == 1 and logits is made[0] and logits.shape[:2] == tokens_12.shape else None
+
+
+@contextlib.contextmanager
+def _losing(head: nn.Linear, targets_BT: Tensor) -> Iterator[None]:
+    """Inside, the head gives the loss where it gave logits: in its own forward, where its weights are at hand."""
+    head.forward = lambda x_BTD: linear_loss(x_BTD, head.weight, targets_BT, head.bias)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def describe(folder: Path, *, kept: Path | None = None, lora: LoraOptions | None = None) -> NativeSpec:

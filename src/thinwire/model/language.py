@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LanguageModel(Protocol):
-    """tokens (B, T) -> logits (B, T, V)."""
+    """tokens (B, T) -> logits (B, T, V); with targets (B, T) -> the sum of token losses, negative targets left out."""
 
     @property
     def training(self) -> bool: ...
@@ -22,6 +22,7 @@ class LanguageModel(Protocol):
     def __call__(
         self,
         tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
         *,
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinwire.model.initial import initial_weight
+from thinwire.model.loss import linear_loss
+from thinwire.model.packed import Packed, attend_packed, dense_mask, pack
 from thinwire.model.spec import ModelSpec, RopeScaling
 
 
@@ -48,6 +50,8 @@ class Context:
     sin_BTK: Tensor | None
     mask_BTS: Tensor | None
     cache: KVCache | None
+    packed: Packed | None = None
+    """Documents that are attended to one by one, instead of a mask."""
 
 
 class RMSNorm(nn.Module):
@@ -85,6 +89,9 @@ class Attention(nn.Module):
         if context.cos_BTK is not None and context.sin_BTK is not None:
             q_BTHK = rotate(q_BTHK, context.cos_BTK, context.sin_BTK)
             k_BTGK = rotate(k_BTGK, context.cos_BTK, context.sin_BTK)
+        if context.packed is not None:
+            y_BTHK = attend_packed(q_BTHK, k_BTGK, v_BTGK, context.packed)
+            return self.out(y_BTHK.flatten(2))  # type: ignore[no-any-return]
         q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
         if context.cache is not None:
             k_BGSK, v_BGSK = context.cache.extend(self.layer, k_BGSK, v_BGSK)
@@ -126,8 +133,23 @@ class Block(nn.Module):
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))  # type: ignore[no-any-return]
 
 
+class Head(nn.Linear):
+    """Hidden states (B, T, D) -> logits (B, T, V); with targets (B, T), -> the sum of token losses, and no logits.
+
+    One module does both, so that whoever brings the weights to a module before its forward need not know of the loss.
+    """
+
+    def forward(self, x_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        if targets_BT is None:
+            return super().forward(x_BTD)
+        return linear_loss(x_BTD, self.weight, targets_BT, self.bias)
+
+
 class Transformer(nn.Module):
-    """tokens (B, T) -> logits (B, T, V). Initial weights depend on `seed` alone; on the meta device there are none."""
+    """tokens (B, T) -> logits (B, T, V), or with targets (B, T) -> the sum of token losses.
+
+    Initial weights depend on `seed` alone; on the meta device there are none.
+    """
 
     def __init__(self, spec: ModelSpec, *, seed: int = 0) -> None:
         super().__init__()
@@ -137,7 +159,7 @@ class Transformer(nn.Module):
             self.positions = nn.Embedding(spec.max_tokens, spec.hidden)
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.norm = make_norm(spec)
-        self.head = nn.Linear(spec.hidden, spec.vocab_size, bias=False)
+        self.head = Head(spec.hidden, spec.vocab_size, bias=False)
         if spec.tied:
             self.head.weight = self.embedding.weight
         if not self.embedding.weight.is_meta:
@@ -146,15 +168,17 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
         *,
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position; with `targets_BT` the sum of their losses (`loss.linear_loss`).
 
-        `positions_BT` defaults to 0..T-1 after what `cache` holds. With `documents_BT` (an id per token) attention
-        stays inside a document. Raises ValueError if positions run past `spec.max_tokens`.
+        `positions_BT` defaults to 0..T-1 after what `cache` holds. With `documents_BT` attention stays inside a document:
+        an id per token, on the host if a GPU is not to be waited for. Raises ValueError if positions run past
+        `spec.max_tokens`.
         """
         T = tokens_BT.shape[1]
         past = 0 if cache is None else cache.tokens
@@ -168,10 +192,13 @@ class Transformer(nn.Module):
             x_BTD = x_BTD + self.positions(positions_BT)
         else:
             cos_BTK, sin_BTK = rope_tables(self.spec, positions_BT, x_BTD.dtype)
-        context = Context(cos_BTK, sin_BTK, attention_mask(documents_BT, past, T, tokens_BT.device), cache)
+        assert documents_BT is None or past == 0, "documents and a cache do not go together"
+        packed = None if documents_BT is None else pack(documents_BT, like=x_BTD, head_size=self.spec.head_size)
+        mask_BTS = attention_mask(documents_BT, past, T, tokens_BT.device) if packed is None else None
+        context = Context(cos_BTK, sin_BTK, mask_BTS, cache, packed)
         for block in self.blocks:
             x_BTD = block(x_BTD, context)
-        return self.head(self.norm(x_BTD))  # type: ignore[no-any-return]
+        return self.head(self.norm(x_BTD), targets_BT)  # type: ignore[no-any-return]
 
     @property
     def device(self) -> torch.device:
@@ -197,13 +224,11 @@ def make_norm(spec: ModelSpec) -> nn.Module:
 
 def attention_mask(documents_BT: Tensor | None, past: int, T: int, device: torch.device) -> Tensor | None:
     """True where a query may look; None where plain causal attention is meant (no documents, nothing cached)."""
-    if documents_BT is None and (past == 0 or T == 1):
+    if documents_BT is not None:
+        return dense_mask(documents_BT.to(device))
+    if past == 0 or T == 1:
         return None if past == 0 else torch.ones(1, T, past + T, dtype=torch.bool, device=device)
-    causal_1TS = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None]
-    if documents_BT is None:
-        return causal_1TS
-    assert past == 0, "documents and a cache do not go together"
-    return causal_1TS & (documents_BT[:, :, None] == documents_BT[:, None, :])
+    return torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None]
 
 
 def rope_tables(spec: ModelSpec, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

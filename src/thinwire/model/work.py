@@ -7,8 +7,20 @@ from collections.abc import Iterator
 
 from thinwire.model.spec import ModelSpec
 
+CPU_CHUNK, CHUNK = (128, 2**17), (4096, 2**27)
+"""Of the loss: the fewest tokens of a chunk, and the logits that it has where a small vocabulary lets more tokens in.
+
+So many tokens that adding up the gradient of the head's weights (8 V D bytes a chunk) is small beside its 6 C V D FLOPs; so
+many logits as stay in a core's cache, or fill an accelerator.
+"""
 KERNELS = 30
 """Kernels of one eager forward of a block; backward launches twice as many."""
+
+
+def loss_chunk(vocabulary: int, *, cpu: bool) -> int:
+    """Tokens whose logits are there at a time where head and loss are one function (`model/loss.py`)."""
+    tokens, logits = CPU_CHUNK if cpu else CHUNK
+    return max(tokens, logits // vocabulary)
 
 
 def linear_shapes(spec: ModelSpec, tensor: int = 1) -> Iterator[tuple[float, float]]:

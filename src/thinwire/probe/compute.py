@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thinwire.comm.codecs import make_codec
 from thinwire.comm.world import World
-from thinwire.model.loss import token_loss
+from thinwire.model.loss import softmax_gradient_
 from thinwire.model.transformer import Block, Context, rope_tables
 from thinwire.partition.dtypes import sum_of_squares
 from thinwire.probe.effort import BlockShape, Effort, Shape
@@ -83,15 +83,11 @@ def _block(shape: BlockShape, device: torch.device, dtype: torch.dtype) -> Calla
 
 
 def loss(world: World, effort: Effort, dtype: torch.dtype) -> Samples:
-    """Seconds of the loss of one logit, forward and backward."""
+    """Seconds of the loss of one logit and of its gradient, beside the head's matmuls."""
     tokens, vocabulary = effort.logits
-    logits_BTV = torch.randn(1, tokens, vocabulary, device=world.device).to(dtype).requires_grad_()
-    targets_BT = torch.arange(tokens, device=world.device)[None] % vocabulary
-
-    def both() -> None:
-        logits_BTV.grad = None
-        token_loss(logits_BTV, targets_BT).backward()  # type: ignore[no-untyped-call]
-
+    logits_NV = torch.randn(tokens, vocabulary, device=world.device).to(dtype)
+    targets_N = torch.arange(tokens, device=world.device) % vocabulary
+    both = partial(softmax_gradient_, logits_NV, targets_N)
     return [second / (tokens * vocabulary) for second in timed(world, effort.repeats, both)]
 
 

@@ -15,7 +15,6 @@ from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.world import World
 from thinwire.data.loader import Batch
 from thinwire.errors import DivergenceError
-from thinwire.model.loss import token_loss
 from thinwire.partition.report import held_bytes
 from thinwire.train.assemble import Parts, assemble
 from thinwire.train.clock import StepClock
@@ -29,7 +28,7 @@ from thinwire.train.stop import StopRequest
 from thinwire.train.validate import validate
 from thinwire.train.vote import StopVote
 
-# B batch, T tokens, V vocabulary
+# B batch, T tokens
 
 
 def train(job: Job, world: World, stop: StopRequest) -> None:
@@ -135,12 +134,12 @@ def forward(parts: Parts, batch: Batch) -> tuple[torch.Tensor, int]:
     tokens_BT = torch.from_numpy(batch.tokens_BT).to(device, non_blocking=True)
     targets_BT = torch.from_numpy(batch.targets_BT).to(device, non_blocking=True)
     if parts.cross_documents:
-        logits_BTV = parts.model(tokens_BT)
+        loss = parts.model(tokens_BT, targets_BT)
     else:
         positions_BT = torch.from_numpy(batch.positions_BT).to(device, non_blocking=True)
-        documents_BT = torch.from_numpy(batch.documents_BT).to(device, non_blocking=True)
-        logits_BTV = parts.model(tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT)
-    return token_loss(logits_BTV, targets_BT), int((batch.targets_BT >= 0).sum())
+        documents_BT = torch.from_numpy(batch.documents_BT)  # stays on the host, where attention reads it
+        loss = parts.model(tokens_BT, targets_BT, positions_BT=positions_BT, documents_BT=documents_BT)
+    return loss, int((batch.targets_BT >= 0).sum())
 
 
 def clip_factor(grad_norm: float, clip_norm: float) -> float:
