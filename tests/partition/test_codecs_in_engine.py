@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from partition_toy import Toy, adamw, plan_of, train, weights
+from partition_toy import Toy, adamw, one_step, plan_of, train, weights
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.partition.engine import shard
@@ -93,6 +93,19 @@ def test_low_rank_begins_after_two_steps_whose_sums_are_whole() -> None:
     run_world((2, 2), _whole_at_first)
 
 
+def _copies(world: World) -> list[bytes]:
+    """The weights after each of three steps, of which every rank has a copy; of the last blocks not all have a matrix."""
+    wire = {"grads": {"node": "int8", "cluster": "lowrank"}, "rank": 1, "rank_from": 0, "block": 64}
+    engine = shard(Toy(), plan_of(world, (-1, -1, -1), wire=wire), world)
+    optimizer = adamw(engine)
+    return [one_step(engine, optimizer, world, step)[-1] for step in range(3)]
+
+
+def test_ranks_without_a_matrix_keep_step_with_those_that_have_one() -> None:
+    first, *others = run_world((2, 2), _copies)
+    assert others == [first] * 3
+
+
 def _references(world: World) -> None:
     """After every step what the sender thinks a receiver holds is what it holds."""
     wire = {"weights": {"cluster": "delta-int4"}}
@@ -113,8 +126,6 @@ def _references(world: World) -> None:
 
 
 def train_one(engine: Any, optimizer: Any, world: World) -> None:
-    from partition_toy import one_step
-
     one_step(engine, optimizer, world, 0)
 
 
