@@ -106,6 +106,24 @@ def test_ranks_without_a_matrix_keep_step_with_those_that_have_one() -> None:
     assert others == [first] * 3
 
 
+def _noise(world: World) -> list[float]:
+    """The largest magnitude in the padding of sums after each of 12 steps."""
+    wire = {"grads": {"node": "int4-hadamard"}, "block": 64}
+    engine = shard(Toy(), plan_of(world, (-1, -1, -1), wire=wire), world)
+    optimizer, seen = adamw(engine), []
+    for step in range(12):
+        one_step(engine, optimizer, world, step)
+        flats = [flat for unit in engine.units for flat in unit.flats if flat.trained]
+        seen.append(max(float(flat.sums.held[flat.layout.used :].abs().max()) for flat in flats))
+    return seen
+
+
+def test_noise_that_rotated_blocks_leave_in_padding_is_not_summed_again() -> None:
+    for seen in run_world(2, _noise):
+        assert seen[0] > 0
+        assert max(seen) < 4 * seen[0]
+
+
 def _references(world: World) -> None:
     """After every step what the sender thinks a receiver holds is what it holds."""
     wire = {"weights": {"cluster": "delta-int4"}}

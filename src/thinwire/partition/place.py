@@ -64,6 +64,11 @@ class Place:
         """Room for a state that is cut at `depth`."""
         return torch.empty(len(self.at(depth)), dtype=dtype, device=self.device)
 
+    def padding(self, depth: int) -> slice:
+        """What of a state that is cut at `depth` stands for no parameter: the end of it, on the last ranks."""
+        mine = self.at(depth)
+        return slice(min(len(mine), max(0, self.layout.used - mine.start)), len(mine))
+
     def parts(self, depth: int) -> Iterator[Part]:
         """What this rank holds at `depth`, parameter by parameter."""
         mine = self.at(depth)

@@ -95,6 +95,8 @@ class Sums:
                 parameter.grad = None
             elif first:
                 total.zero_()
+        if first:  # codecs that rotate blocks have left noise there, which would be summed again in every step
+            self.held[self.place.padding(self._cut.lg)] = 0.0
 
     def _take_grads(self) -> list[Tensor]:
         """Take the parameters' gradients away: flat pieces of N elements in all; one that is missing counts as zero."""
