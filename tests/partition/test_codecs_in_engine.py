@@ -124,6 +124,22 @@ def test_noise_that_rotated_blocks_leave_in_padding_is_not_summed_again() -> Non
         assert max(seen) < 4 * seen[0]
 
 
+def _gathered_twice(world: World) -> None:
+    wire = {"weights": {"node": "int4"}, "rounding": "stochastic", "block": 64}
+    engine = shard(Toy(), plan_of(world, (0, 0, 0), wire=wire), world)
+    optimizer = adamw(engine)
+    one_step(engine, optimizer, world, 0)
+    first = weights(engine)
+    assert weights(engine) == first
+    one_step(engine, optimizer, world, 1)
+    assert weights(engine) != first
+
+
+def test_all_gathers_of_a_step_round_by_the_same_chance() -> None:
+    """A recomputed forward sees the weights that the first one saw."""
+    run_world(2, _gathered_twice)
+
+
 def _references(world: World) -> None:
     """After every step what the sender thinks a receiver holds is what it holds."""
     wire = {"weights": {"cluster": "delta-int4"}}

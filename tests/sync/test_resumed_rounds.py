@@ -100,7 +100,7 @@ def _compared(world: World, name: str, setting: Setting) -> Iterator[str]:
 
 
 def _agree(levels: Sequence[tuple[str, int]], settings: dict[str, Setting]) -> None:
-    for wrong in run_world(levels, _differences, settings, timeout_s=280):
+    for wrong in run_world(levels, _differences, settings, timeout_s=550):
         assert not wrong, f"{len(wrong)} of {len(settings)} settings: " + "\n".join(wrong)
 
 
@@ -126,17 +126,19 @@ def test_every_kind() -> None:
 
 
 @pytest.mark.slow
-def test_every_kind_with_every_codec_and_feedback() -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_kind_with_every_codec_and_feedback(codec: str) -> None:
     settings: dict[str, Setting] = {}
-    for codec in CODECS:
-        for feedback in (False, True) if codec != "fp32" else (False,):
-            rounding = {"rounding": "stochastic", "block": 64} if codec in CODECS[3:7] else {}
-            found = _kinds(codec=codec, error_feedback=feedback, **rounding)
-            settings |= {f"{name}, {codec}, feedback={feedback}": setting for name, setting in found.items()}
+    for feedback in (False, True) if codec != "fp32" else (False,):
+        rounding = {"rounding": "stochastic", "block": 64} if codec in CODECS[3:7] else {}
+        found = _kinds(codec=codec, error_feedback=feedback, **rounding)
+        settings |= {f"{name}, feedback={feedback}": setting for name, setting in found.items()}
     _agree([("site", 2)], settings)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_kind_of_three_groups_with_codecs_of_two_hops_and_every_aggregate() -> None:
     settings = _kinds(codec="int4-hadamard", error_feedback=True, rounding="stochastic")
     for aggregate in ("tokens", "median", "trimmed"):
@@ -153,12 +155,11 @@ INSIDE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-def test_every_kind_over_groups_whose_own_weights_are_compressed() -> None:
-    settings: dict[str, Setting] = {}
-    for inside, wire in INSIDE.items():
-        for name, setting in _kinds(codec="int8").items():
-            settings[f"{name}, {inside} inside"] = {**setting, "wire": {"block": 64, **wire}}
-    _agree([("node", 2), ("site", 2)], settings)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("wire", INSIDE.values(), ids=INSIDE)
+def test_every_kind_over_groups_whose_own_weights_are_compressed(wire: dict[str, Any]) -> None:
+    kinds = _kinds(codec="int8").items()
+    _agree([("node", 2), ("site", 2)], {name: {**kind, "wire": {"block": 64, **wire}} for name, kind in kinds})
 
 
 def test_groups_whose_own_weights_are_compressed() -> None:
