@@ -51,6 +51,7 @@ class Group:
         build: Callable[[Any], torch.optim.Optimizer] | None = None,
         module: nn.Module | None = None,
         same: dict[str, str] | None = None,
+        wire: dict[str, Any] | None = None,
     ) -> None:
         self.world = world
         if groups is None:
@@ -63,7 +64,8 @@ class Group:
         self.inner = inner
         levels = tuple((level.name, level.fanout) for level in inner.cluster.levels)
         partition = Partition(params=cut[0], grads=cut[1], optimizer=cut[2])
-        self.engine: Sharded = shard(module or Stack(), Plan(levels=levels, partition=partition), inner)
+        plan = Plan.model_validate({"levels": levels, "partition": partition, "wire": wire or {}})
+        self.engine: Sharded = shard(module or Stack(), plan, inner)
         self.optimizer = ShardedOptimizer(self.engine, build or (lambda g: torch.optim.AdamW(g, lr=1e-2)))
         self.sync = OuterSync(self.engine, resolved, world, groups=groups, same=same)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from partition_toy import Toy, adamw, plan_of, train, weights
+from partition_toy import Toy, adamw, one_step, plan_of, train, weights
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.partition.engine import shard
@@ -93,6 +93,53 @@ def test_low_rank_begins_after_two_steps_whose_sums_are_whole() -> None:
     run_world((2, 2), _whole_at_first)
 
 
+def _copies(world: World) -> list[bytes]:
+    """The weights after each of three steps, of which every rank has a copy; of the last blocks not all have a matrix."""
+    wire = {"grads": {"node": "int8", "cluster": "lowrank"}, "rank": 1, "rank_from": 0, "block": 64}
+    engine = shard(Toy(), plan_of(world, (-1, -1, -1), wire=wire), world)
+    optimizer = adamw(engine)
+    return [one_step(engine, optimizer, world, step)[-1] for step in range(3)]
+
+
+def test_ranks_without_a_matrix_keep_step_with_those_that_have_one() -> None:
+    first, *others = run_world((2, 2), _copies)
+    assert others == [first] * 3
+
+
+def _noise(world: World) -> list[float]:
+    """The largest magnitude in the padding of sums after each of 12 steps."""
+    wire = {"grads": {"node": "int4-hadamard"}, "block": 64}
+    engine = shard(Toy(), plan_of(world, (-1, -1, -1), wire=wire), world)
+    optimizer, seen = adamw(engine), []
+    for step in range(12):
+        one_step(engine, optimizer, world, step)
+        flats = [flat for unit in engine.units for flat in unit.flats if flat.trained]
+        seen.append(max(float(flat.sums.held[flat.layout.used :].abs().max()) for flat in flats))
+    return seen
+
+
+def test_noise_that_rotated_blocks_leave_in_padding_is_not_summed_again() -> None:
+    for seen in run_world(2, _noise):
+        assert seen[0] > 0
+        assert max(seen) < 4 * seen[0]
+
+
+def _gathered_twice(world: World) -> None:
+    wire = {"weights": {"node": "int4"}, "rounding": "stochastic", "block": 64}
+    engine = shard(Toy(), plan_of(world, (0, 0, 0), wire=wire), world)
+    optimizer = adamw(engine)
+    one_step(engine, optimizer, world, 0)
+    first = weights(engine)
+    assert weights(engine) == first
+    one_step(engine, optimizer, world, 1)
+    assert weights(engine) != first
+
+
+def test_all_gathers_of_a_step_round_by_the_same_chance() -> None:
+    """A recomputed forward sees the weights that the first one saw."""
+    run_world(2, _gathered_twice)
+
+
 def _references(world: World) -> None:
     """After every step what the sender thinks a receiver holds is what it holds."""
     wire = {"weights": {"cluster": "delta-int4"}}
@@ -113,8 +160,6 @@ def _references(world: World) -> None:
 
 
 def train_one(engine: Any, optimizer: Any, world: World) -> None:
-    from partition_toy import one_step
-
     one_step(engine, optimizer, world, 0)
 
 

@@ -6,29 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from logical import fill, put_together
 from partition_toy import Toy, adamw, one_step, plan_of
 from thinwire.comm.world import World
 from thinwire.partition.engine import shard
-from thinwire.partition.pieces import Piece
 from worlds import run_world
-
-
-def _gathered(world: World, pieces: list[Piece]) -> dict[str, Tensor]:
-    """The logical tensors of which every rank wrote some pieces."""
-    whole: dict[str, Tensor] = {}
-    for piece in pieces:
-        size = torch.Size(piece.shape).numel()
-        end = piece.offset + piece.tensor.numel()
-        whole.setdefault(piece.name, torch.zeros(size))[piece.offset : end] = piece.tensor
-    merged: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(merged, whole)
-    names = sorted({name for part in merged for name in part})
-    return {name: sum(part[name] for part in merged if name in part) for name in names}
-
-
-def _filled(pieces: list[Piece], saved: dict[str, Tensor]) -> None:
-    for piece in pieces:
-        piece.tensor.copy_(saved[piece.name][piece.offset : piece.offset + piece.tensor.numel()])
 
 
 def _cross_load(world: World) -> None:
@@ -40,10 +22,10 @@ def _cross_load(world: World) -> None:
         engine = shard(Toy(), plan_of(world, cut), world)
         optimizer = adamw(engine)
         one_step(engine, optimizer, world, 0)
-        saved = _gathered(world, [*engine.for_save(), *optimizer.for_save()])
+        saved = put_together(world, [*engine.for_save(), *optimizer.for_save()])
         reference = one_step(engine, optimizer, world, 1)
         for other, (engine, optimizer) in loading.items():
-            _filled([*engine.for_load(), *optimizer.for_load()], saved)
+            fill([*engine.for_load(), *optimizer.for_load()], saved)
             engine.loaded()
             optimizer.loaded(1)
             assert one_step(engine, optimizer, world, 1) == reference, (cut, other)
@@ -68,8 +50,8 @@ def _carries(world: World, wire: dict[str, Any]) -> None:
     optimizer = adamw(engine)
     for step in range(2):
         one_step(engine, optimizer, world, step)
-    carried = _gathered(world, engine.carried_for_save())
-    saved = carried | _gathered(world, [*engine.for_save(), *optimizer.for_save()])
+    carried = put_together(world, engine.carried_for_save())
+    saved = carried | put_together(world, [*engine.for_save(), *optimizer.for_save()])
     on = [one_step(engine, optimizer, world, step) for step in (2, 3)]
     assert any(name.startswith("carried/residual/1/") for name in carried)
     assert all(value.abs().max() > 0 for name, value in carried.items() if name.endswith("0.0.weight"))
@@ -77,7 +59,7 @@ def _carries(world: World, wire: dict[str, Any]) -> None:
         engine = shard(Toy(), plan_of(world, cut, wire=wire), world)
         optimizer = adamw(engine)
         again = engine.carried_for_load(saved)
-        _filled([*engine.for_load(), *optimizer.for_load(), *again], saved)
+        fill([*engine.for_load(), *optimizer.for_load(), *again], saved)
         engine.loaded()
         optimizer.loaded(2)
         assert [one_step(engine, optimizer, world, step) for step in (2, 3)] == on, cut
@@ -99,9 +81,9 @@ def _regrouped(world: World) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for name in names
     }
     engine = shard(Toy(), plan_of(world, (0, 0, 1), wire=wire), world)
-    _filled(engine.carried_for_load(saved), saved)
+    fill(engine.carried_for_load(saved), saved)
     engine.loaded()
-    now = _gathered(world, engine.carried_for_save())
+    now = put_together(world, engine.carried_for_save())
     return _over_members(saved), _over_members(now)
 
 

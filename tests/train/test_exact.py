@@ -130,6 +130,43 @@ def test_a_run_resumed_on_another_world_goes_on_with_the_same_losses(corpus: Pat
     assert both == pytest.approx(whole, rel=1e-5)
 
 
+WIRES: dict[str, dict[str, Any]] = {
+    "int8": {"weights": {"node": "int8"}},
+    "differences, feedback by chance": {
+        "weights": {"node": "delta-int4"},
+        "grads": {"node": "int4-hadamard"},
+        "error_feedback": True,
+        "rounding": "stochastic",
+    },
+}
+
+
+@pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
+def test_a_run_with_compressed_weights_resumes_bit_for_bit(corpus: Path, tmp_path: Path, wire: dict[str, Any]) -> None:
+    plan: dict[str, Any] = {
+        "plan": {"partition": "zero1", "wire": wire},
+        "schedule": {"kind": "constant", "warmup_steps": 1},
+    }
+    whole = losses([2], tmp_path / "whole", corpus, run={"steps": 8}, **plan)
+    for saved in (2, 5):
+        first = losses([2], tmp_path / str(saved), corpus, run={"steps": saved}, **plan)
+        both = losses([2], tmp_path / str(saved), corpus, run={"steps": 8}, **plan)
+        assert first == whole[:saved]
+        assert both == whole
+
+
+def test_weights_that_begin_uncompressed_after_a_change_of_plan_are_told(corpus: Path, tmp_path: Path) -> None:
+    run, schedule = {"steps": 3}, {"kind": "constant"}
+    plan = {"partition": "zero1", "wire": {"weights": {"node": "int8"}}}
+    path = write_run(tmp_path, corpus, cluster={"levels": [2]}, run=run, schedule=schedule, plan=plan)
+    told = "weights begin uncompressed"
+    for steps_in_all, codec, expected in [(3, "int8", False), (4, "int8", False), (5, "bf16", True)]:
+        changed = ["--set", f"run.steps={steps_in_all}", "--set", f"plan.wire.weights.node={codec}"]
+        done = thinwire("train", path, *changed)
+        assert done.returncode == 0, done.stderr
+        assert (told in " ".join((done.stdout + done.stderr).split())) == expected, done.stdout
+
+
 def _poisoned(world: World, tree: dict[str, Any], bad_steps: list[int]) -> str:
     """Train with a loader whose batches make the loss infinite at some steps, on one rank only."""
     from thinwire.errors import DivergenceError

@@ -16,6 +16,11 @@ class Codec(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def definition(self) -> str:
+        """All that its bytes depend on, besides numbers and salt."""
+        ...
+
     def encode(self, x_n: Tensor) -> Tensor:
         """(n,) floating point -> (wire_bytes(n),) uint8, codes and scales together."""
         ...
@@ -39,7 +44,7 @@ class Codec(Protocol):
 class Identity:
     """Numbers travel as they are; collectives take a shortcut around `encode` and `decode`."""
 
-    name, salt = "identity", 0
+    name, definition, salt = "identity", "identity", 0
 
     def encode(self, x_n: Tensor) -> Tensor:
         return x_n.contiguous().view(torch.uint8)

@@ -29,7 +29,7 @@ class Cast:
     """Numbers as bf16 or fp16, rounded to nearest."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
-        self.name, self.salt, self._dtype = name, 0, dtype
+        self.name, self.definition, self.salt, self._dtype = name, name, 0, dtype
 
     def encode(self, x_n: Tensor) -> Tensor:
         return x_n.to(self._dtype).contiguous().view(torch.uint8)
@@ -59,7 +59,7 @@ class Blocks:
     """A block codec."""
 
     def __init__(self, form: BlockFormat) -> None:
-        self.name, self.salt, self.form = form.name, 0, form
+        self.name, self.definition, self.salt, self.form = form.name, str(form), 0, form
         self._arithmetic: dict[torch.device, Arithmetic] = {}
 
     def wire_bytes(self, n: int) -> int:

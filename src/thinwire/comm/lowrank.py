@@ -113,6 +113,7 @@ class LowRank:
         k = self._world.fanout(self.level)
         numbers = sum(part.numel() for part in parts)
         if numbers == 0:
+            yield from self._nothing()
             return parts
         message = torch.zeros(-(-numbers // k) * k, dtype=parts[0].dtype, device=parts[0].device)
         torch.cat([part.reshape(-1) for part in parts], out=message[:numbers])
@@ -122,6 +123,15 @@ class LowRank:
         yield all_gather(message, shard, world=self._world, level=self.level, purpose=gathering)
         ends = accumulate(part.numel() for part in parts)
         return [message[end - part.numel() : end].view_as(part) for end, part in zip(ends, parts, strict=True)]
+
+    def _nothing(self) -> Iterator[Handle]:
+        """The hops of an empty message, without bytes: ranks that hold other rows have one, and all go on hop by hop."""
+        name = self._world.cluster.level_names[self.level]
+        for kind, purpose in zip(("reduce_scatter", "all_gather"), self._purposes, strict=True):
+            entry = self._world.ledger.open(
+                level=name, kind=kind, purpose=purpose, payload_bytes=0, sent_bytes=0, codec="identity"
+            )
+            yield Handle(self._world.outstanding, entry, [])
 
     def applied(self) -> None:
         """The step was taken: its Q and its residual count from now on."""

@@ -42,5 +42,5 @@ class Residual:
     def arrived(self) -> None:
         """The tensors of `arriving` are filled."""
         if self._arriving:
-            self.value = torch.stack(self._arriving).sum(0)
+            self.value = sum(self._arriving[1:], start=self._arriving[0])
         self._arriving = []

@@ -3,25 +3,55 @@
     carried/residual/G/NAME        what the ranks of member G have not sent yet of their gradients of parameter NAME;
                                    G counts the members outside the hop that is coded with error feedback
     carried/q/RANK/NAME/ROW-ROWS   the matrix from which low-rank sums of these rows of NAME start
+    carried/seed/KEY/NAME          the seed with which compressed weights were sent last, of the buffer that begins with NAME
+    carried/weights/KEY/NAME       compressed weights themselves, where masters and a seed do not give them again
 
 A saved member's residual goes to the member of the same number, or, where there are fewer now, to G modulo their number:
 what was put in is still sent, whole. A Q of rows that are cut otherwise now is not looked for: the sums start afresh.
+So do compressed weights, from their masters, where KEY is another (`thinwire.partition.received`).
+
+Nothing is saved of a buffer's padding: what it has of a residual stands for no parameter, and is dropped every step.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor
 
+from thinwire.partition.flat import Flat
 from thinwire.partition.pieces import Piece
 from thinwire.partition.place import Place
 from thinwire.partition.sums import Sums
 
-_RESIDUAL = "carried/residual/"
+_RESIDUAL, _SEED, _WEIGHTS = "carried/residual/", "carried/seed/", "carried/weights/"
 
 
-def to_save(sums: Sums) -> list[Piece]:
-    """What this rank writes of `sums`; nothing before the first step."""
+def to_save(flat: Flat) -> list[Piece]:
+    """What this rank writes of a buffer."""
+    return [*_sums_to_save(flat.sums), *_received_to_save(flat)]
+
+
+def to_load(flat: Flat, saved: Collection[str]) -> list[Piece]:
+    """What this rank reads, of a buffer, of the tensors named in `saved`. Fill them, then call `arrived`."""
+    return [*_sums_to_load(flat.sums, saved), *_received_to_load(flat, saved)]
+
+
+def arrived(flat: Flat) -> None:
+    """The pieces of `to_load` are filled: what they hold counts from now on."""
+    flat.sums.residual.arrived()
+    flat.received.arrived()
+
+
+def starts_afresh(flats: Iterable[Flat], saved: Collection[str]) -> bool:
+    """Whether compressed weights begin with their masters' values, or are not compressed as they were."""
+    compressed = [flat for flat in flats if flat.received.compressed]
+    if not compressed:
+        return any(name.startswith((_SEED, _WEIGHTS)) for name in saved)
+    return not all(_seed(flat) in saved or _all_weights(flat) <= set(saved) for flat in compressed)
+
+
+def _sums_to_save(sums: Sums) -> list[Piece]:
+    """Nothing before the first step."""
     if sums.feedback_level is None or sums.residual.value is None:
         return []
     member, _ = _member(sums.place, sums.feedback_level)
@@ -29,8 +59,7 @@ def to_save(sums: Sums) -> list[Piece]:
     return [*_residual(sums, member, sums.residual.value), *starts]
 
 
-def to_load(sums: Sums, saved: Collection[str]) -> list[Piece]:
-    """What this rank reads of the tensors named in `saved`; call `sums.residual.arrived()` when they are filled."""
+def _sums_to_load(sums: Sums, saved: Collection[str]) -> list[Piece]:
     if sums.feedback_level is None:
         return []
     mine, members = _member(sums.place, sums.feedback_level)
@@ -40,6 +69,41 @@ def to_load(sums: Sums, saved: Collection[str]) -> list[Piece]:
         room = sums.residual.arriving(len(sums.place.at(sums.feedback_level - 1)), sums.place.device)
         pieces += _residual(sums, member, room)
     return [piece for piece in pieces if piece.name in saved]
+
+
+def _received_to_save(flat: Flat) -> list[Piece]:
+    received, lo = flat.received, flat.cut.lo
+    if received.compressed and received.sent is not None and flat.place.world.rank == 0:
+        return [Piece(_seed(flat), (2,), 0, received.record())]
+    if received.compressed and received.sent is None and flat.place.first_replica(lo):
+        return _weights(flat, lo, flat.weights[flat.place.within(lo, flat.cut.lp)])
+    return []
+
+
+def _received_to_load(flat: Flat, saved: Collection[str]) -> list[Piece]:
+    received = flat.received
+    if received.compressed and _seed(flat) in saved:
+        return [Piece(_seed(flat), (2,), 0, received.arriving())]
+    if received.compressed and _all_weights(flat) <= set(saved):
+        received.bring_back(None)
+        return _weights(flat, flat.cut.lp, flat.weights)
+    return []
+
+
+def _seed(flat: Flat) -> str:
+    return f"{_SEED}{flat.received.key}/{flat.place.layout.slots[0].name}"
+
+
+def _all_weights(flat: Flat) -> set[str]:
+    """Names of all weights of a buffer, also of those that are not on this rank."""
+    return {f"{_WEIGHTS}{flat.received.key}/{slot.name}" for slot in flat.place.layout.slots if slot.numel}
+
+
+def _weights(flat: Flat, depth: int, values: Tensor) -> list[Piece]:
+    return [
+        Piece(f"{_WEIGHTS}{flat.received.key}/{name}", shape, offset, values[where])
+        for name, shape, offset, where in flat.place.parts(depth)
+    ]
 
 
 def _member(place: Place, level: int) -> tuple[int, int]:

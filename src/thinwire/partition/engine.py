@@ -283,10 +283,13 @@ class Sharded:
             flat.place.salt(step, number)
 
     def loaded(self) -> None:
-        """The masters were written from outside: everything derived from them is stale, and is made anew exactly."""
+        """The masters were written from outside: everything derived from them is stale, and is made anew.
+
+        Exactly, or, where `carried_for_load` found how compressed weights had been sent, with the bits they had.
+        """
         for unit in self.units:
             for flat in unit.flats:
-                flat.sums.residual.arrived()
+                carried.arrived(flat)
         self._weights.refresh_all(exact=True)
         self.drain()
 
@@ -393,12 +396,17 @@ class Sharded:
         return [piece for flat in flats if flat.trained or not trained_only for piece in flat.pieces()]
 
     def carried_for_save(self) -> list[Piece]:
-        """What this rank is to write of what error feedback and low-rank sums carry from step to step."""
-        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_save(flat.sums)]
+        """What this rank is to write of what else a step takes over from the one before. Lands what is in flight."""
+        self.drain()
+        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_save(flat)]
 
     def carried_for_load(self, saved: Collection[str]) -> list[Piece]:
         """What this rank takes over of it from the tensors named in `saved`; fill them, then call `loaded`."""
-        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_load(flat.sums, saved)]
+        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_load(flat, saved)]
+
+    def starts_afresh(self, saved: Collection[str]) -> bool:
+        """Whether the tensors named in `saved` do not give compressed weights the bits that they had."""
+        return carried.starts_afresh((flat for unit in self.units for flat in unit.flats), saved)
 
     def _first_replica(self) -> bool:
         outer = self.world.cluster.coordinates(self.world.rank)[self.plan.depths[2] + 1 :]

@@ -24,7 +24,8 @@ from thinwire.partition.dtypes import Kind
 from thinwire.partition.layout import Interval, Layout, Slot
 from thinwire.partition.optimizer import Owned
 from thinwire.partition.pieces import Piece
-from thinwire.partition.place import Cut, Place
+from thinwire.partition.place import Cut, Draw, Place
+from thinwire.partition.received import EXACT, Received
 from thinwire.partition.sums import Sums
 from thinwire.traffic import P_GATHER, P_REFRESH, SPREAD, Flow
 
@@ -55,6 +56,7 @@ class Flat:
             whole[slot.offset : slot.offset + slot.numel] = kind.numbers(first.of(slot.name, parameter))
         within = self.place.within
         self.weights = whole[within(cut.lp, -1)].to(kind.compute, copy=True)
+        self.received = Received(self.place, self.weights, trained=self.trained)
         outside = self.place.levels(cut.lp + 1, cut.lo)
         self._shared = kind.compute == kind.master and not any(level in cut.weights for level in outside)
         """Whether masters lie in the weights: those are as exact, and the owner's arrive as they are."""
@@ -88,9 +90,10 @@ class Flat:
         if self.gathered:
             return
         place, part = self.place, self.weights
+        draw = Draw(place.step, 1)  # the same for all gathers of a step: a recomputed forward sees the same weights
         for level in reversed(place.levels(0, self.cut.lp)):
             out = place.empty(level - 1, part.dtype)
-            codec = place.coding(self.cut.weights, level, level, P_GATHER)
+            codec = place.coding(self.cut.weights, level, level, P_GATHER, draw)
             yield all_gather(out, part, world=place.world, level=level, purpose=P_GATHER, codec=codec, tag=tag)
             part = out
         self._hold(part)
@@ -108,13 +111,19 @@ class Flat:
         self._point(self._away)
 
     def refresh_chain(self, *, exact: bool = False) -> Iterator[Handle]:
-        """Weights at depth lp from the masters at lo: after a step, or (`exact`, nothing coded) after a load."""
+        """Weights at depth lp from the masters at lo: after a step, or (`exact`) after other writes, a load for one.
+
+        Exactly means uncoded, unless `received` is to bring back what was held before.
+        """
         place, held, part = self.place, self.weights.data, self.master
-        levels = place.levels(self.cut.lp + 1, self.cut.lo)
+        draw = self.received.begins(exact=exact)
+        if draw is None:
+            return
+        levels, coded = place.levels(self.cut.lp + 1, self.cut.lo), draw != EXACT
         for level in reversed(levels):
-            codec = IDENTITY if exact else place.coding(self.cut.weights, level, level, P_REFRESH)
+            codec = place.coding(self.cut.weights, level, level, P_REFRESH, draw) if coded else IDENTITY
             there = held[place.within(level - 1, self.cut.lp)]
-            if level in self.cut.delta_levels and not exact:
+            if level in self.cut.delta_levels and coded:
                 change = part - held[place.within(level, self.cut.lp)]
                 # In place at the last hop alone: the others' references are what is held before this refresh.
                 part = there.to(part.dtype, copy=level != levels[0])
@@ -126,6 +135,7 @@ class Flat:
                 yield all_gather(part, sent, world=place.world, level=level, purpose=P_REFRESH, codec=codec)
         if part.data_ptr() != held.data_ptr():
             held.copy_(part)
+        held[place.padding(self.cut.lp)] = 0.0  # what codecs that rotate blocks have left there
 
     def spread_chain(self) -> Iterator[Handle]:
         """This rank's share of the masters to the replicas of these masters, outermost level first."""
@@ -176,6 +186,7 @@ class Flat:
                 assert self.whole is not None
                 self.whole[slot.offset : slot.offset + slot.numel] = self.kind.numbers(other)
             self._take_over(slot)
+            self.received.edited()
         if self.whole is not None:
             self._point(self._views)
         self._seen = self._versions()

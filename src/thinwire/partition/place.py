@@ -35,6 +35,14 @@ class Cut:
     low_rank: LowRankHop | None = None
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Which random numbers a chain draws: it is the `number`-th of its kind since `step` steps were taken."""
+
+    step: int
+    number: int
+
+
 class Place:
     """This rank's place in a flat buffer of `layout`."""
 
@@ -45,7 +53,8 @@ class Place:
         self._held = {depth: interval(layout.numel, fanouts, coordinates, depth) for depth in range(-1, len(fanouts))}
         self.step = 0
         """Steps taken before the one under way."""
-        self._number = 0
+        self.number = 0
+        """Of this buffer among all."""
         self._draws: Counter[str] = Counter()
 
     def at(self, depth: int) -> Interval:
@@ -56,6 +65,10 @@ class Place:
         """Where what this rank holds at `depth` lies in what it holds at `outer`, which is as deep or less."""
         return self.at(depth).inside(self.at(outer))
 
+    def first_replica(self, depth: int) -> bool:
+        """Whether this rank is the first of those that hold the same of a state that is cut at `depth`."""
+        return not any(self.world.cluster.coordinates(self.world.rank)[depth + 1 :])
+
     def levels(self, first: int, last: int) -> list[int]:
         """Levels first..last that join more than one member."""
         return [level for level in range(first, last + 1) if self.world.fanout(level) > 1]
@@ -63,6 +76,11 @@ class Place:
     def empty(self, depth: int, dtype: torch.dtype) -> Tensor:
         """Room for a state that is cut at `depth`."""
         return torch.empty(len(self.at(depth)), dtype=dtype, device=self.device)
+
+    def padding(self, depth: int) -> slice:
+        """What of a state that is cut at `depth` stands for no parameter: the end of it, on the last ranks."""
+        mine = self.at(depth)
+        return slice(min(len(mine), max(0, self.layout.used - mine.start)), len(mine))
 
     def parts(self, depth: int) -> Iterator[Part]:
         """What this rank holds at `depth`, parameter by parameter."""
@@ -74,15 +92,20 @@ class Place:
 
     def salt(self, step: int, number: int) -> None:
         """What stochastic rounding draws from: steps taken so far, and the number of this buffer among all."""
-        self.step, self._number = step, number
+        self.step, self.number = step, number
         self._draws.clear()
 
-    def coding(self, codecs: Mapping[int, Codec], level: int, depth: int, purpose: str) -> Codec:
-        """The codec of a level, about to code anew. Ranks that hold the same interval at `depth` draw the same numbers."""
+    def draw(self, purpose: str) -> Draw:
+        """What a chain that begins now draws. Its later hops may be issued when the next step has begun: they keep it."""
+        self._draws[purpose] += 1
+        return Draw(self.step, self._draws[purpose])
+
+    def coding(self, codecs: Mapping[int, Codec], level: int, depth: int, purpose: str, draw: Draw) -> Codec:
+        """The codec of a level, about to code. Ranks that hold the same interval at `depth` draw the same numbers."""
         codec, part = codecs.get(level, IDENTITY), self.at(depth)
         if codec is not IDENTITY:
-            self._draws[purpose] += 1
-            draw = (self._draws[purpose] << 3) + _DRAWING.index(purpose)
+            levels = len(self.world.cluster.levels)
+            hop = (draw.number * levels + level) * len(_DRAWING) + _DRAWING.index(purpose)
             who = part.start // len(part)
-            codec.salt = (((self.step << 20) + self._number << 12) + draw) * self.world.size + who
+            codec.salt = (((draw.step << 20) + self.number << 16) + hop) * self.world.size + who
         return codec

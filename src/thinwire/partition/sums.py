@@ -19,7 +19,7 @@ from thinwire.comm.residual import Residual
 from thinwire.errors import UseError
 from thinwire.partition.dtypes import Kind, sum_of_squares
 from thinwire.partition.layout import matrices_in
-from thinwire.partition.place import Place
+from thinwire.partition.place import Draw, Place
 from thinwire.traffic import G_GATHER, G_REDUCE
 
 
@@ -99,6 +99,8 @@ class Sums:
                 add(self._kind.numbers(grad))
             elif first:
                 total.zero_()
+        if first:  # codecs that rotate blocks have left noise there, which would be summed again in every step
+            self.held[self.place.padding(self._cut.lg)] = 0.0
 
     def forget_grads(self) -> None:
         """Of a micro-batch that is given up, what backward has left."""
@@ -149,7 +151,7 @@ class Sums:
         if not self._begun:
             return
         if not self.complete:
-            yield from self._sum_outwards(self.held)
+            yield from self._sum_outwards(self.held, self.place.draw(G_REDUCE))
             self.complete = True
         if self._earlier is not None:
             total = self._earlier.add_(self.reduced)
@@ -171,23 +173,24 @@ class Sums:
             self.complete = True
             return
         begins: Tensor | list[Tensor] = self.held
+        draw = self.place.draw(G_REDUCE)
         if self._cut.lg >= 0:
-            yield from self._sum_inwards(first)
+            yield from self._sum_inwards(first, draw)
         elif first and last and self._sent_in_pieces():
             begins = self._take_grads()
         else:
             self._add_grads(first)
         if last:
-            yield from self._sum_outwards(begins)
+            yield from self._sum_outwards(begins, draw)
             self.complete = True
 
-    def _sum_inwards(self, first: bool) -> Iterator[Handle]:
+    def _sum_inwards(self, first: bool, draw: Draw) -> Iterator[Handle]:
         """This micro-batch's gradients into the sums at lg, at least one level deep."""
         part: Tensor | list[Tensor] = self._take_grads()
         levels = self.place.levels(0, self._cut.lg)
         for level in levels:
             out = self.held if first and level == levels[-1] else self.place.empty(level, self.dtype)
-            yield self._reduce(out, part, level)
+            yield self._reduce(out, part, level, draw)
             part = out
         if part is not self.held:
             (self.held.copy_ if first else self.held.add_)(_whole(part))
@@ -201,7 +204,7 @@ class Sums:
         low_rank = self.low_rank_at(place.step)
         return low_rank is None or low_rank.level != hop
 
-    def _sum_outwards(self, part: Tensor | list[Tensor]) -> Iterator[Handle]:
+    def _sum_outwards(self, part: Tensor | list[Tensor], draw: Draw) -> Iterator[Handle]:
         """The sums at lg, in `part`, on to depth lo and over its replicas."""
         place = self.place
         low_rank = self.low_rank_at(place.step)
@@ -210,15 +213,15 @@ class Sums:
             if low_rank is not None and level == low_rank.level:
                 yield from low_rank.reduce(out, _whole(part), place.within(level, level - 1))
             else:
-                yield self._reduce(out, part, level)
+                yield self._reduce(out, part, level, draw)
             part = out
-        yield from self._all_reduce(part)
+        yield from self._all_reduce(part, draw)
 
     def _at(self, depth: int) -> Tensor:
         """The part of the sums that this rank holds at `depth`, outside lg: what goes further is left behind."""
         return self.held[self.place.within(depth, self._cut.lg)]
 
-    def _all_reduce(self, part: Tensor | list[Tensor]) -> Iterator[Handle]:
+    def _all_reduce(self, part: Tensor | list[Tensor], draw: Draw) -> Iterator[Handle]:
         """Sum over the replicas: reduce-scatter outwards, gather back inwards, each with the level's codec."""
         place = self.place
         levels = place.levels(self._cut.lo + 1, place.outermost)
@@ -226,18 +229,18 @@ class Sums:
         low_rank = self.low_rank_at(place.step) if levels else None
         for level in levels if low_rank is None else levels[:-1]:
             held.append(self._at(level))
-            yield self._reduce(held[-1], part, level)
+            yield self._reduce(held[-1], part, level, draw)
             part = held[-1]
         if low_rank is not None:  # it sums without cutting, and is the last
             yield from low_rank.reduce(held[-1], held[-1], slice(None))
         for level in reversed(levels if low_rank is None else levels[:-1]):
             inner = held.pop()
-            codec = place.coding(self._cut.grads, level, level, G_GATHER)
+            codec = place.coding(self._cut.grads, level, level, G_GATHER, draw)
             yield all_gather(held[-1], inner, world=place.world, level=level, purpose=G_GATHER, codec=codec)
 
-    def _reduce(self, out: Tensor, part: Tensor | list[Tensor], level: int) -> Handle:
+    def _reduce(self, out: Tensor, part: Tensor | list[Tensor], level: int, draw: Draw) -> Handle:
         place = self.place
-        codec = place.coding(self._cut.grads, level, place.outermost, G_REDUCE)
+        codec = place.coding(self._cut.grads, level, place.outermost, G_REDUCE, draw)
         if level == self._cut.feedback_level:
             part = self._with_residual(_whole(part), codec, place.world.fanout(level))
         handle = reduce_scatter(out, part, world=place.world, level=level, purpose=G_REDUCE, codec=codec, tag=self._tag)
@@ -250,7 +253,10 @@ class Sums:
         compensated = self.residual.plus(part)
         n = compensated.numel() // chunks
         sent = torch.cat([codec.decode(codec.encode(chunk), n, chunk.dtype) for chunk in compensated.view(chunks, n)])
-        self.residual.leave(compensated - sent)
+        lost = compensated - sent
+        assert self._cut.feedback_level is not None
+        lost[self.place.padding(self._cut.feedback_level - 1)] = 0.0  # noise that stands for no parameter
+        self.residual.leave(lost)
         return compensated
 
     # -- for the step --------------------------------------------------------------------------------------------------

@@ -263,12 +263,20 @@ class OuterSync:
 
     @contextmanager
     def outer_weights(self) -> Iterator[None]:
-        """Inside, the model computes with the outer weights, which score better than any group's own (2501.18512)."""
+        """Inside, the model computes with the outer weights, which score better than any group's own (2501.18512).
+
+        Afterwards it holds the bits that it held before, those of weights that had been sent compressed too.
+        """
+        self.engine.drain()
         kept = [[share.master.clone() for share in fragment.shares] for fragment in self.fragments]
+        received = [flat.received for unit in self.engine.units for flat in unit.flats]
+        before = [weights.kept() for weights in received]
         self._show([fragment.split(fragment.weights) for fragment in self.fragments])
         try:
             yield
         finally:
+            for weights, (sent, values) in zip(received, before, strict=True):
+                weights.bring_back(sent, values)
             self._show(kept)
 
     def _show(self, values: Sequence[Sequence[Tensor]]) -> None:

@@ -5,8 +5,9 @@
     outer/momentum/NAME       outer momentum
     outer/pending/NAME        what the groups agreed on and is not applied yet, of the fragments in flight
     outer/counted             whose contributions that holds, for eager updates
-    groups/G/...              what group G alone has: its own weights, its optimizer states (G > 0), the residual of error
-                              feedback, the tokens since its last sends; for eager updates its outer state too
+    groups/G/...              what group G alone has: its own weights, its optimizer states and carried/... (G > 0), the
+                              residual of error feedback, the tokens since its last sends, its count of optimizer steps,
+                              of which it may have skipped others; for eager updates its outer state too
 
 A checkpoint of another plan lacks some of these; then every group starts from the outer weights and group 0's states.
 """
@@ -14,12 +15,17 @@ A checkpoint of another plan lacks some of these; then every group starts from t
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 
+import torch
+
 from thinwire.partition.pieces import Piece
 from thinwire.sync.outer_sync import OuterSync
 
 
-def to_save(sync: OuterSync, inner: Sequence[Piece], optimizer: Sequence[Piece]) -> list[Piece]:
-    """What this rank writes; `inner` and `optimizer` are its group's own pieces. Lands what is in flight."""
+def to_save(sync: OuterSync, inner: Sequence[Piece], optimizer: Sequence[Piece], *, updates: int) -> list[Piece]:
+    """What this rank writes; `inner` and `optimizer` are its group's own pieces. Lands what is in flight.
+
+    `updates`: optimizer steps that its group has taken.
+    """
     sync.drain()
     trained = _trained(sync)
     own = [piece for piece in inner if piece.name.removeprefix("params/") in trained]
@@ -28,7 +34,10 @@ def to_save(sync: OuterSync, inner: Sequence[Piece], optimizer: Sequence[Piece])
         pieces += [piece for piece in inner if piece.name.removeprefix("params/") not in trained]
     pieces += [piece if sync.group == 0 else _of_group(sync, piece) for piece in optimizer]
     pieces += [piece for piece in _outer(sync) if sync.group == 0 or piece.name.startswith("groups/")]
-    pieces += [_tokens(sync)] if sync.engine.world.rank == 0 else []
+    if sync.engine.world.rank == 0:
+        taken = taken_steps(sync)
+        taken.tensor.fill_(updates)
+        pieces += [_tokens(sync), taken]
     return pieces + ([_counted(sync)] if sync.world.rank == sync.groups[0][0] and sync.sync.own_fresh else [])
 
 
@@ -57,6 +66,16 @@ def in_flight(sync: OuterSync, saved: Container[str]) -> set[int]:
         for number, fragment in enumerate(sync.fragments)
         if any(f"outer/pending/{name}" in saved for name in _names(sync, fragment.units))
     }
+
+
+def taken_steps(sync: OuterSync) -> Piece:
+    """How many optimizer steps this rank's group has taken, to be filled."""
+    return Piece(f"groups/{sync.group}/updates", (1,), 0, torch.zeros(1, dtype=torch.int64))
+
+
+def without_groups(saved: Iterable[str]) -> set[str]:
+    """What a run without worker groups takes over of a checkpoint of such: nothing that belongs to a group's own weights."""
+    return {name for name in saved if not name.startswith(("groups/", "carried/"))}
 
 
 def own_names(sync: OuterSync, saved: Iterable[str]) -> set[str]:

@@ -5,7 +5,7 @@ from thinwire.checkpoint.store import Found, SaveFailed, Saving
 from thinwire.errors import CheckpointError, SaveError
 from thinwire.hub.init import load_pieces
 from thinwire.partition.pieces import Piece
-from thinwire.sync.saving import in_flight, own_names, to_load, to_save
+from thinwire.sync.saving import in_flight, own_names, taken_steps, to_load, to_save, without_groups
 from thinwire.train.assemble import Parts
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
@@ -35,7 +35,8 @@ class Saver:
         if found is None:
             self._start()
             return 0
-        meta = self._parts.checkpoints.load(found, self._wanted(found))
+        updates, carried = self._updates(found), self._carried(found)
+        meta = self._parts.checkpoints.load(found, self._wanted(found, carried, updated=updates > 0))
         if self._adapters and meta["spec"].get("base") != self._job.spec.model_dump()["base"]:
             raise CheckpointError(
                 f"{found.path} holds adapters for other weights than those in {self._job.config.model.hf}; put their base "
@@ -47,24 +48,44 @@ class Saver:
                 f"{self._job.corpus.digest[:12]}); point data.path at that one, or use --fresh"
             )
         self._parts.sharded.loaded()
-        self._parts.optimizer.loaded(int(meta["updates"]))
+        self._parts.optimizer.loaded(updates)
         if self._parts.sync is not None:
             self._parts.sync.compare()
+        if self._parts.sharded.starts_afresh(carried):
+            self._warnings.append(
+                f"{found.path.name} does not hold compressed weights as ranks had received them under this plan (it was "
+                f"written under another plan, or by an older version): weights begin uncompressed, and losses may differ "
+                f"from those of an uninterrupted run"
+            )
         self._last_asked, self._newest = found.step, found.path.name
         return found.step
 
-    def _wanted(self, found: Found) -> list[Piece]:
+    def _updates(self, found: Found) -> int:
+        """Optimizer steps taken before; worker groups may have skipped different ones."""
+        own = None if self._parts.sync is None else taken_steps(self._parts.sync)
+        if own is None or own.name not in found.manifest.tensors:
+            return int(found.manifest.meta["updates"])
+        self._parts.checkpoints.load(found, [own])
+        return int(own.tensor)
+
+    def _carried(self, found: Found) -> set[str]:
+        """The tensors of a checkpoint among which this rank finds what its group carries from step to step."""
+        saved, sync = found.manifest.tensors, self._parts.sync
+        if sync is not None:
+            return own_names(sync, saved)
+        return without_groups(saved) if found.manifest.meta["plan"].get("sync") else set(saved)
+
+    def _wanted(self, found: Found, carried: set[str], *, updated: bool) -> list[Piece]:
         """What this rank reads of a checkpoint, whoever saved it under whatever plan."""
         inner = self._parts.sharded.for_load(trained_only=self._adapters)
         sync, saved = self._parts.sync, found.manifest.tensors
-        updated = int(found.manifest.meta["updates"]) > 0  # else there are no states yet: the first step makes them
-        optimizer = self._parts.optimizer.for_load() if updated else []
+        optimizer = self._parts.optimizer.for_load() if updated else []  # else the first step makes the states
         if sync is None:
-            return [*inner, *optimizer, *self._parts.sharded.carried_for_load(saved)]
+            return [*inner, *optimizer, *self._parts.sharded.carried_for_load(carried)]
         same = found.manifest.meta["plan"].get("sync") == sync.sync.model_dump(mode="json")
         sync.go_on(found.step, flights=in_flight(sync, saved) if same else ())
-        carried = self._parts.sharded.carried_for_load(own_names(sync, saved))
-        return to_load(sync, inner, [*optimizer, *carried], saved, same=same)
+        optimizer += self._parts.sharded.carried_for_load(carried)
+        return to_load(sync, inner, optimizer, saved, same=same)
 
     def _start(self) -> None:
         """Imported weights in the place of drawn ones, each rank reading what it owns."""
@@ -112,7 +133,11 @@ class Saver:
         self._parts.sharded.drain()
         inner, sync = self._parts.sharded.for_save(trained_only=self._adapters), self._parts.sync
         optimizer = [*self._parts.optimizer.for_save(), *self._parts.sharded.carried_for_save()]
-        pieces = [*inner, *optimizer] if sync is None else to_save(sync, inner, optimizer)
+        pieces = (
+            [*inner, *optimizer]
+            if sync is None
+            else to_save(sync, inner, optimizer, updates=self._parts.optimizer.updates)
+        )
         meta = {
             "step": step,
             "updates": self._parts.optimizer.updates,
