@@ -68,7 +68,7 @@ class Tokens(nn.Module):
         return self.table(x)  # type: ignore[no-any-return]
 
 
-@case("a child's method is called instead of its forward", batch=ids)
+@case("a child's method is called instead of its forward", batch=ids, lr=0.002)
 class MethodOfChild(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class MethodOfChild(nn.Module):
         return self.tokens.project(h)
 
 
-@case("F.linear with the embedding's weight as the head", batch=ids)
+@case("F.linear with the embedding's weight as the head", batch=ids, lr=0.002)
 class HeadIsEmbedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class SharedBlocks(Net):
         return super().forward(self.blocks[1](x))
 
 
-@case("head and embedding are tied", batch=ids)
+@case("head and embedding are tied", batch=ids, lr=0.002)
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

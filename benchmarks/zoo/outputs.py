@@ -126,7 +126,7 @@ class Dataclasses(Net):
         return self.leave(out.hidden)  # type: ignore[no-any-return]
 
 
-@case("activations are changed in place right behind a unit")
+@case("activations are changed in place right behind a unit", lr=0.001)
 class InPlace(Net):
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x).relu_()

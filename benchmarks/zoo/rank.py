@@ -10,8 +10,8 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parameter import is_lazy
 
 from thinwire import Cluster, ShardedOptimizer, World, shard
 from thinwire.errors import ConfigError, PlanError, UseError
@@ -82,7 +83,7 @@ def reference(case: Case, ranks: int) -> Reference:
     seen = [Seen() for _ in replicas]
     for step in range(STEPS):
         for rank, replica in enumerate(replicas):
-            losses_of(case, replica, step, rank, seen[rank], lambda last: nullcontext())
+            losses_of(case, replica, step, rank, seen[rank], lambda last, replica=replica: undone(replica))
         average(replicas, 1 / (ranks * case.accumulate))
         for rank, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
             if case.clip is not None:
@@ -92,9 +93,23 @@ def reference(case: Case, ranks: int) -> Reference:
             if case.after is not None:
                 seen[rank].read.append(case.after(replica, step))
     made = Reference(seen, before, parameters_of(first))
-    if not any(bool((made.before[name] != made.after[name]).any()) for name in made.before):
+    if not any(bool((before != made.after[name]).any()) for name, before in made.before.items()):
         raise ValueError("no parameter moved in the reference: the case compares nothing")
     return made
+
+
+@contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """A micro-batch of one process; one that fails leaves the gradients as they were."""
+    before = {parameter: parameter.grad for parameter in model.parameters()}
+    for parameter, grad in before.items():
+        parameter.grad = None if grad is None else grad.clone()
+    try:
+        yield
+    except Exception:
+        for parameter, grad in before.items():
+            parameter.grad = grad
+        raise
 
 
 def average(replicas: Sequence[nn.Module], scale: float) -> None:
@@ -140,7 +155,7 @@ def clipped(model: nn.Module, norm: float) -> float:
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters by name, whole."""
     whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
-    return {name.removeprefix("module."): p.detach().clone() for name, p in whole.items()}
+    return {name.removeprefix("module."): p.detach().clone() for name, p in whole.items() if not is_lazy(p)}
 
 
 # -- sides -------------------------------------------------------------------------------------------------------------
@@ -223,7 +238,7 @@ def parameters_differ(ended: Mapping[str, Tensor], known: Reference) -> str:
         return f"parameters {sorted(set(ended) ^ set(known.after))[:3]} are missing or new"
     worst, named = 0.0, ""
     for name, right in known.after.items():
-        got, before = ended[name], known.before[name]
+        got, before = ended[name], known.before.get(name, torch.zeros_like(right))  # a lazy one has none before
         if got.shape != right.shape or got.dtype != right.dtype:
             return f"{name}: {tuple(got.shape)} of {got.dtype}, should be {tuple(right.shape)} of {right.dtype}"
         if right.numel() == 0 or torch.equal(got, right):

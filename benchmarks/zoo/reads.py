@@ -1,5 +1,7 @@
 """Programs that use parameters and inner activations beside the forward: penalties, averages, copies, inner losses."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -124,3 +126,29 @@ def failing(model: nn.Module, x: Tensor, number: int, rank: int) -> Tensor:
 @case("a micro-batch that fails after its forward is left out", loss=failing, accumulate=2, skips=(Fails,))
 def failed_forward() -> nn.Module:
     return Net()
+
+
+class Broken(torch.autograd.Function):
+    """The identity, whose backward fails in the micro-batch numbered 2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, number: int) -> Tensor:
+        ctx.number = number
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        if ctx.number == 2:
+            raise Fails
+        return grads[0], None
+
+
+def broken(model: nn.Module, x: Tensor, number: int, rank: int) -> Tensor:
+    return model(x, number, rank).pow(2).mean()  # type: ignore[no-any-return]
+
+
+@case("a micro-batch that fails in the middle of its backward is left out", loss=broken, accumulate=2, skips=(Fails,))
+class FailedBackward(Net):
+    def forward(self, x: Tensor, number: int, rank: int) -> Tensor:
+        x = self.blocks[0](self.enter(x))
+        return self.leave(self.blocks[2](self.blocks[1](Broken.apply(x, number))))  # type: ignore[no-any-return, no-untyped-call]
