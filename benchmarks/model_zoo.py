@@ -27,9 +27,10 @@ from typing import Any, Self
 from zoo import rank as zoo_rank
 from zoo.causal import causal_names
 from zoo.cells import NO_REFERENCE, Cell, read, write
+from zoo.compare import Report
 from zoo.modules import modules
-from zoo.rank import PEERS, Report
 from zoo.table import page, totals
+from zoo.training import PEERS
 
 from thinwire.cluster.cluster import Cluster, Level
 from thinwire.train.launch import free_port
@@ -84,9 +85,9 @@ class Ranks:
             if not ready:
                 break
             for pipe in ready:
-                rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+                rank = self.pipes.index(pipe)
                 try:
-                    answers[rank] = pipe.recv()  # type: ignore[union-attr]
+                    answers[rank] = pipe.recv()
                 except (EOFError, ConnectionResetError):
                     answers[rank] = None
                 if bad(answers[rank]):

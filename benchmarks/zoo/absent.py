@@ -7,7 +7,7 @@ from zoo.cases import WIDTH, Block, Net, case
 
 
 def told_rank(model: nn.Module, x: Tensor, number: int, rank: int) -> Tensor:
-    return model(x, number, rank).pow(2).mean()  # type: ignore[no-any-return]
+    return model(x, number, rank).pow(2).mean()
 
 
 class Experts(nn.Module):
@@ -16,7 +16,7 @@ class Experts(nn.Module):
         self.shared, self.routed = Block(), Block()
 
     def forward(self, x: Tensor, idle: bool) -> Tensor:
-        return self.shared(x) + (0 if idle else self.routed(x))  # type: ignore[no-any-return]
+        return self.shared(x) + (0 if idle else self.routed(x))
 
 
 @case("an expert inside a block is idle on one rank", loss=told_rank)
@@ -28,7 +28,7 @@ class IdleExpert(Net):
         x = self.enter(x)
         for block in self.blocks:
             x = block(x, number == 1 and rank == 1)
-        return self.leave(x)  # type: ignore[no-any-return]
+        return self.leave(x)
 
 
 class Routed(nn.Module):
@@ -65,7 +65,7 @@ class NoGradientOnOneRank(Net):
         for index, block in enumerate(self.blocks):
             y = block(x)
             x = x + (y.detach() if rank == 1 and index == 1 else y)
-        return self.leave(x)  # type: ignore[no-any-return]
+        return self.leave(x)
 
 
 @case("a block is left out on one rank", loss=told_rank)
@@ -75,7 +75,7 @@ class LeftOutOnOneRank(Net):
         for index, block in enumerate(self.blocks):
             if not (index == 1 and rank == 1 and number == 1):
                 x = block(x)
-        return self.leave(x)  # type: ignore[no-any-return]
+        return self.leave(x)
 
 
 @case("a block is left out on all ranks in one step", loss=told_rank)
@@ -85,7 +85,7 @@ class LeftOutEverywhere(Net):
         for index, block in enumerate(self.blocks):
             if not (index == 1 and number == 1):
                 x = block(x)
-        return self.leave(x)  # type: ignore[no-any-return]
+        return self.leave(x)
 
 
 @case("blocks run in another order on one rank", loss=told_rank)
@@ -95,4 +95,4 @@ class OtherOrder(Net):
         order = reversed(list(self.blocks)) if rank == 1 and number == 1 else list(self.blocks)
         for block in order:
             x = block(x)
-        return self.leave(x)  # type: ignore[no-any-return]
+        return self.leave(x)

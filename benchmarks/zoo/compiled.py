@@ -23,12 +23,12 @@ def compiled_in_place() -> nn.Module:
 
 @case("torch.compile(model)")
 def compiled_model() -> nn.Module:
-    return torch.compile(Net())  # type: ignore[return-value]
+    return torch.compile(Net())
 
 
 @case("blocks replaced by torch.compile(block)")
 def compiled_entries() -> nn.Module:
     model = Net()
     for index, block in enumerate(model.blocks):
-        model.blocks[index] = torch.compile(block)  # type: ignore[assignment]
+        model.blocks[index] = torch.compile(block)
     return model

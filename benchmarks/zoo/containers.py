@@ -14,7 +14,7 @@ class ListOfLists(nn.Module):
         self.layers = nn.ModuleList(pair() for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        for first, second in self.layers:  # type: ignore[misc]
+        for first, second in self.layers:
             x = second(x + first(x))
         return x
 
@@ -29,7 +29,7 @@ class ListOfDicts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = x + layer["mix"](layer["norm"](x))  # type: ignore[index]
+            x = x + layer["mix"](layer["norm"](x))
         return x
 
 
@@ -92,4 +92,4 @@ class Namespace(nn.Module):
         h = self.transformer.wte(x)
         for block in self.transformer.h:
             h = block(h)
-        return self.transformer.ln_f(h)  # type: ignore[no-any-return]
+        return self.transformer.ln_f(h)

@@ -28,7 +28,7 @@ def deep_300() -> nn.Module:
 
 
 def encode_loss(model: nn.Module, x: Tensor, number: int, rank: int) -> Tensor:
-    return bare(model).encode(x * bare(model).scale).pow(2).mean()  # type: ignore[no-any-return]
+    return bare(model).encode(x * bare(model).scale).pow(2).mean()
 
 
 @case("a method of the root is called instead of its forward, a root parameter read before", loss=encode_loss)
@@ -38,7 +38,7 @@ class MethodOfRoot(nn.Module):
         self.scale, self.head = nn.Parameter(torch.ones(WIDTH)), nn.Linear(WIDTH, WIDTH)
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.head(x)  # type: ignore[no-any-return]
+        return self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.encode(x * self.scale)
@@ -65,7 +65,7 @@ class Tokens(nn.Module):
         return x @ self.table.weight.T
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.table(x)  # type: ignore[no-any-return]
+        return self.table(x)
 
 
 @case("a child's method is called instead of its forward", batch=ids, lr=0.002)
@@ -100,7 +100,7 @@ class ForwardByName(Net):
         x = self.enter(x)
         for block in self.blocks:
             x = block.forward(x)
-        return self.leave(x)  # type: ignore[no-any-return]
+        return self.leave(x)
 
 
 @case("the layers of a Sequential are called one by one, the Sequential never")
@@ -113,7 +113,7 @@ class SequentialTakenApart(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        return self.pair[0][1](self.pair[0][0](x))  # type: ignore[no-any-return]
+        return self.pair[0][1](self.pair[0][0](x))
 
 
 @case("a convolution's weight is used by F.conv1d, never by the convolution's forward")
@@ -124,7 +124,7 @@ class WeightOfSilentChild(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.conv1d(x[:, None], self.conv.weight, self.conv.bias, padding=1)
-        return self.out(h.transpose(1, 2))  # type: ignore[no-any-return]
+        return self.out(h.transpose(1, 2))
 
 
 @case("attention of torch, whose out_proj is never called")
@@ -137,7 +137,7 @@ class TorchTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.encoder(x[None])
-        return self.attention(h, h, h)[0]  # type: ignore[no-any-return]
+        return self.attention(h, h, h)[0]
 
 
 @case("one block is used twice, another is the same object under two names")
@@ -158,12 +158,12 @@ class Tied(nn.Module):
         self.head.weight = self.table.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.block(self.table(x)))  # type: ignore[no-any-return]
+        return self.head(self.block(self.table(x)))
 
 
 def functional_loss(model: nn.Module, x: Tensor, number: int, rank: int) -> Tensor:
     own = dict(model.named_parameters())
-    return torch.func.functional_call(model, own, (x,)).pow(2).mean()  # type: ignore[no-any-return]
+    return torch.func.functional_call(model, own, (x,)).pow(2).mean()
 
 
 @case("torch.func.functional_call with the module's own parameters", loss=functional_loss)
@@ -177,4 +177,4 @@ class FunctionalBlock(Net):
         x = self.enter(x)
         for block in self.blocks:
             x = torch.func.functional_call(block, {n: p * 0.9 for n, p in block.named_parameters()}, (x,))
-        return self.leave(x)  # type: ignore[no-any-return]
+        return self.leave(x)

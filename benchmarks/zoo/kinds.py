@@ -22,7 +22,7 @@ class Quantised(nn.Module):
         x = self.first(x)
         for base in self.bases:
             x = x * base
-        return self.o(x)  # type: ignore[no-any-return]
+        return self.o(x)
 
 
 @case("a frozen uint8 parameter")
@@ -49,7 +49,7 @@ class Spectral(nn.Module):
         self.o = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.o(torch.fft.irfft(torch.fft.rfft(x) * self.w, n=WIDTH))  # type: ignore[no-any-return]
+        return self.o(torch.fft.irfft(torch.fft.rfft(x) * self.w, n=WIDTH))
 
 
 @case("a frozen complex parameter")
@@ -75,7 +75,7 @@ class Empty(nn.Module):
         self.o.nothing = nn.Parameter(torch.empty(0, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.o(x) + self.none(x[:, :0]) + self.o.nothing.sum()  # type: ignore[no-any-return]
+        return self.o(x) + self.none(x[:, :0]) + self.o.nothing.sum()
 
 
 @case("scalars without dimensions, and parameters smaller than the world")
@@ -103,18 +103,18 @@ class MixedTypes(Net):
         x = self.enter(x).double()
         for block in self.blocks:
             x = block(x)
-        return self.leave(x.float())  # type: ignore[no-any-return]
+        return self.leave(x.float())
 
 
 @case("non-contiguous parameters: transposed, and convolutions in channels_last")
 class Strided(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2, 4, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.conv = nn.Conv2d(2, 4, 3, padding=1).to(memory_format=torch.channels_last)
         self.turned = nn.Parameter((torch.randn(8, 4) / 4).t())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.view(ROWS, 2, 2, 4)).mean((2, 3)) @ self.turned  # type: ignore[no-any-return]
+        return self.conv(x.view(ROWS, 2, 2, 4)).mean((2, 3)) @ self.turned
 
 
 @case("lazy layers that a first forward has made")
@@ -131,4 +131,4 @@ class LazyUnmade(nn.Module):
         self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.LazyLinear(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))  # type: ignore[no-any-return]
+        return self.second(self.first(x))

@@ -58,7 +58,7 @@ class Recurrent(nn.Module):
         self.lstm, self.gru = nn.LSTM(WIDTH, WIDTH, 2, batch_first=True), nn.GRU(WIDTH, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.gru(self.lstm(x[None])[0])[0]  # type: ignore[no-any-return]
+        return self.gru(self.lstm(x[None])[0])[0]
 
 
 @case("hooks on blocks: before and after forward, on backward, and on a parameter's gradient")
@@ -68,7 +68,7 @@ def hooks() -> nn.Module:
         block.register_forward_pre_hook(lambda module, args: (args[0] * 0.9,))
         block.register_forward_hook(lambda module, args, out: out + module.a.bias.mean())
         block.register_full_backward_hook(lambda module, into, out: (into[0] * 0.5,))
-        block.a.weight.register_hook(lambda grad: grad * 0.5)  # type: ignore[union-attr]
+        block.a.weight.register_hook(lambda grad: grad * 0.5)
     return model
 
 
@@ -79,7 +79,7 @@ def peft_lora() -> nn.Module:
     class Plain(Net):
         config = {"model_type": "custom"}  # noqa: RUF012
 
-    return get_peft_model(Plain(), LoraConfig(target_modules=["a", "b"], r=2))  # type: ignore[return-value, arg-type]
+    return get_peft_model(Plain(), LoraConfig(target_modules=["a", "b"], r=2))
 
 
 @case("a checkpoint around each block, without and with re-entering autograd")
@@ -87,8 +87,8 @@ class Recomputed(Net):
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
         for index, block in enumerate(self.blocks):
-            x = checkpoint(block, x, use_reentrant=index == 1)  # type: ignore[assignment]
-        return self.leave(x)  # type: ignore[no-any-return]
+            x = checkpoint(block, x, use_reentrant=index == 1)
+        return self.leave(x)
 
 
 def llama(**options: Any) -> nn.Module:
@@ -105,14 +105,14 @@ def llama(**options: Any) -> nn.Module:
 
 
 def own_loss(model: nn.Module, x: Tensor, number: int, rank: int) -> Tensor:
-    return model(input_ids=x[None], labels=x[None]).loss  # type: ignore[no-any-return]
+    return model(input_ids=x[None], labels=x[None]).loss
 
 
 @case("gradient_checkpointing_enable() of transformers", batch=ids, loss=own_loss)
 def hf_checkpointing() -> nn.Module:
     model: Any = llama()
     model.gradient_checkpointing_enable()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @case("the same with re-entering autograd", batch=ids, loss=own_loss)
@@ -120,7 +120,7 @@ def hf_checkpointing_reentrant() -> nn.Module:
     model: Any = llama(tie_word_embeddings=True)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 class Square(torch.autograd.Function):
@@ -143,7 +143,7 @@ class OwnFunction(nn.Module):
         self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return Square.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
+        return Square.apply(x, self.weight)
 
 
 @case("blocks with an autograd.Function of their own, which saves the weight")
@@ -159,7 +159,7 @@ class FusedWeights(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (F.linear(x, weight) for weight in self.qkv.weight.chunk(3))
-        return self.o(torch.softmax(q @ k.t(), -1) @ v)  # type: ignore[no-any-return]
+        return self.o(torch.softmax(q @ k.t(), -1) @ v)
 
 
 @case("autocast to bf16 around the forward", loss=lambda model, x, number, rank: autocast_loss(model, x))
@@ -169,7 +169,7 @@ def autocast() -> nn.Module:
 
 def autocast_loss(model: nn.Module, x: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return model(x).float().pow(2).mean()  # type: ignore[no-any-return]
+        return model(x).float().pow(2).mean()
 
 
 @case("a unit called under functools.partial and vmap")
@@ -178,4 +178,4 @@ class Vmapped(Net):
         x = self.enter(x)
         for block in self.blocks:
             x = torch.vmap(functools.partial(block))(x)
-        return self.leave(x)  # type: ignore[no-any-return]
+        return self.leave(x)

@@ -26,7 +26,7 @@ class ViewReturned(nn.Module):
         self.positions, self.block = Positions(), Block()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(x[None] + self.positions(len(x)))  # type: ignore[no-any-return]
+        return self.block(x[None] + self.positions(len(x)))
 
 
 @case("a unit returns a view of its parameter, of which the root takes another view")
@@ -36,7 +36,7 @@ class ViewOfViewReturned(nn.Module):
         self.positions, self.block = Positions(), Block()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(x + self.positions(2 * len(x))[0, len(x) :])  # type: ignore[no-any-return]
+        return self.block(x + self.positions(2 * len(x))[0, len(x) :])
 
 
 class Itself(nn.Module):
@@ -56,7 +56,7 @@ class ParameterReturned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         right = self.right().t()
-        return self.block(x @ self.left()) @ right  # type: ignore[no-any-return]
+        return self.block(x @ self.left()) @ right
 
 
 class Yields(nn.Module):
@@ -96,7 +96,7 @@ class Closure(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.enter(x)
-        return self.block(h)(h)  # type: ignore[no-any-return]
+        return self.block(h)(h)
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Dataclasses(Net):
         out = Output(self.enter(x), {})
         for block in self.blocks:
             out = block(hidden=out.hidden + (out.more["pair"][0] if out.more else 0), scale=0.5)
-        return self.leave(out.hidden)  # type: ignore[no-any-return]
+        return self.leave(out.hidden)
 
 
 @case("activations are changed in place right behind a unit", lr=0.001)
@@ -133,4 +133,4 @@ class InPlace(Net):
         for block in self.blocks:
             x = block(x)
             x += 1
-        return self.leave(x).mul_(2)  # type: ignore[no-any-return]
+        return self.leave(x).mul_(2)
