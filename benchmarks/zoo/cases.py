@@ -41,6 +41,11 @@ def bare(model: nn.Module) -> Any:
 WIDTH, ROWS, IDS = 16, 6, 40
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 shards, as its users write it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def vectors(number: int, rank: int) -> Tensor:
     return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1000 * number + rank))
 

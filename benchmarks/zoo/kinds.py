@@ -6,22 +6,20 @@ from torch import Tensor, nn
 from zoo.cases import IDS, ROWS, WIDTH, Block, Net, case, ids, squares, vectors
 
 
-def frozen(values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values, requires_grad=False)
-
-
 class Quantised(nn.Module):
     """A frozen integer base with trained layers around it."""
 
     def __init__(self, *bases: Tensor) -> None:
         super().__init__()
         self.first, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.bases = nn.ParameterList(frozen(base) for base in bases)
+        for index, base in enumerate(bases):
+            self.register_parameter(f"base{index}", nn.Parameter(base, requires_grad=False))
+        self.count = len(bases)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        for base in self.bases:
-            x = x * base
+        for index in range(self.count):
+            x = x * getattr(self, f"base{index}")
         return self.o(x)
 
 
@@ -36,7 +34,7 @@ def frozen_integers() -> nn.Module:
     return Quantised(numbers.to(torch.int8) // 4, numbers // 8, numbers > -3)
 
 
-@case("frozen bf16, fp16 and fp64 parameters beside trained fp32")
+@case("frozen bf16 and fp16 parameters beside trained fp32")
 def frozen_floats() -> nn.Module:
     ones = torch.linspace(0.5, 1, WIDTH)
     return Quantised(ones.bfloat16(), ones.half())
@@ -93,7 +91,7 @@ def doubles() -> nn.Module:
     return Net().double()
 
 
-@case("bf16 blocks between fp32 layers")
+@case("fp64 blocks between fp32 layers")
 class MixedTypes(Net):
     def __init__(self) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.cases import WIDTH, Block, Net, bare, case, vectors
+from zoo.cases import WIDTH, Block, Net, bare, case, vectors, whole
 
 
 def with_l2(model: nn.Module, x: Tensor, number: int, rank: int) -> Tensor:
@@ -19,7 +19,7 @@ def l2_term() -> nn.Module:
 
 
 def total(model: nn.Module, step: int) -> float:
-    return float(sum(p.detach().sum() for p in model.parameters()))
+    return float(sum(whole(p.detach()).sum() for p in model.parameters()))
 
 
 @case("model.parameters() are read after the step, as for a moving average", after=total)
@@ -28,7 +28,7 @@ def parameters_after_step() -> nn.Module:
 
 
 def child_state(model: nn.Module, step: int) -> float:
-    return float(sum(value.sum() for value in bare(model).blocks[1].state_dict().values()))
+    return float(sum(whole(value).sum() for value in bare(model).blocks[1].state_dict().values()))
 
 
 @case("the state_dict() of a child after the step", after=child_state)
@@ -40,7 +40,7 @@ def copied(model: nn.Module, step: int) -> float:
     import copy
 
     twin = copy.deepcopy(bare(model))
-    return float(sum(p.detach().sum() for p in twin.parameters()))
+    return float(sum(whole(p.detach()).sum() for p in twin.parameters()))
 
 
 @case("deepcopy after the step", after=copied)

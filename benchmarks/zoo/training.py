@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from thinwire import ShardedOptimizer, World, shard
 from thinwire.plan import PlanConfig
-from zoo.cases import Case
+from zoo.cases import Case, whole
 from zoo.compare import Reference, Seen
 
 STEPS, MOMENTUM = 3, 0.9
@@ -45,6 +45,8 @@ def reference(case: Case, ranks: int) -> Reference:
             if case.after is not None:
                 seen[rank].read.append(case.after(replica, step))
     made = Reference(seen, before, parameters_of(first))
+    if any(not torch.equal(made.after[name], p) for name, p in parameters_of(replicas[-1]).items()):
+        raise ValueError("replicas end with different parameters: the case has no right answer")
     if not any(bool((before != made.after[name]).any()) for name, before in made.before.items()):
         raise ValueError("no parameter moved in the reference: the case compares nothing")
     return made
@@ -105,14 +107,13 @@ def losses_of(
 
 
 def clipped(model: nn.Module, norm: float) -> float:
-    total = nn.utils.clip_grad_norm_(model.parameters(), norm)
-    return float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+    return float(whole(nn.utils.clip_grad_norm_(model.parameters(), norm)))
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters by name, whole."""
-    whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
-    return {name.removeprefix("module."): p.detach().clone() for name, p in whole.items() if not is_lazy(p)}
+    named = model.named_parameters()
+    return {name.removeprefix("module."): whole(p.detach()).clone() for name, p in named if not is_lazy(p)}
 
 
 def thinwire(case: Case, plan_name: str, world: World, seen: Seen) -> dict[str, Tensor]:
