@@ -175,7 +175,7 @@ def sweep(case: str, world: str, plans: Sequence[str], *, timeout_s: float) -> I
     """The cells of one case on one world, torch's own trainers last."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "reference"
-        problem = make_reference(case, world_of(world)[0].ranks, file, timeout_s) if plans else ""
+        problem = make_reference(case, world_of(world)[0].ranks, file, 5 * timeout_s) if plans else ""
         if problem:
             yield Cell(case, world, "-", NO_REFERENCE, problem, 0.0)
             return
@@ -242,7 +242,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--worlds", nargs="*", default=["2", "2x2"], help="ranks of each level, inner first; /sockets")
     parser.add_argument("--peers", action="store_true", help="torch's DDP and FSDP2 too")
     parser.add_argument("--limit", type=int, default=None, help="at most so many cases")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds of one cell")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds of one cell; of a reference five times as many")
     parser.add_argument("--csv", type=Path, help="write every cell here as it comes")
     parser.add_argument("--resume", action="store_true", help="keep the cells that --csv has")
     parser.add_argument("--md", type=Path, help="write the table here")
