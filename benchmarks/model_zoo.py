@@ -242,7 +242,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--worlds", nargs="*", default=["2", "2x2"], help="ranks of each level, inner first; /sockets")
     parser.add_argument("--peers", action="store_true", help="torch's DDP and FSDP2 too")
     parser.add_argument("--limit", type=int, default=None, help="at most so many cases")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds of one cell; of a reference five times as many")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, help="seconds of one cell; of a reference five times as many"
+    )
     parser.add_argument("--csv", type=Path, help="write every cell here as it comes")
     parser.add_argument("--resume", action="store_true", help="keep the cells that --csv has")
     parser.add_argument("--md", type=Path, help="write the table here")

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from zoo.cells import NO_REFERENCE, Cell
 from zoo.modules import modules
+from zoo.training import PEERS
 
 VERDICTS = ("equal", "refused", "wrong")
 
@@ -25,7 +26,9 @@ def page(cells: Sequence[Cell], before: Sequence[Cell], command: str) -> str:
         "## Causal language models of transformers",
         *grid([cell for cell in cells if cell.case.startswith("hf/")], known, everything=False),
         "## Why",
-        *reasons(cells),
+        *reasons(cell for cell in cells if cell.plan not in PEERS),
+        "## Why torch's own trainers",
+        *reasons(cell for cell in cells if cell.plan in PEERS),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -73,7 +76,7 @@ def reasons(cells: Iterable[Cell]) -> list[str]:
     groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in cells:
         if cell.verdict in ("refused", "wrong"):
-            groups[cell.verdict, re.sub(r"[-+]?\d[\d.e+-]*|nan|inf|'[^']*'", "N", cell.detail)].append(cell)
+            groups[cell.verdict, re.sub(r"[-+]?\d[\d.e+-]*|'[^']*'", "N", cell.detail)].append(cell)
     lines = []
     for (word, _), alike in groups.items():
         where: dict[str, list[str]] = defaultdict(list)
