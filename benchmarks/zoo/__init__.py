@@ -1,0 +1,1 @@
+"""The cases of `model_zoo.py`, and the processes that train them."""
