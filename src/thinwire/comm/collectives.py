@@ -21,7 +21,7 @@ from thinwire.comm.codec import IDENTITY, Codec
 from thinwire.comm.compat import all_gather_single, reduce_scatter_single
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
-from thinwire.comm.neighbours import GRADS, OTHERS, WEIGHTS
+from thinwire.comm.neighbours import GRADS, OTHERS, WEIGHTS, Mark
 from thinwire.comm.world import World
 from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER
 
@@ -40,14 +40,15 @@ def all_gather(
     codec: Codec = IDENTITY,
     add: bool = False,
     tag: int = 0,
+    lasting: bool = False,
 ) -> Handle:
     """`out_kn` becomes the chunks of all ranks of the group in order; this rank's is `shard_n`.
 
     `shard_n` may be the right part of `out_kn` itself. With a codec every rank, the owner too, decodes what was sent,
     so that all hold the same bits; with `add` too, it is added to what `out_kn` holds.
 
-    A gather of weights (P_GATHER) leaves `shard_n` with the others until `World.settle`: it must not be written to before.
-    If other ranks mean another `tag` (0: none), waiting raises OtherExchangeError, except on accelerators.
+    A `lasting` shard is left with the others until `World.settle`: it must not be written to before. If other ranks mean
+    another `tag` (0: none), waiting raises OtherExchangeError, except on accelerators.
     """
     group, k = world.group(level, "gather"), world.fanout(level)
     assert not add or (codec is not IDENTITY and group is not None)
@@ -55,7 +56,7 @@ def all_gather(
     if group is None:
         return _alone(world, out_kn, shard_n)
     n = shard_n.numel()
-    to: dict[str, Any] = {"group": group, "near": world.neighbours(level), "stream": _stream(purpose), "tag": tag}
+    to: dict[str, Any] = {"group": group, "near": world.neighbours(level), "mark": Mark(_stream(purpose), tag, lasting)}
     beside = [_control(world, level)] if tag and _has_headers(world, level) else []
     if codec is IDENTITY:
         entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, shard_n.nbytes * (k - 1), codec)
@@ -124,7 +125,8 @@ def reduce_scatter(
         rows = rows_of(pieces, k)
         entry = _entry(world, level, "reduce_scatter", purpose, k * out_n.nbytes, out_n.nbytes * (k - 1), codec)
         with world.outstanding.issuing():
-            added = near.add_up(out_n.view(-1), rows, me=world.coordinate(level), stream=_stream(purpose), tag=tag)
+            mark = Mark(_stream(purpose), tag)
+            added = near.add_up(out_n.view(-1), rows, me=world.coordinate(level), mark=mark)
         return Handle(world.outstanding, entry, [added], keep=(out_n, *(piece for row in rows for piece in row)))
     full = (pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))).view(k, n)
     if group is None:
@@ -138,7 +140,7 @@ def reduce_scatter(
     entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, sent.nbytes // k * (k - 1), codec)
     sent = sent.contiguous()
     me = world.coordinate(level)
-    to: dict[str, Any] = {"group": group, "near": near, "stream": _stream(purpose), "tag": tag}
+    to: dict[str, Any] = {"group": group, "near": near, "mark": Mark(_stream(purpose), tag)}
     with world.outstanding.issuing():
         works = duplex.all_to_all(received, sent, copy_own=codec is not IDENTITY, **to)
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from thinwire.comm.compat import all_gather_single
 from thinwire.comm.handle import Waitable
-from thinwire.comm.neighbours import OTHERS, WEIGHTS, Neighbours, OtherExchangeError
+from thinwire.comm.line import OtherExchangeError
+from thinwire.comm.neighbours import PLAIN, WEIGHTS, Mark, Neighbours
 
 _HEADERS = 2**30
 """gloo's slot of headers; those of messages are their tags."""
@@ -38,13 +39,12 @@ def all_to_all(
     among: Sequence[int] | None = None,
     copy_own: bool = True,
     near: Neighbours | None = None,
-    stream: int = OTHERS,
-    tag: int = 0,
+    mark: Mark = PLAIN,
 ) -> Sequence[Waitable]:
     """Row j of `sent` goes to the j-th rank, row i of `received` (k rows) comes from the i-th. Wait for all works.
 
-    Rows of another `tag` are never taken for this exchange's: on one host that raises OtherExchangeError, over gloo they
-    wait for their own. This rank's own row is copied at once; without `copy_own` it may be left as it is.
+    Rows of another `mark.tag` are never taken for this exchange's: on one host that raises OtherExchangeError, over gloo
+    they wait for their own. This rank's own row is copied at once; without `copy_own` it may be left as it is.
     """
     places = _places(group, among)
     if carries(group, received) and len(places) == group.size():
@@ -52,7 +52,7 @@ def all_to_all(
     me = places.index(group.rank())
     if copy_own:
         received[me].copy_(sent[me])
-    return _post(received, list(sent), group, places, near, gathers=False, stream=stream, tag=tag)
+    return _post(received, list(sent), group, places, near, gathers=False, mark=mark)
 
 
 def all_gather(
@@ -62,13 +62,12 @@ def all_gather(
     group: dist.ProcessGroup,
     among: Sequence[int] | None = None,
     near: Neighbours | None = None,
-    stream: int = OTHERS,
-    tag: int = 0,
+    mark: Mark = PLAIN,
 ) -> Sequence[Waitable]:
     """Row i of `received` (k rows) becomes the i-th rank's `row`; the own one may be that row itself. Wait for all works.
 
-    With a `tag` the ranks find out, before a byte of another gather is taken for this one's, if they do not mean the same:
-    waiting raises OtherExchangeError. NCCL's have none.
+    With a `mark.tag` the ranks find out, before a byte of another gather is taken for this one's, if they do not mean the
+    same: waiting raises OtherExchangeError. NCCL's have none.
     """
     places = _places(group, among)
     if carries(group, received) and len(places) == group.size():
@@ -76,7 +75,7 @@ def all_gather(
     me = places.index(group.rank())
     if received[me].data_ptr() != row.data_ptr():
         received[me].copy_(row)
-    return _post(received, [row] * len(places), group, places, near, gathers=True, stream=stream, tag=tag)
+    return _post(received, [row] * len(places), group, places, near, gathers=True, mark=mark)
 
 
 def compare(tag: int, *, group: dist.ProcessGroup, near: Neighbours | None) -> Sequence[Waitable]:
@@ -86,7 +85,7 @@ def compare(tag: int, *, group: dist.ProcessGroup, near: Neighbours | None) -> S
     others = [place for place in places if place != group.rank()]
     if near is not None:
         rows = dict.fromkeys(others, nothing)
-        return [near.exchange(rows, rows, gathers=True, stream=WEIGHTS, tag=tag)]
+        return [near.exchange(rows, rows, gathers=True, mark=Mark(WEIGHTS, tag))]
     return [Headers(group, others, others, tag)]
 
 
@@ -121,8 +120,7 @@ def _post(
     near: Neighbours | None,
     *,
     gathers: bool,
-    stream: int,
-    tag: int = 0,
+    mark: Mark,
 ) -> Sequence[Waitable]:
     me, k = places.index(group.rank()), len(places)
     sources, targets = [(me - d) % k for d in range(1, k)], [(me + d) % k for d in range(1, k)]
@@ -133,18 +131,18 @@ def _post(
     if received.device.type != "cpu":
         here = torch.empty_like(received, device="cpu")
         sent = [rows[0].cpu()] * k if gathers else [row.cpu() for row in rows]
-        works = _post(here, sent, group, places, None, gathers=gathers, stream=stream, tag=tag)
+        works = _post(here, sent, group, places, None, gathers=gathers, mark=mark)
         return [_Landing(works, here, received, sources)]
     if near is not None:
         come_near, go_near = {places[j]: received[j] for j in sources}, {places[j]: rows[j] for j in targets}
-        return [near.exchange(come_near, go_near, gathers=gathers, stream=stream, tag=tag)]
+        return [near.exchange(come_near, go_near, gathers=gathers, mark=mark)]
     first: list[Waitable] = []
-    if tag and gathers:
-        first = [Headers(group, [places[j] for j in sources], [places[j] for j in targets], tag)]
+    if mark.tag and gathers:
+        first = [Headers(group, [places[j] for j in sources], [places[j] for j in targets], mark.tag)]
     # The group's own calls: `dist.irecv` looks ranks up in both directions, which costs more than a small message. Messages
     # of another tag are never taken for this one's: a slot of gloo is a queue of its own.
-    both = [group.recv([received[j]], places[j], tag) for j in sources]
-    return first + both + [group.send([rows[j]], places[j], tag) for j in targets]
+    both = [group.recv([received[j]], places[j], mark.tag) for j in sources]
+    return first + both + [group.send([rows[j]], places[j], mark.tag) for j in targets]
 
 
 class Headers:

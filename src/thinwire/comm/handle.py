@@ -26,6 +26,12 @@ class Outstanding(set["Handle"]):
         super().__init__()
         self.status = Status()
         self.peers: Peers | None = None
+        self.broken = False
+
+    def give_up(self) -> None:
+        """Ranks have lost each other: nothing that is outstanding comes any more."""
+        self.broken = True
+        self.clear()
 
     @contextmanager
     def waiting(self, awaited: Entry | str) -> Iterator[None]:
@@ -45,6 +51,7 @@ class Outstanding(set["Handle"]):
 
     def fail(self, error: Exception) -> NoReturn:
         """Raise `error`, or what explains it."""
+        self.give_up()
         if (found := self.explain(error)) is error:
             raise error
         raise found from None

@@ -12,10 +12,20 @@ import threading
 import time
 from collections import defaultdict, deque
 
-from thinwire.errors import LinkError
+from thinwire.errors import LinkError, UseError
 
+APART = 0
+"""The kind of message with which a rank says that it is in another exchange than those at the other ends: two tags."""
 _MESSAGE = struct.Struct("=Bqq")
 _POLL_MS = 1000
+
+
+class OtherExchangeError(UseError):
+    """Two ranks are in exchanges of different tags, `mine` and `theirs`."""
+
+    def __init__(self, message: str, mine: int, theirs: int) -> None:
+        super().__init__(message)
+        self.mine, self.theirs = mine, theirs
 
 
 class Line:
@@ -62,9 +72,14 @@ class Line:
                     return
 
     def hear(self, kind: int) -> tuple[int, int]:
-        """The next message of a kind, as (number, note). Raises LinkError if the other end is gone or silent for long."""
+        """The next message of a kind, as (number, note).
+
+        Raises LinkError if the other end is gone or silent for long, OtherExchangeError if it says so.
+        """
         end_s = time.monotonic() + self._timeout_s
         while not self._heard[kind]:
+            if self._heard[APART]:
+                raise OtherExchangeError("another rank of this host is in another exchange", *self._heard[APART][0])
             self._receive(end_s - time.monotonic())
         return self._heard[kind].popleft()
 

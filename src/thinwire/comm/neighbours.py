@@ -16,13 +16,14 @@ Both ends of an exchange name what it is for (a tag), and find out at once if th
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from thinwire.comm.adding import add_rows
-from thinwire.comm.line import Line
+from thinwire.comm.line import APART, Line, OtherExchangeError
 from thinwire.comm.memory import Run, read_memory
-from thinwire.errors import LinkError, UseError
+from thinwire.errors import LinkError
 
 _ROW, _RUN, _DONE = 1, 2, 3  # kinds of message, of stream 0; each stream has four numbers
 OTHERS, WEIGHTS, GRADS = range(3)
@@ -31,12 +32,18 @@ _TAG_BIT = 24
 """Below a tag in a message of kind _ROW: the number of its runs."""
 
 
-class OtherExchangeError(UseError):
-    """Two ranks are in exchanges of different tags, `mine` and `theirs`."""
+@dataclass(frozen=True)
+class Mark:
+    """What is known of an exchange on all its ranks."""
 
-    def __init__(self, message: str, mine: int, theirs: int) -> None:
-        super().__init__(message)
-        self.mine, self.theirs = mine, theirs
+    stream: int = OTHERS
+    tag: int = 0
+    """What it is for: both ends must mean the same."""
+    lasting: bool = False
+    """Rows stay as they are until `Exchanges.end`: a rank goes on before others have read its."""
+
+
+PLAIN = Mark()
 
 
 class Stream:
@@ -78,8 +85,8 @@ class Exchanges:
 class Row:
     """What another rank has for this one, to be read from its beginning on."""
 
-    def __init__(self, line: Line, pid: int, note: int, stream: int, tag: int) -> None:
-        self._line, self._pid, self._note, self._stream, self._tag = line, pid, note, stream, tag
+    def __init__(self, line: Line, pid: int, note: int, mark: Mark) -> None:
+        self._line, self._pid, self._note, self._stream, self._tag = line, pid, note, mark.stream, mark.tag
         self._runs = deque[Run]()
 
     def hear(self) -> None:
@@ -117,7 +124,7 @@ class Row:
 class Reading:
     """An exchange under way: `wait` returns when this rank has read all its rows and its own ones have been read.
 
-    Of exchanges that keep their rows, or of weights, it returns sooner, see `Stream`; the rows are held on to here.
+    Of exchanges that keep their rows, or whose rows last, it returns sooner, see `Stream`; the rows are held on to here.
     """
 
     def __init__(
@@ -126,20 +133,25 @@ class Reading:
         rows: Mapping[int, Row],
         take: Callable[[], None],
         kept: Iterable[Tensor],
-        stream: int,
+        mark: Mark,
     ) -> None:
         """`take` reads the rows once they have been heard of; `kept` are this rank's own."""
         self._others, self._rows, self._take, self._kept = others, rows, take, tuple(kept)
-        self._number, self._stream = stream, others.exchanges.streams[stream]
+        self._mark, self._stream = mark, others.exchanges.streams[mark.stream]
         self.read = False
         self._stream.unread.append(self)
         self._stream.unacknowledged.append(self)
 
     def wait(self) -> None:
         """Raises LinkError if a rank is gone, UseError if it is in another collective."""
-        while not self.read:
-            self._stream.unread.popleft()._carry_out()
-        if self._number == WEIGHTS:
+        try:
+            while not self.read:
+                self._stream.unread.popleft()._carry_out()
+        except OtherExchangeError as error:
+            for line in self._others.lines.values():  # those that wait for something else would not find out
+                line.say((APART, error.theirs, error.mine))
+            raise
+        if self._mark.lasting:
             self._stream.forget_read()
         else:
             self._stream.settle(self)
@@ -155,12 +167,12 @@ class Reading:
     def hear_all(self) -> None:
         """Wait until the others have read this rank's rows."""
         for place in self._rows:
-            self._others.lines[place].hear(_kind(_DONE, self._number))
+            self._others.lines[place].hear(_kind(_DONE, self._mark.stream))
         self._kept = ()
 
     def all_heard(self) -> bool:
         """Whether `hear_all` would return at once."""
-        return all(self._others.lines[place].heard(_kind(_DONE, self._number)) for place in self._rows)
+        return all(self._others.lines[place].heard(_kind(_DONE, self._mark.stream)) for place in self._rows)
 
 
 class Neighbours:
@@ -175,54 +187,49 @@ class Neighbours:
         rows: Mapping[int, Tensor],
         *,
         gathers: bool,
-        stream: int = OTHERS,
-        tag: int = 0,
+        mark: Mark = PLAIN,
     ) -> Reading:
         """`received[place]` becomes what the rank there has for this one; `rows[place]` is for it.
 
-        `gathers` tells a gather from an all-to-all: both ends must mean the same one, and the same `tag`.
-        All are contiguous. Rows must stay as they are until the exchange has been waited for, those of the stream WEIGHTS
-        until `Exchanges.end`.
+        `gathers` tells a gather from an all-to-all: both ends must mean the same one. All are contiguous. Rows must stay
+        as they are until the exchange has been waited for, or longer (`Mark.lasting`).
         """
         for place, row in rows.items():
-            self._tell(place, [row], stream, _note(row.nbytes, gathers=gathers), tag)
+            self._tell(place, [row], _note(row.nbytes, gathers=gathers), mark)
         theirs = {
-            place: self._row(place, stream, _note(into.nbytes, gathers=gathers), tag)
-            for place, into in received.items()
+            place: self._row(place, _note(into.nbytes, gathers=gathers), mark) for place, into in received.items()
         }
 
         def take() -> None:
             for place, into in received.items():
                 theirs[place].read(into)
 
-        return Reading(self, theirs, take, rows.values(), stream)
+        return Reading(self, theirs, take, rows.values(), mark)
 
-    def add_up(
-        self, out: Tensor, rows: Sequence[Sequence[Tensor]], *, me: int, stream: int = OTHERS, tag: int = 0
-    ) -> Reading:
+    def add_up(self, out: Tensor, rows: Sequence[Sequence[Tensor]], *, me: int, mark: Mark = PLAIN) -> Reading:
         """`out` becomes the sum of everybody's row for this rank, `me`, in the order of places.
 
         `rows[place]` is for the rank there, in contiguous pieces that follow one another, all of `out`'s precision; they
         must stay as they are until the exchange has been waited for, but that `out` may be this rank's own row.
         """
         note = _note(out.nbytes, gathers=False)
-        theirs = {place: self._row(place, stream, note, tag) for place in range(len(rows)) if place != me}
+        theirs = {place: self._row(place, note, mark) for place in range(len(rows)) if place != me}
         for place in theirs:
-            self._tell(place, rows[place], stream, note, tag)
+            self._tell(place, rows[place], note, mark)
         own = rows[me]
 
         def take() -> None:
             add_rows([theirs.get(place) for place in range(len(rows))], own, out)
 
-        return Reading(self, theirs, take, (piece for row in rows for piece in row), stream)
+        return Reading(self, theirs, take, (piece for row in rows for piece in row), mark)
 
-    def _tell(self, place: int, pieces: Sequence[Tensor], stream: int, note: int, tag: int) -> None:
+    def _tell(self, place: int, pieces: Sequence[Tensor], note: int, mark: Mark) -> None:
         assert all(piece.is_contiguous() for piece in pieces), "rows are read as runs of bytes"
-        runs = [(_kind(_RUN, stream), piece.data_ptr(), piece.nbytes) for piece in pieces]
-        self.lines[place].say((_kind(_ROW, stream), (tag << _TAG_BIT) + len(runs), note), *runs)
+        runs = [(_kind(_RUN, mark.stream), piece.data_ptr(), piece.nbytes) for piece in pieces]
+        self.lines[place].say((_kind(_ROW, mark.stream), (mark.tag << _TAG_BIT) + len(runs), note), *runs)
 
-    def _row(self, place: int, stream: int, note: int, tag: int) -> Row:
-        return Row(self.lines[place], self.pids[place], note, stream, tag)
+    def _row(self, place: int, note: int, mark: Mark) -> Row:
+        return Row(self.lines[place], self.pids[place], note, mark)
 
     def close(self) -> None:
         for line in self.lines.values():

@@ -235,7 +235,8 @@ class World:
         """Close every communicator. A handle that nobody waited for is a bug, and raises AssertionError."""
         dropped = list(self.outstanding)
         for world in (self, *self._parts):
-            world.settle()
+            if not self.outstanding.broken:
+                world.settle()
             for near in world._neighbours.values():
                 near.close()
         if dist.is_initialized():

@@ -48,3 +48,7 @@ class Course:
     def is_over(self, unit: Unit) -> bool:
         """Whether backward has come through all calls of a unit, and past the first."""
         return self._first.get(unit, self._position + 1) > self._position
+
+    def has_passed(self, unit: Unit) -> bool:
+        """Whether a unit was called, and backward is past all its calls."""
+        return unit in self._first and self.is_over(unit)

@@ -75,10 +75,10 @@ class Kind:
     def view(self, numbers: Tensor, shape: Sequence[int]) -> Tensor:
         """A part of the buffer as a parameter of `shape` (in numbers of the buffer)."""
         if self.seen is None:
-            return numbers.view(*shape)
+            return numbers.view(tuple(shape))
         if not self.exact:
-            return torch.view_as_complex(numbers.view(*shape))
-        return numbers.view(self.seen).view(*shape[:-1])
+            return torch.view_as_complex(numbers.view(tuple(shape)))
+        return numbers.view(self.seen).view(tuple(shape[:-1]))
 
     def nothing(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """A parameter of `shape` (in numbers of the buffer) that takes no memory: not a number, where there is such."""

@@ -38,6 +38,7 @@ from thinwire.partition.guard import (
 )
 from thinwire.partition.hooks import Hook
 from thinwire.partition.optimizer import Owned
+from thinwire.partition.order import Tags
 from thinwire.partition.pieces import Piece, Share
 from thinwire.partition.reductions import Reductions
 from thinwire.partition.saved import SavedWeights
@@ -69,8 +70,9 @@ class Sharded:
         check_parameters(module)
         first = FirstValues(module, initial, world.device)
         self.units = [unit_of(found, plan, world, first, self._asked) for found in find_units(module, units)]
-        self._weights = Weights(self.units, world, depth=plan.depths[0], note=self._note)
-        self._reductions = Reductions(self.units, world, note=self._note, before=self._weights.land_refreshes)
+        tags = Tags(world, [unit.label for unit in self.units])
+        self._weights = Weights(self.units, world, tags, depth=plan.depths[0], note=self._note)
+        self._reductions = Reductions(self.units, world, tags, note=self._note, before=self._weights.land_refreshes)
         self._course, self._backwards = Course(), Backwards(self.units, self._backward_begins)
         self._saved, self._saving = SavedWeights(self._weights.use), list[Unit]()
         self._inside = False
@@ -194,6 +196,8 @@ class Sharded:
 
     def _come_through(self, number: int) -> None:
         for unit in self._course.back_to(number):
+            if self._trains:
+                self._reductions.passed(self._course)
             self._weights.release_over(self._course)
             self._weights.use(unit)
             self._weights.prefetch(unit, -1)

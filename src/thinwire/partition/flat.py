@@ -94,7 +94,9 @@ class Flat:
         for level in reversed(place.levels(0, self.cut.lp)):
             out = place.empty(level - 1, part.dtype)
             codec = place.coding(self.cut.weights, level, level, P_GATHER, draw)
-            yield all_gather(out, part, world=place.world, level=level, purpose=P_GATHER, codec=codec, tag=tag)
+            yield all_gather(
+                out, part, world=place.world, level=level, purpose=P_GATHER, codec=codec, tag=tag, lasting=True
+            )
             part = out
         self._hold(part)
 

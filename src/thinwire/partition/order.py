@@ -13,11 +13,13 @@ from contextlib import contextmanager
 import torch
 
 from thinwire.comm.collectives import all_reduce_small, compare
-from thinwire.comm.neighbours import OtherExchangeError
+from thinwire.comm.line import OtherExchangeError
 from thinwire.comm.world import World
 from thinwire.errors import UseError
 
 _END = 1
+_UNITS, _MICRO_BATCHES, _REDUCTION = 2**13, 2**8, 2**21
+"""What a reduction's tag tells apart, above the tags of gathers."""
 _WAY_OUT = 'make every rank\'s forward use the same units in the same order, or set partition.params = "replica"'
 
 
@@ -28,26 +30,58 @@ def of_rank_0(order: list[int], world: World) -> list[int]:
     return [int(place) for place in places]
 
 
+class Tags:
+    """What ranks call their exchanges, so that none takes another's for its own. `names` are the units'."""
+
+    def __init__(self, world: World, names: Sequence[str]) -> None:
+        self._world, self._names = world, list(names)
+
+    def gather(self, unit: int) -> int:
+        return unit + _END + 1
+
+    def reduction(self, unit: int, micro_batch: int) -> int:
+        return _REDUCTION + (micro_batch % _MICRO_BATCHES) * _UNITS + unit % _UNITS
+
+    def name(self, tag: int) -> str:
+        if tag == _END:
+            return "came to the end of the step"
+        if tag < _REDUCTION:
+            return f"gathers the weights of unit {self._names[tag - _END - 1]}"
+        return f"sums the gradients of unit {self._names[tag % _UNITS]}"
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Inside, ranks that are in different exchanges are told so in words: raises UseError."""
+        try:
+            yield
+        except OtherExchangeError as error:
+            self._world.outstanding.give_up()
+            mine, theirs = self.name(error.mine), self.name(error.theirs)
+            raise UseError(
+                f"ranks that share weights have gone different ways: this rank {mine}, another {theirs}; {_WAY_OUT}"
+            ) from None
+
+
 class GatherOrder:
     """What a rank gathers in a step, compared among the ranks that its weights are cut over.
 
-    `depth` is that of the weights; levels of one member do not count. `names` are the units'.
+    `depth` is that of the weights; levels of one member do not count.
     """
 
-    def __init__(self, world: World, depth: int, names: Sequence[str]) -> None:
-        self._world, self._names = world, list(names)
+    def __init__(self, world: World, depth: int, tags: Tags) -> None:
+        self._world, self._tags = world, tags
         self._levels = [level for level in range(depth + 1) if world.fanout(level) > 1]
         self._sum = 0
 
     def tag(self, unit: int) -> int:
         """Of a gather of this unit, about to be issued."""
         self._sum = zlib.crc32(unit.to_bytes(4, "little"), self._sum)
-        return unit + 2
+        return self._tags.gather(unit)
 
     def check(self) -> None:
         """A step's gathers are over. Raises UseError, on all ranks that differ, if they have not gathered alike."""
         if self._world.device.type == "cpu":
-            with self.told():
+            with self._tags.told():
                 compare(_END, world=self._world, levels=self._levels)
         elif self._levels:
             self._compare_sums()
@@ -60,19 +94,4 @@ class GatherOrder:
         all_reduce_small(sums, world=self._world, levels=self._levels)
         ranks, total, squares = (int(number) for number in sums)
         if ranks * squares != total * total:
-            raise UseError(f"ranks that share weights gathered different units in this step; {_WAY_OUT}")
-
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Inside, ranks that are in different gathers are told so in words: raises UseError."""
-        try:
-            yield
-        except OtherExchangeError as error:
-            self._world.outstanding.clear()  # what else is in flight never comes
-            mine, theirs = self._name(error.mine), self._name(error.theirs)
-            raise UseError(
-                f"ranks that share weights gathered different units: this rank {mine}, another {theirs}; {_WAY_OUT}"
-            ) from None
-
-    def _name(self, tag: int) -> str:
-        return "came to the end of the step" if tag == _END else f"unit {self._names[tag - 2]}"
+            raise UseError(f"ranks that share weights have gathered different units in this step; {_WAY_OUT}")

@@ -8,27 +8,33 @@ from collections.abc import Callable, Sequence
 
 from thinwire.comm.flight import Flight
 from thinwire.comm.world import World
+from thinwire.partition.course import Course
 from thinwire.partition.guard import refuse_second
-from thinwire.partition.order import of_rank_0
+from thinwire.partition.order import Tags, of_rank_0
 from thinwire.partition.unit import Unit
-
-_TAGS = 1024
-"""Micro-batches whose reductions are told apart."""
 
 
 class Reductions:
     """The reductions of all units. `note(what, unit)` hears of what is issued, `before` is called before anything is."""
 
     def __init__(
-        self, units: Sequence[Unit], world: World, *, note: Callable[[str, Unit], None], before: Callable[[], None]
+        self,
+        units: Sequence[Unit],
+        world: World,
+        tags: Tags,
+        *,
+        note: Callable[[str, Unit], None],
+        before: Callable[[], None],
     ) -> None:
-        self._units, self._world, self._note, self._before = units, world, note, before
+        self._units, self._world, self._tags, self._note, self._before = units, world, tags, note, before
         joined = [(index, level.name) for index, level in enumerate(world.cluster.levels) if level.fanout > 1]
         self._slowest = joined[-1][1] if joined else None
         self._copied = {name for index, name in joined[:-1] if world.neighbours(index) is not None}
         """Levels whose hops are copies that this thread makes when it waits: it gains nothing by waiting late."""
         self._order: list[int] | None = None
         self._complete: list[int] = []
+        self._idle: list[int] = []
+        """Units that expect no gradient, while backward has yet to pass them."""
         self._issued, self._last = 0, False
         self._number = 0
         """Of the micro-batch: a rank that has left one out takes no other rank's sums for its own."""
@@ -46,7 +52,7 @@ class Reductions:
         self._open()
 
     def _open(self) -> None:
-        self._issued, self._complete = 0, []
+        self._issued, self._complete, self._idle = 0, [], []
         for unit in self._units:
             unit.waiting, unit.hidden, unit.summed = len(unit.trained), 0, False
 
@@ -63,9 +69,10 @@ class Reductions:
     def expect(self, counts: Sequence[int], *, nested: bool) -> None:
         """A backward begins, in which so many trained parameters of each unit will get a gradient.
 
-        A cut unit that expects none is complete: other ranks, whose graph has it, may wait for this one's turn before they
-        gather what this one waits for. What a forward has hidden from autograd comes in `nested` backwards of recomputed
-        forwards; who knows how many there are of a unit that was hidden more than once.
+        Of a cut unit that expects none, whatever other ranks' graphs have of it: its turn comes when backward passes it, as
+        where gradients do come, so that ranks gather and reduce in one order; that of a resident one comes at once. What a
+        forward has hidden from autograd comes in `nested` backwards of recomputed forwards; who knows how many there are
+        of a unit that was hidden more than once.
         """
         for index, (unit, count) in enumerate(zip(self._units, counts, strict=True)):
             if nested and count and self._take_back(index):
@@ -76,8 +83,16 @@ class Reductions:
             else:
                 unit.waiting = count or None
                 if not count and unit.cut and unit.trained:
-                    self._complete.append(index)
+                    (self._complete if unit.resident else self._idle).append(index)
         self._issue()
+
+    def passed(self, course: Course) -> None:
+        """Backward has come through some calls: units that it has come past get no gradient any more."""
+        over = [index for index in self._idle if course.has_passed(self._units[index])]
+        if over:
+            self._idle = [index for index in self._idle if index not in over]
+            self._complete += over
+            self._issue()
 
     def _take_back(self, index: int) -> bool:
         """A unit that was thought complete is not, if its reduction has not been issued; so the first micro-batch learns."""
@@ -106,7 +121,8 @@ class Reductions:
         """
         if self._flights and self._flights[-1] is not self._left and self._flights[-1].levels <= self._copied:
             self._left = self._flights[-1]
-            self._left.advance()
+            with self._tags.told():
+                self._left.advance()
 
     def end(self) -> None:
         """Backward is over: issue what has not been, for units without gradients too; the first time, agree on the order.
@@ -142,10 +158,12 @@ class Reductions:
 
     def land(self) -> None:
         """Everything has arrived when this returns: hop by hop, so that reductions go on overlapping each other."""
-        while self._flights:
-            for flight in self._flights:
-                flight.advance()
-            self._drop_landed()
+        with self._tags.told():
+            while self._flights:
+                for flight in self._flights:
+                    flight.advance()
+                self._drop_landed()
+        self._world.settle()
 
     def _issue(self) -> None:
         """Start the reductions whose turn it is: in order, as far as the units are complete."""
@@ -157,7 +175,7 @@ class Reductions:
             self._issued += 1
             self._advance_older()
             self._note("reduce", unit)
-            tag = (self._number % _TAGS) * len(self._units) + self._order[self._issued - 1] + 1
+            tag = self._tags.reduction(self._order[self._issued - 1], self._number)
             self._flights.append(
                 Flight(*(flat.sums.reduce_chain(last=self._last, tag=tag) for flat in unit.flats if flat.trained))
             )
@@ -173,7 +191,8 @@ class Reductions:
             if flight is self._left:
                 continue
             if flight is not self._flights[-1] or self._slowest not in flight.levels:
-                flight.advance()
+                with self._tags.told():
+                    flight.advance()
 
     def _drop_landed(self) -> None:
         while self._flights and self._flights[0].landed:

@@ -7,6 +7,7 @@ A rank that nobody adds to makes no sums in a step of one micro-batch: gradients
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -236,14 +237,17 @@ class Sums:
         for level in reversed(levels if low_rank is None else levels[:-1]):
             inner = held.pop()
             codec = place.coding(self._cut.grads, level, level, G_GATHER, draw)
-            yield all_gather(held[-1], inner, world=place.world, level=level, purpose=G_GATHER, codec=codec)
+            yield all_gather(
+                held[-1], inner, world=place.world, level=level, purpose=G_GATHER, codec=codec, lasting=True
+            )
 
     def _reduce(self, out: Tensor, part: Tensor | list[Tensor], level: int, draw: Draw) -> Handle:
         place = self.place
         codec = place.coding(self._cut.grads, level, place.outermost, G_REDUCE, draw)
         if level == self._cut.feedback_level:
             part = self._with_residual(_whole(part), codec, place.world.fanout(level))
-        handle = reduce_scatter(out, part, world=place.world, level=level, purpose=G_REDUCE, codec=codec, tag=self._tag)
+        to: dict[str, Any] = {"world": place.world, "level": level, "purpose": G_REDUCE, "codec": codec}
+        handle = reduce_scatter(out, part, **to, tag=self._tag)
         if isinstance(part, list):
             part.clear()  # the handle keeps what is still needed, and no longer than that
         return handle

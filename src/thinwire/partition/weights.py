@@ -12,15 +12,17 @@ import torch
 from thinwire.comm.flight import Flight
 from thinwire.comm.world import World
 from thinwire.partition.course import Course
-from thinwire.partition.order import GatherOrder, of_rank_0
+from thinwire.partition.order import GatherOrder, Tags, of_rank_0
 from thinwire.partition.unit import Unit
 
 
 class Weights:
     """The weights of all units; `depth` is where they are cut. `note(what, unit)` hears of what is issued."""
 
-    def __init__(self, units: Sequence[Unit], world: World, *, depth: int, note: Callable[[str, Unit], None]) -> None:
-        self._units, self._world, self._note = units, world, note
+    def __init__(
+        self, units: Sequence[Unit], world: World, tags: Tags, *, depth: int, note: Callable[[str, Unit], None]
+    ) -> None:
+        self._units, self._world, self._tags, self._note = units, world, tags, note
         self._number = {unit: number for number, unit in enumerate(units)}
         self.used: list[Unit] = []
         """Units in order of first use in forward."""
@@ -32,7 +34,7 @@ class Weights:
         """Cut units that are gathered, oldest first."""
         self._passing: list[Unit] = []
         """Of those, the ones that are here because somebody looked at them."""
-        self._gathers = GatherOrder(world, depth, [unit.label for unit in units])
+        self._gathers = GatherOrder(world, depth, tags)
         self._last = False
         for unit in units:
             unit.watch()
@@ -130,7 +132,7 @@ class Weights:
 
     def _land_gather(self, unit: Unit) -> None:
         if unit.gathering is not None:
-            with self._gathers.told():
+            with self._tags.told():
                 unit.gathering.land()
             unit.gathering = None
             self._here[unit] = None
