@@ -64,7 +64,7 @@ def _all(world: World, folder: Path) -> dict[tuple[str, str], float]:
             engine = shard(Toy(), plan_of(world, cut, wire=wire), world)
             optimizer = adamw(engine)
             carried = engine.carried_for_load(found.manifest.tensors)
-            store.load(found, [*engine.for_load(), *optimizer.for_load(), *carried])
+            store.load(found, [*engine.for_load(), *optimizer.for_load(found.manifest.tensors), *carried])
             engine.loaded()
             optimizer.loaded(2)
             out[saved, name] = _loss(engine, world)

@@ -41,9 +41,9 @@ def late(seed: int) -> Iterator[list[float]]:
             waits.append(chance.uniform(0.001, 0.004))
             time.sleep(waits[-1])
 
-    def held_up(received: Any, rows: Any, *where: Any, gathers: bool) -> list[Waitable]:
+    def held_up(received: Any, rows: Any, *where: Any, **how: Any) -> list[Waitable]:
         """As `_post`, a pause before every single message."""
-        return post(received, _Pausing(rows, pause), *where, gathers=gathers)
+        return post(received, _Pausing(rows, pause), *where, **how)
 
     def slowly(handle: Handle) -> float:
         pause()

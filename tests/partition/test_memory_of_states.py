@@ -20,7 +20,7 @@ def _states(world: World, cut: tuple[int, int, int], dtype: str) -> tuple[float,
     engine = shard(module, plan_of(world, cut, compute_dtype=dtype), world)
     optimizer = adamw(engine)
     with engine.micro_batch(last=True):
-        module(torch.ones(2, 64).to(next(iter(engine.units[0].flats))._compute)).float().sum().backward()
+        module(torch.ones(2, 64).to(next(iter(engine.units[0].flats)).kind.compute)).float().sum().backward()
     engine.finish_reduce()
     optimizer.step()
     engine.drain()
@@ -28,7 +28,8 @@ def _states(world: World, cut: tuple[int, int, int], dtype: str) -> tuple[float,
         t
         for unit in engine.units
         for flat in unit.flats
-        for t in (flat.weights, flat.sums.held, flat.master, flat._whole)
+        for t in (flat.weights, flat.sums.held, flat.master, flat.whole)
+        if t is not None
     ]
     assert optimizer._optimizer is not None
     tensors += [t for state in optimizer._optimizer.state.values() for t in state.values()]
@@ -65,7 +66,8 @@ def _memory(world: World, blocks: int) -> tuple[int, int]:
     seen = [0]
 
     def watch(*_: Any) -> None:
-        seen.append(sum(flat._whole.untyped_storage().nbytes() for unit in engine.units for flat in unit.flats))
+        here = [unit for unit in engine.units if unit.gathered or unit.gathering is not None]
+        seen.append(sum(4 * flat.layout.numel for unit in here for flat in unit.flats))
 
     for unit in engine.units:
         unit.entries[0].register_forward_hook(watch)

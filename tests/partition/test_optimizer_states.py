@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from partition_toy import Toy, one_step, plan_of
+from logical import fill, put_together
+from partition_toy import Toy, adamw, one_step, plan_of
 from thinwire.checkpoint.store import Checkpoints
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
@@ -55,7 +56,9 @@ def _goes_on(world: World, folder: Path) -> list[str]:
     assert found is not None
     for cut in ((1, 1, 1), (-1, -1, -1)):
         made = {name: _made(world, cut, name) for name in BUILDS}
-        wanted = {name: [*engine.for_load(), *optimizer.for_load()] for name, (engine, optimizer) in made.items()}
+        names = list(found.manifest.tensors)
+        there = {name: {t.removeprefix(f"{name}/") for t in names if t.startswith(f"{name}/")} for name in made}
+        wanted = {name: [*e.for_load(), *o.for_load(there[name])] for name, (e, o) in made.items()}
         store.load(found, [piece for name, of_name in wanted.items() for piece in _under(name, of_name)])
         for name, (engine, optimizer) in made.items():
             engine.loaded()
@@ -66,10 +69,10 @@ def _goes_on(world: World, folder: Path) -> list[str]:
 
 def test_what_an_optimizer_keeps_goes_on_under_another_cut_bit_for_bit(tmp_path: Path) -> None:
     saved = set(run_world((2, 2), _goes_on, tmp_path)[0])
-    trained = [name for name, parameter in Toy().named_parameters() if parameter.requires_grad]
+    trained = [name for name, p in Toy().named_parameters() if p.requires_grad and name != "unused"]
     assert {f"nadam/optimizer.mu_product/{name}" for name in trained} <= saved
     assert {f"momentum/optimizer.momentum_buffer/{name}" for name in trained} <= saved
-    assert not any("/optimizer.step/" in name for name in saved)
+    assert not any("/optimizer.step/" in name or (name.endswith("/unused") and "optimizer" in name) for name in saved)
 
 
 class Odd(torch.optim.SGD):
@@ -98,3 +101,43 @@ def test_states_that_cannot_be_cut_are_refused_when_saved_and_loaded(kept: Tenso
     one_step(engine, optimizer, world, 0)
     with pytest.raises(PlanError, match=says):
         optimizer.for_save()
+
+
+class Sometimes(Toy):
+    """Its second block is used from the second step on: its states begin then, one step behind the others'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, tokens: Any) -> Any:
+        x = self.embedding(tokens)
+        for number, block in enumerate(self.blocks):
+            if number != 1 or self.steps > 0:
+                x = x + block(x)
+        self.steps += 1
+        return self.head(self.norm(x)) * self.scale * self.frozen.sum()
+
+
+def _late(world: World) -> None:
+    """Saved after one and after two steps: parameters that have yet to be used, or were used in fewer steps, go on."""
+    for steps in (1, 2):
+        engine = shard(Sometimes(), plan_of(world, (0, 0, 1)), world)
+        optimizer = adamw(engine)
+        for step in range(steps):
+            one_step(engine, optimizer, world, step)
+        saved = put_together(world, [*engine.for_save(), *optimizer.for_save()])
+        assert ("optimizer.exp_avg/blocks.1.0.weight" in saved) == (steps == 2)
+        assert ("optimizer.step/blocks.1.0.weight" in saved) == (steps == 2)
+        again = shard(Sometimes(), plan_of(world, (-1, 0, 1)), world)
+        again.module.steps = steps
+        other = adamw(again)
+        fill([*again.for_load(), *other.for_load(saved)], saved)
+        again.loaded()
+        other.loaded(steps)
+        for step in range(steps, 4):
+            assert one_step(again, other, world, step) == one_step(engine, optimizer, world, step), (steps, step)
+
+
+def test_a_parameter_that_was_used_in_fewer_steps_goes_on_as_it_would_have() -> None:
+    run_world((2, 2), _late)

@@ -38,8 +38,7 @@ def _most(world: World, depths: tuple[int, ...]) -> dict[Any, int]:
             seen = [0]
 
             def watch(*_: Any) -> None:
-                whole = [flat._whole for unit in engine.units for flat in unit.flats]  # noqa: B023
-                seen.append(sum(flat.untyped_storage().nbytes() > 0 for flat in whole))  # noqa: B023
+                seen.append(sum(unit.gathered or unit.gathering is not None for unit in engine.units))  # noqa: B023
 
             for unit in engine.units:
                 unit.entries[0].register_forward_hook(watch)

@@ -53,7 +53,7 @@ class Run:
 
     def load(self, saved: dict[str, Tensor], step: int) -> None:
         carried = self.engine.carried_for_load(saved)
-        fill([*self.engine.for_load(), *self.optimizer.for_load(), *carried], saved)
+        fill([*self.engine.for_load(), *self.optimizer.for_load(saved), *carried], saved)
         self.engine.loaded()
         self.optimizer.loaded(step)
 

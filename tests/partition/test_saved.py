@@ -25,7 +25,7 @@ def _cross_load(world: World) -> None:
         saved = put_together(world, [*engine.for_save(), *optimizer.for_save()])
         reference = one_step(engine, optimizer, world, 1)
         for other, (engine, optimizer) in loading.items():
-            fill([*engine.for_load(), *optimizer.for_load()], saved)
+            fill([*engine.for_load(), *optimizer.for_load(saved)], saved)
             engine.loaded()
             optimizer.loaded(1)
             assert one_step(engine, optimizer, world, 1) == reference, (cut, other)
@@ -59,7 +59,7 @@ def _carries(world: World, wire: dict[str, Any]) -> None:
         engine = shard(Toy(), plan_of(world, cut, wire=wire), world)
         optimizer = adamw(engine)
         again = engine.carried_for_load(saved)
-        fill([*engine.for_load(), *optimizer.for_load(), *again], saved)
+        fill([*engine.for_load(), *optimizer.for_load(saved), *again], saved)
         engine.loaded()
         optimizer.loaded(2)
         assert [one_step(engine, optimizer, world, step) for step in (2, 3)] == on, cut

@@ -19,7 +19,8 @@ from thinwire.report.timeline import course_of_a_step, last_step
 
 needs_browser = pytest.mark.skipif(PROGRAM is None, reason="there is no chromium here: `make packages` installs it")
 DEVICE = {
-    "name": "known", "peak_flops_per_s": "50 GFLOP/s", "memory_bytes": "4 GiB", "memory_bytes_per_s": "10 GB/s",
+    "name": "known", "kind": "cpu",
+    "peak_flops_per_s": "50 GFLOP/s", "memory_bytes": "4 GiB", "memory_bytes_per_s": "10 GB/s",
 }  # fmt: skip
 LEVEL = {"name": "node", "fanout": 2, "bytes_per_s": "8 Gbit/s", "latency_s": "50 us"}
 

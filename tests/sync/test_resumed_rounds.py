@@ -50,7 +50,7 @@ class Rounds(Group):
         self.sync.go_on(step, flights=in_flight(self.sync, saved))
         updates = taken_steps(self.sync)
         carried = self.engine.carried_for_load(own_names(self.sync, saved))
-        optimizer = [*self.optimizer.for_load(), *carried]
+        optimizer = [*self.optimizer.for_load({*saved, *own_names(self.sync, saved)}), *carried]
         fill([updates, *to_load(self.sync, self.engine.for_load(), optimizer, saved, same=True)], saved)
         self.engine.loaded()
         self.optimizer.loaded(int(updates.tensor))

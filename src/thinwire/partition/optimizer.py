@@ -5,10 +5,10 @@ the rank's interval meets. Any optimizer whose update of an element depends on t
 then computes what it would on whole tensors, with its own fused or foreach kernels.
 
 Saved of its state, parameter by parameter: what has a number for each element, and what is a single number (NAdam's
-product of momenta), but for the count of steps, which `updates` is.
+product of momenta); the count of steps only where it is not `updates`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +30,9 @@ class Owned:
     master: Tensor
     grad: Callable[[], Tensor | None]
     """The summed gradient of these elements, once it is complete; None if no rank has one for the parameter."""
+
+
+_STEPS = "optimizer.step/"
 
 
 class Engine(Protocol):
@@ -61,6 +64,8 @@ class ShardedOptimizer:
         self._engine = engine
         self._owned = engine.owned()
         self.updates = 0
+        self._steps: dict[str, Tensor] = {}
+        """Of a checkpoint that is being loaded: parameters' own counts of steps."""
         groups: dict[tuple[tuple[str, Any], ...], list[Tensor]] = {}
         for part in self._owned:
             options = {} if group_of is None else group_of(part.name, part.shape)
@@ -97,23 +102,49 @@ class ShardedOptimizer:
 
         Raises PlanError, on every rank that owns anything, for a state that can be neither cut nor saved.
         """
-        pieces = [(part, piece) for part in self._owned for piece in self._pieces(part)]
+        pieces = [(part, piece) for part in self._owned for piece in [*self._pieces(part), *self._fewer_steps(part)]]
         return [piece for part, piece in pieces if self._engine.saves(part) and (piece.shape or part.offset == 0)]
 
-    def for_load(self) -> list[Piece]:
-        """Every state of this rank, made if the first step is yet to come. Raises PlanError as `for_save` does."""
+    def for_load(self, saved: Collection[str] | None = None) -> list[Piece]:
+        """Every state of this rank, made if the first step is yet to come; of those named in `saved`, if that is given.
+
+        A parameter of which nothing is in `saved` has never had a gradient: its states are made at its first. Raises
+        PlanError as `for_save` does.
+        """
         self._materialise()
-        return [piece for part in self._owned for piece in self._pieces(part)]
+        pieces = [(part, self._pieces(part)) for part in self._owned]
+        if saved is None:
+            return [piece for _, found in pieces for piece in found]
+        wanted: list[Piece] = []
+        for part, found in pieces:
+            there = [piece for piece in found if piece.name in saved]
+            if found and not there and self._optimizer is not None:
+                del self._optimizer.state[part.master]
+            wanted += there
+            own = Piece(_STEPS + part.name, (), 0, torch.zeros(1))
+            if own.name in saved:
+                self._steps[part.name] = own.tensor
+                wanted.append(own)
+        return wanted
 
     def loaded(self, updates: int) -> None:
         """The states were filled from a checkpoint taken after `updates` steps."""
         self.updates = updates
         self._engine.at_step(updates)
-        for state in self._states():
+        for part, state in zip(self._owned, self._states(), strict=True):
+            steps = float(self._steps[part.name]) if part.name in self._steps else float(updates)
             if isinstance(state.get("step"), Tensor):
-                state["step"].fill_(float(updates))
+                state["step"].fill_(steps)
             elif "step" in state:
-                state["step"] = type(state["step"])(updates)
+                state["step"] = type(state["step"])(steps)
+        self._steps = {}
+
+    def _fewer_steps(self, part: Owned) -> Iterator[Piece]:
+        """A parameter's own count of steps, where it had no gradient in some."""
+        assert self._optimizer is not None
+        count = self._optimizer.state[part.master].get("step")
+        if count is not None and float(count) != self.updates:
+            yield Piece(_STEPS + part.name, (), 0, torch.tensor([float(count)]))
 
     def _states(self) -> list[dict[str, Any]]:
         if self._optimizer is None:

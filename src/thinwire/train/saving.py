@@ -79,7 +79,9 @@ class Saver:
         """What this rank reads of a checkpoint, whoever saved it under whatever plan."""
         inner = self._parts.sharded.for_load(trained_only=self._adapters)
         sync, saved = self._parts.sync, found.manifest.tensors
-        optimizer = self._parts.optimizer.for_load() if updated else []  # else the first step makes the states
+        optimizer = (
+            self._parts.optimizer.for_load({*saved, *carried}) if updated else []
+        )  # else the first step makes the states
         if sync is None:
             return [*inner, *optimizer, *self._parts.sharded.carried_for_load(carried)]
         same = found.manifest.meta["plan"].get("sync") == sync.sync.model_dump(mode="json")
