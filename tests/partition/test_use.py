@@ -104,6 +104,40 @@ def test_uses_that_would_give_wrong_numbers_are_refused_by_name() -> None:
     run_world((2, 2), _misuses)
 
 
+class Transformed(nn.Module):
+    """A unit that differentiates by its input in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slope: Tensor = torch.func.grad(lambda y: self.linear(y).square().sum())(x)
+        return self.linear(x) + 0.1 * slope
+
+
+def _transforms(world: World) -> None:
+    def run(cut: tuple[int, int, int], **more: Any) -> tuple[float, bytes]:
+        torch.manual_seed(0)
+        engine = shard(nn.Sequential(Transformed(), Transformed()), plan_of(world, cut, **more), world)
+        optimizer = adamw(engine)
+        for _ in range(2):
+            with engine.micro_batch(last=True):
+                total = engine.module(torch.ones(2, 4)).square().mean()
+                total.backward()
+            engine.finish_reduce()
+            optimizer.step(grad_scale=0.5)
+        engine.drain()
+        return total.item(), weights(engine)
+
+    assert run((-1, -1, -1)) == run((-1, -1, 0)) == run((0, 0, 0), keep_gathered=True)
+    refused(lambda: run((0, 0, 0)), "calls torch.func.grad or another transform in its forward: leave it out")
+
+
+def test_a_transform_in_a_forward_is_right_or_told_what_it_needs() -> None:
+    run_world(2, _transforms)
+
+
 def _before(world: World) -> None:
     module = Toy()
     module.scale.grad = torch.ones(1)

@@ -34,6 +34,7 @@ from thinwire.partition.guard import (
     refuse_grad,
     refuse_outside,
     refuse_spoilt,
+    refuse_transform,
     tensors_in,
 )
 from thinwire.partition.hooks import Hook
@@ -120,8 +121,9 @@ class Sharded:
             yield
         except ThinwireError:
             raise
-        except Exception:
+        except Exception as error:
             self._give_up()
+            refuse_transform(error)
             raise
         finally:
             self._inside = False

@@ -55,6 +55,15 @@ def refuse_spoilt() -> NoReturn:
     )
 
 
+def refuse_transform(error: Exception) -> None:
+    """torch.func's transforms do not run where saved tensors have hooks (`thinwire.partition.saved`), and say so."""
+    if "saved tensor hooks" in str(error):
+        raise UseError(
+            "a unit whose parameters are sharded calls torch.func.grad or another transform in its forward: leave it out of "
+            'shard()\'s `units`, or set partition.keep_gathered = true or partition.params = "replica"'
+        ) from None
+
+
 def refuse_outside(unit: str) -> NoReturn:
     """A gradient came that nobody would sum."""
     raise UseError(f"a gradient of unit {unit} came outside engine.micro_batch; run forward and backward inside")
