@@ -63,7 +63,10 @@ def _conserved(world: World, codec: str) -> list[tuple[float, float, float]]:
     for flat, total, received in zip(flats, put_in, arrived, strict=True):
         assert flat.sums.residual.value is not None
         left = sum(part.double() for part in _over_group(world, flat.sums.residual.value))
-        found.append((float((received + left - total).norm()), float((received - total).norm()), float(total.norm())))
+        mine = flat.place.at(0)
+        own = slice(0, max(0, min(len(mine), flat.layout.used - mine.start)))  # what is beyond is padding: no sum's
+        missing, lost = (received + left - total)[own], (received - total)[own]
+        found.append((float(missing.norm()), float(lost.norm()), float(total[own].norm())))
     engine.drain()
     return found
 
