@@ -8,10 +8,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from partition_toy import Toy, plan_of, train, weights
 from thinwire.comm import duplex
 from thinwire.comm.handle import Handle, Waitable
+from thinwire.comm.neighbours import GRADS, Row
 from thinwire.comm.world import World
 from thinwire.partition.engine import shard
 from worlds import run_world
@@ -113,3 +116,36 @@ def test_all_ranks_issue_the_same_collectives_in_the_same_order(sockets: tuple[i
             if name == "low rank":  # messages of other sizes where matrices are cut otherwise
                 orders = [[(*entry[:3], entry[4]) for entry in order] for order in orders]
             assert all(order == orders[0] for order in orders), name
+
+
+def _sums(world: World) -> list[float]:
+    """This rank's summed gradients; rank 0 reads the others' parts late, when it has been told of them."""
+    read = Row.read
+
+    def late_read(row: Row, into: Any) -> None:
+        if world.rank == 0 and row._stream == GRADS:
+            time.sleep(0.02)
+        read(row, into)
+
+    Row.read = late_read  # type: ignore[method-assign]
+    wire = {"grads": {"node": "int4-hadamard"}, "block": 128}  # a block has parts of two ranks
+    torch.manual_seed(world.rank)
+    inputs = torch.randn(8, 16)
+    torch.manual_seed(0)
+    engine = shard(nn.Linear(16, 15), plan_of(world, (-1, -1, -1), wire=wire), world)
+    with engine.micro_batch(last=True):
+        engine.module(inputs).square().sum().backward()
+    engine.finish_reduce()
+    return [
+        number
+        for unit in engine.units
+        for flat in unit.flats
+        if flat.sums.complete
+        for number in flat.sums.reduced.tolist()
+    ]
+
+
+def test_sums_that_are_coded_on_their_way_back_are_not_written_over_before_others_have_read_them() -> None:
+    sums = run_world((2, 2), _sums)
+    assert all(of_rank == sums[0] for of_rank in sums)
+    assert any(sums[0])

@@ -155,6 +155,7 @@ class Reductions:
         self.land()
         for index in self._order or ():
             Flight(*(flat.sums.finish_chain() for flat in self._units[index].flats if flat.trained)).land()
+        self._world.settle()
 
     def land(self) -> None:
         """Everything has arrived when this returns: hop by hop, so that reductions go on overlapping each other."""

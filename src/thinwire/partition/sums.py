@@ -157,6 +157,7 @@ class Sums:
         if self._earlier is not None:
             total = self._earlier.add_(self.reduced)
             self._left, self._earlier = {}, None
+            self.place.world.settle()  # others may be reading what is written over
             self._at(self._cut.lo).copy_(total)
 
     # -- from rank to rank ---------------------------------------------------------------------------------------------
@@ -237,8 +238,10 @@ class Sums:
         for level in reversed(levels if low_rank is None else levels[:-1]):
             inner = held.pop()
             codec = place.coding(self._cut.grads, level, level, G_GATHER, draw)
+            # A row lasts if what comes after writes the same bits over it: decoded ones are others.
+            lasting = not any(inside in self._cut.grads for inside in levels if inside < level)
             yield all_gather(
-                held[-1], inner, world=place.world, level=level, purpose=G_GATHER, codec=codec, lasting=True
+                held[-1], inner, world=place.world, level=level, purpose=G_GATHER, codec=codec, lasting=lasting
             )
 
     def _reduce(self, out: Tensor, part: Tensor | list[Tensor], level: int, draw: Draw) -> Handle:
