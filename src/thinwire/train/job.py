@@ -8,7 +8,9 @@ from pathlib import Path
 
 from thinwire.cluster.cluster import Cluster
 from thinwire.config import load
-from thinwire.data.corpus import Corpus
+from thinwire.data.config import DataConfig
+from thinwire.data.corpus import Corpus, exists
+from thinwire.data.tokenizer import ByteTokenizer, load_file, parse_choice
 from thinwire.errors import ConfigError, DataError
 from thinwire.hub.init import Init, read_init
 from thinwire.hub.native_spec import AnySpec
@@ -39,6 +41,26 @@ def read_config(run_file: Path, settings: Sequence[str] = ()) -> RunConfig:
     return load(RunConfig, run_file, settings)
 
 
+def default_folder(run_file: Path) -> Path:
+    """The run folder of a run file that names none."""
+    return Path("runs") / run_file.stem
+
+
+def expected_vocabulary(data: DataConfig) -> int | None:
+    """Ids of the corpus' tokenizer; of a corpus that is still to be made, those that its tokenizer will have at most.
+
+    None if that is not known. Raises DataError if the corpus is damaged, or the tokenizer cannot be read.
+    """
+    if exists(data):
+        return Corpus.open(data).vocab_size
+    if not data.sources:
+        return None
+    choice = parse_choice(data.tokenizer)
+    if isinstance(choice, Path):
+        return load_file(choice).vocab_size
+    return ByteTokenizer().vocab_size if choice is None else choice
+
+
 def resolve(run_file: Path, config: RunConfig, *, prepare: bool = False) -> Job:
     """Check every section against every other. Raises ConfigError, DataError or PlanError with one sentence.
 
@@ -53,7 +75,7 @@ def resolve(run_file: Path, config: RunConfig, *, prepare: bool = False) -> Job:
     if prepare:
         corpus_for(config)
     corpus = Corpus.open(config.data)
-    folder = config.run.folder or Path("runs") / run_file.stem
+    folder = config.run.folder or default_folder(run_file)
     init = None if config.model.init is None else read_init(config.model.init, kept=folder)
     spec = init.spec if init is not None else _spec(config, corpus, folder)
     if init is not None or config.model.hf is not None:
@@ -104,7 +126,6 @@ def crowding(ranks: int) -> str | None:
 
 def corpus_for(config: RunConfig) -> None:
     """Prepare `data.path` from `data.sources` if nothing is there yet. Raises DataError."""
-    from thinwire.data.corpus import exists
     from thinwire.data.prepare import Options
     from thinwire.data.progress import prepare_shown
 
