@@ -28,7 +28,7 @@ from thinwire.comm.interfaces import Address
 from thinwire.comm.status import Desk, call
 from thinwire.errors import ConfigError, LinkError, StopAsked, ThinwireError
 
-_LOOK_S, _OPEN_S, _CONNECT_S, _FAREWELL_S = 0.05, 1.0, 3.0, 2.0
+_LOOK_S, _OPEN_S, _CONNECT_S, _FAREWELL_S = 0.05, 3.0, 3.0, 2.0
 _CALLERS = 32
 _TROUBLE, _HEARD = "thinwire/trouble", "thinwire/heard"
 _KINDS: dict[str, type[ThinwireError]] = {"config": ConfigError, "link": LinkError, "stop": StopAsked}
@@ -113,10 +113,12 @@ class Rendezvous:
             target=self._open_at, args=("127.0.0.1" if door is None else door[1], opened), daemon=True
         )
         thread.start()
-        thread.join(min(_OPEN_S, self._timeout_s))  # once it is open, a stop can be told to the others
-        while thread.is_alive() and time.monotonic() < self._end_s:
-            self._leave_if_asked()
+        while thread.is_alive() and time.monotonic() < self._end_s and not self._stopped():
             thread.join(_LOOK_S)
+        if thread.is_alive() and self._stopped():
+            thread.join(_OPEN_S)  # once it is open, the stop can be told to the others
+            if not opened:
+                self._leave_if_asked()
         if not opened or isinstance(opened[0], Exception):
             why = "no rank 0 of a run answers there"
             if self._rank == 0:

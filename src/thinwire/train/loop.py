@@ -80,7 +80,7 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
 
 def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     """One optimizer step: `(its record without timings, whether a rank of the group asks for a stop)`."""
-    torch.default_generator.manual_seed(job.config.run.seed + step)
+    torch.manual_seed(job.config.run.seed + step)  # of all devices
     parts.world.status.enter("the data", step + 1)
     micro_batches = parts.feed.next()
     parts.world.status.enter("forward and backward", step + 1)
