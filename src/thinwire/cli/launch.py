@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from thinwire.launchers.allocation import Allocation
     from thinwire.train.config import RunConfig
-    from thinwire.train.job import Job
+    from thinwire.train.job import Outline
 
 app = typer.Typer(help="Start a run under a scheduler.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -148,20 +148,20 @@ def _tell_unnamed(config: "RunConfig", *, gpus: bool) -> None:
 
 def _checked(
     run_file: Path, settings: list[str], nodes: str | None, ranks_per_node: int | None, array: str | None
-) -> "tuple[Allocation, Job]":
-    """What to ask for, and the job for the fewest nodes. Every number of nodes is tried, so that none fails in the queue."""
+) -> "tuple[Allocation, Outline]":
+    """What to ask for, and the run on the fewest nodes. Every number of nodes is tried, so that none fails in the queue."""
     from thinwire.launchers.allocation import allocate
     from thinwire.launchers.slurm import TASK, check_array, first_task
-    from thinwire.train.job import read_config, resolve
+    from thinwire.train.job import foreseen, read_config
 
     check_array(settings, array)
     plain = [setting.replace(TASK, first_task(array or "")) for setting in settings]
     allocation = allocate(run_file, plain, nodes=nodes, ranks_per_node=ranks_per_node)
-    jobs = []
+    runs = []
     for count in range(allocation.fewest, allocation.most + 1):
         levels = [allocation.levels(str(count))] if allocation.from_nodes else []
-        jobs.append(resolve(run_file, read_config(run_file, [*plain, *levels])))
-    return allocation, jobs[0]
+        runs.append(foreseen(run_file, read_config(run_file, [*plain, *levels])))
+    return allocation, runs[0]
 
 
 def _seconds(option: str, text: str) -> float:

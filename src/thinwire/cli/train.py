@@ -61,7 +61,7 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
         refuse_taken(port)
     if ranks is not None:
         check_size(config.cluster.resolve(run_file.parent), ranks)
-    job = resolve(run_file, config, prepare=True)
+    job = resolve(run_file, config, prepare=True, say=typer.echo)
     job.config.tracking.check()
     if job.cluster.ranks > 1 or job.cluster.interface:
         asked(job.cluster.interface, os.environ, addresses(), cuda=job.cluster.device.kind == "cuda")
@@ -82,11 +82,13 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     from thinwire.train.folder import open_folder
     from thinwire.train.job import read_config, resolve
     from thinwire.train.launch import Share, launch
+    from thinwire.train.stop import listening
 
-    job = resolve(run_file, read_config(run_file, settings))
-    job.config.tracking.check()
-    share = Share.of_node(place, ranks_per_node)
-    check_size(job.cluster, share.size)
+    config, share = read_config(run_file, settings), Share.of_node(place, ranks_per_node)
+    config.tracking.check()
+    check_size(config.cluster.resolve(run_file.parent), share.size)
+    with listening() as stop:
+        job = resolve(run_file, config, prepare=True, stopped=lambda: stop.asked, say=typer.echo)
     _tell_device(job.cluster, share.count)
     with open_folder(job, fresh=fresh) if place.rank == 0 else nullcontext() as opened:
         if opened is not None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -84,7 +85,7 @@ def failures_reported(place: Place, report: Path) -> Iterator[None]:
 def run_external(
     place: Place, run_file: Path, settings: Sequence[str], *, fresh: bool, advise: Advise | None = None
 ) -> None:
-    """Be one rank that torchrun or Slurm started: rank 0 makes the run folder, the others wait for it in the world.
+    """Be one rank that a launcher started: rank 0 makes the run folder, the others wait for it in the world.
 
     Raises ThinwireError for wrong input. A failure of the run is told in one sentence, with its traceback if it is none
     of ours, and ends this process at once so that the launcher sees it.
@@ -92,9 +93,12 @@ def run_external(
     stop = StopRequest()
     stop.listen()
     config = read_config(run_file, settings)
-    job = resolve(run_file, config)
-    job.config.tracking.check()
-    check_size(job.cluster, place.size)
+    config.tracking.check()
+    check_size(config.cluster.resolve(run_file.parent), place.size)
+    try:
+        job = resolve(run_file, config, prepare=True, stopped=lambda: stop.asked, say=partial(_say, place))
+    except StopAsked as error:
+        leave_unbegun(place, error)
     if place.rank == 0:
         print(described(job.cluster, found_gpus(os.environ)), flush=True)
     opened = open_folder(job, fresh=fresh) if place.rank == 0 else None
@@ -111,6 +115,11 @@ def run_external(
         leave_now(1)
     if opened is not None:
         opened.lock.release()
+
+
+def _say(place: Place, sentence: str) -> None:
+    if place.local_rank == 0:
+        print(sentence, flush=True)
 
 
 def leave_unbegun(place: Place, stop: StopAsked) -> NoReturn:
