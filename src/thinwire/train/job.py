@@ -5,7 +5,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from thinwire import __version__
 from thinwire.cluster.cluster import Cluster
 from thinwire.config import load
 from thinwire.data.config import DataConfig
@@ -165,6 +167,32 @@ def _spec(config: RunConfig, vocabulary: int | None, folder: Path) -> AnySpec:
     from thinwire.hub.native import describe
 
     return describe(config.model.hf, kept=folder, lora=config.model.lora)
+
+
+_OF_A_HOST: Any = {
+    "cluster": True,
+    "data": {"path", "heldout", "sources", "tokenizer", "include", "exclude", "field", "heldout_fraction"},
+    "model": True,
+    "plan": True,
+    "tracking": True,
+}
+"""Sections and keys that say where something is and how it is made; what it is then is stated instead."""
+
+
+def statement(job: Job) -> dict[str, Any]:
+    """What every rank of a run must have in common besides levels, as JSON: the run file, and what it means by now.
+
+    Where the corpus, imported weights and a plan's file lie is each host's own business.
+    """
+    return {
+        **job.config.model_dump(mode="json", exclude=_OF_A_HOST),
+        "thinwire": __version__,
+        "plan": job.plan.model_dump(mode="json", exclude={"levels"}),
+        "cluster": {"share_device": job.cluster.share_device},
+        "model": job.spec.model_dump(mode="json"),
+        "weights": {} if job.init is None else {name: info.sha256 for name, info in job.init.files.items()},
+        "corpus and tokenizer": job.corpus.digest,
+    }
 
 
 def crowding(ranks: int) -> str | None:
