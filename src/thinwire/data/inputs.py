@@ -33,6 +33,13 @@ def texts_of(
     return _opened(names, field, hub.HubRows.texts, of_file, include=include, exclude=exclude)
 
 
+def check_files(names: Sequence[str], *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
+    """Raise DataError, as `files_of` does, for a source that is no data set of the hub and not there; nothing is read."""
+    for name in names:
+        if not name.startswith(hub.PREFIX):
+            sources.files_of(name, include=include, exclude=exclude)
+
+
 def rows_of(names: Sequence[str], *, field: str) -> list[Input[tuple[Any, str]]]:
     """(row, where it stands) of every source; of a data set only the column `field`. Raises DataError as `texts_of`."""
     return _opened(names, field, hub.HubRows.rows, sources.rows)

@@ -95,11 +95,11 @@ class RunSection(Frozen):
     """A collective that takes longer than this ends the run."""
 
 
-class RunConfig(Frozen):
-    """A whole run file."""
+class RunFile(Frozen):
+    """A whole run file, for whoever needs no text: planning does not."""
 
     model: ModelConfig = ModelConfig()
-    data: DataConfig
+    data: DataConfig | None = None
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -117,6 +117,12 @@ class RunConfig(Frozen):
                 f"try warmup_steps = {max(0, math.ceil(self.run.steps / 20))}"
             )
         return self
+
+
+class RunConfig(RunFile):
+    """A run file for training, which needs text."""
+
+    data: DataConfig
 
 
 MAY_CHANGE = ("run.steps", "run.folder", "run.log_every", "run.eval_every", "run.eval_sequences", "run.sample_tokens",
