@@ -16,8 +16,11 @@ def prepare(
     tokenizer: Annotated[str, typer.Option(help="bytes, bpe:SIZE, or the path of a tokenizer.json.")] = "bytes",
     include: Annotated[list[str] | None, typer.Option(help="Glob of files to take from folders; may repeat.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may repeat.")] = None,
-    field: Annotated[str, typer.Option(help="Field of JSON lines, or column of tables, that holds the text.")] = "text",
+    field: Annotated[str, typer.Option(help="Field of JSON rows, or column of tables, that holds the text.")] = "text",
     heldout_fraction: Annotated[float, typer.Option(help="Share of documents kept for validation.")] = 0.02,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Special tokens spelled out in a text become special.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
@@ -34,7 +37,8 @@ def prepare(
         raise ConfigError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers} must be at least 1")
-    options = Options(tuple(sources), tokenizer, tuple(include or ()), tuple(exclude or ()), field, heldout_fraction)
+    globs = (tuple(include or ()), tuple(exclude or ()))
+    options = Options(tuple(sources), tokenizer, *globs, field, heldout_fraction, special_tokens)
     manifest = prepare_shown(options, out, workers=workers, force=force)
     if as_json:
         typer.echo(json.dumps(manifest))

@@ -99,11 +99,12 @@ def answer_spans(messages: Sequence[Message], render: Render, *, last_only: bool
 
 
 def marked(text: str, spans: Sequence[range], tokenizer: FileTokenizer) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Ids of `text` and the end of text, and 1 for every id that begins inside a span."""
-    ids, starts = tokenizer.encode_with_starts(text)
+    """Ids of `text` and the end of text, and 1 for every id of which some is inside a span."""
+    ids, offsets = tokenizer.encode_with_offsets(text, special=True)
+    starts_N, ends_N = np.array(offsets, np.int64).reshape(-1, 2).T
     marks = np.zeros(len(ids) + 1, np.uint8)
     for span in spans:
-        marks[:-1][(np.array(starts) >= span.start) & (np.array(starts) < span.stop)] = 1
+        marks[:-1][(np.maximum(ends_N, starts_N + 1) > span.start) & (starts_N < span.stop)] = 1
     return np.array([*ids, tokenizer.eot], np.int64), marks
 
 

@@ -24,5 +24,7 @@ class DataConfig(Frozen):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     field: str = "text"
-    """Field of JSON lines, or column of parquet and of `hf:` data sets, that holds the text."""
+    """Field of JSON rows, or column of parquet and of `hf:` data sets, that holds the text."""
+    special_tokens: bool = False
+    """True: special tokens spelled out in a text, such as <|endoftext|>, become special; else they are ordinary text."""
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02

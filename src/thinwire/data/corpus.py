@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from thinwire.data.config import DataConfig
 from thinwire.data.indexed import IndexedTokens, paths_of
-from thinwire.data.tokenizer import ByteTokenizer, Tokenizer, load_file
+from thinwire.data.tokenizer import ByteTokenizer, TokenBytes, Tokenizer, load_file
 from thinwire.errors import DataError
 
 MANIFEST, FORMAT = "corpus.json", 1
@@ -34,7 +31,7 @@ class Corpus:
         return None if self.tokenizer is None else self.tokenizer.vocab_size
 
     @property
-    def token_bytes(self) -> NDArray[np.int64] | None:
+    def token_bytes(self) -> TokenBytes | None:
         return None if self.tokenizer is None else self.tokenizer.token_bytes()
 
     @staticmethod

@@ -78,10 +78,10 @@ class HubRows:
             f"{self.written} has no column {field!r} (it has: {there}); name the column with --field or data.field"
         )
 
-    def texts(self, column: str, start: Place | None = None) -> Iterator[str]:
-        """The texts of a column, in order, after `start`. Raises DataError for a row without text, or no rows."""
+    def texts(self, column: str, start: Place | None = None) -> Iterator[tuple[str, str]]:
+        """(text, where it stands) of a column, after `start`. Raises DataError for a row without text, or no rows."""
         for row, where in self.rows(column, start):
-            yield text_of(row, column, where)
+            yield text_of(row, column, where), where
 
     def rows(self, column: str, start: Place | None = None) -> Iterator[tuple[dict[str, Any], str]]:
         """({column: value}, where it stands), in order, after `start`. Raises DataError if there are no rows."""

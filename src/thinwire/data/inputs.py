@@ -27,8 +27,8 @@ class Input(Generic[Item]):
 
 def texts_of(
     names: Sequence[str], *, field: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> list[Input[str]]:
-    """The documents of every source. Raises DataError as `files_of`, `open_hub` and `HubRows.column` do."""
+) -> list[Input[tuple[str, str]]]:
+    """(document, where it stands) of every source. Raises DataError as `files_of`, `open_hub` and `HubRows.column` do."""
     of_file = partial(sources.documents, field=field)
     return _opened(names, field, hub.HubRows.texts, of_file, include=include, exclude=exclude)
 

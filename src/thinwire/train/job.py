@@ -111,5 +111,6 @@ def corpus_for(config: RunConfig) -> None:
     data = config.data
     if not data.sources or exists(data):
         return
-    options = Options(data.sources, data.tokenizer, data.include, data.exclude, data.field, data.heldout_fraction)
+    globs = (data.include, data.exclude)
+    options = Options(data.sources, data.tokenizer, *globs, data.field, data.heldout_fraction, data.special_tokens)
     prepare_shown(options, data.path)
