@@ -46,6 +46,11 @@ def run(
         result = score(
             loaded.model, batches, token_bytes=corpus.token_bytes, cross_documents=loaded.data.cross_documents
         )
+    if result.tokens == 0:
+        raise DataError(
+            f"no token of the {sequences or 'held-out'} sequences of {data or loaded.data.path} is scored; score more with "
+            f"--sequences, or prepare it with a larger --heldout-fraction"
+        )
     figures = {
         "step": loaded.step,
         "loss": result.loss,
