@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from thinwire.data.chat import Message
+from thinwire.data.template import Message
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('no role ' + m.role) }}"

@@ -137,10 +137,9 @@ def test_what_a_vocabulary_cannot_write_is_told(tmp_path: Path) -> None:
     unigram().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "l.txt").write_text("ab ÄÖ c")
     options = Options((str(tmp_path / "l.txt"),), str(tmp_path / "tokenizer.json"), heldout_fraction=0.0)
-    (told,) = notes(prepare(options, tmp_path / "out", workers=1))
-    assert told.startswith(
-        "1 tokens are unknown to the tokenizer's vocabulary, what they stood for is lost; the tokens"
-    )
+    lost, changed = notes(prepare(options, tmp_path / "out", workers=1))
+    assert lost == "1 tokens are unknown to the tokenizer's vocabulary, and what they stood for is lost"
+    assert changed.startswith("the tokens stand for 5 of 9 bytes")
 
 
 def _reference(size: int, text: str) -> dict[str, int]:

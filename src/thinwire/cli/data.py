@@ -49,7 +49,7 @@ def prepare(
 @app.command()
 def chat(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="JSON lines, folders of them, or hf:DATASET.")
+        list[str], typer.Argument(metavar="SOURCE...", help="JSON files, folders of them, or hf:DATASET.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to make.")],
     tokenizer: Annotated[Path, typer.Option(help="A folder with tokenizer.json and a chat template, as INIT/hub.")],
@@ -58,6 +58,9 @@ def chat(
         bool, typer.Option("--last-answer-only", help="Learn only the last answer of each conversation.")
     ] = False,
     heldout_fraction: Annotated[float, typer.Option(help="Share of conversations kept for validation.")] = 0.02,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Special tokens spelled out in a message become special.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Render conversations with the tokenizer's chat template; training then scores the answers only.
@@ -65,12 +68,15 @@ def chat(
     Example: thinwire data chat talks.jsonl -o corpora/talks --tokenizer inits/qwen/hub
     """
     from thinwire.data.chat import ChatOptions, prepare_chat
+    from thinwire.data.progress import tell
     from thinwire.errors import ConfigError
 
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
-    options = ChatOptions(tuple(sources), tokenizer, field, last_answer_only, heldout_fraction)
-    _describe(out, prepare_chat(options, out, force=force))
+    options = ChatOptions(tuple(sources), tokenizer, field, last_answer_only, heldout_fraction, special_tokens)
+    manifest = prepare_chat(options, out, force=force)
+    tell(manifest)
+    _describe(out, manifest)
 
 
 @app.command()

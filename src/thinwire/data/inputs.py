@@ -34,8 +34,8 @@ def texts_of(
 
 
 def rows_of(names: Sequence[str], *, field: str) -> list[Input[tuple[Any, str]]]:
-    """(row, where it stands) of every source; of a data set only the column `field`. Raises DataError as `texts_of`."""
-    return _opened(names, field, hub.HubRows.rows, sources.rows)
+    """(whole row, where it stands) of every source. Raises DataError as `texts_of`."""
+    return _opened(names, field, lambda rows, column: rows.rows(), sources.rows)
 
 
 def _opened(

@@ -14,8 +14,8 @@ def notes(manifest: Mapping[str, Any]) -> list[str]:
     for split in manifest["splits"].values():
         for key in counts:
             counts[key] += split.get(key, 0)
-    found = [_mended(manifest), _spelling(manifest, counts), _left_out(manifest), _unread(manifest)]
-    return [sentence for sentence in [*found, _changed(counts), _validation(manifest)] if sentence]
+    of_rows = [_mended(manifest), _spelling(manifest, counts), _left_out(manifest), _unread(manifest)]
+    return [sentence for sentence in [*of_rows, _lost(counts), _changed(counts), _validation(manifest)] if sentence]
 
 
 def _mended(manifest: Mapping[str, Any]) -> str | None:
@@ -45,24 +45,24 @@ def _left_out(manifest: Mapping[str, Any]) -> str | None:
 
 
 def _unread(manifest: Mapping[str, Any]) -> str | None:
-    if not (count := manifest.get("tools_unread", 0)):
+    if not (count := manifest.get("inputs_unread", 0)):
         return None
-    return f"{count:,} conversations have tools, which the chat template does not read; their tools are left out"
+    return f"{count:,} conversations have tools or documents, which the chat template does not read; they are left out"
+
+
+def _lost(counts: Mapping[str, int]) -> str | None:
+    if not (unknown := counts.get("unknown_tokens", 0)):
+        return None
+    return f"{unknown:,} tokens are unknown to the tokenizer's vocabulary, and what they stood for is lost"
 
 
 def _changed(counts: Mapping[str, int]) -> str | None:
-    unknown = counts.get("unknown_tokens", 0)
     text, stood = counts["bytes"], counts.get("bytes_of_tokens", counts["bytes"])
-    if unknown == 0 and abs(text - stood) <= _TOLD_SHARE * text:
+    if abs(text - stood) <= _TOLD_SHARE * text:
         return None
-    lost = (
-        f"{unknown:,} tokens are unknown to the tokenizer's vocabulary, what they stood for is lost; "
-        if unknown
-        else ""
-    )
     return (
-        f"{lost}the tokens stand for {stood:,} of {text:,} bytes: the tokenizer does not keep every text as it is, and bits "
-        f"per byte count the bytes that tokens stand for"
+        f"the tokens stand for {stood:,} of {text:,} bytes: the tokenizer does not keep every text as it is, and bits per "
+        f"byte count the bytes that tokens stand for"
     )
 
 

@@ -129,7 +129,8 @@ class FileTokenizer:
         added = library.get_added_tokens_decoder().items()
         self.special = {str(token.content): int(i) for i, token in added if token.special}
         longest_first = sorted(self.special, key=len, reverse=True)
-        self._spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # The longest first, as one may begin like another.
+        self.spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._ids = frozenset(self.special.values())
 
     @property
@@ -171,17 +172,17 @@ class FileTokenizer:
 
     def _ordinary(self, text: str, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """`ids`, or where a model still finds a special token in `text` (Unigram does), those of its parts."""
-        spelled = {self.special[found] for found in self._spelled.findall(text)}
+        spelled = {self.special[found] for found in self.spelling.findall(text)}
         if not spelled & set(ids.tolist()):
             return ids
-        cuts = [0, *(found.start() + 1 for found in self._spelled.finditer(text)), len(text)]
+        cuts = [0, *(found.start() + 1 for found in self.spelling.finditer(text)), len(text)]
         parts = self._library.encode_batch_fast(
             [text[a:b] for a, b in itertools.pairwise(cuts)], add_special_tokens=False
         )
         return np.concatenate([np.array(part.ids, dtype=np.int64) for part in parts])
 
     def spells_special(self, text: str) -> bool:
-        return self._spelled.search(text) is not None
+        return self.spelling.search(text) is not None
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._library.decode(list(ids), skip_special_tokens=True))
