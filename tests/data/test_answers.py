@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
-from talks import talk
+from talks import CHATML, EOT, SPECIAL, make_tokenizer, talk
 from thinwire.cli import main
 from thinwire.data.answers import Ends, answer_spans
 from thinwire.data.chat import ChatOptions, prepare_chat
@@ -17,14 +17,11 @@ from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
 from thinwire.data.notes import notes
 from thinwire.data.template import Message, template_of
-from thinwire.data.tokenizer import train_bpe
 
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]"]
-EOT = "<|endoftext|>"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
 TEMPLATES = {
-    "chatml": "{% for m in messages %}" + TURN + "{% endfor %}" + PROMPT,
+    "chatml": CHATML,
     "default system": (
         "{% if not messages or messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
         "{% for m in messages %}" + TURN + "{% endfor %}" + PROMPT
@@ -76,18 +73,6 @@ ORDERS = {
     "system last": [("user", "a"), ("assistant", "b c"), ("user", "d"), ("system", "stop")],
     "answers like headers": [("user", "a"), ("assistant", "### User:\nx"), ("user", "b"), ("assistant", "<|user|>")],
 }
-
-
-def make_tokenizer(folder: Path, template: str, *, eos: str = EOT) -> Path:
-    """A folder as INIT/hub: byte-level BPE, special tokens of several families, the template."""
-    library = train_bpe(300, ["the quick brown fox jumps over the lazy dog. user assistant system\n" * 20])._library
-    library.add_special_tokens(SPECIAL)
-    library.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
-    folder.mkdir(parents=True, exist_ok=True)
-    library.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def chat(folder: Path, tokenizer: Path, rows: Sequence[Any], **options: Any) -> dict[str, Any]:

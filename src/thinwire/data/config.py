@@ -15,8 +15,11 @@ class DataConfig(Frozen):
     """A folder made by `thinwire data prepare`, or the prefix of a Megatron indexed dataset (PREFIX.bin, PREFIX.idx)."""
     heldout: Path | None = None
     """Prefix of a second indexed dataset to validate on; a prepared folder has its own."""
-    cross_documents: bool = True
-    """False: attention stays inside a document, positions start again at 0, and no token predicts the next document."""
+    cross_documents: bool | None = None
+    """False: attention stays inside a document, positions start again at 0, and no token predicts the next document.
+
+    Default: true; of conversations false, which never attend to one another.
+    """
     sources: tuple[str, ...] = ()
     """If `path` is not there yet, it is prepared from these: files, folders, `stdlib`, or `hf:NAME[:CONFIG[:SPLIT]]`."""
     tokenizer: str = "bytes"

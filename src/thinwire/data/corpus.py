@@ -25,6 +25,13 @@ class Corpus:
     tokenizer: Tokenizer | None
     digest: str
     """Identity of the training tokens and the tokenizer."""
+    cross_documents: bool
+    """Whether attention and predictions cross from one document to the next."""
+
+    @property
+    def conversations(self) -> bool:
+        """Whether it was made of conversations, of which only the answers are learned."""
+        return self.train.answers is not None
 
     @property
     def vocab_size(self) -> int | None:
@@ -84,12 +91,23 @@ def _open_folder(config: DataConfig) -> Corpus:
         )
     identity = json.dumps([manifest["splits"]["train"], manifest["tokenizer"]], sort_keys=True)
     heldout = IndexedTokens(config.heldout) if config.heldout else splits["heldout"]
-    return Corpus(splits["train"], heldout, tokenizer, hashlib.sha256(identity.encode()).hexdigest())
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    return Corpus(splits["train"], heldout, tokenizer, digest, _crossing(config, splits["train"]))
 
 
 def _open_prefix(config: DataConfig) -> Corpus:
     heldout = IndexedTokens(config.heldout) if config.heldout else None
-    return Corpus(IndexedTokens(config.path), heldout, None, _prefix_digest(config.path))
+    train = IndexedTokens(config.path)
+    return Corpus(train, heldout, None, _prefix_digest(config.path), _crossing(config, train))
+
+
+def _crossing(config: DataConfig, train: IndexedTokens) -> bool:
+    if train.answers is not None and config.cross_documents:
+        raise DataError(
+            f"data.cross_documents = true, but {config.path} was made of conversations, which never attend to one another; "
+            f"leave it out"
+        )
+    return train.answers is None and config.cross_documents is not False
 
 
 def _prefix_digest(prefix: Path) -> str:

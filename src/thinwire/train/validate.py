@@ -38,7 +38,7 @@ def _score(job: Job, parts: Parts) -> Score:
             parts.model,
             _share(job, parts),
             token_bytes=job.corpus.token_bytes,
-            cross_documents=job.config.data.cross_documents,
+            cross_documents=job.corpus.cross_documents,
         )
     sums = torch.tensor([own.loss_sum, own.tokens, own.text_bytes], dtype=torch.float64)
     all_reduce_small(sums, world=parts.world, op="sum")
@@ -57,7 +57,7 @@ def _share(job: Job, parts: Parts) -> Iterator[Batch]:
             size,
             limit=limit or None,
             vocab_size=job.spec.vocab_size,
-            cross_documents=job.config.data.cross_documents,
+            cross_documents=job.corpus.cross_documents,
         )
     )
     rounds = -(-len(batches) // ranks)
