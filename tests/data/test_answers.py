@@ -146,6 +146,40 @@ def test_thinking_that_a_template_drops_from_earlier_answers_is_not_looked_for(t
         assert [text[span.start : span.stop] for span in spans] == [f"{one}<|im_end|>\n" for one in ("b", last)]
 
 
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['tool_calls'] %}{% for c in m['tool_calls'] %}<call>"
+    "{{ c['function']['name'] }} {{ c['function']['arguments'] | tojson }}</call>{% endfor %}{% else %}{{ m['content'] }}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("prefix", ["", "{{ messages | length }}"])
+def test_calls_of_tools_are_answers_too(prefix: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", prefix + CALLS)
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "é \n"}}}
+    messages = [
+        {"role": "user", "content": "fox?"}, {"role": "assistant", "tool_calls": [call, call]},
+        {"role": "tool", "content": "dog"}, {"role": "assistant", "content": "lazy"},
+    ]  # fmt: skip
+    chat(tmp_path, tokenizer, [{"messages": messages}])
+    begin = "look " if prefix else "<call>look "  # what is before an answer's own text is not known there
+    made = f'{begin}{{"at": "é \\n"}}</call><call>look {{"at": "é \\n"}}</call><|im_end|>\n'
+    assert corpus(tmp_path)[1] == [made, f"lazy<|im_end|>\n{EOT}"]
+
+
+def test_a_special_token_that_takes_the_space_after_it_is_not_learned(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}<s>\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    prompt = "{% if add_generation_prompt %}assistant<s>\n{% endif %}"
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", template + prompt)
+    settings = json.loads((tokenizer / "tokenizer.json").read_text())
+    for token in settings["added_tokens"]:
+        token["rstrip"] = token["content"] in ("<s>", "<|im_end|>")
+    (tokenizer / "tokenizer.json").write_text(json.dumps(settings))
+    chat(tmp_path, tokenizer, [{"messages": talk([("user", "fox?"), ("assistant", "  dog"), ("user", "the")])}])
+    assert corpus(tmp_path)[1] == ["dog<|im_end|>"]
+
+
 def test_an_answer_that_cannot_be_found_is_refused_with_a_way_out(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ loop.length }}{{ m['content'] | length }}{% endfor %}"
     render = template_of(make_tokenizer(tmp_path, template)).render({})

@@ -59,6 +59,11 @@ def test_members_and_frames_back_to_back_are_one_file(tmp_path: Path) -> None:
     for name, pack in (("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)):
         (tmp_path / name).write_bytes(pack(BIG[:half]) + pack(BIG[half:]))
         assert len(texts(tmp_path / name)) == 4000
+    skippable = (0x184D2A50).to_bytes(4, "little") + (3).to_bytes(4, "little") + b"abc"  # as pzstd writes them
+    whole = zstandard.compress(BIG)
+    for name, data in (("c", skippable + whole), ("d", whole + skippable)):
+        (tmp_path / f"{name}.jsonl.zst").write_bytes(data)
+        assert len(texts(tmp_path / f"{name}.jsonl.zst")) == 4000
     long = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28))
     (tmp_path / "b.jsonl.zst").write_bytes(long.compress(BIG))
     assert len(texts(tmp_path / "b.jsonl.zst")) == 4000

@@ -90,12 +90,14 @@ def show(
     """
     from thinwire.data.config import DataConfig
     from thinwire.data.corpus import Corpus, read_manifest
+    from thinwire.data.progress import tell
 
     manifest = read_manifest(folder)
     Corpus.open(DataConfig(path=folder))
     if as_json:
         typer.echo(json.dumps(manifest))
     else:
+        tell(manifest)
         _describe(folder, manifest)
 
 

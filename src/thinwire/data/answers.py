@@ -13,7 +13,8 @@ from typing import Any
 from thinwire.data.template import Message, Render
 
 _MARKS = range(0xE000, 0xF8FF)  # private use: no text means anything by them
-_TEXTS = ("content", "reasoning_content", "reasoning", "thinking")
+_TEXTS = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls")
+_NAMES = ("type", "id", "role")
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,13 @@ def _own_text(messages: Sequence[Message], i: int, text: str, render: Render, ed
 
 
 def _between(value: Any, left: str, right: str) -> Any:
-    """A text, or a list of parts with texts, with marks around it; inside of white space, which templates trim."""
+    """A text, or every text of parts and calls, with marks around it; inside of white space, which templates trim."""
     if isinstance(value, str) and (core := value.strip()):
         return value.replace(core, f"{left}{core}{right}", 1)
     if isinstance(value, list):
-        return [
-            {**part, "text": _between(part["text"], left, right)} if isinstance(part, dict) and "text" in part else part
-            for part in value
-        ]
+        return [_between(item, left, right) for item in value]
+    if isinstance(value, dict):
+        return {key: item if key in _NAMES else _between(item, left, right) for key, item in value.items()}
     return value
 
 

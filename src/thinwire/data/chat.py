@@ -76,9 +76,9 @@ def prepare_chat(options: ChatOptions, out: Path, *, force: bool = False) -> dic
     Raises DataError: no such source, a row without messages, no chat template, a conversation that the template cannot
     render or whose answers cannot be told apart, a target that exists (unless `force`) or cannot be written.
     """
-    inputs = rows_of(options.sources, field=options.field)
     tokenizer = load_file(options.tokenizer / _TOKENIZER)
     template = template_of(options.tokenizer)
+    inputs = rows_of(options.sources, field=options.field, also=template.fields)
     with whole_folder(out, force=force, error=DataError) as folder:
         copy_template(options.tokenizer, folder, template)
         return _fill(folder, options, inputs, tokenizer, template)
@@ -87,9 +87,11 @@ def prepare_chat(options: ChatOptions, out: Path, *, force: bool = False) -> dic
 def marked(talk: Talk, tokenizer: FileTokenizer) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Ids of a conversation and the end of text, and 1 for every id of which some is inside a span."""
     ids, starts_N, ends_N = encoded(talk, tokenizer)
+    own_N = ~np.isin(ids, list(tokenizer.special.values()))  # a special token before an answer may take its first space
     marks = np.zeros(len(ids) + 1, np.uint8)
     for span in talk.spans:
-        marks[:-1][(np.maximum(ends_N, starts_N + 1) > span.start) & (starts_N < span.stop)] = 1
+        begun_N = (starts_N >= span.start) | ((ends_N > span.start) & own_N)
+        marks[:-1][begun_N & (starts_N < span.stop)] = 1
     return np.array([*ids, tokenizer.eot], np.int64), marks
 
 
@@ -206,7 +208,11 @@ def _messages(row: Any, field: str, where: str) -> list[Message]:
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{where} has no list of messages {field!r} (it has: {keys}); name the field with --field")
     for message in found:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not {"content", "tool_calls"} & set(message)
+        ):
             raise DataError(f"{where}: a message is not of the form {{role, content}}: {str(message)[:80]}")
     return found
 

@@ -80,12 +80,12 @@ class HubRows:
 
     def texts(self, column: str, start: Place | None = None) -> Iterator[tuple[str, str]]:
         """(text, where it stands) of a column, after `start`. Raises DataError for a row without text, or no rows."""
-        for row, where in self.rows(column, start):
+        for row, where in self.rows([column], start):
             yield text_of(row, column, where), where
 
-    def rows(self, column: str | None = None, start: Place | None = None) -> Iterator[tuple[dict[str, Any], str]]:
-        """(row, or its one `column`; where it stands), in order, after `start`. Raises DataError if there are no rows."""
-        self._reading, self._row = self.stream if column is None else self.stream.select_columns([column]), 0
+    def rows(self, columns: list[str], start: Place | None = None) -> Iterator[tuple[dict[str, Any], str]]:
+        """({column: value}, where it stands), in order, after `start`. Raises DataError if there are no rows."""
+        self._reading, self._row = self.stream.select_columns(columns), 0
         if start is not None:
             self._reading.load_state_dict(start["stream"])
             self._row = start["row"]
@@ -99,6 +99,10 @@ class HubRows:
     def place(self) -> Place:
         """After the row that came last: where a later reading, of a later process too, can start."""
         return {"row": self._row, "stream": self._reading.state_dict()}
+
+    def names(self) -> list[str]:
+        """Its columns."""
+        return self._columns()[0]
 
     def _columns(self) -> tuple[list[str], list[str]]:
         """All columns, and those of text: as declared, or where nothing is, as the first row has them."""

@@ -1,6 +1,6 @@
 """What sources mean, opened: one input for each file, and one for each data set of the hub."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,16 @@ def texts_of(
     return _opened(names, field, hub.HubRows.texts, of_file, include=include, exclude=exclude)
 
 
-def rows_of(names: Sequence[str], *, field: str) -> list[Input[tuple[Any, str]]]:
-    """(whole row, where it stands) of every source. Raises DataError as `texts_of`."""
-    return _opened(names, field, lambda rows, column: rows.rows(), sources.rows)
+def rows_of(names: Sequence[str], *, field: str, also: Collection[str] = ()) -> list[Input[tuple[Any, str]]]:
+    """(row, where it stands) of every source; of data sets the columns `field` and, where there are such, `also`.
+
+    Raises DataError as `texts_of`.
+    """
+
+    def of_set(rows: hub.HubRows, column: str) -> Iterator[tuple[Any, str]]:
+        return rows.rows([column, *(name for name in rows.names() if name in also and name != column)])
+
+    return _opened(names, field, of_set, sources.rows)
 
 
 def _opened(

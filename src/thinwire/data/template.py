@@ -18,6 +18,10 @@ LISTS = ("tools", "documents")
 _SETTINGS = "chat_template_kwargs"
 _GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _FILES = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+_GIVEN = frozenset((
+    "messages", "add_generation_prompt", "continue_final_message", "raise_exception", "strftime_now",
+    "range", "dict", "namespace", "lipsum", "cycler", "joiner",
+))  # fmt: skip
 _CONFIG, _MORE = "tokenizer_config.json", "additional_chat_templates"
 
 
@@ -28,6 +32,11 @@ class Template:
     library: Any
     reads: frozenset[str]
     """Names of what it takes besides messages."""
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """What of a row `inputs` and `unread` look at."""
+        return self.reads | {_SETTINGS, *LISTS}
 
     def inputs(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What of a row the template is given besides messages: fields that it reads, and `chat_template_kwargs`.
@@ -98,7 +107,7 @@ def template_of(folder: Path) -> Template:
             f"chat_template.jinja into the folder"
         )
     chosen = library.chat_template
-    known = frozenset(library.special_tokens_map) | {"messages", "add_generation_prompt", "continue_final_message"}
+    known = frozenset(library.special_tokens_map) | _GIVEN
     texts = chosen.values() if isinstance(chosen, dict) else [chosen]
     return Template(library, frozenset(name for text in texts for name in _names(text, folder)) - known)
 
