@@ -11,8 +11,8 @@ def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     data: Annotated[Path | None, typer.Option(help="A prepared corpus; default: the run's own.")] = None,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences to score; 0: all.", min=0)] = 0,
-    batch: Annotated[int, typer.Option(help="Sequences in one forward.", min=1)] = 8,
+    sequences: Annotated[int, typer.Option(help="Sequences to score; 0: all.", min=0, max=10**9)] = 0,
+    batch: Annotated[int, typer.Option(help="Sequences in one forward.", min=1, max=10**6)] = 8,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
-    tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 200,
+    tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1, max=10**9)] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.", min=0, max=2**62)] = 0,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
 ) -> None:

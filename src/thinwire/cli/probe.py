@@ -58,13 +58,14 @@ def _cluster(levels: str, device: str | None) -> "Cluster":
     from thinwire.cluster.cluster import ClusterConfig
     from thinwire.config import build
     from thinwire.errors import ConfigError
+    from thinwire.units import whole_number
 
     found: list[dict[str, Any]] = []
     for part in levels.split(","):
         name, equals, fanout = part.partition("=")
-        if not equals or not fanout.strip().isdigit():
+        if not equals or (number := whole_number(fanout.strip())) is None:
             raise ConfigError(f"--levels {levels!r}: {part!r} is no level; write for example node=2,cluster=4")
-        found.append({"name": name.strip(), "fanout": int(fanout)})
+        found.append({"name": name.strip(), "fanout": number})
     return build(ClusterConfig, {"device": device, "levels": found}, "--levels").resolve()
 
 

@@ -21,9 +21,11 @@ def run(
     settings: Annotated[list[str] | None, SET] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Put an existing run aside (NAME.1) and start anew.")] = False,
     plan: Annotated[Path | None, typer.Option(help="Run this plan, as `thinwire plan -o` writes it.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port for the ranks to meet at; default: any free one.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port for the ranks to meet at; default: any free one.", min=1, max=65535)
+    ] = None,
     ranks_per_node: Annotated[
-        int | None, typer.Option(help="Under srun with one task a node: how many ranks each starts.", min=1)
+        int | None, typer.Option(help="Under srun with one task a node: how many ranks each starts.", min=1, max=10_000)
     ] = None,
 ) -> None:
     """Train what RUN.toml describes; the same command resumes a run that was stopped or killed.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from thinwire.errors import ConfigError
+from thinwire.units import whole_number
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM_PORTS = (20000, 20000)
@@ -29,7 +30,9 @@ class Place:
         """
         if "RANK" in environment and "WORLD_SIZE" in environment:
             return _torchrun(environment)
-        if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        if "SLURM_PROCID" in environment and (
+            "SLURM_NTASKS" in environment and _number(environment, "SLURM_NTASKS") > 1
+        ):
             return _slurm(environment)
         return None
 
@@ -62,7 +65,11 @@ def _slurm(environment: Mapping[str, str]) -> Place:
             size=_number(environment, "SLURM_NTASKS"),
             local_rank=_number(environment, "SLURM_LOCALID") if "SLURM_LOCALID" in environment else 0,
             host=environment.get("MASTER_ADDR") or first_host(nodes),
-            port=int(environment.get("MASTER_PORT") or first + int(environment.get("SLURM_JOB_ID", "0")) % count),
+            port=(
+                _number(environment, "MASTER_PORT")
+                if environment.get("MASTER_PORT")
+                else first + (_number(environment, "SLURM_JOB_ID") if "SLURM_JOB_ID" in environment else 0) % count
+            ),
         )
     )
 
@@ -77,12 +84,15 @@ def first_host(nodes: str) -> str:
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment[name]
-    if not text.isdigit():
-        raise ConfigError(f"{name} = {text!r} is not a whole number; it is set by torchrun or srun")
-    return int(text)
+    number = whole_number(text)
+    if number is None:
+        raise ConfigError(f"{name} = {text[:40]!r} is not a whole number; it is set by torchrun or srun")
+    return number
 
 
 def _checked(place: Place) -> Place:
+    if not 1 <= place.port <= 65535:
+        raise ConfigError(f"MASTER_PORT = {place.port} is no port; they are 1 to 65535")
     if place.rank >= place.size:
         raise ConfigError(f"rank {place.rank} does not exist in a world of {place.size}; check RANK and WORLD_SIZE")
     return place

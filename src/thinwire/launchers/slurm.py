@@ -72,7 +72,16 @@ def _header(request: SlurmRequest) -> list[str]:
         f"output={request.logs / log}",
         *request.more,
     ]
-    return ["#!/bin/bash", *(f"#SBATCH --{option}" for option in options if option)]
+    return ["#!/bin/bash", *(f"#SBATCH --{_in_a_line(option)}" for option in options if option)]
+
+
+def _in_a_line(option: str) -> str:
+    """Raises ConfigError for what would end the line, or is no text: Slurm would read the rest as something else."""
+    if not option.isprintable():
+        raise ConfigError(
+            f"{option!r} cannot stand in an sbatch script: it has a line break or such in it; leave that out"
+        )
+    return option
 
 
 def _environment(request: SlurmRequest) -> list[str]:
@@ -148,7 +157,7 @@ def first_task(array: str) -> str:
     """The first number of an array specification such as `0-7%2` or `3,5`."""
     number = ""
     for letter in array:
-        if not letter.isdigit():
+        if letter not in "0123456789":
             break
         number += letter
     return number

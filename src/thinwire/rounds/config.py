@@ -28,13 +28,13 @@ class SyncConfig(Frozen):
     """Groups inside it agree every step, across it and the levels outside it once a round. Default: the outermost."""
     sum_inside: str | None = None
     """The groups inside a member of this level add up what they changed, uncoded, before one sum of them travels farther."""
-    inner_steps: int = Field(default=30, ge=1)
+    inner_steps: int = Field(default=30, ge=1, le=10**6)
     fragments: int | str | None = None
     order: Order = "strided"
     delay: int | None = Field(default=None, ge=0)
     lead: int | None = Field(default=None, ge=1)
     mix: float | None = Field(default=None, ge=0, le=1)
-    outer_lr: float | None = Field(default=None, gt=0)
+    outer_lr: float | None = Field(default=None, gt=0, le=1e6)
     outer_momentum: float | None = Field(default=None, ge=0, lt=1)
     codec: OuterCodecName | None = None
     block: Literal[64, 128, 256] = 128
@@ -42,7 +42,7 @@ class SyncConfig(Frozen):
     error_feedback: bool | None = None
     aggregate: Aggregate = "mean"
     gap_penalty: bool | None = None
-    clip: float | None = Field(default=None, gt=0)
+    clip: float | None = Field(default=None, gt=0, le=1e30)
 
     @field_validator("fragments")
     @classmethod

@@ -13,17 +13,17 @@ from thinwire.data.config import DataConfig
 from thinwire.model.config import ModelConfig
 from thinwire.plan import PlanConfig
 from thinwire.train.trackers import TrackingConfig
-from thinwire.units import Seconds
+from thinwire.units import Seconds, divisors
 
 
 class BatchConfig(Frozen):
     """`[batch]`: how many tokens make one optimizer step."""
 
-    sequences: int = Field(default=16, ge=1)
+    sequences: int = Field(default=16, ge=1, le=10**9)
     """Sequences in one optimizer step, over all ranks."""
-    tokens: int = Field(default=256, ge=2)
+    tokens: int = Field(default=256, ge=2, le=10**9)
     """Tokens in one sequence."""
-    micro_batch: int | None = Field(default=None, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1, le=10**9)
     """Sequences per rank in one forward and backward; default: all of a rank's share at once."""
 
     def split(self, ranks: int) -> tuple[int, int]:
@@ -36,7 +36,7 @@ class BatchConfig(Frozen):
         share = self.sequences // ranks
         micro = self.micro_batch or share
         if share % micro:
-            fitting = max(size for size in range(1, micro + 1) if share % size == 0)
+            fitting = max(size for size in divisors(share) if size <= micro)
             raise ValueError(
                 f"batch.sequences = {self.sequences} over {ranks} ranks is {share} a rank, which micro_batch = {micro} "
                 f"does not divide; try micro_batch = {fitting}"
@@ -47,14 +47,14 @@ class BatchConfig(Frozen):
 class OptimizerConfig(Frozen):
     """`[optimizer]`: AdamW (arXiv 1711.05101) and gradient clipping by global norm."""
 
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, le=1e6)
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
+    eps: float = Field(default=1e-8, ge=1e-30, le=1)
+    weight_decay: float = Field(default=0.1, ge=0, le=1e6)
     """Applied to matrices; vectors (norms, biases) are not decayed."""
-    clip_norm: float = Field(default=1.0, ge=0)
+    clip_norm: float = Field(default=1.0, ge=0, le=1e30)
     """Largest global gradient norm; 0 switches clipping off."""
 
 
@@ -62,7 +62,7 @@ class ScheduleConfig(Frozen):
     """`[schedule]`: the learning rate over the run."""
 
     kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(default=20, ge=0)
+    warmup_steps: int = Field(default=20, ge=0, le=10**12)
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """`wsd`: the share of the steps after warm-up that the final decay takes."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -74,8 +74,8 @@ class RunSection(Frozen):
 
     folder: Path | None = None
     """The run folder; default `runs/` and the run file's name."""
-    steps: int = Field(default=300, ge=1)
-    seed: int = Field(default=1234, ge=0)
+    steps: int = Field(default=300, ge=1, le=10**12)
+    seed: int = Field(default=1234, ge=0, le=2**62)
     log_every: int = Field(default=10, ge=1)
     """Steps between the plain progress lines of a run without a terminal. Every step is in `events.jsonl`."""
     eval_every: int = Field(default=100, ge=0)
@@ -91,7 +91,7 @@ class RunSection(Frozen):
     """Compile the model's blocks with torch.compile."""
     trace_steps: int = Field(default=3, ge=0, le=1000)
     """Steps of each start, the first left out, that rank 0 records moment by moment in `trace.json`; 0: none."""
-    timeout: Seconds = Field(default=600.0, gt=0)
+    timeout: Seconds = Field(default=600.0, ge=1e-3, le=1e6)
     """A collective that takes longer than this ends the run."""
 
 

@@ -81,8 +81,10 @@ def _refuse_other_things(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ConfigError(f"{folder} is a file, not a run folder; choose another with --set run.folder=PATH")
-    if not present(folder / RUN_FILE) and any(path.name not in (LOGS, LOCK) for path in folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no {RUN_FILE}; choose another with --set run.folder=PATH")
+    lacks = next((name for name in (RUN_FILE, PLAN_FILE) if not present(folder / name)), None)
+    begun = (LOGS, LOCK, PLAN_FILE, CLUSTER_FILE)
+    if lacks and any(path.name not in begun for path in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no {lacks}; choose another with --set run.folder=PATH")
 
 
 def _fill(job: Job, *, resuming: bool) -> None:
@@ -91,9 +93,9 @@ def _fill(job: Job, *, resuming: bool) -> None:
         refuse_other_run(job)
         _refuse_lost_checkpoints(folder)
     remove_partial(folder / CHECKPOINTS)
-    write_whole(folder / RUN_FILE, dump_toml(job.config))
     write_whole(folder / PLAN_FILE, job.plan.model_dump_json(indent=2) + "\n")
     write_whole(folder / CLUSTER_FILE, job.cluster.model_dump_json(indent=2) + "\n")
+    write_whole(folder / RUN_FILE, dump_toml(job.config))  # last: where it stands alone, it is a user's
     if job.init is not None:
         keep_beside(job.init, folder)
     elif job.config.model.hf is not None:
@@ -106,7 +108,7 @@ def _refuse_lost_checkpoints(folder: Path) -> None:
     if list_checkpoints(kept) or list_torn(kept) or not present(folder / EVENTS_FILE):
         return
     try:
-        saved = [record["step"] for record in read_events(folder / EVENTS_FILE, "checkpoint")]
+        saved = [record.get("step") for record in read_events(folder / EVENTS_FILE, "checkpoint")]
     except ValueError as error:
         raise ConfigError(f"{folder / EVENTS_FILE} is damaged: {error}") from None
     if saved:

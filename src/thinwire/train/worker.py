@@ -19,6 +19,7 @@ from thinwire.train.folder import open_folder
 from thinwire.train.job import Job, read_config, resolve
 from thinwire.train.report import describe
 from thinwire.train.stop import StopRequest
+from thinwire.train.streams import forgive
 
 Advise = Callable[[Job, float, float], str]
 """(job, bytes needed, bytes there are) -> which setting would fit."""
@@ -55,6 +56,7 @@ def run_rank(job: Job, place: Place, stop: StopRequest, *, advise: Advise | None
 
 def main(arguments: Sequence[str]) -> int:
     """A rank started by the local launcher. Returns the exit status; a failure is written to the report file."""
+    forgive()
     own = json.loads(arguments[0])
     leave_with_launcher(own["launcher_pipe"])
     stop = StopRequest()
