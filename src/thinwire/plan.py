@@ -184,6 +184,11 @@ class Plan(Frozen):
                 )
         _, lg, _ = self.depths
         for level, codec in self.wire.grads.items():
+            if codec == "lowrank" and self.sync is not None:
+                raise ValueError(
+                    f"wire.grads.{level} = 'lowrank' runs across the outermost level ({names[-1]}), which groups cross "
+                    f"once a round under plan.sync: leave it out (sync.codec makes rounds smaller), or leave plan.sync out"
+                )
             if codec == "lowrank" and not lg < names.index(level) == len(names) - 1:
                 raise ValueError(
                     f"wire.grads.{level} = 'lowrank' needs the outermost level ({names[-1]}) and gradients cut inside it, "

@@ -26,7 +26,10 @@ def run(
     from thinwire.evaluate.loss import score
     from thinwire.train.shortage import shortage_explained
 
-    where, hint = device_for(device), "give a smaller --batch, or --device cpu where the host has more memory"
+    where = device_for(device)
+    smaller = ["give a smaller --batch"] if batch > 1 else []
+    elsewhere = ["give --device cpu where the host has more memory"] if where.type != "cpu" else []
+    hint = ", or ".join([*smaller, *elsewhere])
     with shortage_explained(where, hint=hint):
         loaded = load_run(folder, step=step, device=where)
     corpus = loaded.corpus(data)

@@ -27,7 +27,8 @@ def run(
     from thinwire.train.shortage import shortage_explained
 
     where = device_for(device)
-    with shortage_explained(where, hint="give --device cpu where the host has more memory"):
+    hint = "give --device cpu where the host has more memory" if where.type != "cpu" else ""
+    with shortage_explained(where, hint=hint):
         _continue(load_run(folder, step=step, device=where), prompt, tokens, temperature, top_p, seed)
 
 

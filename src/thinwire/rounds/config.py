@@ -182,6 +182,11 @@ class Sync(Frozen):
         if self.lead is not None and (self.groups == 1 or self.lead >= self.inner_steps):
             why = "there is one group" if self.groups == 1 else f"rounds of inner_steps = {self.inner_steps} do as much"
             raise ValueError(f"lead = {self.lead} keeps groups together, and {why}; leave it out")
+        if self.groups == 1 and self.codec != "fp32":
+            raise ValueError(
+                f"codec = {self.codec!r} makes what groups send each other smaller, and there is one group: its outer steps "
+                f"would lose precision for nothing; set codec = 'fp32', use kind = 'diloco', or a level with several members"
+            )
         if self.gap_penalty and (self.nesterov or not self.late):
             raise ValueError(
                 f"gap_penalty divides a change that is one round late, without Nesterov momentum; kind {self.kind!r} has "

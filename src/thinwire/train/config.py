@@ -58,15 +58,25 @@ class OptimizerConfig(Frozen):
     """Largest global gradient norm; 0 switches clipping off."""
 
 
+WARMUP_STEPS = 20
+
+
 class ScheduleConfig(Frozen):
     """`[schedule]`: the learning rate over the run."""
 
     kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(default=20, ge=0, le=10**12)
+    warmup_steps: int | None = Field(default=None, ge=0, le=10**12)
+    """Default: 20, and of a run that is no longer than that a twentieth."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """`wsd`: the share of the steps after warm-up that the final decay takes."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of `total_steps`."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return WARMUP_STEPS if total_steps > WARMUP_STEPS else math.ceil(total_steps / 20) if total_steps > 1 else 0
 
 
 class RunSection(Frozen):
@@ -111,20 +121,22 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
-        if self.schedule.warmup_steps >= self.run.steps and self.schedule.warmup_steps > 0:
+        warmup = self.schedule.warmup_steps
+        if warmup and warmup >= self.run.steps:
             raise ValueError(
-                f"schedule.warmup_steps = {self.schedule.warmup_steps} leaves nothing of run.steps = {self.run.steps}; "
-                f"try warmup_steps = {max(0, math.ceil(self.run.steps / 20))}"
+                f"schedule.warmup_steps = {warmup} leaves nothing of run.steps = {self.run.steps}; "
+                f"try warmup_steps = {math.ceil(self.run.steps / 20) if self.run.steps > 1 else 0}, or leave it out"
             )
         return self
 
 
 MAY_CHANGE = ("run.steps", "run.folder", "run.log_every", "run.eval_every", "run.eval_sequences", "run.sample_tokens",
-              "run.sample_prompt", "run.max_bad_steps", "run.trace_steps", "run.timeout", "run.compile", "checkpoint.",
-              "cluster.", "plan.", "tracking.", "batch.micro_batch", "data.path", "data.sources",
+              "run.sample_prompt", "run.max_bad_steps", "run.trace_steps", "run.timeout", "run.compile", "optimizer.lr",
+              "checkpoint.", "cluster.", "plan.", "tracking.", "batch.micro_batch", "data.path", "data.sources",
               "data.tokenizer")  # fmt: skip
 """Keys (or sections) in which a resumed run may differ from the run it goes on with.
 
-Where and how the same numbers are computed may change; what is computed may not. The corpus itself is compared by its
+Where and how the same numbers are computed may change; what is computed may not, but for how long a run is and its peak
+learning rate, of which a line says what they change. The corpus itself is compared by its
 digest, so its path may change.
 """

@@ -100,6 +100,8 @@ def run_external(
     if place.rank == 0:
         print(described(job.cluster, found_gpus(os.environ)), flush=True)
     opened = open_folder(job, fresh=fresh) if place.rank == 0 else None
+    for sentence in opened.said if opened is not None else ():
+        print(sentence, flush=True)
     try:
         run_rank(job, place, stop, advise=advise)
     except StopAsked as error:
