@@ -109,8 +109,26 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_asked(path: Path, text: str, *, option: str) -> None:
     """`write_whole` where the user said, with `option`. Raises ConfigError."""
-    try:
+    with _asked(path, option):
         write_whole(path, text)
-    except (OSError, ValueError) as error:  # ValueError: a path without a name, or with a NUL
+
+
+def check_writable(path: Path, *, option: str) -> None:
+    """Raises ConfigError if `write_asked` could not write there: before what takes minutes is done for it."""
+    with _asked(path, option):
+        if path.is_symlink() or path.exists():
+            path.open("ab").close()
+        else:
+            partial = path.with_name(f".{path.name}.partial")
+            partial.open("wb").close()
+            partial.unlink()
+
+
+@contextmanager
+def _asked(path: Path, option: str) -> Iterator[None]:
+    """What the system refuses of a path that a user gave, as ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a path without a name
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise ConfigError(f"{path} cannot be written: {reason}; choose another with {option} PATH") from None

@@ -122,7 +122,7 @@ def _more_of(setting: Setting, larger: Setting) -> str:
     if len(setting.cluster.levels) > 1:
         return f"{last.name} = {last.fanout}"
     node = setting.cluster.levels[0]
-    return f"{last.fanout} of that {node.name} of {node.fanout}, cluster.levels = [{node.fanout}, {last.fanout}]"
+    return f"{last.fanout} {node.name}s of {node.fanout}, cluster.levels = [{node.fanout}, {last.fanout}]"
 
 
 def _with_more(setting: Setting, factor: int) -> Setting:

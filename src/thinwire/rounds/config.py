@@ -183,9 +183,10 @@ class Sync(Frozen):
             why = "there is one group" if self.groups == 1 else f"rounds of inner_steps = {self.inner_steps} do as much"
             raise ValueError(f"lead = {self.lead} keeps groups together, and {why}; leave it out")
         if self.groups == 1 and self.codec != "fp32":
+            way_out = "use kind = 'diloco'" if "codec" in PRESETS[self.kind] else "leave codec out"
             raise ValueError(
                 f"codec = {self.codec!r} makes what groups send each other smaller, and there is one group: its outer steps "
-                f"would lose precision for nothing; set codec = 'fp32', use kind = 'diloco', or a level with several members"
+                f"would lose precision for nothing; {way_out}, or let there be more groups"
             )
         if self.gap_penalty and (self.nesterov or not self.late):
             raise ValueError(
