@@ -30,7 +30,7 @@ def test_what_is_refused_is_forgotten_and_the_reason_kept() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_takes_nothing_and_raises_nothing() -> None:
-    with open("/dev/full", "wb", buffering=0) as full:
+    with Path("/dev/full").open("wb", buffering=0) as full:
         text = io.TextIOWrapper(io.BufferedWriter(Forgiving(full.fileno())), line_buffering=True)
         print("a line", file=text)
         text.flush()
