@@ -79,13 +79,14 @@ def thinwire(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end: in a process of its own if it starts ranks, else in this one (torch is loaded)."""
     if arguments and arguments[0] in _STARTS_NO_RANKS:
-        return _here([str(argument) for argument in arguments], cwd or Path.cwd())
+        return here([str(argument) for argument in arguments], cwd or Path.cwd())
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, cwd=cwd, timeout=timeout_s, env=environment(), check=False
     )
 
 
-def _here(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def here(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command line to its end in this process; it must start no others."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -42,7 +42,7 @@ def test_the_resolved_file_reads_back_equal(run_file: Path, tmp_path: Path) -> N
         ("batch.sequences=0", "greater than or equal to 1"),
         ("batch.sequences=many", "batch.sequences"),
         ("schedule.kind=cosin", "'cosine', 'wsd'"),
-        ("run.steps=10", "leaves nothing"),
+        ("schedule.warmup_steps=300", "leaves nothing"),
         ("cluster.levels=[0]", "greater than or equal to 1"),
         ("cluster.levels=[{name='all', fanout=2}]", "cannot be called 'all'"),
         ("nonsense", "is not of the form"),

@@ -1,19 +1,24 @@
 """One TOML file in: `file < --set` is the whole order of precedence, and a wrong key gets the nearest right one.
 
 Configuration models are frozen pydantic models that stand beside the code that reads them; this file only loads,
-overrides, explains and dumps them.
+overrides, explains and dumps them. What thinwire wrote itself as JSON is read here too: whatever is wrong with a file,
+and with a value in it, is said in the same words everywhere.
 """
 
 import difflib
+import json
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from thinwire.errors import ConfigError
+from thinwire.errors import ConfigError, ThinwireError
+
+_FILE_BYTES = 1 << 24
+"""Configuration files are read up to here: a device such as /dev/zero never ends."""
 
 
 class Frozen(BaseModel):
@@ -23,55 +28,155 @@ class Frozen(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _nearest_key(cls, data: Any) -> Any:
+    def _known_and_fit(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
-            for key in data:
+            for key, value in data.items():
                 if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}{_nearest(str(key), list(cls.model_fields))}")
+                    raise ValueError(f"unknown key {_shown(key)}{_nearest_key(str(key), cls)}")
+                _refuse_unfit(key, value, cls.model_fields[key].annotation)
         return data
 
 
 M = TypeVar("M", bound=BaseModel)
 
 
-def _nearest(key: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else f"; the keys here are {', '.join(sorted(known))}"
+def _refuse_unfit(key: str, value: Any, annotation: Any) -> None:
+    """Raises ValueError for true where a number belongs (pydantic takes it for 1), and for text that no file can hold."""
+    if isinstance(value, bool) and not _takes_truth(annotation):
+        raise ValueError(f"{key} = {_shown(value)}, but that is no yes-or-no setting; write its value")
+    if isinstance(value, str) and ("\0" in value or not _encodable(value)):
+        raise ValueError(f"{key} = {_shown(value)} is no UTF-8 text (or has a NUL in it); give another")
+    if value == "" and Path in (annotation, *get_args(annotation)):
+        raise ValueError(f"{key} is an empty path; give one, or leave {key} out")
+
+
+def _takes_truth(annotation: Any) -> bool:
+    return annotation in (bool, Any, object) or any(_takes_truth(part) for part in get_args(annotation))
+
+
+def _encodable(text: str) -> bool:
+    """False for what bytes in arguments become that are no UTF-8: nothing could write them down again."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def nearest(key: str, known: Sequence[str], *, listed: str = "there are", cutoff: float = 0.6) -> str:
+    """The end of a sentence about an unknown word: what is near it, else all there are.
+
+    Words that begin with it count as near, all of them: 'a100' is a100-80g and a100-40g.
+    """
+    begun = [name for name in known if name.lower().startswith(key.lower())] if key else []
+    found = begun or difflib.get_close_matches(key.lower(), known, n=1, cutoff=cutoff)
+    if found and len(found) <= 4:
+        return f"; did you mean {' or '.join(map(repr, found))}?"
+    return f"; {listed} {', '.join(known)}"
+
+
+def _nearest_key(key: str, model: type[BaseModel]) -> str:
+    return nearest(key, sorted(model.model_fields), listed="the keys here are", cutoff=0.5)
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Raises ValueError that says what is wrong with `text`."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"is not valid TOML: {error}") from None
+    except ValueError:
+        raise ValueError("holds a number of more digits than can be read") from None
+    except RecursionError:
+        raise ValueError("nests lists or tables too deeply to be read") from None
+
+
+def parse_json(raw: bytes | str) -> Any:
+    """Raises ValueError that says what is wrong with `raw`."""
+    try:
+        return json.loads(raw)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}" if raw else "it is empty"
+        raise ValueError(f"is no JSON ({where})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is no UTF-8 text (byte {error.start})") from None
+    except ValueError:
+        raise ValueError("holds a number of more digits than can be read") from None
+    except RecursionError:
+        raise ValueError("nests lists or objects too deeply to be read") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The file as nested dictionaries. Raises ConfigError if it is missing, unreadable or not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(_FILE_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the path of a run file such as examples/stdlib.toml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror or error}; give another, or make it readable"
+        ) from None
+    if len(raw) > _FILE_BYTES:
+        raise ConfigError(f"{path} is larger than {_FILE_BYTES >> 20} MiB, so it is no run file; give another")
+    try:
+        return parse_toml(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} {error}") from None
+
+
+def read_json(path: Path, *, error: type[ThinwireError] = ConfigError, way_out: str) -> Any:
+    """What a JSON file of our own holds. Raises `error`, with `way_out` at the end of its sentence."""
+    try:
+        return parse_json(path.read_bytes())
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}; {way_out}") from None
+    except ValueError as reason:
+        raise error(f"{path} {reason}; {way_out}") from None
+
+
+def read_document(
+    path: Path, model: type[M], *, what: str, error: type[ThinwireError] = ConfigError, way_out: str
+) -> M:
+    """A JSON file of our own as `model`, `what` in words. Raises `error`: which field lacks or is wrong, and `way_out`."""
+    tree = read_json(path, error=error, way_out=way_out)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as reason:
+        raise error(f"{path} is no {what}: {explain(reason)}; {way_out}") from None
 
 
 def _value(text: str) -> Any:
     """A `--set` value: TOML if it parses as TOML, else the bare text (so that `a.b=node` needs no quotes)."""
     try:
-        return tomllib.loads(f"v = {text}")["v"]
+        found = tomllib.loads(f"v = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    except (ValueError, RecursionError):
+        raise ConfigError(f"--set: {_shown(text)} has too many digits or brackets to be read") from None
+    if len(found) > 1:
+        raise ConfigError(f"--set: {_shown(text)} is more than one value; repeat --set for each key")
+    return found["v"]
 
 
 def override(tree: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """`tree` with each `"a.b=c"` of `settings` applied in order; `tree` itself is not changed. Raises ConfigError."""
-    out = _copy(tree)
+    try:
+        out = _copy(tree)
+    except RecursionError:
+        raise ConfigError("the file nests tables too deeply to be read") from None
     for setting in settings:
         path, equals, text = setting.partition("=")
         keys = [key.strip() for key in path.split(".")]
         if not equals or not all(keys):
-            raise ConfigError(f"--set {setting!r} is not of the form section.key=value")
+            raise ConfigError(f"--set {_shown(setting)} is not of the form section.key=value")
         node = out
         for key in keys[:-1]:
             child = node.setdefault(key, {})
             if not isinstance(child, dict):
-                raise ConfigError(f"--set {setting!r}: {key!r} is a value, not a section")
+                raise ConfigError(f"--set {_shown(setting)}: {_shown(key)} is a value, not a section")
             node = child
         node[keys[-1]] = _value(text.strip())
     return out
@@ -89,21 +194,55 @@ def build(model: type[M], tree: Mapping[str, Any], source: str) -> M:
         raise ConfigError(f"{source}: {explain(error)}") from None
 
 
+_WORDS = {
+    "int_type": "must be a whole number", "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number", "int_parsing_size": "must be a whole number of fewer digits",
+    "float_type": "must be a number", "float_parsing": "must be a number", "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false", "string_type": "must be text", "path_type": "must be a path, as text",
+    "tuple_type": "must be a list", "list_type": "must be a list", "dict_type": "must be a table",
+    "mapping_type": "must be a table", "model_type": "must be a table", "model_attributes_type": "must be a table",
+    "missing": "is required and missing", "too_short": "must not be empty",
+    "string_pattern_mismatch": "must begin with a letter, and go on with letters, digits, dashes and underscores",
+}  # fmt: skip
+"""What is said of pydantic's kinds of errors; of others, what pydantic says."""
+
+
 def explain(error: ValidationError) -> str:
     """The first trouble of a pydantic error as `section.key: sentence`."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    errors = error.errors()
+    first = errors[0]
+    kind, where = first["type"], ".".join(_keys(first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] not in ("value_error", "missing"):
+    if kind != "value_error":
+        message = _wanted(first, errors) or message.replace("Input should", "must")
         shown = first["input"]
-        message = f"{message[:1].lower()}{message[1:]}, not {shown!r}" if _short(shown) else message
-    if first["type"] == "missing":
-        message = "is required and missing"
+        if kind not in ("missing", "too_short") and isinstance(shown, str | int | float) and len(_shown(shown)) < 80:
+            message = f"{message}, not {_shown(shown)}"
     return f"{where}: {message}" if where else message
 
 
-def _short(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool) and (not isinstance(value, str) or len(value) < 80)
+def _wanted(first: Any, errors: Sequence[Any]) -> str:
+    """What belongs there: of a union whatever its members say of the same place."""
+    alike = [each for each in errors if _keys(each["loc"]) == _keys(first["loc"]) and each["type"].endswith("_type")]
+    kinds = [each["type"] for each in alike] if first["type"].endswith("_type") else [first["type"]]
+    words = list(dict.fromkeys(_WORDS[kind] for kind in kinds if kind in _WORDS))
+    return " or ".join([*words[:1], *(word.removeprefix("must be ") for word in words[1:])])
+
+
+def _keys(location: Iterable[int | str]) -> list[str]:
+    """The user's keys of a place in a document; pydantic adds validators and the members of unions."""
+    added = {model.__name__ for model in Frozen.__subclasses__()} | {"str", "int", "float", "bool"}
+    return [str(part) for part in location if isinstance(part, int) or not ("[" in part or part in added)]
+
+
+def _shown(value: Any) -> str:
+    """A value as a user wrote it, cut short: an integer of thousands of digits cannot be printed, and need not be."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a number of more than 30 digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def load(model: type[M], path: Path, settings: Sequence[str] = ()) -> M:

@@ -105,9 +105,9 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """None for what is no whole record."""
     try:
         found = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and "event" in found else None
+    return found if isinstance(found, dict) and isinstance(found.get("event"), str) else None
 
 
 def read_events(path: Path, event: str | None = None) -> Iterator[dict[str, Any]]:

@@ -87,10 +87,48 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old text or the new, never half."""
+    """Write beside `path`, then rename: a reader sees the old text or the new, never half. Raises OSError.
+
+    What is no plain file (a device, a pipe, a link) is written to, not replaced: nothing may take the place of /dev/null.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+        return
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_asked(path: Path, text: str, *, option: str) -> None:
+    """`write_whole` where the user said, with `option`. Raises ConfigError."""
+    with _asked(path, option):
+        write_whole(path, text)
+
+
+def check_writable(path: Path, *, option: str) -> None:
+    """Raises ConfigError if `write_asked` could not write there: before what takes minutes is done for it."""
+    with _asked(path, option):
+        if path.is_symlink() or path.exists():
+            path.open("ab").close()
+        else:
+            partial = path.with_name(f".{path.name}.partial")
+            partial.open("wb").close()
+            partial.unlink()
+
+
+@contextmanager
+def _asked(path: Path, option: str) -> Iterator[None]:
+    """What the system refuses of a path that a user gave, as ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a path without a name
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ConfigError(f"{path} cannot be written: {reason}; choose another with {option} PATH") from None

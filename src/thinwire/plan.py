@@ -20,7 +20,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from thinwire.cluster.cluster import Cluster
-from thinwire.config import Frozen, explain
+from thinwire.config import Frozen, explain, read_document
 from thinwire.errors import PlanError
 from thinwire.rounds.config import Sync, SyncConfig
 from thinwire.wire import CodecName, Rounding
@@ -106,9 +106,9 @@ class Wire(Frozen):
     grads: Mapping[str, CodecName] = Field(default_factory=dict)
     block: Literal[64, 128, 256] = 128
     """Numbers that share a scale."""
-    rank: int = Field(default=4, ge=1)
+    rank: int = Field(default=4, ge=1, le=10**5)
     """Columns of the two matrices that `lowrank` sends for each one."""
-    rank_from: int = Field(default=2, ge=0)
+    rank_from: int = Field(default=2, ge=0, le=10**12)
     """Steps at the start whose gradients are summed whole before `lowrank` begins (PyTorch: `start_powerSGD_iter`)."""
     rounding: Rounding = "nearest"
     error_feedback: bool = False
@@ -157,9 +157,9 @@ class Plan(Frozen):
     """How worker groups agree across a level and those outside it; without it they agree every step."""
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
-    micro_batch: int = Field(default=1, ge=1)
+    micro_batch: int = Field(default=1, ge=1, le=10**9)
     """Sequences per rank in one forward and backward."""
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1, le=10**9)
     """Micro-batches per rank and optimizer step."""
 
     @model_validator(mode="after")
@@ -184,6 +184,11 @@ class Plan(Frozen):
                 )
         _, lg, _ = self.depths
         for level, codec in self.wire.grads.items():
+            if codec == "lowrank" and self.sync is not None:
+                raise ValueError(
+                    f"wire.grads.{level} = 'lowrank' runs across the outermost level ({names[-1]}), which groups cross "
+                    f"once a round under plan.sync: leave it out (sync.codec makes rounds smaller), or leave plan.sync out"
+                )
             if codec == "lowrank" and not lg < names.index(level) == len(names) - 1:
                 raise ValueError(
                     f"wire.grads.{level} = 'lowrank' needs the outermost level ({names[-1]}) and gradients cut inside it, "
@@ -316,14 +321,8 @@ _DEFAULTS: Mapping[str, object] = {name: field.default for name, field in PlanCo
 
 def read_plan(path: Path, cluster: Cluster, *, sequences: int) -> Plan:
     """The plan document at `path`, for `cluster` and `sequences` sequences a rank and step. Raises PlanError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise PlanError(f"plan.file = {path} cannot be read; write one with thinwire plan RUN.toml -o {path}") from None
-    try:
-        plan = Plan.model_validate_json(text)
-    except ValidationError as error:
-        raise PlanError(f"{path} is no plan of version 1: {explain(error)}") from None
+    way_out = "write a plan with thinwire plan RUN.toml -o PLAN.json"
+    plan = read_document(path, Plan, what="plan of version 1", error=PlanError, way_out=way_out)
     levels = tuple((level.name, level.fanout) for level in cluster.levels)
     if plan.levels != levels:
         told = (" x ".join(f"{name}={fanout}" for name, fanout in pairs) for pairs in (plan.levels, levels))

@@ -48,27 +48,23 @@ def _complete(span: Span, thread: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_trace(spans: Sequence[Span], ranks: Mapping[int, str], path: Path) -> None:
-    """Write the trace file, whole or not at all; `ranks` has a name for every rank. Raises OSError."""
-    text = json.dumps({"traceEvents": trace_events(spans, ranks), "displayTimeUnit": "ms"}) + "\n"
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+def trace_text(spans: Sequence[Span], ranks: Mapping[int, str]) -> str:
+    """What the trace file holds; `ranks` has a name for every rank."""
+    return json.dumps({"traceEvents": trace_events(spans, ranks), "displayTimeUnit": "ms"}) + "\n"
 
 
 def read_trace(path: Path) -> list[Span]:
-    """The spans of a file that `write_trace` wrote. Raises OSError, or ValueError if it is none."""
+    """The spans of a file of `trace_text`. Raises OSError, or ValueError if it is none."""
+    raw = path.read_bytes()
     try:
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+        events = json.loads(raw)["traceEvents"]
+        lanes = {(e["pid"], e["tid"]): str(e["args"]["name"]) for e in events if e["name"] == "thread_name"}
         return [
-            Span(e["pid"], lanes[e["pid"], e["tid"]], e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6)
+            Span(int(e["pid"]), lanes[e["pid"], e["tid"]], str(e["name"]), e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6)
             for e in events
             if e["ph"] == "X"
         ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no trace of thinwire: {error!r}") from None
+    except KeyError as error:
+        raise ValueError(f"{path} is no trace of thinwire: it lacks {error}") from None
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        raise ValueError(f"{path} is no trace of thinwire: what it holds cannot be read") from None

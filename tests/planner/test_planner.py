@@ -26,8 +26,9 @@ from thinwire.planner.fit import Measured, fit, predict
 from thinwire.planner.named import parse
 from thinwire.planner.search import cost, search
 from thinwire.planner.sensitivity import SHARES, flips, needed, with_rate
-from thinwire.planner.space import Space, cores, divisors, partitions
+from thinwire.planner.space import Space, cores, partitions
 from thinwire.planner.whynot import why_not
+from thinwire.units import divisors
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

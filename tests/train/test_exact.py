@@ -234,12 +234,17 @@ def test_wire_bytes_over_two_levels_add_up_to_the_formula_exactly(corpus: Path, 
 def test_the_resumed_run_refuses_another_configuration(corpus: Path, tmp_path: Path) -> None:
     path = write_run(tmp_path, corpus, run={"steps": 3}, schedule={"warmup_steps": 1})
     assert thinwire("train", path).returncode == 0
-    refused = thinwire("train", path, "--set", "optimizer.lr=0.5")
+    refused = thinwire("train", path, "--set", "optimizer.beta2=0.5")
     assert refused.returncode == 2
-    assert "optimizer.lr was 0.003, now 0.5" in refused.stderr
-    longer = thinwire("train", path, "--set", "run.steps=5")
+    assert "optimizer.beta2 was 0.95, now 0.5" in refused.stderr
+    longer = thinwire("train", path, "--set", "run.steps=5", "--set", "optimizer.lr=0.002")
     assert longer.returncode == 0, longer.stderr
     assert "going on with" in longer.stdout
+    assert "optimizer.lr was 0.003, it is 0.002 from step 4 on" in longer.stdout
+    assert (
+        "which moves the schedule: step 3 had a learning rate that a run of 5 steps would not have given it"
+        in longer.stdout
+    )
     assert sorted(steps(tmp_path / "run" / EVENTS_FILE)) == [1, 2, 3, 4, 5]
     fresh = thinwire("train", path, "--fresh", "--set", "optimizer.lr=0.5")
     assert fresh.returncode == 0

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from thinwire.config import explain, parse_json
 from thinwire.errors import CheckpointError, UnreadableError
 
 MANIFEST, FORMAT, OLD_FORMAT = "manifest.json", 2, 1
@@ -71,9 +72,9 @@ class Manifest:
         with reading(path, missing=f"{folder} has no {MANIFEST}: its writing was cut short"):
             raw = path.read_bytes()
         try:
-            tree = json.loads(raw)
+            tree = parse_json(raw)
         except ValueError as error:
-            raise CheckpointError(f"{path} is no JSON: {error}") from None
+            raise CheckpointError(f"{path} {error}") from None
         if not isinstance(tree, dict) or tree.get("format") not in (FORMAT, OLD_FORMAT):
             raise CheckpointError(f"{path} is not of format {FORMAT}, the one this version writes, or {OLD_FORMAT}")
         if tree.pop(_DIGEST, None) != _digest_of(tree) and tree["format"] == FORMAT:
@@ -81,8 +82,7 @@ class Manifest:
         try:
             manifest = TypeAdapter(Manifest).validate_python(tree)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise CheckpointError(f"{path}: {explain(error)}") from None
         manifest._check(path)
         return manifest
 

@@ -6,12 +6,17 @@ Exit status: 0 done, 1 the run failed, 2 the input was wrong. An error is one se
 import importlib
 import keyword
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from thinwire.errors import ThinwireError
+from thinwire.config import nearest
+from thinwire.errors import ConfigError, ThinwireError
+from thinwire.train.streams import forgive, refused
+
+_UsageError: type[Any] = typer.BadParameter.__mro__[1]
+"""Of the copy of click that typer carries, which it does not export."""
 
 _VERBS = {
     "train": "Train what a run file describes; resumes a run that was stopped or killed.",
@@ -38,7 +43,7 @@ class LazyGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _VERBS:
-            return None
+            raise ConfigError(f"there is no verb {cmd_name!r}{nearest(cmd_name, list(_VERBS))}")
         module = importlib.import_module(f"thinwire.cli.{cmd_name}{'_' if keyword.iskeyword(cmd_name) else ''}")
         verb = getattr(module, "app", None)
         if verb is None:
@@ -78,19 +83,42 @@ def _root(
     """Options of the program itself."""
 
 
-def main(arguments: list[str] | None = None) -> Any:
-    """The console script."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The console script: it leaves with the exit status of the verb."""
+    forgive()
     try:
-        return app(arguments, prog_name="thinwire")
+        status = app(arguments, prog_name="thinwire", standalone_mode=False)
     except ThinwireError as error:
-        typer.echo(f"thinwire: {error}", err=True)
-        sys.exit(error.exit_status)
-    except BrokenPipeError:
-        sys.exit(0)
+        _leave(str(error), error.exit_status)
+    except _UsageError as error:
+        _leave(_of_usage(error), ConfigError.exit_status)
     except OSError as error:
         if error.filename is None:
             raise
-        typer.echo(
-            f"thinwire: {error.filename} cannot be used: {error.strerror}; make it readable, or give another", err=True
-        )
-        sys.exit(2)
+        _leave(_of_system(error), ConfigError.exit_status)
+    if isinstance(status, int) and status:
+        sys.exit(status)
+    if why := refused():
+        _leave(f"standard output takes no more ({why.strerror}), so it is not whole; make room, or give another", 1)
+    sys.exit(0)
+
+
+def _leave(sentence: str, status: int) -> NoReturn:
+    typer.echo(f"thinwire: {sentence}", err=True)
+    sys.exit(status)
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refuses about a path that the user gave."""
+    return f"{error.filename} cannot be used: {error.strerror}; make it readable and writable, or give another"
+
+
+def _of_usage(error: Any) -> str:
+    """What is wrong with the words of the command line; help, where there are none."""
+    if error.ctx is not None and type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(error.exit_code)
+    path = error.ctx.command_path if error.ctx is not None else "thinwire"
+    text = error.format_message().removeprefix("Invalid value for ").removeprefix("Invalid value: ").rstrip(".")
+    text = text.partition(", unable to")[0].replace(": Input should", " must").replace(". Did you", "; did you")
+    return f"{text[:1].lower()}{text[1:].removesuffix('?')}; `{path} --help` lists what there is"

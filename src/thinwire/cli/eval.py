@@ -11,8 +11,8 @@ def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     data: Annotated[Path | None, typer.Option(help="A prepared corpus; default: the run's own.")] = None,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences to score; 0: all.", min=0)] = 0,
-    batch: Annotated[int, typer.Option(help="Sequences in one forward.", min=1)] = 8,
+    sequences: Annotated[int, typer.Option(help="Sequences to score; 0: all.", min=0, max=10**9)] = 0,
+    batch: Annotated[int, typer.Option(help="Sequences in one forward.", min=1, max=10**6)] = 8,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -26,7 +26,10 @@ def run(
     from thinwire.evaluate.loss import score
     from thinwire.train.shortage import shortage_explained
 
-    where, hint = device_for(device), "give a smaller --batch, or --device cpu where the host has more memory"
+    where = device_for(device)
+    smaller = ["give a smaller --batch"] if batch > 1 else []
+    elsewhere = ["give --device cpu where the host has more memory"] if where.type != "cpu" else []
+    hint = ", or ".join([*smaller, *elsewhere])
     with shortage_explained(where, hint=hint):
         loaded = load_run(folder, step=step, device=where)
     corpus = loaded.corpus(data)

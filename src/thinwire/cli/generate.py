@@ -15,10 +15,12 @@ def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue; default: how its data begins.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message; print the answer.")] = False,
-    tokens: Annotated[int | None, typer.Option(help="Most new tokens; default: 200, or what fits.", min=1)] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Most new tokens; default: 200, or what fits.", min=1, max=10**9)
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.", min=0, max=2**62)] = 0,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
 ) -> None:
@@ -33,7 +35,8 @@ def run(
     if chat and not prompt:
         raise ConfigError("--chat answers a message; give one with --prompt")
     where = device_for(device)
-    with shortage_explained(where, hint="give --device cpu where the host has more memory"):
+    hint = "give --device cpu where the host has more memory" if where.type != "cpu" else ""
+    with shortage_explained(where, hint=hint):
         loaded = load_run(folder, step=step, device=where)
         tokenizer, start = _start(loaded, folder, prompt, chat=chat)
         shown = prompt if prompt is not None else tokenizer.decode(start.ids)

@@ -81,6 +81,7 @@ def _print_json(found: "Task", answer: "Answer", top: int) -> None:
 def _write(out: Path, found: "Task", answer: "Answer", codecs: str, outer: str) -> None:
     """The best plan that the trainer runs, searched for again if the best of all is not one. Raises PlanError."""
     from thinwire.cli.planning import space_of
+    from thinwire.folders import write_asked
     from thinwire.planner.choose import choose
 
     best = answer.best
@@ -88,4 +89,4 @@ def _write(out: Path, found: "Task", answer: "Answer", codecs: str, outer: str) 
         space = space_of(found, runnable=True, codecs=codecs)
         best = choose(found.setting, space, keep=1, outer=outer).best  # type: ignore[arg-type]
     plan = best.candidate.to_plan(found.setting)
-    out.write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_asked(out, plan.model_dump_json(indent=1) + "\n", option="-o")

@@ -32,15 +32,17 @@ def run(
     from thinwire.cluster.found import check_ranks, described, found_gpus
     from thinwire.comm.place import Place
     from thinwire.errors import ConfigError
+    from thinwire.folders import check_writable
 
     place, seen = Place.from_environment(os.environ, command=called()), found_gpus(os.environ)
     on_cpu = device == "cpu" or not seen
     cluster = _cluster(levels or f"node={place.size if place else 2 if on_cpu else len(seen)}", device)
-    if not out.parent.is_dir() or out.is_dir():
+    if not os.path.isdir(out.parent) or os.path.isdir(out):  # noqa: PTH112 - Path's raise for long names
         raise ConfigError(
             f"{out} cannot be written: its folder is missing, or it is a folder; choose another with -o PATH"
         )
     if place is None or place.rank == 0:
+        check_writable(out, option="-o")
         typer.echo(described(cluster, seen))
     if place is None:
         check_ranks(cluster, cluster.ranks, seen)
@@ -59,13 +61,14 @@ def _cluster(levels: str, device: str | None) -> "Cluster":
     from thinwire.cluster.cluster import ClusterConfig
     from thinwire.config import build
     from thinwire.errors import ConfigError
+    from thinwire.units import whole_number
 
     found: list[dict[str, Any]] = []
     for part in levels.split(","):
         name, equals, fanout = part.partition("=")
-        if not equals or not fanout.strip().isdigit():
+        if not equals or (number := whole_number(fanout.strip())) is None:
             raise ConfigError(f"--levels {levels!r}: {part!r} is no level; write for example node=2,cluster=4")
-        found.append({"name": name.strip(), "fanout": int(fanout)})
+        found.append({"name": name.strip(), "fanout": number})
     return build(ClusterConfig, {"device": device, "levels": found}, "--levels").resolve()
 
 

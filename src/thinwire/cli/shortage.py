@@ -15,14 +15,12 @@ from thinwire.units import show_bytes
 if TYPE_CHECKING:
     from thinwire.train.job import Job
 
-_ANY = "a smaller batch.micro_batch, plan.recompute = 'full' or a partition cut further (zero2, zero3) needs less"
-
 
 def advice(job: "Job", needed_bytes: float, capacity_bytes: float) -> str:
     """The mildest change that fits, by the formula raised to what was seen to be needed: for the end of a sentence."""
     spec, plan = job.spec, job.plan
     if not isinstance(spec, ModelSpec) or capacity_bytes <= 0:
-        return _ANY
+        return _any(plan)
     here = predicted_bytes(job, spec, plan)
     factor = max(1.0, needed_bytes / here)
     for settings, other in milder(plan):
@@ -30,6 +28,15 @@ def advice(job: "Job", needed_bytes: float, capacity_bytes: float) -> str:
         if bytes_ <= capacity_bytes:
             return f"{settings} would fit: {show_bytes(bytes_)} of {show_bytes(capacity_bytes)}"
     return f"no smaller micro-batch, recomputation or partition fits {show_bytes(capacity_bytes)}: take more ranks"
+
+
+def _any(plan: Plan) -> str:
+    """What needs less memory of any model, of what the run does not do already."""
+    levels = plan.levels_in_group
+    ways = ["a smaller batch.micro_batch"] if plan.micro_batch > 1 else []
+    ways += ["plan.recompute = 'full'"] if plan.recompute != "full" else []
+    ways += ["a partition cut further (zero2, zero3)"] if levels and min(plan.depths) < levels - 1 else []
+    return f"{' or '.join(ways)} needs less" if ways else "take more ranks, or shorter batch.tokens"
 
 
 def milder(plan: Plan) -> Iterator[tuple[str, Plan]]:

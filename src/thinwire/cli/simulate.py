@@ -37,7 +37,7 @@ def run(
     jitter: Annotated[float, typer.Option(min=0, max=1, help="Spread of compute times, 0.05 is five percent.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of jitter and failures.")] = 0,
     mtbf_hours: Annotated[
-        float | None, typer.Option(min=1e-6, help="Mean hours between failures of one rank: plays a long run too.")
+        float | None, typer.Option(max=1e6, help="Mean hours between failures of one rank: plays a long run too.")
     ] = None,
     width: Annotated[int, typer.Option(min=20, max=400, help="Columns of the timeline.")] = 100,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing.")] = None,
@@ -149,9 +149,12 @@ def _print(simulated: "Simulated", ranked: "Ranked", setting: "Setting", width: 
 def _print_failures(simulated: "Simulated", setting: "Setting", mtbf_hours: float, seed: int) -> None:
     """A long run with failures, beside the closed form."""
     from thinwire.cost.failures import goodput
+    from thinwire.errors import ConfigError
     from thinwire.simulate.trouble import default_failures, run_with_failures
     from thinwire.units import show_seconds
 
+    if not mtbf_hours > 0:
+        raise ConfigError(f"--mtbf-hours {mtbf_hours:g} must be above 0")
     failures = default_failures(mtbf_hours * 3600)
     ranks = setting.cluster.ranks
     best = goodput(failures, ranks)

@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from thinwire.cluster.cluster import Cluster
     from thinwire.comm.place import Place
+    from thinwire.train.folder import Opened
     from thinwire.train.job import Job
     from thinwire.train.launch import Ending
 
@@ -22,9 +23,12 @@ def run(
     settings: Annotated[list[str] | None, SET] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Put an existing run aside (NAME.1) and start anew.")] = False,
     plan: Annotated[Path | None, typer.Option(help="Run this plan, as `thinwire plan -o` writes it.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port for the ranks to meet at; default: any free one.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port for the ranks to meet at; default: any free one.", min=1, max=65535)
+    ] = None,
     ranks_per_node: Annotated[
-        int | None, typer.Option(help="Where a launcher starts one process a node: how many ranks each starts.", min=1)
+        int | None,
+        typer.Option(help="Where a launcher starts one process a node: how many ranks each starts.", min=1, max=10_000),
     ] = None,
 ) -> None:
     """Train what RUN.toml describes; the same command resumes a run that was stopped or killed.
@@ -67,7 +71,9 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
         asked(job.cluster.interface, os.environ, addresses(), cuda=job.cluster.device.kind == "cuda")
     _tell_device(job.cluster, job.cluster.ranks)
     with open_folder(job, fresh=fresh) as opened:
-        _greet(job, opened.resuming)
+        if _finished(job, opened):
+            return
+        _greet(job, opened)
         if warning := crowding(job.cluster.ranks):
             typer.secho(f"warning: {warning}", fg="yellow", err=True)
         share = Share.whole(job.cluster.ranks, port)
@@ -92,7 +98,7 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     _tell_device(job.cluster, share.count)
     with open_folder(job, fresh=fresh) if place.rank == 0 else nullcontext() as opened:
         if opened is not None:
-            _greet(job, opened.resuming)
+            _greet(job, opened)
         lock = None if opened is None else opened.lock.descriptor
         leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=lock), job)
 
@@ -133,12 +139,36 @@ def _tell_device(cluster: "Cluster", ranks: int) -> None:
     typer.echo(described(cluster, seen))
 
 
-def _greet(job: "Job", resuming: bool) -> None:
+def _finished(job: "Job", opened: "Opened") -> bool:
+    """Say so if there is nothing left to do: the last step's checkpoint is there, and whole."""
+    from thinwire.checkpoint.listing import open_checkpoint, path_of
+    from thinwire.errors import CheckpointError
+    from thinwire.train.folder import CHECKPOINTS
+
+    steps = job.config.run.steps
+    if opened.done < steps:
+        return False
+    newest = path_of(job.folder / CHECKPOINTS, opened.done)
+    try:
+        open_checkpoint(newest, digests=job.config.checkpoint.verify)
+    except CheckpointError:  # told, and passed over, by the ranks
+        return False
+    typer.echo(
+        f"{job.folder} is finished: {opened.done} of {steps} steps are done, {newest} holds the model; for more set a "
+        f"larger run.steps, or start anew with --fresh"
+    )
+    return True
+
+
+def _greet(job: "Job", opened: "Opened") -> None:
     from thinwire.units import show_count
 
+    resuming = opened.resuming
     levels = " x ".join(f"{level.name}={level.fanout}" for level in job.cluster.levels)
     typer.echo(
         f"{'going on with' if resuming else 'starting'} {job.folder}: {show_count(job.spec.parameters)} parameters, "
         f"{levels} = {job.cluster.ranks} ranks, {job.config.batch.sequences} x {job.config.batch.tokens} tokens a step "
         f"in {job.plan.accumulate} micro-batches of {job.plan.micro_batch} a rank"
     )
+    for sentence in opened.said:
+        typer.echo(sentence)

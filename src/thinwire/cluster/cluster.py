@@ -19,14 +19,16 @@ from thinwire.config import Frozen, build, read_toml
 from thinwire.errors import ConfigError
 from thinwire.units import Bytes, BytesPerS, FlopsPerS, Seconds
 
+MOST_RANKS = 10**7
+
 
 class Level(Frozen):
     """One network tier. `None` for a figure means unknown: training needs none of them, planning asks for them."""
 
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
-    fanout: int = Field(ge=1)
-    bytes_per_s: BytesPerS | None = Field(default=None, gt=0)
-    latency_s: Seconds | None = Field(default=None, ge=0)
+    fanout: int = Field(ge=1, le=10**6)
+    bytes_per_s: BytesPerS | None = Field(default=None, gt=0, le=1e18)
+    latency_s: Seconds | None = Field(default=None, ge=0, le=1e6)
     behind: float = Field(default=1.0, ge=0, le=1)
     """Share of a transfer that goes on while the ranks compute: 0 where they copy from each other's memory themselves."""
     origin: Origin = "given"
@@ -44,10 +46,10 @@ class Device(Frozen):
 
     name: str = "cpu"
     kind: Literal["cpu", "cuda"] = "cpu"
-    peak_flops_per_s: FlopsPerS | None = Field(default=None, gt=0)
+    peak_flops_per_s: FlopsPerS | None = Field(default=None, gt=0, le=1e24)
     """Dense peak in the compute precision of the run (bf16 on accelerators, fp32 on CPU)."""
-    memory_bytes: Bytes | None = Field(default=None, gt=0)
-    memory_bytes_per_s: BytesPerS | None = Field(default=None, gt=0)
+    memory_bytes: Bytes | None = Field(default=None, gt=0, le=10**18)
+    memory_bytes_per_s: BytesPerS | None = Field(default=None, gt=0, le=1e18)
     origin: Origin = "given"
 
 
@@ -82,6 +84,8 @@ class Cluster(Frozen):
         names = [level.name for level in self.levels]
         if len(set(names)) != len(names):
             raise ValueError(f"level names must differ, these are {', '.join(names)}")
+        if self.ranks > MOST_RANKS:
+            raise ValueError(f"the levels make {self.ranks:,} ranks; at most {MOST_RANKS:,} are planned for")
         return self
 
     @property

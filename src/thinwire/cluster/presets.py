@@ -3,11 +3,11 @@
 Rates are per direction. A node's uplink is what all its network adapters carry together.
 """
 
-import difflib
 from collections.abc import Mapping
 
 from thinwire.cluster.calibration import Calibration
 from thinwire.cluster.cluster import Cluster, Device, Level
+from thinwire.config import nearest
 from thinwire.errors import ConfigError
 
 _GIB = 2**30
@@ -159,6 +159,4 @@ def device_preset(name: str) -> Device:
 
 
 def _unknown(what: str, name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"there is no {what} {name!r}; {hint}there are {', '.join(known)}"
+    return f"there is no {what} {name!r}{nearest(name, known)}"

@@ -4,8 +4,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from thinwire.config import explain, read_json
 from thinwire.data.config import DataConfig
 from thinwire.data.indexed import IndexedTokens, paths_of
 from thinwire.data.tokenizer import ByteTokenizer, TokenBytes, Tokenizer, load_file
@@ -14,6 +17,34 @@ from thinwire.errors import DataError
 MANIFEST, FORMAT = "corpus.json", 1
 PREFIXES = ("train", "heldout")
 _SAMPLE_BYTES = 1 << 20
+
+
+class _Part(BaseModel):
+    """A part of the manifest: what is read of it; more may stand there."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Split(_Part):
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+
+
+class _Splits(_Part):
+    train: _Split
+    heldout: _Split
+
+
+class _Tokens(_Part):
+    file: str
+    vocab_size: int = Field(ge=1)
+
+
+class _Manifest(_Part):
+    format: Literal[1]
+    tokenizer: _Tokens
+    splits: _Splits
 
 
 @dataclass(frozen=True)
@@ -63,12 +94,14 @@ def exists(config: DataConfig) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder. Raises DataError if it is not one that this version reads."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    path, way_out = folder / MANIFEST, "prepare the corpus anew with `thinwire data prepare`"
+    manifest = read_json(path, error=DataError, way_out=way_out)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{folder / MANIFEST} is not of format {FORMAT}; prepare the corpus anew with this version")
+        raise DataError(f"{path} is not of format {FORMAT}; {way_out}")
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        raise DataError(f"{path}: {explain(error)}; {way_out}") from None
     return manifest
 
 

@@ -62,14 +62,23 @@ def load_run(
             f"{folder} is no run folder: it has no run.toml; give the folder that `thinwire train` made"
         )
     tree = read_toml(run_file)
-    verify = build(CheckpointConfig, tree.get("checkpoint", {}), str(run_file)).verify
+    verify = build(CheckpointConfig, tree.get("checkpoint", {}), f"{run_file}: checkpoint").verify
+    data, tokens = build(DataConfig, tree.get("data", {}), f"{run_file}: data"), _tokens(tree, run_file)
     path, manifest = newest_whole(folder / "checkpoints", step=step, verify=verify)
     spec = read_any_spec(manifest.meta["spec"], str(path))
     state = {name: tensor.to(dtype) for name, tensor in read_tensors(path, manifest, "params/")}
     model = _native(spec, state, tree, device) if isinstance(spec, NativeSpec) else _own(spec, state).to(device)
     model.eval()
-    data = build(DataConfig, tree["data"], str(run_file))
-    return LoadedRun(model, spec, manifest.step, data, int(tree["batch"]["tokens"]))
+    return LoadedRun(model, spec, manifest.step, data, tokens)
+
+
+def _tokens(tree: dict[str, Any], run_file: Path) -> int:
+    """Of a training sequence. Raises ConfigError; a run file that thinwire wrote says it."""
+    batch = tree.get("batch")
+    tokens = batch.get("tokens") if isinstance(batch, dict) else None
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 2:
+        raise ConfigError(f"{run_file} does not say batch.tokens, a whole number above 1; put back what the run wrote")
+    return tokens
 
 
 def _own(spec: ModelSpec, state: dict[str, torch.Tensor]) -> Transformer:

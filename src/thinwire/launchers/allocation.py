@@ -1,6 +1,5 @@
 """From the levels of a run to nodes and ranks per node, and back when the number of nodes is given. No torch."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,9 @@ from pathlib import Path
 from thinwire.cluster.cluster import Cluster
 from thinwire.errors import ConfigError
 from thinwire.train.job import read_config
+from thinwire.units import whole_number
+
+_MOST_NODES = 100_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,11 @@ def allocate(run_file: Path, settings: Sequence[str], *, nodes: str | None, rank
 
 
 def _range(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    if found is None or int(found[1]) < 1 or int(found[2] or found[1]) < int(found[1]):
-        raise ConfigError(f"--nodes {text} is no number of nodes; write 4, or 2-4 for whatever the scheduler can give")
-    return int(found[1]), int(found[2] or found[1])
+    first, _, last = text.partition("-")
+    fewest, most = (whole_number(part, most=_MOST_NODES) for part in (first, last or first))
+    if not fewest or not most or most < fewest:
+        raise ConfigError(
+            f"--nodes {text[:40]} is no number of nodes (at most {_MOST_NODES:,}); write 4, or 2-4 for whatever the "
+            f"scheduler can give"
+        )
+    return fewest, most

@@ -172,7 +172,7 @@ def first_task(array: str) -> str:
     """The first number of an array specification such as `0-7%2` or `3,5`."""
     number = ""
     for letter in array:
-        if not letter.isdigit():
+        if letter not in "0123456789":
             break
         number += letter
     return number

@@ -52,6 +52,11 @@ class ModelConfig(Frozen):
             return data
         kept = ("hf", "lora") if alone == "hf" else (alone,)
         others = [key for key, value in data.items() if key not in kept and value is not None]
+        if "lora" in others:
+            raise ValueError(
+                f"init = {str(data[alone])!r} is trained whole, and lora puts adapters on a frozen model; write hf = DIR, "
+                f"the Hugging Face folder itself, in the place of init, or leave lora out"
+            )
         if others:
             raise ValueError(f"{alone} = {str(data[alone])!r} gives the whole model; leave {others[0]} out")
         return {**{key: data[key] for key in kept if key in data}, "preset": None}
@@ -63,12 +68,12 @@ class ModelConfig(Frozen):
         return spec
 
     def _spec(self, tokenizer_vocab_size: int | None) -> ModelSpec:
+        base: dict[str, Any] = preset(self.preset).model_dump() if self.preset else {}
         given = {
             name: value
             for name, value in self.model_dump(exclude={"preset", "init", "hf", "lora"}).items()
-            if value is not None
+            if value is not None and base.get(name) != value  # a preset's own value says nothing new
         }
-        base: dict[str, Any] = preset(self.preset).model_dump() if self.preset else {}
         if self.vocab_size is None and tokenizer_vocab_size is not None:
             given["vocab_size"] = tokenizer_vocab_size
         if "head_size" not in given and ("hidden" in given or "heads" in given):

@@ -1,11 +1,12 @@
 """Sampling one token at a time with a key/value cache; top-p ("nucleus") sampling is arXiv 1904.09751."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from thinwire.errors import ConfigError
+from thinwire.errors import ConfigError, DivergenceError
 from thinwire.model.language import LanguageModel
 
 
@@ -42,12 +43,16 @@ def generate(
 
 def pick(logits_V: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """One id drawn from softmax(logits / temperature), from the fewest likeliest ids that hold `top_p` of the mass."""
+    if not torch.isfinite(logits_V).all():
+        raise DivergenceError("the model's logits are not finite, its weights have diverged; give an earlier --step")
     if temperature == 0:
         return int(logits_V.argmax())
-    probabilities_V = torch.softmax(logits_V / temperature, dim=-1)
+    behind_V = (logits_V - logits_V.max()).double()  # at most 0, so that no temperature makes them too large
+    probabilities_V = torch.softmax(behind_V / temperature, dim=-1).float()
     if top_p < 1:
         sorted_V, order_V = probabilities_V.sort(descending=True)
         beyond_V = sorted_V.cumsum(0) - sorted_V >= top_p
+        beyond_V[0] = False  # the likeliest stays, however little is asked for
         probabilities_V[order_V[beyond_V]] = 0
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
 
@@ -70,8 +75,8 @@ def stream_text(ids: Iterator[int], decode: Callable[[list[int]], str]) -> Itera
 def _check(prompt: Sequence[int], new: int, longest: int, temperature: float, top_p: float) -> None:
     if not prompt:
         raise ConfigError("the prompt is empty; give at least one token of text")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ConfigError(f"temperature = {temperature} must be at least 0 and top_p = {top_p} in (0, 1]")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ConfigError(f"temperature = {temperature} must be at least 0 and finite, and top_p = {top_p} in (0, 1]")
     if len(prompt) + new > longest:
         raise ConfigError(
             f"a prompt of {len(prompt)} tokens and {new} new ones do not fit the model's {longest} positions; ask for at "

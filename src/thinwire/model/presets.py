@@ -1,8 +1,8 @@
 """Models by their public names, from 1M to 405B parameters. Each row's source stands beside it."""
 
-import difflib
 from typing import Any
 
+from thinwire.config import nearest
 from thinwire.errors import ConfigError
 from thinwire.model.spec import ModelSpec, RopeScaling
 
@@ -69,7 +69,5 @@ def preset_names() -> tuple[str, ...]:
 def preset(name: str) -> ModelSpec:
     """The model called `name`. Raises ConfigError with the nearest name there is."""
     if name not in _PRESETS:
-        nearest = difflib.get_close_matches(name, _PRESETS, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(_PRESETS)}"
-        raise ConfigError(f"there is no model preset {name!r}; {hint}")
+        raise ConfigError(f"there is no model preset {name!r}{nearest(name, list(_PRESETS))}")
     return ModelSpec(**_PRESETS[name])

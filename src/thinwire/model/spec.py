@@ -14,13 +14,15 @@ from pydantic import Field, model_validator
 from thinwire.config import Frozen
 
 Family = Literal["llama", "gpt2"]
+MOST = 2**31 - 1
+"""Token ids and positions are 32-bit numbers."""
 
 
 class RopeScaling(Frozen):
     """Stretched rotary positions: `linear` divides them by `factor`; `llama3` as in Llama 3.1 (by wavelength)."""
 
     kind: Literal["linear", "llama3"]
-    factor: float = Field(gt=0)
+    factor: float = Field(ge=1e-6, le=1e6)
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_tokens: int = 8192
@@ -37,18 +39,18 @@ class ModelSpec(Frozen):
     """Every shape of a decoder-only transformer."""
 
     family: Family = "llama"
-    vocab_size: int = Field(ge=1)
-    hidden: int = Field(ge=1)
-    layers: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    head_size: int = Field(ge=1)
-    ffn: int = Field(ge=1)
-    max_tokens: int = Field(ge=1)
+    vocab_size: int = Field(ge=1, le=MOST)
+    hidden: int = Field(ge=1, le=10**7)
+    layers: int = Field(ge=1, le=10**4)
+    heads: int = Field(ge=1, le=10**6)
+    kv_heads: int = Field(ge=1, le=10**6)
+    head_size: int = Field(ge=1, le=10**6)
+    ffn: int = Field(ge=1, le=10**8)
+    max_tokens: int = Field(ge=1, le=MOST)
     tied: bool = False
     """The output head is the embedding."""
-    norm_eps: float = Field(default=1e-5, gt=0)
-    rope_theta: float = Field(default=10000.0, gt=0)
+    norm_eps: float = Field(default=1e-5, ge=1e-30, le=1)
+    rope_theta: float = Field(default=10000.0, ge=1, le=1e15)
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     out_bias: bool = False
@@ -57,7 +59,7 @@ class ModelSpec(Frozen):
     """Biases in every other linear layer (GPT-2)."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys (Qwen3)."""
-    init_std: float = Field(default=0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0, le=1e3)
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:

@@ -1,11 +1,12 @@
 """Plans as people write them, `tensor=8,pipeline=4,recompute=full,partition=zero3`, and as a table shows them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import get_args
 
 from thinwire.cost.candidate import Candidate, Recompute, Setting
 from thinwire.errors import PlanError
 from thinwire.plan import Partition, resolve_partition
+from thinwire.units import divisors, whole_number
 
 NUMBERS = ("tensor", "context", "pipeline", "chunks", "micro_batch")
 KEYS = (*NUMBERS, "recompute", "order", "partition")
@@ -30,9 +31,10 @@ def _parts(text: str) -> list[str]:
 
 def _field(key: str, value: str, setting: Setting) -> dict[str, object]:
     if key in NUMBERS:
-        if not value.isdigit() or int(value) < 1:
-            raise PlanError(f"{key} = {value!r} is not a whole number above 0")
-        return {key: int(value)}
+        number = whole_number(value)
+        if not number:
+            raise PlanError(f"{key} = {value[:40]!r} is not a whole number above 0 (and at most 1,000,000,000)")
+        return {key: number}
     if key == "recompute":
         if value not in get_args(Recompute):
             raise PlanError(f"recompute = {value!r} is unknown; there are {', '.join(get_args(Recompute))}")
@@ -53,18 +55,18 @@ def _field(key: str, value: str, setting: Setting) -> dict[str, object]:
 def check(fields: Mapping[str, object], setting: Setting) -> None:
     """Raise PlanError, with the nearest that would divide, if an axis that is decided divides nothing."""
     spec, ranks = setting.spec, setting.cluster.ranks
-    rules: list[tuple[str, Callable[[int], bool], str]] = [
-        ("tensor", lambda n: spec.heads % n == 0, f"the model's {spec.heads} heads"),
-        ("tensor", lambda n: spec.ffn % n == 0, f"the model's feed-forward width of {spec.ffn}"),
-        ("tensor", lambda n: ranks % n == 0, f"the cluster's {ranks} ranks"),
-        ("context", lambda n: setting.tokens % n == 0, f"{setting.tokens} tokens"),
-        ("context", lambda n: ranks % n == 0, f"the cluster's {ranks} ranks"),
-        ("pipeline", lambda n: ranks % n == 0, f"the cluster's {ranks} ranks"),
+    rules = [
+        ("tensor", spec.heads, f"the model's {spec.heads} heads"),
+        ("tensor", spec.ffn, f"the model's feed-forward width of {spec.ffn}"),
+        ("tensor", ranks, f"the cluster's {ranks} ranks"),
+        ("context", setting.tokens, f"{setting.tokens} tokens"),
+        ("context", ranks, f"the cluster's {ranks} ranks"),
+        ("pipeline", ranks, f"the cluster's {ranks} ranks"),
     ]
-    for key, divides, what in rules:
+    for key, whole, what in rules:
         value = fields.get(key)
-        if isinstance(value, int) and not divides(value):
-            nearest = min((n for n in range(1, 2 * value) if divides(n)), key=lambda n: abs(n - value))
+        if isinstance(value, int) and whole % value:
+            nearest = min(divisors(whole), key=lambda n: abs(n - value))
             raise PlanError(f"{key}={value} does not divide {what}; the nearest that does is {key}={nearest}")
     pipeline = fields.get("pipeline", 1)
     assert isinstance(pipeline, int)

@@ -17,7 +17,7 @@ from thinwire.cost.stages import Kind, parameters_of
 from thinwire.cost.states import Chain, UnitMoves, unit_moves
 from thinwire.cost.step import Core, StepTime, all_passes, core_of, pipeline_alone, step_time
 from thinwire.errors import PlanError
-from thinwire.planner.space import Space, coded, cores, partitions
+from thinwire.planner.space import WIRE, Space, coded, cores, partitions
 
 
 @dataclass(frozen=True)
@@ -241,6 +241,12 @@ def _nothing_divides(setting: Setting, space: Space) -> str:
     ranks, sequences = setting.cluster.ranks, setting.sequences
     share = max(1, round(sequences / ranks)) * ranks
     what = "data-parallel plans" if space.runnable else "plans"
+    if share == sequences:  # they do divide: what is decided does not go with them
+        decided = ", ".join(f"{name} = {value}" for name, value in space.fixed.items() if name not in ("depths", *WIRE))
+        return (
+            f"no {what} divide {sequences} sequences of {setting.tokens} tokens over {ranks} ranks with "
+            f"{decided or 'what [plan] decides'}; leave that open, or change it"
+        )
     return (
         f"no {what} divide {sequences} sequences of {setting.tokens} tokens over {ranks} ranks; try batch.sequences = "
         f"{share}"

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from thinwire.cost.candidate import Candidate, Recompute, Setting, Sync
 from thinwire.cost.placement import Axes
 from thinwire.plan import Plan
+from thinwire.units import divisors
 from thinwire.wire import CodecName
 
 Codecs = Literal["none", "bf16", "all"]
@@ -42,12 +43,6 @@ class Space:
         """Whether a core (with `partition`: also its cut and codecs) has every field that is decided."""
         names = [name for name in self.fixed if partition or name not in ("depths", "keep_gathered", *WIRE)]
         return all(getattr(candidate, name) == self.fixed[name] for name in names)
-
-
-def divisors(n: int) -> list[int]:
-    """Divisors of n, ascending."""
-    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
 
 
 def cores(setting: Setting, space: Space) -> Iterator[Candidate]:

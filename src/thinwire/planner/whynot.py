@@ -107,21 +107,34 @@ def fits_nowhere(setting: Setting, space: Space, found: Found) -> str:
         f"no plan fits: the smallest needs {need / 2**30:.1f} of {capacity / 2**30:.1f} GiB at stage {closest.memory.stage} "
         f"({show_axes(closest.candidate, setting)} {show_states(closest.candidate, setting)}), most of it {largest}"
     )
-    for factor in (2, 4, 8, 16, 32, 64):
+    for factor in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
         larger = _with_more(setting, factor)
         try:
             if search(larger, space, keep=1).best:
-                last = larger.cluster.levels[-1]
-                return f"{text}; {last.name} = {last.fanout} ({larger.cluster.ranks} ranks) would fit"
+                return f"{text}; {_more_of(setting, larger)} ({larger.cluster.ranks} ranks) would fit"
         except PlanError:
             continue
     return f"{text}; a device with {need / 2**30:.0f} GiB would fit"
 
 
+def _more_of(setting: Setting, larger: Setting) -> str:
+    last = larger.cluster.levels[-1]
+    if len(setting.cluster.levels) > 1:
+        return f"{last.name} = {last.fanout}"
+    node = setting.cluster.levels[0]
+    return f"{last.fanout} {node.name}s of {node.fanout}, cluster.levels = [{node.fanout}, {last.fanout}]"
+
+
 def _with_more(setting: Setting, factor: int) -> Setting:
-    """The setting with `factor` times as many of the outermost level, and a batch that divides over it."""
+    """The setting with `factor` times as many of the outermost level, and a batch that divides over it.
+
+    A cluster of one level is one machine: it gets no larger, there are more of it, joined by links like those inside.
+    """
     *inner, last = setting.cluster.levels
-    levels = (*inner, last.model_copy(update={"fanout": last.fanout * factor}))
+    if inner:
+        levels = (*inner, last.model_copy(update={"fanout": last.fanout * factor}))
+    else:
+        levels = (last, last.model_copy(update={"name": f"{last.name}s", "fanout": factor}))
     cluster = setting.cluster.model_copy(update={"levels": levels})
     sequences = -(-setting.sequences // cluster.ranks) * cluster.ranks
     return Setting(

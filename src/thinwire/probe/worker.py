@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from thinwire.cluster.cluster import Cluster
 from thinwire.comm.place import Place
 from thinwire.config import dump_toml
-from thinwire.errors import ConfigError
+from thinwire.folders import write_asked
 from thinwire.train.stop import take_as_usual
+from thinwire.train.streams import forgive
 from thinwire.train.worker import failures_reported, leave_with_launcher
 
 if TYPE_CHECKING:
@@ -58,17 +59,12 @@ def _measure(world: "World", out: Path, effort: "Effort") -> None:
 
 def write(cluster: Cluster, out: Path) -> None:
     """Raises ConfigError if `out` cannot be written."""
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.write_text(dump_toml(cluster), encoding="utf-8")
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"{out} cannot be written: {error.strerror or error}; choose another with -o PATH") from None
+    write_asked(out, dump_toml(cluster), option="-o")
 
 
 def main(arguments: Sequence[str]) -> int:
     """A rank started by the local launcher. Returns the exit status; a failure is written to the report file."""
+    forgive()
     own = json.loads(arguments[0])
     leave_with_launcher(own["launcher_pipe"])
     take_as_usual()

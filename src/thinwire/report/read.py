@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from thinwire.cluster.cluster import Cluster
-from thinwire.config import explain
+from thinwire.config import explain, read_document
 from thinwire.errors import ConfigError
 from thinwire.events import read_events
 from thinwire.plan import Plan
@@ -81,6 +81,46 @@ class Run:
         return float(record["step_s"])
 
 
+class _Record(BaseModel):
+    """What a report reads of a record; more may stand there."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    step: int = Field(ge=0)
+
+
+Figure = float | Literal["nan", "inf", "-inf"]
+"""As `events.jsonl` writes floats."""
+
+
+class _Start(_Record):
+    parameters: int = Field(ge=0)
+    held: dict[str, float] = {}
+    wire_predicted: dict[str, dict[str, float]] = {}
+
+
+class _Step(_Record):
+    loss: Figure
+    tokens: int = Field(ge=0)
+    step_s: float = Field(gt=0)
+    tokens_per_s: float = Field(ge=0)
+    mfu: Figure | None
+    seconds: dict[str, float] = Field(min_length=1)
+    wire: dict[str, dict[str, float]]
+
+
+class _Eval(_Record):
+    loss: Figure
+
+
+def _checked(record: dict[str, Any], model: type[_Record]) -> dict[str, Any]:
+    """Raises ValueError with the field that lacks or is wrong."""
+    try:
+        model.model_validate(record)
+    except ValidationError as error:
+        raise ValueError(f"of a {record['event']} record {explain(error)}; remove that line, or train on") from None
+    return record
+
+
 def number(value: Any) -> float | None:
     """A figure of an event; None where it was not finite."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
@@ -114,20 +154,20 @@ def _read(folder: Path, name: str) -> Run:
             raise ConfigError(
                 f"{folder} is no run folder: there is no {path.name}; give folders that `thinwire train` made"
             )
-    try:
-        plan = Plan.model_validate_json((folder / "plan.json").read_text(encoding="utf-8"))
-        cluster = Cluster.model_validate_json((folder / "cluster.json").read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise ConfigError(f"{folder} was not written by this version of thinwire: {explain(error)}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"plan.json or cluster.json of {folder} is damaged: {error}") from None
+    way_out = "train on with this version, or leave this run out"
+    plan = read_document(folder / "plan.json", Plan, what="plan of version 1", way_out=way_out)
+    cluster = read_document(folder / "cluster.json", Cluster, what="cluster of version 1", way_out=way_out)
     try:
         records = list(read_events(events))
-        start = next((record for record in reversed(records) if record["event"] == "run_start"), None)
-        steps = {record["step"]: record for record in records if record["event"] == "step"}
-        evals = {record["step"]: record for record in records if record["event"] == "eval"}
-    except (ValueError, KeyError, TypeError) as error:
+        found: dict[str, list[dict[str, Any]]] = {
+            kind: [_checked(record, model) for record in records if record["event"] == kind]
+            for kind, model in (("run_start", _Start), ("step", _Step), ("eval", _Eval))
+        }
+    except ValueError as error:
         raise ConfigError(f"{events} is damaged: {error}") from None
+    start = found["run_start"][-1] if found["run_start"] else None
+    steps = {record["step"]: record for record in found["step"]}
+    evals = {record["step"]: record for record in found["eval"]}
     if start is None or not steps:
         raise ConfigError(f"{folder} has no finished step yet; train first")
     ordered = tuple(steps[step] for step in sorted(steps))
@@ -139,5 +179,5 @@ def _trace(path: Path) -> tuple[Span, ...]:
     """Raises ConfigError if the file is there and no trace."""
     try:
         return tuple(read_trace(path)) if path.is_file() else ()
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{error}; remove it, or train on") from None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thinwire.cluster.cluster import Cluster
-from thinwire.errors import ConfigError
+from thinwire.folders import write_asked
 from thinwire.report.page import page
 from thinwire.report.predict import predict
 from thinwire.report.read import read_runs
@@ -15,11 +15,5 @@ def write_report(folders: Sequence[Path], out: Path, *, cluster: Cluster | None 
     cannot be written. Predictions rest on `cluster` if given, else on each run's own."""
     runs = read_runs(folders)
     text = page(runs, [predict(run, cluster) for run in runs])
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"{out} cannot be written: {error.strerror or error}; choose another with -o PATH") from None
-    return out.stat().st_size
+    write_asked(out, text, option="-o")
+    return len(text.encode())

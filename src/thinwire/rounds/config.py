@@ -28,13 +28,13 @@ class SyncConfig(Frozen):
     """Groups inside it agree every step, across it and the levels outside it once a round. Default: the outermost."""
     sum_inside: str | None = None
     """The groups inside a member of this level add up what they changed, uncoded, before one sum of them travels farther."""
-    inner_steps: int = Field(default=30, ge=1)
+    inner_steps: int = Field(default=30, ge=1, le=10**6)
     fragments: int | str | None = None
     order: Order = "strided"
     delay: int | None = Field(default=None, ge=0)
     lead: int | None = Field(default=None, ge=1)
     mix: float | None = Field(default=None, ge=0, le=1)
-    outer_lr: float | None = Field(default=None, gt=0)
+    outer_lr: float | None = Field(default=None, gt=0, le=1e6)
     outer_momentum: float | None = Field(default=None, ge=0, lt=1)
     codec: OuterCodecName | None = None
     block: Literal[64, 128, 256] = 128
@@ -42,7 +42,7 @@ class SyncConfig(Frozen):
     error_feedback: bool | None = None
     aggregate: Aggregate = "mean"
     gap_penalty: bool | None = None
-    clip: float | None = Field(default=None, gt=0)
+    clip: float | None = Field(default=None, gt=0, le=1e30)
 
     @field_validator("fragments")
     @classmethod
@@ -182,6 +182,12 @@ class Sync(Frozen):
         if self.lead is not None and (self.groups == 1 or self.lead >= self.inner_steps):
             why = "there is one group" if self.groups == 1 else f"rounds of inner_steps = {self.inner_steps} do as much"
             raise ValueError(f"lead = {self.lead} keeps groups together, and {why}; leave it out")
+        if self.groups == 1 and self.codec != "fp32":
+            way_out = "use kind = 'diloco'" if "codec" in PRESETS[self.kind] else "leave codec out"
+            raise ValueError(
+                f"codec = {self.codec!r} makes what groups send each other smaller, and there is one group: its outer steps "
+                f"would lose precision for nothing; {way_out}, or let there be more groups"
+            )
         if self.gap_penalty and (self.nesterov or not self.late):
             raise ValueError(
                 f"gap_penalty divides a change that is one round late, without Nesterov momentum; kind {self.kind!r} has "

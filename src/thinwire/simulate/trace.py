@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from thinwire import trace
+from thinwire.folders import write_asked
 from thinwire.simulate.step import Simulated
-from thinwire.trace import Span
+from thinwire.trace import Span, trace_text
 
 
 def write_trace(simulated: Simulated, path: Path) -> None:
-    """Write the trace file. Raises OSError."""
-    trace.write_trace(simulated.spans, dict(enumerate(simulated.ranks)), path)
+    """Write the trace file, whole or not at all. Raises ConfigError."""
+    write_asked(path, trace_text(simulated.spans, dict(enumerate(simulated.ranks))), option="--trace")
 
 
 _SIGNS = {"forward": "F", "backward": "B", "optimizer": "O", "gather": "g", "reduce": "r", "refresh": "w", "send": "s"}

@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 
 from thinwire.cost.failures import Failures, goodput
+from thinwire.errors import PlanError
+from thinwire.units import show_seconds
+
+_TRIED = 7.0
+"""Mean times between failures from one checkpoint to the next at most: a thousand tries."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,14 @@ def run_with_failures(
 ) -> Run:
     """Play `steps` steps with checkpoints and failures: what was done since the last checkpoint is done again.
 
-    `interval_s` is the time between checkpoints; the default is the best of `goodput`.
+    `interval_s` is the time between checkpoints; the default is the best of `goodput`. Raises PlanError where failures come
+    so often that hardly any checkpoint is ever reached.
     """
     rng = random.Random(seed)
     best = goodput(failures, ranks)
     every = max(1, round((interval_s or best.interval_s) / step_s))
     now, done, saved, failed = 0.0, 0, 0, 0
+    _refuse_endless(min(every, steps) * step_s + failures.checkpoint_s, best.mtbf_s, ranks)
     fails_at = rng.expovariate(1 / best.mtbf_s)
     while done < steps:
         target = min(saved + every, steps)
@@ -71,6 +78,16 @@ def run_with_failures(
         else:
             now, done, saved = end, target, target
     return Run(now, failed, steps * step_s)
+
+
+def _refuse_endless(reach_s: float, mtbf_s: float, ranks: int) -> None:
+    """`reach_s` from one checkpoint to the next are got over once in exp(reach / MTBF) tries."""
+    if reach_s > _TRIED * mtbf_s:
+        raise PlanError(
+            f"with a failure every {show_seconds(mtbf_s)} hardly any checkpoint is reached, the next one being "
+            f"{show_seconds(reach_s)} away; {ranks} ranks get there with {reach_s * ranks / _TRIED / 3600:.3g} hours "
+            f"between failures of one rank, or more"
+        )
 
 
 def default_failures(rank_mtbf_s: float) -> Failures:

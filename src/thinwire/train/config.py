@@ -13,17 +13,17 @@ from thinwire.data.config import DataConfig
 from thinwire.model.config import ModelConfig
 from thinwire.plan import PlanConfig
 from thinwire.train.trackers import TrackingConfig
-from thinwire.units import Seconds
+from thinwire.units import Seconds, divisors
 
 
 class BatchConfig(Frozen):
     """`[batch]`: how many tokens make one optimizer step."""
 
-    sequences: int = Field(default=16, ge=1)
+    sequences: int = Field(default=16, ge=1, le=10**9)
     """Sequences in one optimizer step, over all ranks."""
-    tokens: int = Field(default=256, ge=2)
+    tokens: int = Field(default=256, ge=2, le=10**9)
     """Tokens in one sequence."""
-    micro_batch: int | None = Field(default=None, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1, le=10**9)
     """Sequences per rank in one forward and backward; default: all of a rank's share at once."""
 
     def split(self, ranks: int) -> tuple[int, int]:
@@ -36,7 +36,7 @@ class BatchConfig(Frozen):
         share = self.sequences // ranks
         micro = self.micro_batch or share
         if share % micro:
-            fitting = max(size for size in range(1, micro + 1) if share % size == 0)
+            fitting = max(size for size in divisors(share) if size <= micro)
             raise ValueError(
                 f"batch.sequences = {self.sequences} over {ranks} ranks is {share} a rank, which micro_batch = {micro} "
                 f"does not divide; try micro_batch = {fitting}"
@@ -47,26 +47,36 @@ class BatchConfig(Frozen):
 class OptimizerConfig(Frozen):
     """`[optimizer]`: AdamW (arXiv 1711.05101) and gradient clipping by global norm."""
 
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, le=1e6)
     """Peak learning rate."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
+    eps: float = Field(default=1e-8, ge=1e-30, le=1)
+    weight_decay: float = Field(default=0.1, ge=0, le=1e6)
     """Applied to matrices; vectors (norms, biases) are not decayed."""
-    clip_norm: float = Field(default=1.0, ge=0)
+    clip_norm: float = Field(default=1.0, ge=0, le=1e30)
     """Largest global gradient norm; 0 switches clipping off."""
+
+
+WARMUP_STEPS = 20
 
 
 class ScheduleConfig(Frozen):
     """`[schedule]`: the learning rate over the run."""
 
     kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(default=20, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0, le=10**12)
+    """Default: 20, and of a run that is no longer than that a twentieth."""
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
     """`wsd`: the share of the steps after warm-up that the final decay takes."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of `total_steps`."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return WARMUP_STEPS if total_steps > WARMUP_STEPS else math.ceil(total_steps / 20) if total_steps > 1 else 0
 
 
 class RunSection(Frozen):
@@ -74,8 +84,8 @@ class RunSection(Frozen):
 
     folder: Path | None = None
     """The run folder; default `runs/` and the run file's name."""
-    steps: int = Field(default=300, ge=1)
-    seed: int = Field(default=1234, ge=0)
+    steps: int = Field(default=300, ge=1, le=10**12)
+    seed: int = Field(default=1234, ge=0, le=2**62)
     log_every: int = Field(default=10, ge=1)
     """Steps between the plain progress lines of a run without a terminal. Every step is in `events.jsonl`."""
     eval_every: int = Field(default=100, ge=0)
@@ -92,7 +102,7 @@ class RunSection(Frozen):
     """Compile the model's blocks with torch.compile."""
     trace_steps: int = Field(default=3, ge=0, le=1000)
     """Steps of each start, the first left out, that rank 0 records moment by moment in `trace.json`; 0: none."""
-    timeout: Seconds = Field(default=600.0, gt=0)
+    timeout: Seconds = Field(default=600.0, ge=1e-3, le=1e6)
     """A collective that takes longer than this ends the run."""
 
 
@@ -112,10 +122,11 @@ class RunFile(Frozen):
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
-        if self.schedule.warmup_steps >= self.run.steps and self.schedule.warmup_steps > 0:
+        warmup = self.schedule.warmup_steps
+        if warmup and warmup >= self.run.steps:
             raise ValueError(
-                f"schedule.warmup_steps = {self.schedule.warmup_steps} leaves nothing of run.steps = {self.run.steps}; "
-                f"try warmup_steps = {max(0, math.ceil(self.run.steps / 20))}"
+                f"schedule.warmup_steps = {warmup} leaves nothing of run.steps = {self.run.steps}; "
+                f"try warmup_steps = {math.ceil(self.run.steps / 20) if self.run.steps > 1 else 0}, or leave it out"
             )
         return self
 
@@ -127,11 +138,12 @@ class RunConfig(RunFile):
 
 
 MAY_CHANGE = ("run.steps", "run.folder", "run.log_every", "run.eval_every", "run.eval_sequences", "run.sample_tokens",
-              "run.sample_prompt", "run.max_bad_steps", "run.trace_steps", "run.timeout", "run.compile", "checkpoint.",
-              "cluster.", "plan.", "tracking.", "batch.micro_batch", "data.path", "data.sources",
+              "run.sample_prompt", "run.max_bad_steps", "run.trace_steps", "run.timeout", "run.compile", "optimizer.lr",
+              "checkpoint.", "cluster.", "plan.", "tracking.", "batch.micro_batch", "data.path", "data.sources",
               "data.tokenizer")  # fmt: skip
 """Keys (or sections) in which a resumed run may differ from the run it goes on with.
 
-Where and how the same numbers are computed may change; what is computed may not. The corpus itself is compared by its
+Where and how the same numbers are computed may change; what is computed may not, but for how long a run is and its peak
+learning rate, of which a line says what they change. The corpus itself is compared by its
 digest, so its path may change.
 """

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from thinwire.checkpoint.listing import list_checkpoints, list_torn, remove_partial
+from thinwire.checkpoint.listing import list_checkpoints, list_torn, remove_partial, step_of
 from thinwire.config import differences, dump_toml, load
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.events import read_events
@@ -13,7 +14,8 @@ from thinwire.folders import write_whole
 from thinwire.hub.files import SIDE_FILES, copy_files
 from thinwire.hub.init import HUB, keep_beside, verify_init
 from thinwire.locks import LOCK, Lock, hold
-from thinwire.train.config import MAY_CHANGE, RunConfig
+from thinwire.train.changed import said_of_changes
+from thinwire.train.config import MAY_CHANGE, WARMUP_STEPS, RunConfig
 from thinwire.train.job import Job
 
 RUN_FILE, PLAN_FILE, CLUSTER_FILE, EVENTS_FILE = "run.toml", "plan.json", "cluster.json", "events.jsonl"
@@ -28,6 +30,10 @@ class Opened:
     resuming: bool
     """Whether there is a run to go on with."""
     lock: Lock
+    done: int = 0
+    """Steps that the newest checkpoint has behind it."""
+    said: tuple[str, ...] = ()
+    """What changes from here on, in sentences."""
 
     def __enter__(self) -> "Opened":
         return self
@@ -56,11 +62,12 @@ def open_folder(job: Job, *, fresh: bool) -> Opened:
             if fresh and present(folder / RUN_FILE):
                 lock = _put_aside(folder, lock)
             resuming = present(folder / RUN_FILE)
-            _fill(job, resuming=resuming)
+            done = _done(folder) if resuming else 0
+            said = _fill(job, resuming=resuming, done=done)
         except BaseException:
             lock.release()
             raise
-    return Opened(resuming, lock)
+    return Opened(resuming, lock, done, said)
 
 
 @contextmanager
@@ -81,23 +88,34 @@ def _refuse_other_things(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ConfigError(f"{folder} is a file, not a run folder; choose another with --set run.folder=PATH")
-    if not present(folder / RUN_FILE) and any(path.name not in (LOGS, LOCK) for path in folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no {RUN_FILE}; choose another with --set run.folder=PATH")
+    lacks = next((name for name in (RUN_FILE, PLAN_FILE) if not present(folder / name)), None)
+    begun = (LOGS, LOCK, PLAN_FILE, CLUSTER_FILE)
+    if lacks and any(path.name not in begun for path in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no {lacks}; choose another with --set run.folder=PATH")
 
 
-def _fill(job: Job, *, resuming: bool) -> None:
+def _done(folder: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    kept = list_checkpoints(folder / CHECKPOINTS)
+    return step_of(kept[-1]) if kept else 0
+
+
+def _fill(job: Job, *, resuming: bool, done: int) -> tuple[str, ...]:
+    """What a resumed run changes, in sentences."""
     folder = job.folder
+    said: tuple[str, ...] = ()
     if resuming:
-        refuse_other_run(job)
+        said = said_of_changes(refuse_other_run(job), job.config, done)
         _refuse_lost_checkpoints(folder)
     remove_partial(folder / CHECKPOINTS)
-    write_whole(folder / RUN_FILE, dump_toml(job.config))
     write_whole(folder / PLAN_FILE, job.plan.model_dump_json(indent=2) + "\n")
     write_whole(folder / CLUSTER_FILE, job.cluster.model_dump_json(indent=2) + "\n")
+    write_whole(folder / RUN_FILE, dump_toml(job.config))  # last: where it stands alone, it is a user's
     if job.init is not None:
         keep_beside(job.init, folder)
     elif job.config.model.hf is not None:
         copy_files(job.config.model.hf, folder / HUB, SIDE_FILES)
+    return said
 
 
 def _refuse_lost_checkpoints(folder: Path) -> None:
@@ -106,7 +124,7 @@ def _refuse_lost_checkpoints(folder: Path) -> None:
     if list_checkpoints(kept) or list_torn(kept) or not present(folder / EVENTS_FILE):
         return
     try:
-        saved = [record["step"] for record in read_events(folder / EVENTS_FILE, "checkpoint")]
+        saved = [record.get("step") for record in read_events(folder / EVENTS_FILE, "checkpoint")]
     except ValueError as error:
         raise ConfigError(f"{folder / EVENTS_FILE} is damaged: {error}") from None
     if saved:
@@ -116,12 +134,12 @@ def _refuse_lost_checkpoints(folder: Path) -> None:
         )
 
 
-def refuse_other_run(job: Job) -> None:
-    """Raise ConfigError, with the differences, if `job.folder` holds a run that computes something else."""
+def refuse_other_run(job: Job) -> RunConfig:
+    """The run file so far. Raise ConfigError, with the differences, if the run in `job.folder` computes something else."""
     old = load(RunConfig, job.folder / RUN_FILE)
     changed = [
         (key, before, after)
-        for key, before, after in differences(old.model_dump(mode="json"), job.config.model_dump(mode="json"))
+        for key, before, after in differences(_compared(old), _compared(job.config))
         if not any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for allowed in MAY_CHANGE)
     ]
     if changed:
@@ -130,6 +148,15 @@ def refuse_other_run(job: Job) -> None:
             f"{job.folder} holds a run with another configuration ({shown}); change it back, use --fresh to put that run "
             f"aside and start anew, or choose another folder with --set run.folder=PATH"
         )
+    return old
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """Every key, and the warm-up that a file leaves out as those have it who write the default."""
+    tree = config.model_dump(mode="json")
+    if tree["schedule"]["warmup_steps"] is None:
+        tree["schedule"]["warmup_steps"] = WARMUP_STEPS
+    return tree
 
 
 def _put_aside(folder: Path, lock: Lock) -> Lock:

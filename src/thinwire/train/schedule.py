@@ -10,10 +10,11 @@ from thinwire.train.config import ScheduleConfig
 
 def lr_at(step: int, *, peak: float, total_steps: int, schedule: ScheduleConfig) -> float:
     """The learning rate that step `step` (0 is the first) uses."""
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    span = max(1, total_steps - schedule.warmup_steps)
-    done = min(1.0, (step - schedule.warmup_steps) / span)
+    warmup = schedule.warmup(total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    span = max(1, total_steps - warmup)
+    done = min(1.0, (step - warmup) / span)
     return peak * _share(done, schedule)
 
 

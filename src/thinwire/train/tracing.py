@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thinwire.comm.ledger import Entry
-from thinwire.trace import COMPUTE, STEPS, Span, write_trace
+from thinwire.folders import write_whole
+from thinwire.trace import COMPUTE, STEPS, Span, trace_text
 from thinwire.train.clock import Lap
 from thinwire.units import show_bytes
 
@@ -47,7 +48,7 @@ class Tracer:
             spans = [*self._spans, *_on_the_wire(self._entries, steps[-1].end_s)]
             zero = steps[0].start_s
             moved = [Span(s.rank, s.lane, s.name, s.start_s - zero, s.end_s - zero) for s in spans]
-            write_trace(moved, {0: "rank 0"}, self._path)
+            write_whole(self._path, trace_text(moved, {0: "rank 0"}))
         self._spans, self._entries, self._count = [], [], 0
 
 

@@ -20,6 +20,7 @@ from thinwire.train.folder import open_folder
 from thinwire.train.job import Job, read_config, resolve, statement
 from thinwire.train.report import describe
 from thinwire.train.stop import StopRequest
+from thinwire.train.streams import forgive
 
 Advise = Callable[[Job, float, float], str]
 """(job, bytes needed, bytes there are) -> which setting would fit."""
@@ -57,6 +58,7 @@ def run_rank(job: Job, place: Place, stop: StopRequest, *, advise: Advise | None
 
 def main(arguments: Sequence[str]) -> int:
     """A rank started by the local launcher. Returns the exit status; a failure is written to the report file."""
+    forgive()
     own = json.loads(arguments[0])
     leave_with_launcher(own["launcher_pipe"])
     stop = StopRequest()
@@ -106,6 +108,8 @@ def run_external(
     if place.rank == 0:
         print(described(job.cluster, found_gpus(os.environ)), flush=True)
     opened = open_folder(job, fresh=fresh) if place.rank == 0 else None
+    for sentence in opened.said if opened is not None else ():
+        print(sentence, flush=True)
     try:
         run_rank(job, place, stop, advise=advise)
     except StopAsked as error:
