@@ -4,8 +4,8 @@ from pathlib import Path
 
 from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
-from thinwire.data.tokenizer import END_OF_TEXT, ByteTokenizer, FileTokenizer, Tokenizer, load_file
-from thinwire.hub.files import TOKENIZER, TOKENIZER_CONFIG, TOKENIZER_FILES, copy_files, write_json
+from thinwire.data.tokenizer import CONFIG, END_OF_TEXT, ByteTokenizer, FileTokenizer, Tokenizer, load_file
+from thinwire.hub.files import TOKENIZER, TOKENIZER_FILES, copy_files, write_json
 
 
 def write_tokenizer(folder: Path, hub: Path, data: DataConfig) -> int | None:
@@ -28,7 +28,7 @@ def write_tokenizer(folder: Path, hub: Path, data: DataConfig) -> int | None:
         tokenizer.save(folder)
         end = _text_of(tokenizer)
     write_json(
-        folder / TOKENIZER_CONFIG,
+        folder / CONFIG,
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False},
     )
     return tokenizer.eot
