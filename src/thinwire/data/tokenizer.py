@@ -95,6 +95,11 @@ class FileTokenizer:
         return dict(self._library.get_vocab(with_added_tokens=True))
 
     @property
+    def special(self) -> set[int]:
+        """Ids that stand for no text."""
+        return {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
+
+    @property
     def vocab_size(self) -> int:
         return 1 + max(self.vocabulary.values())
 
@@ -115,7 +120,7 @@ class FileTokenizer:
 
     def token_bytes(self) -> NDArray[np.int64]:
         counts = np.zeros(self.vocab_size, dtype=np.int64)
-        special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
+        special = self.special
         byte_level = "ByteLevel" in str(self._library.decoder)
         for token, i in self._library.get_vocab(with_added_tokens=True).items():
             if i not in special:

@@ -43,6 +43,17 @@ def copy_files(source: Path, target: Path, names: Sequence[str]) -> list[str]:
     return there
 
 
+def same_mode(folder: Path) -> None:
+    """Give every file the mode of one that is simply opened (0644 under the usual umask); safetensors makes its own 0600."""
+    plain = folder / ".mode"
+    plain.touch()
+    mode = plain.stat().st_mode & 0o777
+    plain.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def shard_bytes(text: str) -> int:
     """The size of a shard as a person writes it. Raises ConfigError."""
     try:

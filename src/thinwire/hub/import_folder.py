@@ -11,7 +11,7 @@ from thinwire.checkpoint.manifest import describe_files
 from thinwire.errors import CheckpointError
 from thinwire.folders import whole_folder
 from thinwire.hub.families import family_of, understand
-from thinwire.hub.files import CONFIG, SIDE_FILES, copy_files, read_json
+from thinwire.hub.files import CONFIG, SIDE_FILES, copy_files, read_json, same_mode
 from thinwire.hub.held import Held, full_names
 from thinwire.hub.init import HUB, Init
 from thinwire.hub.names import EMBEDDING, HEAD, Part, Recipe, recipes
@@ -50,6 +50,7 @@ def import_folder(
         copy_files(source, folder / HUB, SIDE_FILES)
         init = Init(folder, spec, str(config["model_type"]), describe_files(folder, files))
         init.write()
+        same_mode(folder)
     return Init(out, spec, init.model_type, init.files, found.notes)
 
 
