@@ -46,7 +46,7 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     """Check everything, make the run folder, start the ranks, tell how they ended."""
     from thinwire.comm.interfaces import addresses, asked
     from thinwire.train.folder import open_folder
-    from thinwire.train.job import crowding, read_config, resolve
+    from thinwire.train.job import crowding, read_config, refuse_crossing, resolve
     from thinwire.train.launch import Share, launch, refuse_taken
 
     config = read_config(run_file, settings)
@@ -54,6 +54,7 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
         refuse_taken(port)
     job = resolve(run_file, config, prepare=True)
     job.config.tracking.check()
+    refuse_crossing(job)
     if job.cluster.ranks > 1 or job.cluster.interface:
         asked(job.cluster.interface, os.environ, addresses(), cuda=job.cluster.device.kind == "cuda")
     _tell_device(job.cluster, job.cluster.ranks)
@@ -71,11 +72,12 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
 
     from thinwire.cluster.cluster import check_size
     from thinwire.train.folder import open_folder
-    from thinwire.train.job import read_config, resolve
+    from thinwire.train.job import read_config, refuse_crossing, resolve
     from thinwire.train.launch import Share, launch
 
     job = resolve(run_file, read_config(run_file, settings))
     job.config.tracking.check()
+    refuse_crossing(job)
     share = Share.of_node(place, ranks_per_node)
     check_size(job.cluster, share.size)
     _tell_device(job.cluster, share.count)

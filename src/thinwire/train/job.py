@@ -11,7 +11,7 @@ from thinwire.config import load
 from thinwire.data.corpus import Corpus
 from thinwire.errors import ConfigError, DataError
 from thinwire.hub.init import Init, read_init
-from thinwire.hub.native_spec import AnySpec
+from thinwire.hub.native_spec import AnySpec, NativeSpec
 from thinwire.model.config import check_vocabulary
 from thinwire.model.spec import ModelSpec
 from thinwire.plan import Plan
@@ -92,6 +92,21 @@ def _check_lengths(run_file: Path, config: RunConfig, spec: AnySpec, corpus: Cor
             f"the corpus at {config.data.path} has {corpus.train.tokens:,} training tokens, fewer than one sequence of "
             f"{config.batch.tokens}; prepare more text or lower batch.tokens"
         )
+
+
+def refuse_crossing(job: Job) -> None:
+    """Raise ConfigError if documents are to be kept apart and the model of `[model] hf` lets them see each other.
+
+    It is tried once, at the start, with the weights that training starts from; the model is in memory meanwhile.
+    """
+    talks = job.corpus.train.answers is not None
+    if not isinstance(job.spec, NativeSpec) or (job.config.data.cross_documents and not talks):
+        return
+    from thinwire.hub import crossing
+    from thinwire.hub.native import build_native
+
+    model = build_native(job.spec, job.config.model.hf, seed=job.config.run.seed)
+    crossing.refuse_crossing(model, job.spec.vocab_size, source=str(job.config.model.hf), talks=talks)
 
 
 def crowding(ranks: int) -> str | None:

@@ -16,7 +16,7 @@ from thinwire.cluster.found import described, found_gpus
 from thinwire.comm.place import Place
 from thinwire.errors import ShortOfMemory, StopAsked, ThinwireError
 from thinwire.train.folder import open_folder
-from thinwire.train.job import Job, read_config, resolve
+from thinwire.train.job import Job, read_config, refuse_crossing, resolve
 from thinwire.train.report import describe
 from thinwire.train.stop import StopRequest
 
@@ -94,6 +94,7 @@ def run_external(
     config = read_config(run_file, settings)
     job = resolve(run_file, config)
     job.config.tracking.check()
+    refuse_crossing(job)
     check_size(job.cluster, place.size)
     if place.rank == 0:
         print(described(job.cluster, found_gpus(os.environ)), flush=True)
