@@ -399,7 +399,8 @@ def test_wrong_words_and_numbers(world: Path, arguments: str, says: str) -> None
 )
 def test_the_smallest_temperature_and_share_mean_the_likeliest_token(world: Path, option: list[str]) -> None:
     texts = [
-        here(["generate", "run", "--prompt", "def ", "--tokens", "8", *each], world).stdout for each in (["--temperature", "0"], option)
+        here(["generate", "run", "--prompt", "def ", "--tokens", "8", *each], world).stdout
+        for each in (["--temperature", "0"], option)
     ]
     assert texts[0] == texts[1]
     assert texts[0].startswith("def ")
