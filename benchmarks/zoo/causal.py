@@ -44,6 +44,14 @@ def builder(kind: str) -> Callable[[], nn.Module]:
             inner, class_name = INNER[kind]
             config, make = getattr(config, inner), getattr(transformers, class_name)
         config.use_cache = False
+        if hasattr(config, "hash_seed"):
+            config.hash_seed = 0  # what else, with dropout, would be drawn anew in every process, whatever seed is set
+            for name in (
+                "hidden_dropout_prob",
+                "lsh_attention_probs_dropout_prob",
+                "local_attention_probs_dropout_prob",
+            ):
+                setattr(config, name, 0.0)
         model: nn.Module = make(config)
         return model.train()
 

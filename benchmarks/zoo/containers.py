@@ -73,6 +73,18 @@ class HasParameterList(nn.Module):
         return x @ self.weights[0] @ self.weights[1]
 
 
+@case("a module that lies in two containers, the second time under another name")
+class InTwoContainers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        shared, activation = nn.Linear(WIDTH, WIDTH), nn.GELU()
+        self.first = nn.Sequential(nn.Linear(WIDTH, WIDTH), activation, shared)
+        self.second = nn.Sequential(nn.Linear(WIDTH, WIDTH), activation, shared, nn.Linear(WIDTH, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
 class Holder(nn.Module):
     """A module without a forward that holds modules, as a namespace."""
 

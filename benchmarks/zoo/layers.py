@@ -123,6 +123,50 @@ def hf_checkpointing_reentrant() -> nn.Module:
     return model
 
 
+class InPieces(torch.autograd.Function):
+    """layer.b(layer.a(x)) that keeps x alone; backward recomputes each part and goes back through it before the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,), grad = ctx.saved_tensors, grads[0]
+        with torch.no_grad():
+            inner = ctx.layer.a(x)
+        for part, entered in ((ctx.layer.b, inner), (ctx.layer.a, x)):
+            before = entered.detach().requires_grad_()
+            with torch.enable_grad():
+                part(before).backward(grad)
+            assert before.grad is not None
+            grad = before.grad
+        return grad, None
+
+
+class Pieces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+@case("blocks that are recomputed piece by piece, as reversible layers are: a backward for each piece")
+class RecomputedInPieces(Net):
+    def __init__(self) -> None:
+        super().__init__(block=Pieces)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for block in self.blocks:
+            x = InPieces.apply(x, block)
+        return self.leave(x)
+
+
 class Square(torch.autograd.Function):
     """x @ w with a backward of its own, which reads the saved weight."""
 

@@ -16,6 +16,14 @@ class ConfigError(ThinwireError):
     exit_status = 2
 
 
+class HeldError(ConfigError):
+    """A folder is locked by `holder`, who is named in words."""
+
+    def __init__(self, sentence: str, holder: str) -> None:
+        super().__init__(sentence)
+        self.holder = holder
+
+
 class DataError(ThinwireError):
     """A corpus, a token file or a tokenizer is missing, damaged or of another kind."""
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from thinwire.errors import ConfigError
+from thinwire.errors import HeldError
 from thinwire.processes import Process
 
 LOCK = ".lock"
@@ -79,7 +79,7 @@ class Lock:
 
 
 def hold(folder: Path) -> Lock:
-    """Take the lock of `folder`, which exists. Raises ConfigError naming the holder if there is one, and OSError."""
+    """Take the lock of `folder`, which exists. Raises HeldError naming the holder if there is one, and OSError."""
     path, since_s = folder / LOCK, time.monotonic()
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -110,7 +110,7 @@ def _try_lock(descriptor: int) -> Literal["yes", "busy", "none"]:
 
 
 def _await_leaving(path: Path, since_s: float) -> None:
-    """Ranks whose launcher was killed leave in a moment; raises ConfigError for anybody else who holds the lock."""
+    """Ranks whose launcher was killed leave in a moment; raises HeldError for anybody else who holds the lock."""
     note = _read(path)
     leaving = note is None or note.holder.state() == "ended"
     if not leaving or time.monotonic() > since_s + _LEAVING_S:
@@ -163,18 +163,22 @@ def _lives(path: Path, note: _Note) -> bool:
     return False
 
 
-def _held(path: Path, note: _Note | None) -> ConfigError:
+def _held(path: Path, note: _Note | None) -> HeldError:
     folder = path.parent
     if note is None:
-        return ConfigError(f"another process is training in {folder}; wait for its end, or choose another run.folder")
+        return HeldError(
+            f"another process is training in {folder}; wait for its end, or choose another run.folder",
+            "another process",
+        )
     state, way_out = note.holder.state(), "or choose another folder with --set run.folder=PATH"
     if state == "ended":
-        return ConfigError(
+        return HeldError(
             f"{_who(note)}, which was training in {folder}, has ended, but ranks of it still run; end them (`fuser {path}` "
-            f"lists them), {way_out}"
+            f"lists them), {way_out}",
+            _who(note),
         )
     here = "" if state == "runs" else f"; if it has ended without a trace, remove {path}"
-    return ConfigError(f"{_who(note)} is training in {folder}; wait for its end or stop it, {way_out}{here}")
+    return HeldError(f"{_who(note)} is training in {folder}; wait for its end or stop it, {way_out}{here}", _who(note))
 
 
 def _who(note: _Note) -> str:

@@ -1,5 +1,6 @@
 """Ranks that meet: over the address that reaches the others, in time, or with one sentence on every rank."""
 
+import re
 import signal
 import socket
 import time
@@ -120,10 +121,15 @@ def _at_once(size: int, act: Callable[[int], object]) -> list[object]:
 def _meet(size: int, *, absent: Sequence[int] = (), timeout_s: float = 2.0, stop: int = -1) -> list[object]:
     port, meetings = free_port(), list[Rendezvous]()
 
+    def there() -> bool:  # before rank 0 is, there is nobody to tell
+        return any(meeting._rank == 0 and meeting._store is not None for meeting in meetings)
+
     def act(rank: int) -> object:
         if rank in absent:
             return None
-        meeting = Rendezvous(rank, size, "127.0.0.1", port, timeout_s=timeout_s, stopped=lambda: rank == stop)
+        meeting = Rendezvous(
+            rank, size, "127.0.0.1", port, timeout_s=timeout_s, stopped=lambda: rank == stop and there()
+        )
         meetings.append(meeting)  # the store lives as long as rank 0's
         meeting.open()
         return meeting._share("said", f"I am {rank}")
@@ -133,6 +139,65 @@ def _meet(size: int, *, absent: Sequence[int] = (), timeout_s: float = 2.0, stop
 
 def test_all_hear_what_each_says() -> None:
     assert _meet(3) == [["I am 0", "I am 1", "I am 2"]] * 3
+
+
+def _agree(*statements: dict[str, object], sizes: Sequence[int] = (), ranks: Sequence[int] = ()) -> list[object]:
+    """What each of some processes hears that state something; by default as many ranks as there are statements."""
+    port, meetings = free_port(), list[Rendezvous]()
+
+    def act(number: int) -> object:
+        size = sizes[number] if sizes else len(statements)
+        rank = ranks[number] if ranks else number
+        meeting = Rendezvous(rank, size, "127.0.0.1", port, timeout_s=8.0, stopped=lambda: False)
+        meetings.append(meeting)
+        meeting.open()
+        meeting.agree(statements[number])
+        return None
+
+    return _at_once(len(statements), act)
+
+
+def test_ranks_that_have_the_same_in_mind_go_on() -> None:
+    assert _agree(*[{"plan": {"params": "node"}, "levels": [["node", 3]]}] * 3) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"a": 1, "b": {"c": 2.5, "d": "x"}}, r"b\.c is 2\.5 there and 2\.0 on rank 0; give"),
+        ({"a": 1, "b": {"c": 2.0}}, r"b\.d is missing there and \"x\" on rank 0; give"),
+        ({"a": 1, "b": {"c": 2.0, "d": "x"}, "e": [1]}, r"e is \[1\] there and missing on rank 0; give"),
+        ({"a": 2, "b": {"c": 1.0, "d": "y" * 99}}, r"a is 2 .*; b\.c is 1\.0 .*; b\.d is \"y{59}\.\.\. there .*; give"),
+        ({f"k{i}": i for i in range(9)}, "; k1 is 1 there and missing on rank 0 and 7 keys more; give"),
+    ],
+)
+def test_a_rank_that_has_something_else_in_mind_ends_all_with_what_differs(other: dict[str, object], says: str) -> None:
+    own: dict[str, object] = {"a": 1, "b": {"c": 2.0, "d": "x"}}
+    ends = _agree(own, own, other)
+    assert [type(end) for end in ends] == [ConfigError] * 3
+    assert len({str(end) for end in ends}) == 1
+    assert re.match(rf"rank 2 \(host .*\) does not have rank 0's run: .*{says} every rank the same", str(ends[0]))
+
+
+def test_all_ranks_that_differ_are_counted() -> None:
+    ends = _agree({"a": 1}, {"a": 2}, {"a": 3})
+    assert len({str(end) for end in ends}) == 1
+    assert ", like 1 other rank, does not have rank 0's run: a is 2 there and 1 on rank 0" in str(ends[0])
+
+
+def test_ranks_of_worlds_of_other_sizes_are_told_the_sizes() -> None:
+    for sizes in ((2, 3), (3, 3, 4)):
+        ends = _agree(*[{"a": 1}] * len(sizes), sizes=sizes)
+        for end in ends:
+            assert isinstance(end, ConfigError)
+            assert f"rank {len(sizes) - 1} was started as one of {sizes[-1]} ranks, rank 0 at 127.0.0.1:" in str(end)
+
+
+def test_of_two_processes_of_one_number_one_at_most_stays() -> None:
+    ends = _agree(*[{"a": 1}] * 3, sizes=(2, 2, 2), ranks=(0, 1, 1))
+    told = [end for end in ends if isinstance(end, LinkError)]
+    assert len(told) == 1
+    assert "as rank 1 too; give each process a rank of its own" in str(told[0])
 
 
 def test_ranks_that_do_not_come_are_named_on_all_others_in_time() -> None:

@@ -14,6 +14,7 @@ import kubernetes.client
 import pytest
 import tomli_w
 import yaml
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime, TrainerV1alpha1TrainJob
 
 from runs import command as thinwire_command
 from runs import environment, make_corpus, run_tree, write_run
@@ -160,8 +161,28 @@ def test_every_script_is_sound_bash_and_quotes_what_it_is_given(
         (["--array", "0-1", "--set", "run.folder=same"], "would share the run folder same"),
         (["--set", "optimizer.lrr=1"], "did you mean 'lr'"),
         (["--set", "data.path=nowhere"], "there is no corpus at nowhere"),
+        (["--set", "data.path=nowhere", "--set", "data.sources=['gone']"], "gone does not exist"),
+        (["--set", "data.path=nowhere", "--set", "data.sources=['stdlib']", "--set", "data.tokenizer=gone.json"],
+         "gone.json"),
+        (["--set", "data.path=nowhere", "--set", "data.sources=['stdlib']", "--set", "batch.tokens=4096"],
+         "batch.tokens = 4096 is longer than the model's 64 positions"),
+        (["--mem", "64 GB"], "--mem 64 GB is no size; write for example 64G"),
+        (["--mem", "\u0666\u0664G"], "is no size"),
+        (["--env", "NAME"], "--env NAME is not of the form NAME=VALUE"),
+        (["--env", "2X=1"], "--env 2X=1 is not of the form NAME=VALUE"),
+        (["--env", "X=a\nb"], "--env 'X=a\\nb' has a line break"),
+        (["--env", "LOCAL_RANK=0"], "LOCAL_RANK is set by the launcher"),
+        (["--setup", "module load cuda\nrm x"], "--setup 'module load cuda\\nrm x' has a line break"),
+        (["--setup", " "], "--setup is empty"),
+        (["--sbatch", "account=a\n#SBATCH --time=1"], "--sbatch 'account=a\\n#SBATCH --time=1' has a line break"),
+        (["--sbatch", ""], "--sbatch is empty"),
+        (["--time", "1:00:00\nx"], "time '1:00:00\\nx' has a line break"),
+        (["--array", "0-3\n4"], "array '0-3\\n4' has a line break"),
+        (["--python", ""], "--python is empty"),
+        (["--interface", "ib0\r"], "--interface 'ib0\\r' has a line break"),
+        (["--set", 'run.folder="a\\nb"'], "output '"),
     ],
-)
+)  # fmt: skip
 def test_wrong_requests_get_one_sentence(
     arguments: list[str], says: str, call: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +193,43 @@ def test_wrong_requests_get_one_sentence(
     assert says in said
     assert len(said.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+def test_a_corpus_that_the_job_will_make_need_not_be_there(call: Any, tmp_path: Path) -> None:
+    """In a fresh clone, and in an array whose tasks share it."""
+    for more in ([], ["--array", "0-3", "--set", "run.seed={task}"], ["--nodes", "1-2"], ["--per", "node"]):
+        status, text, said = call("slurm", ROOT / "examples/stdlib.toml", *more)
+        assert status == 0, said
+        assert options(text)["ntasks-per-node"] == ("1" if "node" in more else "2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_setup_lines_come_first_and_a_failing_one_ends_the_job(call: Any, corpus: Path, tmp_path: Path) -> None:
+    """Before `set -u`, which activation scripts do not stand; variables and the interpreter are those asked for."""
+    setup = [
+        "--setup",
+        "source env.sh  # 'mine'",
+        "--setup",
+        "export SECOND=$FIRST",
+        "--env",
+        "A=b c'd",
+        "--mem",
+        "64G",
+    ]
+    text = call("slurm", write_run(tmp_path, corpus), *setup, "--python", "python3")[1]
+    assert options(text)["mem"] == "64G"
+    assert text.index("source env.sh") < text.index("export SECOND") < text.index("set -u") < text.index("export A=")
+    assert "\nsrun " in text and " python3 -m thinwire train " in text
+    before = (
+        text[: text.index("first=$(scontrol")] + 'echo "$SECOND"\n' + re.search("export A=.*", text)[0] + '\necho "$A"'
+    )  # type: ignore[index]
+    (tmp_path / "env.sh").write_text("export FIRST=${UNSET-one}\n: $NEVER_SET\n")
+    done = subprocess.run(["bash"], input=before, text=True, capture_output=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one\nb c'd\n", "")
+    (tmp_path / "env.sh").unlink()
+    done = subprocess.run(["bash"], input=before, text=True, capture_output=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "thinwire: this line of --setup failed: source env.sh  # 'mine'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -205,9 +263,12 @@ def conforms(value: Any, kind: str, where: str) -> None:
         model(**{names[key]: item for key, item in value.items()})  # raises for a required field that is missing
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["--nodes", "1"], ["--nodes", "2", "--ranks-per-node", "16", "--interface", "eth0"]]
+MORE = pytest.mark.parametrize(
+    "more", [[], ["--nodes", "1"], ["--nodes", "2", "--ranks-per-node", "16", "--interface", "eth0", "--env", "A=b"]]
 )
+
+
+@MORE
 def test_a_manifest_keeps_to_the_published_schema(more: list[str], call: Any, corpus: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path, corpus, "My_Run", **CUDA)
     status, text, said = call(
@@ -235,6 +296,51 @@ def test_a_manifest_keeps_to_the_published_schema(more: list[str], call: Any, co
         assert mounted == {volume["name"] for volume in replica["template"]["spec"]["volumes"]}
 
 
+@MORE
+def test_a_trainjob_keeps_to_the_published_schema_and_its_runtime_holds_the_same_pod(
+    more: list[str], call: Any, corpus: Path, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path, corpus, "My_Run", **CUDA)
+    asked = ["--image", "registry/thinwire:0.1", "--claim", "corpora:/data", "--set", "run.folder=/data/run", *more]
+    config, old = yaml.safe_load_all(call("k8s", run, *asked)[1])
+    status, text, said = call("k8s", run, *asked, "--kind", "trainjob")
+    assert status == 0, said
+    same, runtime, job = yaml.safe_load_all(text)
+    assert same == config
+    for document, model in ((runtime, TrainerV1alpha1TrainingRuntime), (job, TrainerV1alpha1TrainJob)):
+        assert model.from_dict(document).to_dict() == document, "unknown keys are dropped, wrong kinds raise"
+    nodes, ranks = (4 if not more else int(more[1])), (16 if len(more) > 2 else 8)
+    assert job["spec"]["trainer"] == {"numNodes": nodes, "numProcPerNode": ranks}
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"] == job["metadata"]["name"] == "my-run"
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (node["name"], container.pop("name")) == ("node", "node"), "the trainer's plugin looks for these"
+    (known,) = (before := old["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"])["containers"]
+    del known["name"]
+    assert {**before, "restartPolicy": "OnFailure"} == pod
+
+
+def test_the_check_against_the_trainers_schema_finds_wrong_manifests() -> None:
+    good = {"kind": "TrainJob", "spec": {"runtimeRef": {"name": "x"}, "trainer": {"numNodes": 2}}}
+    assert TrainerV1alpha1TrainJob.from_dict(good).to_dict() == good
+    odd = {"kind": "TrainJob", "spec": {"runtimeRef": {"name": "x"}, "trainer": {"nodes": 2}}}
+    assert TrainerV1alpha1TrainJob.from_dict(odd).to_dict() != odd
+    for wrong in ({"trainer": {}}, {"runtimeRef": {"name": "x"}, "trainer": {"numNodes": "2"}}):
+        with pytest.raises(ValueError, match="validation error"):
+            TrainerV1alpha1TrainJob.from_dict({"spec": wrong})
+
+
+def test_a_run_folder_that_no_claim_holds_is_told(call: Any, corpus: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path, corpus)
+    for claim, says in (([], "no --claim is given"), (["--claim", "c:/data"], "it is not on the claim at /data")):
+        status, _, said = call("k8s", run, "--image", "x", *claim)
+        assert status == 0
+        assert f"run.folder = {tmp_path}/run: {says}" in said
+    said = call("k8s", run, "--image", "x", "--claim", f"c:{tmp_path}")[2]
+    assert "run.folder" not in said
+
+
 def test_the_schema_check_itself_finds_wrong_manifests() -> None:
     good = {"replicas": 1, "restartPolicy": "OnFailure", "template": {"spec": {"containers": [{"name": "pytorch"}]}}}
     conforms(good, "KubeflowOrgV1ReplicaSpec", "")
@@ -250,6 +356,15 @@ def test_the_schema_check_itself_finds_wrong_manifests() -> None:
         (["--claim", "corpora"], "--claim corpora is not of the form NAME:/PATH"),
         (["--name", "42"], "makes no name for a job"),
         (["--set", "cluster={file='c.toml'}"], "c.toml does not exist"),
+        (["--kind", "job"], "--kind job is unknown; there are pytorchjob and trainjob"),
+        (["--kind", "trainjob", "--nodes", "2-4"], "a TrainJob has a fixed number of pods"),
+        (["--set", "run.folder=runs/x"], "run.folder = 'runs/x' is relative: it would lie inside a pod"),
+        (["--kind", "trainjob", "--set", "run.folder=x"], "--claim NAME:/data --set run.folder=/data/x"),
+        (["--set", "data.path=corpus"], "data.path = 'corpus' is relative"),
+        (["--set", "model={init='init'}"], "model.init = 'init' is relative"),
+        (["--set", "plan={file='plan.json'}"], "plan.file = 'plan.json' is relative"),
+        (["--set", "batch.sequences=17", "--nodes", "2"], "batch.sequences = 17 is not divisible by 2 ranks"),
+        (["--env", "PET_NNODES=2"], "PET_NNODES is set by the launcher"),
     ],
 )
 def test_wrong_manifests_get_one_sentence(
@@ -266,9 +381,9 @@ def test_names_are_dns_labels() -> None:
     assert len(job_name("x" * 80)) == 50
 
 
-@pytest.mark.parametrize("stop", [False, True], ids=["to-the-end", "stopped"])
-def test_launchers_one_a_node_make_one_world(stop: bool, corpus: Path, tmp_path: Path) -> None:
-    """Two launchers, as PyTorchJob's pods are started, of two ranks each; a SIGTERM to one stops and saves all."""
+@pytest.mark.parametrize(("stop", "pod"), [(False, "trainjob"), (True, "pytorchjob")], ids=["to-the-end", "stopped"])
+def test_launchers_one_a_node_make_one_world(stop: bool, pod: str, corpus: Path, tmp_path: Path) -> None:
+    """Two launchers, as an operator's pods are started, of two ranks each; a SIGTERM to one stops and saves all."""
     sections = {
         "cluster": {"levels": [2, 2]},
         "run": {"steps": 100_000 if stop else 3},
@@ -280,8 +395,7 @@ def test_launchers_one_a_node_make_one_world(stop: bool, corpus: Path, tmp_path:
         subprocess.Popen(
             thinwire_command("train", run, "--ranks-per-node=2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True,
-            env={**environment(), "RANK": str(node), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": port},
+            env={**environment(), **_of_pod(pod, node, port)},
         )
         for node in range(2)
     ]  # fmt: skip
@@ -297,6 +411,14 @@ def test_launchers_one_a_node_make_one_world(stop: bool, corpus: Path, tmp_path:
     last = max(steps(events))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{last:08d}"]
     assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == [f"rank-{i}.log" for i in (1, 2, 3)]
+
+
+def _of_pod(kind: str, node: int, port: str) -> dict[str, str]:
+    """What the operators set in a pod."""
+    if kind == "trainjob":
+        return {"PET_NODE_RANK": str(node), "PET_NNODES": "2", "PET_NPROC_PER_NODE": "2", "PET_MASTER_ADDR": "127.0.0.1",
+                "PET_MASTER_PORT": port}  # fmt: skip
+    return {"RANK": str(node), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def test_launchers_that_do_not_make_the_levels_are_refused(corpus: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import make_corpus, thinwire, write_run
+from runs import command, make_corpus, make_text, thinwire, write_run
 from slurm_cluster import Slurm, slurm
 from thinwire.cli import main
 from thinwire.events import read_events, steps
@@ -48,7 +48,8 @@ def launch(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 def submit(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """The number of the job that was submitted."""
-    found = re.search(r"submitted job (\d+)", launch(capsys, *arguments, "--submit", "--sbatch", "mem=100"))
+    memory = [] if "--mem" in arguments else ["--sbatch", "mem=100"]
+    found = re.search(r"submitted job (\d+)", launch(capsys, *arguments, "--submit", *memory))
     assert found is not None
     return found[1]
 
@@ -116,6 +117,40 @@ def test_it_runs_on_the_nodes_that_the_levels_say(
     assert (job["NumNodes"], job["Requeue"]) == ("2", "1")
     assert losses(here / "run") == reference(here, corpus, **FOUR, run={"steps": 6})
     assert "6 of 6" in log(here / "run")
+
+
+@pytest.mark.parametrize("per", ["rank", "node"])
+def test_a_corpus_that_is_not_there_is_made_by_the_job_once(
+    per: str, cluster: Slurm, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two nodes with one disk; a folder with a blank and a quote in its name, variables and a line of setup."""
+    run = write_run(here, here / "corpora" / "made", **FOUR, run={"steps": 3, "folder": str(here / "it's a run")})
+    run.write_text(run.read_text().replace("[data]\n", f'[data]\nsources = ["{make_text(here / "text")}"]\n'))
+    setup = ["--setup", "export ONE=$(echo 1)", "--env", "TWO=2 2", "--mem", "200", "--time", "5", "--per", per]
+    number = submit(capsys, run, *setup)
+    job = cluster.wait(number, "COMPLETED", "FAILED")
+    said = log(here / "it's a run")
+    assert job["JobState"] == "COMPLETED", said
+    assert job["MinMemoryNode"] == "200M"
+    assert len(losses(here / "it's a run")) == 3
+    assert said.count("tokenising") == 1
+    assert [path.name for path in (here / "corpora").iterdir()] == ["made"]
+
+
+def test_a_batch_script_without_srun_is_told_the_line(
+    cluster: Slurm, here: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(here, corpus, **FOUR)
+    called = shlex.join([*command("train", run)])
+    for number, asks in enumerate((["--nodes=2"], ["--ntasks=4"])):
+        done = cluster.call(
+            "sbatch", "--wait", "--parsable", "--mem=100", *asks, f"--output={here}/said{number}",
+            f"--wrap={called}; [ $? = 2 ]",
+        )  # fmt: skip
+        said = (here / f"said{number}").read_text()
+        assert f"shell of Slurm job {done.strip()} " in said
+        assert "write `srun thinwire train" in said
+    assert not (here / "run").exists()
 
 
 def test_neighbouring_ranks_share_a_node(

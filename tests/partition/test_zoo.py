@@ -20,14 +20,15 @@ KINDS = {
         "sequential_taken_apart", "weight_of_silent_child", "functional_block", "fused_weights", "l2_term",
     ],
     "read after the step": ["parameters_after_step", "child_state_dict", "deepcopy_after_step", "inference_between"],
-    "held in containers": ["list_of_lists", "list_of_dicts", "dict_of_modules", "list_of_parameters", "namespace"],
+    "held in containers": ["list_of_lists", "list_of_dicts", "dict_of_modules", "list_of_parameters", "namespace",
+                           "in_two_containers"],
     "given away": ["view_returned", "view_of_view_returned", "parameter_returned", "generator", "closure", "dataclasses"],
     "without a gradient": [
         "idle_expert", "routed_experts", "no_gradient_on_one_rank", "left_out_everywhere", "failed_forward",
         "failed_backward",
     ],
     "differentiated twice, or inside": [
-        "gradient_penalty", "inner_losses", "inner_loss_alone", "adaptive_weight", "recomputed",
+        "gradient_penalty", "inner_losses", "inner_loss_alone", "adaptive_weight", "recomputed", "recomputed_in_pieces",
         "hf_checkpointing", "hf_checkpointing_reentrant", "own_function",
     ],
     "of other kinds": [

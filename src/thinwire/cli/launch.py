@@ -1,5 +1,6 @@
 """`thinwire launch`: a run on a cluster with a scheduler."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from thinwire.launchers.allocation import Allocation
     from thinwire.train.config import RunConfig
-    from thinwire.train.job import Job
+    from thinwire.train.job import Outline
 
 app = typer.Typer(help="Start a run under a scheduler.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -20,6 +21,11 @@ PER_NODE = typer.Option(help="Default: the ranks inside the run's level called n
 INTERFACE = typer.Option(
     help="Network interface for the ranks to talk over, such as ib0; default: the one that reaches the others."
 )
+PER = typer.Option(help="rank: one task a rank. node: one task a node, which starts its ranks.")
+ARRAY = typer.Option(help="Array tasks, such as 0-7%2; {task} in --set is the number.")
+SETUP = typer.Option(help="A line of shell to run first, such as 'module load cuda'; may be repeated, in order.")
+PYTHON = typer.Option(help="The interpreter that runs the ranks; after --setup often just python.")
+ENV = typer.Option("--env", metavar="NAME=VALUE", help="A variable for every rank; may be repeated.")
 
 
 @app.command()
@@ -29,16 +35,16 @@ def slurm(
     submit: Annotated[bool, typer.Option("--submit", help="Hand the script to sbatch instead of printing it.")] = False,
     nodes: Annotated[str | None, NODES] = None,
     ranks_per_node: Annotated[int | None, PER_NODE] = None,
-    per: Annotated[
-        str, typer.Option(help="rank: one task a rank. node: one task a node, which starts its ranks.")
-    ] = "rank",
+    per: Annotated[str, PER] = "rank",
     cpus_per_rank: Annotated[int | None, typer.Option(help="Default: 1, on accelerators 4.", min=1)] = None,
     time: Annotated[str | None, typer.Option(help="Time limit, as sbatch takes it; default: the partition's.")] = None,
     stop_before: Annotated[str, typer.Option(help="How long before the limit the run stops and saves.")] = "120 s",
     requeues: Annotated[int, typer.Option(help="Most times the job asks for itself again.", min=0)] = 100,
-    array: Annotated[
-        str | None, typer.Option(help="Array tasks, such as 0-7%2; {task} in --set is the number.")
-    ] = None,
+    array: Annotated[str | None, ARRAY] = None,
+    mem: Annotated[str | None, typer.Option(help="Memory of a node, such as 64G; default: the cluster's.")] = None,
+    setup: Annotated[list[str] | None, SETUP] = None,
+    env: Annotated[list[str] | None, ENV] = None,
+    python: Annotated[str, PYTHON] = sys.executable,
     interface: Annotated[str | None, INTERFACE] = None,
     sbatch: Annotated[list[str] | None, typer.Option(help="A further sbatch option, such as partition=gpu.")] = None,
 ) -> None:
@@ -47,15 +53,14 @@ def slurm(
     Example: thinwire launch slurm run.toml --time 4:00:00 --sbatch partition=gpu --sbatch account=lab
     """
     from thinwire.errors import ConfigError
+    from thinwire.launchers.names import memory, one_line, variables
     from thinwire.launchers.slurm import SlurmRequest, run_folders, script
-    from thinwire.launchers.submit import submit as hand_over
 
     if per not in ("rank", "node"):
         raise ConfigError(f"--per {per} is unknown; there are rank and node")
     lead_s = _seconds("--stop-before", stop_before)
     allocation, job = _checked(run_file, settings or [], nodes, ranks_per_node, array)
     gpus = job.cluster.device.kind == "cuda"
-    _tell_unnamed(job.config, gpus=gpus)
     run, logs = run_folders(job.folder, array, settings or [])
     request = SlurmRequest(
         name=run_file.stem,
@@ -65,7 +70,7 @@ def slurm(
         logs=logs,
         allocation=allocation,
         gpus=gpus,
-        python=sys.executable,
+        python=one_line("--python", python),
         directory=Path.cwd(),
         per="node" if per == "node" else "rank",
         cpus_per_rank=cpus_per_rank or (4 if gpus else 1),
@@ -73,15 +78,26 @@ def slurm(
         stop_before_s=round(lead_s),
         requeues=requeues,
         array=array,
-        interface=interface,
+        mem=None if mem is None else memory(mem),
+        setup=tuple(setup or ()),
+        variables=variables(env or ()),
+        interface=None if interface is None else one_line("--interface", interface),
         more=tuple(option.removeprefix("--") for option in sbatch or ()),
     )
+    text = script(request)
+    _tell_unnamed(job.config, gpus=gpus)
+    _hand_over(text, logs, submit=submit)
+
+
+def _hand_over(script: str, logs: Path, *, submit: bool) -> None:
+    """Submit the script, or print it."""
+    from thinwire.launchers.submit import submit as to_sbatch
+
     if submit:
-        number = hand_over(script(request), logs)
-        typer.echo(f"submitted job {number}; its output goes to {logs}")
-    else:
-        typer.echo(script(request), nl=False)
-        typer.echo(f"thinwire: before sbatch: mkdir -p {logs}", err=True)
+        typer.echo(f"submitted job {to_sbatch(script, logs)}; its output goes to {logs}")
+        return
+    typer.echo(script, nl=False)
+    typer.echo(f"thinwire: before sbatch: mkdir -p {shlex.quote(str(logs))}", err=True)
 
 
 @app.command()
@@ -97,43 +113,65 @@ def k8s(
     gpu_resource: Annotated[
         str | None, typer.Option(help="What the cluster calls its accelerators; default: as NVIDIA or AMD do.")
     ] = None,
+    env: Annotated[list[str] | None, ENV] = None,
+    kind: Annotated[
+        str, typer.Option(help="pytorchjob: Kubeflow's training operator (v1). trainjob: its trainer (v2).")
+    ] = "pytorchjob",
     interface: Annotated[str | None, INTERFACE] = None,
 ) -> None:
-    """Print a Kubeflow PyTorchJob, and the ConfigMap with its run file; pipe it to `kubectl apply -f -`.
+    """Print a Kubeflow job, and the ConfigMap with its run file; pipe it to `kubectl apply -f -`.
 
     Example: thinwire launch k8s run.toml --image registry/thinwire:0.1 --claim corpora:/data
     """
     import yaml
 
     from thinwire.errors import ConfigError
-    from thinwire.launchers.allocation import allocate
-    from thinwire.launchers.kubernetes import KubernetesRequest, gpu_resource_of, manifest
-    from thinwire.launchers.names import job_name, volume_claim
-    from thinwire.train.job import read_config
+    from thinwire.launchers.kubernetes import KubernetesRequest, check_paths, gpu_resource_of, manifest, off_claim
+    from thinwire.launchers.names import job_name, variables, volume_claim
+    from thinwire.train.job import default_folder
 
-    given = settings or []
-    allocation = allocate(run_file, given, nodes=nodes, ranks_per_node=ranks_per_node)
-    if allocation.fewest != allocation.most:
-        raise ConfigError(f"--nodes {nodes}: a PyTorchJob has a fixed number of pods; give one number")
-    levels = [allocation.levels(str(allocation.fewest))] if allocation.from_nodes else []
-    config = read_config(run_file, [*given, *levels])
-    cluster = config.cluster.resolve(run_file.parent)
-    gpus = cluster.device.kind == "cuda"
-    _tell_unnamed(config, gpus=gpus)
-    if config.cluster.file is not None:
-        raise ConfigError(f"{run_file}: cluster.file does not travel into the pods; give cluster.levels instead")
+    if kind not in ("pytorchjob", "trainjob"):
+        raise ConfigError(f"--kind {kind} is unknown; there are pytorchjob and trainjob")
+    allocation, config = _for_pods(run_file, settings or [], nodes, ranks_per_node, kind)
+    folder, device = config.run.folder or default_folder(run_file), config.cluster.resolve(run_file.parent).device
+    check_paths(run_file, config, folder)
+    mounted = None if claim is None else volume_claim(claim)
     request = KubernetesRequest(
         name=job_name(name or run_file.stem),
         image=image,
         run_file=run_file.read_text(encoding="utf-8"),
-        settings=tuple(given),
+        settings=tuple(settings or ()),
         allocation=allocation,
-        gpu_resource=(gpu_resource or gpu_resource_of(cluster.device.name)) if gpus else None,
+        gpu_resource=(gpu_resource or gpu_resource_of(device.name)) if device.kind == "cuda" else None,
         namespace=namespace,
-        claim=None if claim is None else volume_claim(claim),
+        claim=mounted,
         interface=interface,
+        variables=variables(env or ()),
+        kind="trainjob" if kind == "trainjob" else "pytorchjob",
     )
+    _tell_unnamed(config, gpus=device.kind == "cuda")
+    if warning := off_claim(folder, mounted):
+        typer.echo(f"thinwire: {warning}", err=True)
     typer.echo(yaml.safe_dump_all(manifest(request), sort_keys=False), nl=False)
+
+
+def _for_pods(
+    run_file: Path, settings: list[str], nodes: str | None, ranks_per_node: int | None, kind: str
+) -> "tuple[Allocation, RunConfig]":
+    """What to ask for, and the run file. Raises ConfigError; what lies on the claim cannot be looked at from here."""
+    from thinwire.errors import ConfigError
+    from thinwire.launchers.allocation import allocate
+    from thinwire.train.job import outlined, read_config
+
+    allocation = allocate(run_file, settings, nodes=nodes, ranks_per_node=ranks_per_node)
+    if allocation.fewest != allocation.most:
+        job = "TrainJob" if kind == "trainjob" else "PyTorchJob"
+        raise ConfigError(f"--nodes {nodes}: a {job} has a fixed number of pods; give one number")
+    levels = [allocation.levels(str(allocation.fewest))] if allocation.from_nodes else []
+    config = read_config(run_file, [*settings, *levels])
+    if config.plan.file is None:
+        outlined(run_file, config)
+    return allocation, config
 
 
 def _tell_unnamed(config: "RunConfig", *, gpus: bool) -> None:
@@ -148,20 +186,20 @@ def _tell_unnamed(config: "RunConfig", *, gpus: bool) -> None:
 
 def _checked(
     run_file: Path, settings: list[str], nodes: str | None, ranks_per_node: int | None, array: str | None
-) -> "tuple[Allocation, Job]":
-    """What to ask for, and the job for the fewest nodes. Every number of nodes is tried, so that none fails in the queue."""
+) -> "tuple[Allocation, Outline]":
+    """What to ask for, and the run on the fewest nodes. Every number of nodes is tried, so that none fails in the queue."""
     from thinwire.launchers.allocation import allocate
     from thinwire.launchers.slurm import TASK, check_array, first_task
-    from thinwire.train.job import read_config, resolve
+    from thinwire.train.job import foreseen, read_config
 
     check_array(settings, array)
     plain = [setting.replace(TASK, first_task(array or "")) for setting in settings]
     allocation = allocate(run_file, plain, nodes=nodes, ranks_per_node=ranks_per_node)
-    jobs = []
+    runs = []
     for count in range(allocation.fewest, allocation.most + 1):
         levels = [allocation.levels(str(count))] if allocation.from_nodes else []
-        jobs.append(resolve(run_file, read_config(run_file, [*plain, *levels])))
-    return allocation, jobs[0]
+        runs.append(foreseen(run_file, read_config(run_file, [*plain, *levels])))
+    return allocation, runs[0]
 
 
 def _seconds(option: str, text: str) -> float:

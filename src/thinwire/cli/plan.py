@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def run(
     run_file: Annotated[
-        Path, typer.Argument(metavar="RUN.toml", help="A run file; [model], [batch] and [cluster] do.")
+        Path, typer.Argument(metavar="RUN.toml", help="A run file, as train takes it; [data] may be missing.")
     ],
     settings: Annotated[list[str] | None, SET] = None,
     top: Annotated[int, typer.Option(min=1, max=50, help="Plans in the table.")] = 5,
@@ -35,13 +35,14 @@ def run(
 
     Example: thinwire plan examples/llama-70b-on-10g.toml --why-not tensor=16
     """
-    from thinwire.cli.planning import space_of, task
+    from thinwire.cli.planning import space_of, task, tell_notes
     from thinwire.errors import ConfigError
     from thinwire.planner.choose import choose
 
     if outer not in ("auto", "never", "always"):
         raise ConfigError(f"--outer {outer!r} is unknown; there are auto, never and always")
     found = task(run_file, settings or [])
+    tell_notes(found)
     space = space_of(found, runnable=runnable, codecs=codecs)
     answer = choose(found.setting, space, keep=max(20, top), outer=outer)  # type: ignore[arg-type]
     if out is not None:

@@ -1,53 +1,45 @@
-"""What `plan` and `simulate` share: a run file without the need for data, and the setting that it means."""
+"""What `plan` and `simulate` share: a run file, which needs no `[data]` here, and the setting that it means."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinwire.checkpoint.config import CheckpointConfig
-from thinwire.cluster.cluster import Cluster, ClusterConfig
+import typer
+
+from thinwire.cluster.cluster import Cluster
 from thinwire.cluster.presets import calibration_of
-from thinwire.config import Frozen, load
+from thinwire.config import load
 from thinwire.cost.candidate import Candidate, Setting, Sync
-from thinwire.data.config import DataConfig
 from thinwire.errors import ConfigError
-from thinwire.model.config import ModelConfig
-from thinwire.plan import Plan, PlanConfig, read_plan
+from thinwire.hub.init import read_init
+from thinwire.hub.stand_in import stand_in
+from thinwire.model.config import check_vocabulary
+from thinwire.model.spec import ModelSpec
+from thinwire.plan import Plan, read_plan
 from thinwire.planner.space import WIRE, Space
-from thinwire.train.config import BatchConfig, OptimizerConfig, RunSection, ScheduleConfig
-
-
-class PlanningFile(Frozen):
-    """A run file; planning needs only `[model]`, `[batch]` and `[cluster]`, and heeds what `[plan]` decides."""
-
-    model: ModelConfig = ModelConfig()
-    data: DataConfig | None = None
-    batch: BatchConfig = BatchConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    plan: PlanConfig = PlanConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    run: RunSection = RunSection()
+from thinwire.train.config import RunFile
+from thinwire.train.job import default_folder, expected_vocabulary
 
 
 @dataclass(frozen=True)
 class Task:
-    """A planning file, resolved."""
+    """A run file, resolved."""
 
-    file: PlanningFile
+    file: RunFile
     setting: Setting
     fixed: dict[str, object]
     """What `[plan]` and `[batch]` decide."""
     sync: Sync | None
     """Rounds of worker groups, if `[plan]` decides them."""
+    notes: tuple[str, ...] = ()
+    """What is planned in place of what the formulas do not know, in sentences."""
 
 
 def task(run_file: Path, settings: Sequence[str]) -> Task:
     """Read and resolve. Raises ConfigError, DataError or PlanError with one sentence."""
-    file = load(PlanningFile, run_file, settings)
+    file = load(RunFile, run_file, settings)
     cluster = file.cluster.resolve(run_file.parent)
-    spec = file.model.resolve(_vocabulary(file))
+    spec, notes = _spec(file, file.run.folder or default_folder(run_file))
     if file.batch.tokens > spec.max_tokens:
         raise ConfigError(
             f"{run_file}: batch.tokens = {file.batch.tokens} is longer than the model's {spec.max_tokens} positions; "
@@ -67,24 +59,30 @@ def task(run_file: Path, settings: Sequence[str]) -> Task:
     )
     plan = _decided(file, cluster)
     point = Candidate.of_plan(plan, spec.layers)
-    return Task(file, setting, {name: getattr(point, name) for name in _names(file, plan)}, point.sync)
+    return Task(file, setting, {name: getattr(point, name) for name in _names(file, plan)}, point.sync, notes)
 
 
-def _vocabulary(file: PlanningFile) -> int | None:
-    """The tokenizer's, if the corpus is there already."""
-    from thinwire.data.corpus import Corpus, exists
+def _spec(file: RunFile, folder: Path) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The model, from wherever `train` would take it, and what the formulas take it for where they do not know it."""
+    vocabulary = None if file.data is None else expected_vocabulary(file.data)
+    if file.model.init is not None:
+        spec, notes = read_init(file.model.init, kept=folder).spec, tuple[str, ...]()
+    elif file.model.hf is not None:
+        spec, notes = stand_in(file.model.hf, kept=folder, lora=file.model.lora)
+    else:
+        return file.model.resolve(vocabulary), ()
+    check_vocabulary(spec.vocab_size, vocabulary, "prepare the corpus with the tokenizer.json of that model")
+    return spec, notes
 
-    return Corpus.open(file.data).vocab_size if file.data is not None and exists(file.data) else None
 
-
-def _decided(file: PlanningFile, cluster: Cluster) -> Plan:
+def _decided(file: RunFile, cluster: Cluster) -> Plan:
     """The plan that the file names, or that its `[plan]` is so far. Raises PlanError if it does not fit."""
     if file.plan.file is not None:
         return read_plan(file.plan.file, cluster, sequences=file.batch.sequences // cluster.ranks)
     return file.plan.resolve(cluster, micro_batch=file.batch.micro_batch or 1, accumulate=1)
 
 
-def _names(file: PlanningFile, plan: Plan) -> list[str]:
+def _names(file: RunFile, plan: Plan) -> list[str]:
     """Fields of a candidate that the file decides; `partition = "auto"` decides nothing."""
     if file.plan.file is not None:
         return ["depths", "keep_gathered", "recompute", "micro_batch", *WIRE]
@@ -93,6 +91,12 @@ def _names(file: PlanningFile, plan: Plan) -> list[str]:
     found += [name for name in ("recompute", "keep_gathered") if name in given]
     found += ["depths"] if file.plan.partition != "auto" else []
     return found + ([*WIRE] if "wire" in given or plan.wire.weights or plan.wire.grads else [])
+
+
+def tell_notes(found: Task) -> None:
+    """On standard error: what is printed may be for programs."""
+    for note in found.notes:
+        typer.echo(f"thinwire: {note}", err=True)
 
 
 def space_of(found: Task, *, runnable: bool, codecs: str) -> Space:

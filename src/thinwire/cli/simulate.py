@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def run(
     run_file: Annotated[
-        Path, typer.Argument(metavar="RUN.toml", help="A run file; [model], [batch] and [cluster] do.")
+        Path, typer.Argument(metavar="RUN.toml", help="A run file, as train takes it; [data] may be missing.")
     ],
     settings: Annotated[list[str] | None, SET] = None,
     plan: Annotated[
@@ -47,10 +47,11 @@ def run(
 
     Example: thinwire simulate examples/frontier-20b.toml --plan pipeline=4 --trace step.json
     """
-    from thinwire.cli.planning import space_of, task
+    from thinwire.cli.planning import space_of, task, tell_notes
     from thinwire.simulate.step import simulate_step
 
     found = task(run_file, settings or [])
+    tell_notes(found)
     ranked = _ranked(found.setting, space_of(found, runnable=runnable, codecs=codecs), plan)
     trouble = _trouble(found.setting, ranked, slow_rank or [], slow_level or [], jitter, seed)
     simulated = simulate_step(found.setting, ranked.candidate, ranked.axes, trouble)

@@ -1,6 +1,7 @@
 """`thinwire train RUN.toml`: on one machine it starts the ranks itself; under torchrun or Slurm it is one of them."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +27,8 @@ def run(
         int | None, typer.Option(help="Port for the ranks to meet at; default: any free one.", min=1, max=65535)
     ] = None,
     ranks_per_node: Annotated[
-        int | None, typer.Option(help="Under srun with one task a node: how many ranks each starts.", min=1, max=10_000)
+        int | None,
+        typer.Option(help="Where a launcher starts one process a node: how many ranks each starts.", min=1, max=10_000),
     ] = None,
 ) -> None:
     """Train what RUN.toml describes; the same command resumes a run that was stopped or killed.
@@ -36,17 +38,23 @@ def run(
     from thinwire.comm.place import Place
 
     decided = [*(settings or []), *([f"plan.file={plan.resolve()}"] if plan is not None else [])]
-    place = Place.from_environment(os.environ)
+    place = Place.from_environment(os.environ, nodes=ranks_per_node is not None, command=called())
     if place is None:
-        _train_here(run_file, decided, fresh=fresh, port=port)
+        _train_here(run_file, decided, fresh=fresh, port=port, ranks=ranks_per_node)
     elif ranks_per_node is not None:
         _train_node(place, run_file, decided, ranks_per_node, fresh=fresh)
     else:
         _train_as(place, run_file, decided, fresh=fresh)
 
 
-def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int | None) -> None:
-    """Check everything, make the run folder, start the ranks, tell how they ended."""
+def called() -> str:
+    """The command line by which this process was started."""
+    return shlex.join(["thinwire", *sys.argv[1:]])
+
+
+def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int | None, ranks: int | None) -> None:
+    """Check everything, make the run folder, start the ranks, tell how they ended. `ranks`: how many were asked for."""
+    from thinwire.cluster.cluster import check_size
     from thinwire.comm.interfaces import addresses, asked
     from thinwire.train.folder import open_folder
     from thinwire.train.job import crowding, read_config, resolve
@@ -55,7 +63,9 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     config = read_config(run_file, settings)
     if port is not None:
         refuse_taken(port)
-    job = resolve(run_file, config, prepare=True)
+    if ranks is not None:
+        check_size(config.cluster.resolve(run_file.parent), ranks)
+    job = resolve(run_file, config, prepare=True, say=typer.echo)
     job.config.tracking.check()
     if job.cluster.ranks > 1 or job.cluster.interface:
         asked(job.cluster.interface, os.environ, addresses(), cuda=job.cluster.device.kind == "cuda")
@@ -78,11 +88,13 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     from thinwire.train.folder import open_folder
     from thinwire.train.job import read_config, resolve
     from thinwire.train.launch import Share, launch
+    from thinwire.train.stop import listening
 
-    job = resolve(run_file, read_config(run_file, settings))
-    job.config.tracking.check()
-    share = Share.of_node(place, ranks_per_node)
-    check_size(job.cluster, share.size)
+    config, share = read_config(run_file, settings), Share.of_node(place, ranks_per_node)
+    config.tracking.check()
+    check_size(config.cluster.resolve(run_file.parent), share.size)
+    with listening() as stop:
+        job = resolve(run_file, config, prepare=True, stopped=lambda: stop.asked, say=typer.echo)
     _tell_device(job.cluster, share.count)
     with open_folder(job, fresh=fresh) if place.rank == 0 else nullcontext() as opened:
         if opened is not None:

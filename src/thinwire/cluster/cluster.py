@@ -223,7 +223,9 @@ def check_size(cluster: Cluster, size: int) -> None:
     """Raise ConfigError, in one sentence, if the launcher's world is not the cluster's."""
     if cluster.ranks != size:
         product = " x ".join(f"{level.name}={level.fanout}" for level in cluster.levels)
+        inside, rest = divmod(cluster.ranks, size)
+        nodes = "" if rest else f", or, if each of these is to start a node's ranks, give --ranks-per-node {inside}"
         raise ConfigError(
             f"the levels {product} make {cluster.ranks} ranks, but the launcher started {size}; change cluster.levels, "
-            f"or start {cluster.ranks} processes"
+            f"or start {cluster.ranks} processes{nodes}"
         )

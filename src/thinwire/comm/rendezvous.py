@@ -7,6 +7,7 @@ that another rank has told, ends it at once on every rank.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,10 +28,15 @@ import torch.distributed as dist
 
 from thinwire.comm.interfaces import Address
 from thinwire.comm.status import Desk, call
+from thinwire.config import differences
 from thinwire.errors import ConfigError, LinkError, StopAsked, ThinwireError
 
-_LOOK_S, _OPEN_S, _CONNECT_S, _FAREWELL_S = 0.05, 1.0, 3.0, 2.0
+_LOOK_S, _OPEN_S, _CONNECT_S, _FAREWELL_S = 0.05, 3.0, 3.0, 2.0
 _CALLERS = 32
+_TELL_S = 15.0
+"""For rank 0 to come, when this rank will not: both were started at about the same time."""
+_SHOWN, _BRIEF = 4, 60
+"""Of two ranks' runs: so many differences are told, and so much of each value."""
 _TROUBLE, _HEARD = "thinwire/trouble", "thinwire/heard"
 _KINDS: dict[str, type[ThinwireError]] = {"config": ConfigError, "link": LinkError, "stop": StopAsked}
 
@@ -113,10 +120,12 @@ class Rendezvous:
             target=self._open_at, args=("127.0.0.1" if door is None else door[1], opened), daemon=True
         )
         thread.start()
-        thread.join(min(_OPEN_S, self._timeout_s))  # once it is open, a stop can be told to the others
-        while thread.is_alive() and time.monotonic() < self._end_s:
-            self._leave_if_asked()
+        while thread.is_alive() and time.monotonic() < self._end_s and not self._stopped():
             thread.join(_LOOK_S)
+        if thread.is_alive() and self._stopped():
+            thread.join(_OPEN_S)  # once it is open, the stop can be told to the others
+            if not opened:
+                self._leave_if_asked()
         if not opened or isinstance(opened[0], Exception):
             why = "no rank 0 of a run answers there"
             if self._rank == 0:
@@ -133,6 +142,49 @@ class Rendezvous:
             )
         except (dist.DistError, RuntimeError, ValueError) as error:
             opened.append(error)
+
+    def agree(self, statement: Mapping[str, Any]) -> None:
+        """Compare what this rank is about to do, as JSON, with what the others are.
+
+        Raises ConfigError, with one sentence on every rank, if they differ: the first rank that has something else than
+        rank 0, and what. LinkError if another process has this one's number.
+        """
+        text, token = json.dumps(statement, sort_keys=True), secrets.token_hex(8)
+        told = self._share("run", [self._size, hashlib.sha256(text.encode()).hexdigest(), token])
+        sizes = {rank: size for rank, (size, *_) in enumerate(told)} | {self._rank: self._size}
+        if stray := [rank for rank, size in sizes.items() if size != told[0][0]]:
+            self._end_all(
+                f"rank {stray[0]} was started as one of {sizes[stray[0]]} ranks, rank 0 at {self._where} as one of "
+                f"{told[0][0]}; start all of them with the same number"
+            )
+        if told[self._rank][2] != token:
+            raise LinkError(
+                f"another process came to {self._where} as rank {self._rank} too; give each process a rank of its own, or, "
+                f"if these are two runs, ports of their own"
+            )
+        if odd := [rank for rank, (_, digest, _) in enumerate(told) if digest != told[0][1]]:
+            self._disagree(statement, odd)
+
+    def _disagree(self, statement: Mapping[str, Any], odd: Sequence[int]) -> NoReturn:
+        """Ranks 0 and the first odd one say all that they have, so that every rank can say what differs."""
+        shown = self._rank in (0, odd[0])
+        said = self._share("runs", [socket.gethostname(), dict(statement)] if shown else None)
+        (_, first), (host, other) = said[0], said[odd[0]]
+        found = differences(first, other)
+        words = [f"{key} is {_brief(there)} there and {_brief(here)} on rank 0" for key, here, there in found[:_SHOWN]]
+        more = f" and {len(found) - _SHOWN} keys more" if len(found) > _SHOWN else ""
+        beside = f", like {len(odd) - 1} other rank{'s' * (len(odd) > 2)}," if len(odd) > 1 else ""
+        self._end_all(
+            f"rank {odd[0]} (host {host}){beside} does not have rank 0's run: {'; '.join(words)}{more}; give every rank the "
+            f"same run file, settings and corpus"
+        )
+
+    def _end_all(self, sentence: str) -> NoReturn:
+        """Raise ConfigError where every rank does so by itself, rank 0 once the others need its store no more."""
+        if self._rank == 0:
+            self.fail("config", sentence)
+        self.store.add(_HEARD, 1)
+        raise ConfigError(sentence)
 
     def present(self, presence: Presence, desk: Desk) -> tuple[Presence, ...]:
         """Everybody, with the addresses at which each is reached by all. Raises LinkError naming who is not."""
@@ -275,6 +327,19 @@ class Rendezvous:
         with ThreadPoolExecutor(_CALLERS) as pool:
             answers = list(pool.map(reach, targets))
         return {leader: why for (leader, _), why in zip(targets, answers, strict=True) if why is not None}
+
+
+def tell_rank_0(rank: int, size: int, host: str, port: int, sentence: str) -> None:
+    """Tell the others, if rank 0 comes within seconds, why this rank will not come: they would wait for it."""
+    meeting = Rendezvous(rank, size, host, port, timeout_s=_TELL_S, stopped=lambda: False)
+    with suppress(ThinwireError):
+        meeting.open()
+        meeting.fail("config", f"rank {rank} (host {socket.gethostname()}): {sentence}")
+
+
+def _brief(value: object) -> str:
+    text = "missing" if value is None else json.dumps(value)
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."
 
 
 def _routes(everyone: Sequence[Presence]) -> list[list[Route]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -59,13 +59,14 @@ class World:
     @staticmethod
     def join(
         cluster: Cluster, *, rank: int, size: int, local_rank: int, host: str, port: int, timeout_s: float = 600.0,
-        stopped: Callable[[], bool] = lambda: False,
+        stopped: Callable[[], bool] = lambda: False, statement: Mapping[str, Any] | None = None,
     ) -> "World":  # fmt: skip
         """Meet the other ranks at host:port (rank 0 listens there) and make every communicator.
 
-        `stopped` is asked while others are waited for: whether this process is to leave instead. Raises ConfigError if the
-        cluster's levels do not multiply up to `size`, this rank has no device or an interface that is named is not here,
-        LinkError if the ranks do not meet in time, StopAsked.
+        `stopped` is asked while others are waited for: whether this process is to leave instead. `statement`, as JSON: what
+        every rank must have in common besides the cluster's levels. Raises ConfigError if the levels do not multiply up to
+        `size`, a rank states something else than rank 0, this rank has no device or an interface that is named is not
+        here, LinkError if the ranks do not meet in time, StopAsked.
         """
         check_size(cluster, size)
         device = rank_device(cluster, local_rank)
@@ -73,7 +74,8 @@ class World:
         world.timeout = timedelta(seconds=timeout_s)
         if size > 1:
             meeting = Rendezvous(rank, size, host, port, timeout_s=timeout_s, stopped=stopped)
-            world._meet(meeting)
+            levels = [[level.name, level.fanout] for level in cluster.levels]
+            world._meet(meeting, {"levels": levels, **(statement or {})})
             try:
                 with world.outstanding.waiting("the start of the communicators"):
                     world._connect(meeting.store)
@@ -82,13 +84,14 @@ class World:
                 raise LinkError(f"{world.introduction}; it could not connect to the others: {reason}") from None
         return world
 
-    def _meet(self, meeting: Rendezvous) -> None:
-        """Find out who the others are and at which addresses all reach each other."""
+    def _meet(self, meeting: Rendezvous, statement: Mapping[str, Any]) -> None:
+        """Find out whether all have the same in mind, who the others are, and at which addresses all reach each other."""
         here, door = addresses(), meeting.open()
         try:
             wanted = asked(self.cluster.interface, os.environ, here, cuda=self.device.type == "cuda")
         except ConfigError as error:
             meeting.fail("config", f"rank {self.rank}: {error}")
+        meeting.agree(statement)
         desk = Desk(self.rank, self.status)
         try:
             own = Presence.of_this_process(self.rank, desk.port, here, wanted, door)
@@ -159,6 +162,7 @@ class World:
                 found = find_neighbours(self._groups[index, "small"], exchanges, timeout_s=self.timeout.total_seconds())
                 if found is not None:
                     self._neighbours[index] = found
+                    self.outstanding.near.append(found)
 
     def inside(self, level: int) -> "World":
         """The world of one group: the levels below `level` alone, with this world's communicators, ledger and handles.
@@ -229,7 +233,8 @@ class World:
 
     def settle(self) -> None:
         """Wait until the ranks of this host have read what this one has sent. Raises LinkError if one is gone."""
-        self._exchanges.end()
+        with self.outstanding.issuing():
+            self._exchanges.end()
 
     def leave(self) -> None:
         """Close every communicator. A handle that nobody waited for is a bug, and raises AssertionError."""

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thinwire.cluster.cluster import Cluster
-from thinwire.config import build, override, read_toml
 from thinwire.errors import ConfigError
-from thinwire.train.config import RunConfig
+from thinwire.train.job import read_config
 from thinwire.units import whole_number
 
 _MOST_NODES = 100_000
@@ -36,7 +35,7 @@ def ranks_per_node_of(cluster: Cluster) -> int:
 
 def allocate(run_file: Path, settings: Sequence[str], *, nodes: str | None, ranks_per_node: int | None) -> Allocation:
     """What to ask a scheduler for. Raises ConfigError if the ranks do not divide into nodes, or a count is no count."""
-    config = build(RunConfig, override(read_toml(run_file), settings), str(run_file))
+    config = read_config(run_file, settings)
     cluster = config.cluster.resolve(run_file.parent)
     per_node = ranks_per_node or ranks_per_node_of(cluster)
     if nodes is not None:

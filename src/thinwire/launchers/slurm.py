@@ -7,13 +7,14 @@ share a node, as the levels count them.
 """
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from thinwire.errors import ConfigError
 from thinwire.launchers.allocation import Allocation
+from thinwire.launchers.names import one_line
 
 TASK = "{task}"
 """In a setting: the array task's number."""
@@ -43,45 +44,58 @@ class SlurmRequest:
     stop_before_s: int = 120
     requeues: int = 100
     array: str | None = None
+    mem: str | None = None
+    """Memory of a node, as sbatch takes it."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell that come first: modules, environments."""
+    variables: Mapping[str, str] = field(default_factory=dict)
     interface: str | None = None
     more: tuple[str, ...] = ()
     """Further options of sbatch, without the leading dashes."""
 
 
 def script(request: SlurmRequest) -> str:
-    """The whole text of the sbatch script."""
-    return "\n".join([*_header(request), "", *_environment(request), "", *_body(request)]) + "\n"
+    """The whole text of the sbatch script. Raises ConfigError if anything in its header has a line break."""
+    parts = [_header(request), _setup(request), _environment(request), _body(request)]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
 def _header(request: SlurmRequest) -> list[str]:
     nodes, ranks = request.allocation, request.allocation.ranks_per_node
     count = str(nodes.fewest) if nodes.fewest == nodes.most else f"{nodes.fewest}-{nodes.most}"
     log = "slurm-%A_%a.out" if request.array else "slurm-%j.out"
-    options: list[str | None] = [
-        f"job-name={request.name}",
-        f"nodes={count}",
-        f"ntasks-per-node={ranks if request.per == 'rank' else 1}",
-        f"cpus-per-task={request.cpus_per_rank * (1 if request.per == 'rank' else ranks)}",
-        f"gpus-per-node={ranks}" if request.gpus else None,
-        f"time={request.time}" if request.time else None,
-        f"array={request.array}" if request.array else None,
-        f"signal=B:USR1@{request.stop_before_s}",
-        "requeue",
-        "open-mode=append",
-        f"chdir={request.directory}",
-        f"output={request.logs / log}",
-        *request.more,
-    ]
-    return ["#!/bin/bash", *(f"#SBATCH --{_in_a_line(option)}" for option in options if option)]
+    options: dict[str, object] = {
+        "job-name": request.name,
+        "nodes": count,
+        "ntasks-per-node": ranks if request.per == "rank" else 1,
+        "cpus-per-task": request.cpus_per_rank * (1 if request.per == "rank" else ranks),
+        "gpus-per-node": ranks if request.gpus else None,
+        "mem": request.mem,
+        "time": request.time,
+        "array": request.array,
+        "signal": f"B:USR1@{request.stop_before_s}",
+        "requeue": "",
+        "open-mode": "append",
+        "chdir": request.directory,
+        "output": request.logs / log,
+    }
+    said = [_option(name, str(value)) for name, value in options.items() if value is not None]
+    more = [one_line("--sbatch", option) for option in request.more]
+    return ["#!/bin/bash", *(f"#SBATCH --{option}" for option in [*said, *more])]
 
 
-def _in_a_line(option: str) -> str:
-    """Raises ConfigError for what would end the line, or is no text: Slurm would read the rest as something else."""
-    if not option.isprintable():
-        raise ConfigError(
-            f"{option!r} cannot stand in an sbatch script: it has a line break or such in it; leave that out"
-        )
-    return option
+def _option(name: str, value: str) -> str:
+    """Of the header, where sbatch undoes quotes as a shell does."""
+    return f"{name}={shlex.quote(one_line(name, value))}" if value else name
+
+
+def _setup(request: SlurmRequest) -> list[str]:
+    """Lines that the user wants first, before this script's own rules apply: activation scripts read unset variables."""
+    lines = []
+    for line in request.setup:
+        failed = shlex.quote(f"thinwire: this line of --setup failed: {one_line('--setup', line)}")
+        lines += [line, f'[ "$?" -eq 0 ] || {{ echo {failed} >&2; exit 1; }}']
+    return lines
 
 
 def _environment(request: SlurmRequest) -> list[str]:
@@ -94,6 +108,7 @@ def _environment(request: SlurmRequest) -> list[str]:
         "export OMP_NUM_THREADS=" + str(request.cpus_per_rank),
         "export PYTHONUNBUFFERED=1",
     ]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in request.variables.items()]
     if request.interface:
         names = ["GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if request.gpus else [])]
         lines += [f"export {name}={shlex.quote(request.interface)}" for name in names]

@@ -72,14 +72,14 @@ class Reductions:
         Of a cut unit that expects none, whatever other ranks' graphs have of it: its turn comes when backward passes it, as
         where gradients do come, so that ranks gather and reduce in one order; that of a resident one comes at once. What a
         forward has hidden from autograd comes in `nested` backwards of recomputed forwards; who knows how many there are
-        of a unit that was hidden more than once.
+        of a unit that was hidden more than once, or that is recomputed piece by piece (reversible layers).
         """
         for index, (unit, count) in enumerate(zip(self._units, counts, strict=True)):
             if nested and count and self._take_back(index):
                 unit.nests, unit.hidden = True, 1
             if nested or unit.hidden:
                 if count:
-                    unit.waiting = count if nested and unit.hidden == 1 else None
+                    unit.waiting = count if nested and unit.hidden == 1 and count == len(unit.trained) else None
             else:
                 unit.waiting = count or None
                 if not count and unit.cut and unit.trained:

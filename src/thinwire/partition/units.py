@@ -55,7 +55,9 @@ def find_units(root: nn.Module, chosen: Sequence[str] | None = None) -> list[Uni
 def _default(root: nn.Module) -> dict[str, nn.Module]:
     lists = {n: m for n, m in root.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and n}
     outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists if other != n)}
-    heads = {name: entry for prefix, entries in outer.items() for name, entry in _entries(prefix, entries)}
+    order = {name: position for position, (name, _) in enumerate(root.named_modules())}
+    # A module that lies in several places is named after the first.
+    heads = {name: entry for prefix, held in outer.items() for name, entry in _entries(prefix, held) if name in order}
     covered = {id(module) for entry in heads.values() for module in entry.modules()}
     for name, module in root.named_modules():
         inside = any(name.startswith(head + ".") for head in heads)
@@ -63,7 +65,6 @@ def _default(root: nn.Module) -> dict[str, nn.Module]:
         usable = has_forward(module) and any(p.numel() for p in module.parameters())
         if id(module) not in covered and not inside and not holds_units and usable:
             heads[name] = module
-    order = {name: position for position, (name, _) in enumerate(root.named_modules())}
     return dict(sorted(heads.items(), key=lambda item: order[item[0]]))
 
 

@@ -134,7 +134,7 @@ def assemble(job: Job, world: World) -> Parts:
         Packing(
             job.corpus.train,
             config.batch.tokens,
-            cross_documents=config.data.cross_documents,
+            cross_documents=job.corpus.cross_documents,
             vocab_size=job.spec.vocab_size,
         ),
         batch_sequences=config.batch.sequences,
@@ -150,29 +150,17 @@ def assemble(job: Job, world: World) -> Parts:
         job=job,
         world=world,
         group=group,
-        sync=None if job.plan.sync is None else OuterSync(sharded, job.plan.sync, world, same=identity(job)),
+        sync=None if job.plan.sync is None else OuterSync(sharded, job.plan.sync, world),
         model=model,
         sharded=sharded,
         optimizer=optimizer,
         feed=feed,
         checkpoints=checkpoints,
         nominal_tokens=config.batch.sequences * config.batch.tokens * group.size // world.size,
-        cross_documents=config.data.cross_documents,
+        cross_documents=job.corpus.cross_documents,
         peak_flops_per_s=peak,
         peak_origin=origin,
     )
-
-
-def identity(job: Job) -> dict[str, str]:
-    """What every worker group must have in common besides weights, in words that can be compared."""
-    optimizer, schedule, batch = (getattr(job.config, section) for section in ("optimizer", "schedule", "batch"))
-    return {
-        "corpus and tokenizer": job.corpus.digest,
-        "plan": job.plan.digest,
-        "seed": str(job.config.run.seed),
-        "model": repr(job.config.model),
-        "optimizer, schedule and batch": repr((optimizer, schedule, batch)),
-    }
 
 
 def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module, Initial]:

@@ -94,7 +94,8 @@ class RunSection(Frozen):
     """Held-out sequences in one validation; 0: all of them."""
     sample_tokens: int = Field(default=200, ge=0)
     """Tokens of the text shown at the end; 0: none."""
-    sample_prompt: str = "def "
+    sample_prompt: str | None = None
+    """What it continues, of a corpus of conversations a user's message; default: how a validation document begins."""
     max_bad_steps: int = Field(default=5, ge=1)
     """Stop after this many steps in a row whose loss or gradient norm is not finite."""
     compile: bool = False
@@ -105,11 +106,11 @@ class RunSection(Frozen):
     """A collective that takes longer than this ends the run."""
 
 
-class RunConfig(Frozen):
-    """A whole run file."""
+class RunFile(Frozen):
+    """A whole run file, for whoever needs no text: planning does not."""
 
     model: ModelConfig = ModelConfig()
-    data: DataConfig
+    data: DataConfig | None = None
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -128,6 +129,12 @@ class RunConfig(Frozen):
                 f"try warmup_steps = {math.ceil(self.run.steps / 20) if self.run.steps > 1 else 0}, or leave it out"
             )
         return self
+
+
+class RunConfig(RunFile):
+    """A run file for training, which needs text."""
+
+    data: DataConfig
 
 
 MAY_CHANGE = ("run.steps", "run.folder", "run.log_every", "run.eval_every", "run.eval_sequences", "run.sample_tokens",

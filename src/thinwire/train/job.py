@@ -2,13 +2,18 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from thinwire import __version__
 from thinwire.cluster.cluster import Cluster
 from thinwire.config import load
-from thinwire.data.corpus import Corpus
+from thinwire.data.config import DataConfig
+from thinwire.data.corpus import Corpus, exists
+from thinwire.data.inputs import check_files
+from thinwire.data.tokenizer import ByteTokenizer, load_file, parse_choice
 from thinwire.errors import ConfigError, DataError
 from thinwire.hub.init import Init, read_init
 from thinwire.hub.native_spec import AnySpec
@@ -21,13 +26,19 @@ from thinwire.train.config import RunConfig
 
 
 @dataclass(frozen=True)
-class Job:
-    """A resolved run file: what will be trained, on what, where, how."""
+class Outline:
+    """What a run file says before its corpus is there: on what will be trained, where, how."""
 
     config: RunConfig
     folder: Path
     cluster: Cluster
     plan: Plan
+
+
+@dataclass(frozen=True)
+class Job(Outline):
+    """A resolved run file: also what will be trained."""
+
     spec: AnySpec
     corpus: Corpus
     init: Init | None = None
@@ -39,29 +50,106 @@ def read_config(run_file: Path, settings: Sequence[str] = ()) -> RunConfig:
     return load(RunConfig, run_file, settings)
 
 
-def resolve(run_file: Path, config: RunConfig, *, prepare: bool = False) -> Job:
-    """Check every section against every other. Raises ConfigError, DataError or PlanError with one sentence.
+def default_folder(run_file: Path) -> Path:
+    """The run folder of a run file that names none."""
+    return Path("runs") / run_file.stem
 
-    `prepare`: make the corpus first if it is not there, once everything has been checked that does not need it.
+
+def expected_vocabulary(data: DataConfig) -> int | None:
+    """Ids of the corpus' tokenizer; of a corpus that is still to be made, those that its tokenizer will have at most.
+
+    None if that is not known. Raises DataError if the corpus is damaged, or the tokenizer cannot be read.
     """
+    if exists(data):
+        return Corpus.open(data).vocab_size
+    if not data.sources:
+        return None
+    choice = parse_choice(data.tokenizer)
+    if isinstance(choice, Path):
+        return load_file(choice).vocab_size
+    return ByteTokenizer().vocab_size if choice is None else choice
+
+
+def _never() -> bool:
+    return False
+
+
+def _silent(sentence: str) -> None:
+    """Nobody wants to hear it."""
+
+
+def outlined(run_file: Path, config: RunConfig) -> Outline:
+    """Check all that needs neither model nor corpus. Raises ConfigError or PlanError with one sentence."""
     cluster = config.cluster.resolve(run_file.parent)
     try:
         micro_batch, accumulate = config.batch.split(cluster.ranks)
     except ValueError as error:
         raise ConfigError(f"{run_file}: {error}") from None
     plan = config.plan.resolve(cluster, micro_batch=micro_batch, accumulate=accumulate)
+    return Outline(config, config.run.folder or default_folder(run_file), cluster, plan)
+
+
+def foreseen(run_file: Path, config: RunConfig) -> Outline:
+    """Check all that can be before a corpus is made on first use; everything, if it is there or is not to be made.
+
+    Raises ConfigError, DataError or PlanError with one sentence.
+    """
+    data, outline = config.data, outlined(run_file, config)
+    if exists(data) or not data.sources:
+        return resolve(run_file, config)
+    check_files(data.sources, include=data.include, exclude=data.exclude)
+    spec, _ = _model(outline, expected_vocabulary(data))
+    _check_model(run_file, outline, spec)
+    return outline
+
+
+def resolve(
+    run_file: Path,
+    config: RunConfig,
+    *,
+    prepare: bool = False,
+    stopped: Callable[[], bool] = _never,
+    say: Callable[[str], None] = _silent,
+) -> Job:
+    """Check every section against every other. Raises ConfigError, DataError or PlanError with one sentence.
+
+    `prepare`: make the corpus first if it is not there, once everything has been checked that does not need it, or `say`
+    for whom this process waits; raises StopAsked if `stopped()` meanwhile.
+    """
+    outline = foreseen(run_file, config) if prepare and not exists(config.data) else outlined(run_file, config)
     if prepare:
-        corpus_for(config)
+        corpus_for(config, stopped=stopped, say=say)
     corpus = Corpus.open(config.data)
-    folder = config.run.folder or Path("runs") / run_file.stem
-    init = None if config.model.init is None else read_init(config.model.init, kept=folder)
-    spec = init.spec if init is not None else _spec(config, corpus, folder)
-    if init is not None or config.model.hf is not None:
-        check_vocabulary(spec.vocab_size, corpus.vocab_size, "prepare the corpus with the tokenizer.json of that model")
-    _check_lengths(run_file, config, spec, corpus)
-    if plan.sync is not None and isinstance(spec, ModelSpec):
-        _check_rounds(plan.sync, spec)
-    return Job(config, folder, cluster, plan, spec, corpus, init)
+    spec, init = _model(outline, corpus.vocab_size)
+    _check_model(run_file, outline, spec)
+    if corpus.train.tokens <= config.batch.tokens:
+        raise DataError(
+            f"the corpus at {config.data.path} has {corpus.train.tokens:,} training tokens, fewer than one sequence of "
+            f"{config.batch.tokens}; prepare more text or lower batch.tokens"
+        )
+    return Job(config, outline.folder, outline.cluster, outline.plan, spec, corpus, init)
+
+
+def _model(outline: Outline, vocabulary: int | None) -> tuple[AnySpec, Init | None]:
+    """The spec, and the folder of the first weights. Raises ConfigError or CheckpointError."""
+    model, folder = outline.config.model, outline.folder
+    init = None if model.init is None else read_init(model.init, kept=folder)
+    spec = init.spec if init is not None else _spec(outline.config, vocabulary, folder)
+    if init is not None or model.hf is not None:
+        check_vocabulary(spec.vocab_size, vocabulary, "prepare the corpus with the tokenizer.json of that model")
+    return spec, init
+
+
+def _check_model(run_file: Path, outline: Outline, spec: AnySpec) -> None:
+    """Raises ConfigError or PlanError if sequences are longer than the model's, or rounds do not fit it."""
+    batch, sync = outline.config.batch, outline.plan.sync
+    if batch.tokens > spec.max_tokens:
+        raise ConfigError(
+            f"{run_file}: batch.tokens = {batch.tokens} is longer than the model's {spec.max_tokens} positions; "
+            f"lower batch.tokens or set model.max_tokens = {batch.tokens}"
+        )
+    if sync is not None and isinstance(spec, ModelSpec):
+        _check_rounds(sync, spec)
 
 
 def _check_rounds(sync: Sync, spec: ModelSpec) -> None:
@@ -73,25 +161,38 @@ def _check_rounds(sync: Sync, spec: ModelSpec) -> None:
     sync.schedule(fragments)
 
 
-def _spec(config: RunConfig, corpus: Corpus, folder: Path) -> AnySpec:
+def _spec(config: RunConfig, vocabulary: int | None, folder: Path) -> AnySpec:
     if config.model.hf is None:
-        return config.model.resolve(corpus.vocab_size)
+        return config.model.resolve(vocabulary)
     from thinwire.hub.native import describe
 
     return describe(config.model.hf, kept=folder, lora=config.model.lora)
 
 
-def _check_lengths(run_file: Path, config: RunConfig, spec: AnySpec, corpus: Corpus) -> None:
-    if config.batch.tokens > spec.max_tokens:
-        raise ConfigError(
-            f"{run_file}: batch.tokens = {config.batch.tokens} is longer than the model's {spec.max_tokens} positions; "
-            f"lower batch.tokens or set model.max_tokens = {config.batch.tokens}"
-        )
-    if corpus.train.tokens <= config.batch.tokens:
-        raise DataError(
-            f"the corpus at {config.data.path} has {corpus.train.tokens:,} training tokens, fewer than one sequence of "
-            f"{config.batch.tokens}; prepare more text or lower batch.tokens"
-        )
+_OF_A_HOST: Any = {
+    "cluster": True,
+    "data": {"path", "heldout", "sources", "tokenizer", "include", "exclude", "field", "heldout_fraction"},
+    "model": True,
+    "plan": True,
+    "tracking": True,
+}
+"""Sections and keys that say where something is and how it is made; what it is then is stated instead."""
+
+
+def statement(job: Job) -> dict[str, Any]:
+    """What every rank of a run must have in common besides levels, as JSON: the run file, and what it means by now.
+
+    Where the corpus, imported weights and a plan's file lie is each host's own business.
+    """
+    return {
+        **job.config.model_dump(mode="json", exclude=_OF_A_HOST),
+        "thinwire": __version__,
+        "plan": job.plan.model_dump(mode="json", exclude={"levels"}),
+        "cluster": {"share_device": job.cluster.share_device},
+        "model": job.spec.model_dump(mode="json"),
+        "weights": {} if job.init is None else {name: info.sha256 for name, info in job.init.files.items()},
+        "corpus and tokenizer": job.corpus.digest,
+    }
 
 
 def crowding(ranks: int) -> str | None:
@@ -102,14 +203,23 @@ def crowding(ranks: int) -> str | None:
     return f"{ranks} ranks share {cores} cores of this machine: they will take turns, and timings mean little"
 
 
-def corpus_for(config: RunConfig) -> None:
-    """Prepare `data.path` from `data.sources` if nothing is there yet. Raises DataError."""
-    from thinwire.data.corpus import exists
+def corpus_for(
+    config: RunConfig, *, stopped: Callable[[], bool] = _never, say: Callable[[str], None] = _silent
+) -> None:
+    """Prepare `data.path` from `data.sources` if nothing is there yet, once however many ask. Raises as `make_once` does."""
+    from thinwire.data.first_use import make_once
     from thinwire.data.prepare import Options
     from thinwire.data.progress import prepare_shown
 
     data = config.data
-    if not data.sources or exists(data):
+    if not data.sources:
         return
-    options = Options(data.sources, data.tokenizer, data.include, data.exclude, data.field, data.heldout_fraction)
-    prepare_shown(options, data.path)
+    globs = (data.include, data.exclude)
+    options = Options(data.sources, data.tokenizer, *globs, data.field, data.heldout_fraction, data.special_tokens)
+    make_once(
+        data.path,
+        lambda: prepare_shown(options, data.path, stopped=stopped),
+        there=lambda: exists(data),
+        stopped=stopped,
+        say=say,
+    )

@@ -46,3 +46,16 @@ class StopRequest:
         self.asked = True
         self.at_once = self.at_once or number != signal.SIGUSR1
         self.by = signal.Signals(number).name
+
+
+@contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Inside, stop signals are remembered instead of ending this process. From the main thread."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    request = StopRequest()
+    request.listen()
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

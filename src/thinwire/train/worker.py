@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from thinwire.cluster.found import described, found_gpus
 from thinwire.comm.place import Place
 from thinwire.errors import ShortOfMemory, StopAsked, ThinwireError
 from thinwire.train.folder import open_folder
-from thinwire.train.job import Job, read_config, resolve
+from thinwire.train.job import Job, read_config, resolve, statement
 from thinwire.train.report import describe
 from thinwire.train.stop import StopRequest
 from thinwire.train.streams import forgive
@@ -41,6 +42,7 @@ def run_rank(job: Job, place: Place, stop: StopRequest, *, advise: Advise | None
         **asdict(place),
         timeout_s=job.config.run.timeout,
         stopped=lambda: stop.at_once,
+        statement=statement(job),
     )
     if place.rank == 0 and world.introduction is not None:
         print(world.introduction, flush=True)
@@ -86,17 +88,23 @@ def failures_reported(place: Place, report: Path) -> Iterator[None]:
 def run_external(
     place: Place, run_file: Path, settings: Sequence[str], *, fresh: bool, advise: Advise | None = None
 ) -> None:
-    """Be one rank that torchrun or Slurm started: rank 0 makes the run folder, the others wait for it in the world.
+    """Be one rank that a launcher started: rank 0 makes the run folder, the others wait for it in the world.
 
     Raises ThinwireError for wrong input. A failure of the run is told in one sentence, with its traceback if it is none
     of ours, and ends this process at once so that the launcher sees it.
     """
     stop = StopRequest()
     stop.listen()
-    config = read_config(run_file, settings)
-    job = resolve(run_file, config)
-    job.config.tracking.check()
-    check_size(job.cluster, place.size)
+    try:
+        job = _checked(place, run_file, settings, stop)
+    except StopAsked as error:
+        leave_unbegun(place, error)
+    except ThinwireError as error:
+        if place.rank == 0:
+            raise
+        print(f"thinwire: {error}", file=sys.stderr, flush=True)
+        _tell(place, error)
+        leave_now(error.exit_status)
     if place.rank == 0:
         print(described(job.cluster, found_gpus(os.environ)), flush=True)
     opened = open_folder(job, fresh=fresh) if place.rank == 0 else None
@@ -115,6 +123,26 @@ def run_external(
         leave_now(1)
     if opened is not None:
         opened.lock.release()
+
+
+def _checked(place: Place, run_file: Path, settings: Sequence[str], stop: StopRequest) -> Job:
+    """The run file resolved, its corpus made. Raises ThinwireError for wrong input, and StopAsked."""
+    config = read_config(run_file, settings)
+    config.tracking.check()
+    check_size(config.cluster.resolve(run_file.parent), place.size)
+    return resolve(run_file, config, prepare=True, stopped=lambda: stop.asked, say=partial(_say, place))
+
+
+def _tell(place: Place, error: ThinwireError) -> None:
+    """Tell the ranks whose input is right, and who would wait for this one."""
+    from thinwire.comm.rendezvous import tell_rank_0
+
+    tell_rank_0(place.rank, place.size, place.host, place.port, str(error))
+
+
+def _say(place: Place, sentence: str) -> None:
+    if place.local_rank == 0:
+        print(sentence, flush=True)
 
 
 def leave_unbegun(place: Place, stop: StopAsked) -> NoReturn:
