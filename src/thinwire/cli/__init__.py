@@ -5,6 +5,7 @@ Exit status: 0 done, 1 the run failed, 2 the input was wrong. An error is one se
 
 import importlib
 import keyword
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from thinwire.config import nearest
 from thinwire.errors import ConfigError, ThinwireError
 from thinwire.train.streams import forgive, refused
 
+_ENDLESS = re.compile(r"\S{400,}")
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 """Of the copy of click that typer carries, which it does not export."""
 
@@ -104,8 +106,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _leave(sentence: str, status: int) -> NoReturn:
-    typer.echo(f"thinwire: {sentence}", err=True)
+    typer.echo(f"thinwire: {_one_line(sentence)}", err=True)
     sys.exit(status)
+
+
+def _one_line(sentence: str) -> str:
+    """With what a user gave spelled out where it would break the line, and cut where it is endless."""
+    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in sentence)
+    return _ENDLESS.sub(lambda word: f"{word[0][:100]}...{word[0][-60:]}", shown)
 
 
 def _of_system(error: OSError) -> str:
