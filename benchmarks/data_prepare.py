@@ -29,7 +29,7 @@ def ours_s(tokenizer: str, folder: Path) -> float:
 
 def bare_s(library: tokenizers.Tokenizer) -> float:
     start_s = time.perf_counter()
-    texts = [text for path in files_of("stdlib") for text in documents(path)]
+    texts = [text for path in files_of("stdlib") for text, _ in documents(path)]
     kept = [coded.ids for coded in library.encode_batch_fast(texts, add_special_tokens=False)]
     assert len(kept) == len(texts)
     return time.perf_counter() - start_s

@@ -54,7 +54,10 @@ def rank_main(
         ).through_sockets(sockets)
     pipe.send("joined")
     while (plan := pipe.recv()) is not None:
-        pipe.send(attempt(case, plan, world, rank, cluster.ranks, known))
+        report = attempt(case, plan, world, rank, cluster.ranks, known)
+        pipe.send(report)
+        if report.error:
+            os._exit(1)  # as a program that does not catch it: its connections close
     if world is not None:
         world.leave()
 

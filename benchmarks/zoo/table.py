@@ -41,9 +41,13 @@ def totals(cells: Iterable[Cell], known: dict[tuple[str, str, str], str]) -> lis
         if cell.verdict != NO_REFERENCE:
             key = ("models" if cell.case.startswith("hf/") else "modules", cell.world, cell.plan)
             counts[key][cell.verdict] += 1
-            earlier[key][known.get((cell.case, cell.world, cell.plan), "")] += 1
+            if (cell.case, cell.world, cell.plan) in known:
+                earlier[key][known[cell.case, cell.world, cell.plan]] += 1
     rows = [
-        [*key, *(_changed(str(earlier[key][word]), str(count[word]), known) for word in VERDICTS)]
+        [
+            *key,
+            *(_changed(str(earlier[key][word]) if earlier[key] else "", str(count[word]), known) for word in VERDICTS),
+        ]
         for key, count in counts.items()
     ]
     return ["\n".join(_table(["cases", "ranks", "plan", *VERDICTS], rows))] if rows else []
@@ -91,8 +95,8 @@ def _words(cells: Sequence[Cell], known: dict[tuple[str, str, str], str]) -> str
     told = {
         cell.world: _changed(known.get((cell.case, cell.world, cell.plan), ""), cell.verdict, known) for cell in cells
     }
-    if len(set(told.values())) == 1:
-        return next(iter(told.values()))
+    if len({cell.verdict for cell in cells}) == 1:  # with what it was before, where that is known of one of them
+        return max(told.values(), key=len)
     return ", ".join(f"{world}: {word}" for world, word in told.items())
 
 

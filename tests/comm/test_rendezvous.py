@@ -121,10 +121,15 @@ def _at_once(size: int, act: Callable[[int], object]) -> list[object]:
 def _meet(size: int, *, absent: Sequence[int] = (), timeout_s: float = 2.0, stop: int = -1) -> list[object]:
     port, meetings = free_port(), list[Rendezvous]()
 
+    def there() -> bool:  # before rank 0 is, there is nobody to tell
+        return any(meeting._rank == 0 and meeting._store is not None for meeting in meetings)
+
     def act(rank: int) -> object:
         if rank in absent:
             return None
-        meeting = Rendezvous(rank, size, "127.0.0.1", port, timeout_s=timeout_s, stopped=lambda: rank == stop)
+        meeting = Rendezvous(
+            rank, size, "127.0.0.1", port, timeout_s=timeout_s, stopped=lambda: rank == stop and there()
+        )
         meetings.append(meeting)  # the store lives as long as rank 0's
         meeting.open()
         return meeting._share("said", f"I am {rank}")

@@ -14,11 +14,13 @@ from talks import talk
 from thinwire.cli import main
 from thinwire.comm.world import World
 from thinwire.config import build
-from thinwire.data.chat import ChatOptions, Message, answer_spans, prepare_chat
+from thinwire.data.answers import answer_spans
+from thinwire.data.chat import ChatOptions, prepare_chat
 from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
 from thinwire.data.indexed import answers_path
 from thinwire.data.loader import IGNORED, Packing
+from thinwire.data.template import Message
 from thinwire.errors import DataError
 from thinwire.events import steps
 from thinwire.train.config import RunConfig
@@ -106,7 +108,7 @@ def test_training_counts_answers_only_however_it_is_split(tokenizer: Path, tmp_p
     assert corpus.train.answers is not None
 
 
-def test_a_template_that_rewrites_earlier_answers_is_noticed() -> None:
+def test_of_a_template_that_rewrites_earlier_answers_what_stands_in_the_conversation_is_learned() -> None:
     from jinja2 import Environment
 
     template = Environment().from_string(REWRITING)
@@ -114,10 +116,9 @@ def test_a_template_that_rewrites_earlier_answers_is_noticed() -> None:
     def render(messages: Sequence[Message], prompt: bool) -> str:
         return template.render(messages=messages, add_generation_prompt=prompt)
 
-    with pytest.raises(ValueError, match="writes message 2 differently when the conversation goes on"):
-        answer_spans(talk(TALKS[0]), render)
-    text, spans = answer_spans(talk(TALKS[0]), render, last_only=True)
-    assert [text[span.start : span.stop] for span in spans] == ["<think></think>no\nreturn\n"]
+    text, spans = answer_spans(talk(TALKS[0]), render)
+    assert [text[span.start : span.stop] for span in spans] == ["class import é€\n", "<think></think>no\nreturn\n"]
+    assert answer_spans(talk(TALKS[0]), render, last_only=True) == (text, spans[-1:])
 
 
 @pytest.mark.parametrize(

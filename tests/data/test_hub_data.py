@@ -114,9 +114,9 @@ def test_configs_and_splits_are_chosen(tmp_path: Path) -> None:
     listed = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("de", "fr"))
     (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
     source = f"hf:{tmp_path / 'set'}"
-    assert list(open_hub(f"{source}:fr").texts("text")) == ["fr train"]
+    assert [text for text, _ in open_hub(f"{source}:fr").texts("text")] == ["fr train"]
     rows = open_hub(f"{source}:de:validation")
-    assert list(rows.texts("text")) == ["de validation"]
+    assert [text for text, _ in rows.texts("text")] == ["de validation"]
     assert rows.identity["config"] == "de"
     with pytest.raises(DataError, match=r"has no config 'it'; it has: de, fr$"):
         open_hub(f"{source}:it")
@@ -230,7 +230,7 @@ def test_without_network_the_librarys_own_copy_is_read_if_it_is_of_the_pinned_re
     for source in ("hf:someone/something", "hf:someone/something@0123abc"):
         rows = open_hub(source)
         assert rows.identity["revision"] == "0123abc"
-        assert list(rows.texts("text")) == TEXTS
+        assert [text for text, _ in rows.texts("text")] == TEXTS
         assert rows.identity["reader"] == f"cache of datasets {datasets.__version__}"
     with pytest.raises(DataError, match="cached copy is of revision 0123abc, not 4567def; try again with network"):
         open_hub("hf:someone/something@4567def")

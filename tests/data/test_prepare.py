@@ -3,19 +3,23 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
+from tokenizers import Tokenizer
 
 from runs import make_text
 from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
+from thinwire.data.notes import notes
 from thinwire.data.prepare import Options, held_out, prepare
 from thinwire.data.sources import documents, files_of
 from thinwire.errors import DataError
@@ -91,6 +95,19 @@ def test_bpe_round_trips_and_knows_its_bytes(tmp_path: Path) -> None:
     assert counted == sum(len(text.encode()) for text in TEXTS)
 
 
+def test_settings_inside_a_tokenizer_file_neither_shorten_nor_fill_a_corpus(tmp_path: Path) -> None:
+    source = write_source(tmp_path, "")
+    prepare(Options((str(source),), "bpe:280", heldout_fraction=0.0), tmp_path / "a", workers=1)
+    library = Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json"))
+    library.enable_truncation(7)
+    library.enable_padding(length=64, pad_id=3, pad_token="!")
+    library.save(str(tmp_path / "set.json"))
+    prepare(Options((str(source),), str(tmp_path / "set.json"), heldout_fraction=0.0), tmp_path / "b", workers=1)
+    assert (tmp_path / "a" / "train.bin").read_bytes() == (tmp_path / "b" / "train.bin").read_bytes()
+    kept = json.loads((tmp_path / "b" / "tokenizer.json").read_text())
+    assert kept["truncation"] is None and kept["padding"] is None
+
+
 def test_a_tokenizer_file_is_taken_as_it_is(tmp_path: Path) -> None:
     source = write_source(tmp_path, "")
     prepare(Options((str(source),), "bpe:280", heldout_fraction=0.0), tmp_path / "a", workers=1)
@@ -110,11 +127,27 @@ def test_globs_choose_files(tmp_path: Path) -> None:
         files_of(str(folder), include=["*.md"])
 
 
+@pytest.mark.parametrize("fraction", [0.999999, 0.02])
+def test_an_empty_or_small_split_is_told(tmp_path: Path, fraction: float) -> None:
+    options = Options((str(make_text(tmp_path / "text", 5)),), heldout_fraction=fraction)
+    if fraction > 0.5:
+        with pytest.raises(DataError, match="all 5 documents fell into the validation split; lower"):
+            prepare(options, tmp_path / "out", workers=1)
+        return
+    assert notes(prepare(options, tmp_path / "out", workers=1)) == [
+        "none of the 5 documents was held out (heldout_fraction = 0.02), so there is no validation; raise it"
+    ]
+    more = replace(options, heldout_fraction=0.5)
+    (told,) = notes(prepare(more, tmp_path / "more", workers=1))
+    assert re.match(r"validation has [1-4] of the 5 documents with \d+ scored tokens, too few", told)
+    assert notes(prepare(replace(options, heldout_fraction=0.0), tmp_path / "none", workers=1)) == []
+
+
 def test_the_library_of_this_interpreter_is_a_corpus() -> None:
     files = files_of("stdlib")
     assert sum(path.stat().st_size for path in files) > 8_000_000
     assert not any("site-packages" in path.parts or "test" in path.parts for path in files)
-    assert "def " in next(documents(next(path for path in files if path.name == "argparse.py")))
+    assert "def " in next(documents(next(path for path in files if path.name == "argparse.py")))[0]
 
 
 @pytest.mark.parametrize(

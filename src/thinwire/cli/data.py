@@ -16,8 +16,11 @@ def prepare(
     tokenizer: Annotated[str, typer.Option(help="bytes, bpe:SIZE, or the path of a tokenizer.json.")] = "bytes",
     include: Annotated[list[str] | None, typer.Option(help="Glob of files to take from folders; may repeat.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may repeat.")] = None,
-    field: Annotated[str, typer.Option(help="Field of JSON lines, or column of tables, that holds the text.")] = "text",
+    field: Annotated[str, typer.Option(help="Field of JSON rows, or column of tables, that holds the text.")] = "text",
     heldout_fraction: Annotated[float, typer.Option(help="Share of documents kept for validation.")] = 0.02,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Special tokens spelled out in a text become special.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
@@ -34,7 +37,8 @@ def prepare(
         raise ConfigError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers} must be at least 1")
-    options = Options(tuple(sources), tokenizer, tuple(include or ()), tuple(exclude or ()), field, heldout_fraction)
+    globs = (tuple(include or ()), tuple(exclude or ()))
+    options = Options(tuple(sources), tokenizer, *globs, field, heldout_fraction, special_tokens)
     manifest = prepare_shown(options, out, workers=workers, force=force)
     if as_json:
         typer.echo(json.dumps(manifest))
@@ -45,7 +49,7 @@ def prepare(
 @app.command()
 def chat(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="JSON lines, folders of them, or hf:DATASET.")
+        list[str], typer.Argument(metavar="SOURCE...", help="JSON files, folders of them, or hf:DATASET.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to make.")],
     tokenizer: Annotated[Path, typer.Option(help="A folder with tokenizer.json and a chat template, as INIT/hub.")],
@@ -54,6 +58,9 @@ def chat(
         bool, typer.Option("--last-answer-only", help="Learn only the last answer of each conversation.")
     ] = False,
     heldout_fraction: Annotated[float, typer.Option(help="Share of conversations kept for validation.")] = 0.02,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Special tokens spelled out in a message become special.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Render conversations with the tokenizer's chat template; training then scores the answers only.
@@ -61,12 +68,15 @@ def chat(
     Example: thinwire data chat talks.jsonl -o corpora/talks --tokenizer inits/qwen/hub
     """
     from thinwire.data.chat import ChatOptions, prepare_chat
+    from thinwire.data.progress import tell
     from thinwire.errors import ConfigError
 
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
-    options = ChatOptions(tuple(sources), tokenizer, field, last_answer_only, heldout_fraction)
-    _describe(out, prepare_chat(options, out, force=force))
+    options = ChatOptions(tuple(sources), tokenizer, field, last_answer_only, heldout_fraction, special_tokens)
+    manifest = prepare_chat(options, out, force=force)
+    tell(manifest)
+    _describe(out, manifest)
 
 
 @app.command()
@@ -80,12 +90,14 @@ def show(
     """
     from thinwire.data.config import DataConfig
     from thinwire.data.corpus import Corpus, read_manifest
+    from thinwire.data.progress import tell
 
     manifest = read_manifest(folder)
     Corpus.open(DataConfig(path=folder))
     if as_json:
         typer.echo(json.dumps(manifest))
     else:
+        tell(manifest)
         _describe(folder, manifest)
 
 

@@ -39,12 +39,15 @@ def run(
         loaded.tokens,
         batch,
         limit=sequences or None,
-        cross_documents=loaded.data.cross_documents,
+        cross_documents=corpus.cross_documents,
         vocab_size=loaded.spec.vocab_size,
     )
     with shortage_explained(where, hint=hint):
-        result = score(
-            loaded.model, batches, token_bytes=corpus.token_bytes, cross_documents=loaded.data.cross_documents
+        result = score(loaded.model, batches, token_bytes=corpus.token_bytes, cross_documents=corpus.cross_documents)
+    if result.tokens == 0:
+        raise DataError(
+            f"no token of the {sequences or 'held-out'} sequences of {data or loaded.data.path} is scored; score more with "
+            f"--sequences, or prepare it with a larger --heldout-fraction"
         )
     figures = {
         "step": loaded.step,

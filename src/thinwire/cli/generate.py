@@ -6,52 +6,80 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from thinwire.data.prompt import Prompt
+    from thinwire.data.tokenizer import Tokenizer
     from thinwire.evaluate.load import LoadedRun
 
 
 def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
-    tokens: Annotated[int, typer.Option(help="Most new tokens.", min=1)] = 200,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; default: how its data begins.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's message; print the answer.")] = False,
+    tokens: Annotated[int | None, typer.Option(help="Most new tokens; default: 200, or what fits.", min=1)] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
 ) -> None:
-    """Continue a prompt; the text appears as it is drawn.
+    """Continue a prompt, or answer a message; the text appears as it is drawn.
 
     Example: thinwire generate runs/stdlib --prompt "class Stack:" --temperature 0.7
     """
+    from thinwire.errors import ConfigError
     from thinwire.evaluate.load import device_for, load_run
     from thinwire.train.shortage import shortage_explained
 
+    if chat and not prompt:
+        raise ConfigError("--chat answers a message; give one with --prompt")
     where = device_for(device)
     with shortage_explained(where, hint="give --device cpu where the host has more memory"):
-        _continue(load_run(folder, step=step, device=where), prompt, tokens, temperature, top_p, seed)
+        loaded = load_run(folder, step=step, device=where)
+        tokenizer, start = _start(loaded, folder, prompt, chat=chat)
+        shown = prompt if prompt is not None else tokenizer.decode(start.ids)
+        _continue(loaded, tokenizer, start, "" if chat else shown, tokens, temperature, top_p, seed)
 
 
-def _continue(loaded: "LoadedRun", prompt: str, tokens: int, temperature: float, top_p: float, seed: int) -> None:
+def _start(loaded: "LoadedRun", folder: Path, text: str | None, *, chat: bool) -> "tuple[Tokenizer, Prompt]":
+    from thinwire.data.prompt import chat_prompt, opening, text_prompt
     from thinwire.errors import DataError
+    from thinwire.hub.init import HUB
+
+    corpus = loaded.corpus()
+    if corpus.tokenizer is None:
+        raise DataError(f"the corpus {loaded.data.path} has no tokenizer, so there is no text to continue")
+    if text is None:
+        return corpus.tokenizer, opening(corpus).fitting(loaded.spec.max_tokens // 2)
+    if chat:
+        return corpus.tokenizer, chat_prompt(corpus.tokenizer, [loaded.data.path, folder / HUB], text)
+    return corpus.tokenizer, text_prompt(corpus.tokenizer, text)
+
+
+def _continue(
+    loaded: "LoadedRun",
+    tokenizer: "Tokenizer",
+    prompt: "Prompt",
+    shown: str,
+    tokens: int | None,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> None:
     from thinwire.model.generate import generate, stream_text
 
-    tokenizer = loaded.corpus().tokenizer
-    if tokenizer is None:
-        raise DataError(f"the corpus {loaded.data.path} has no tokenizer, so there is no text to continue")
-    ids = tokenizer.encode(prompt)
     drawn = generate(
         loaded.model,
-        ids,
-        max_new_tokens=tokens,
+        prompt.ids,
+        max_new_tokens=tokens or max(1, min(200, loaded.spec.max_tokens - len(prompt.ids))),
         max_tokens=loaded.spec.max_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        stop_ids=(tokenizer.eot,),
+        stop_ids=prompt.stop_ids,
     )
     stream = stream_text(drawn, tokenizer.decode)
     first = next(stream, "")
-    typer.echo(prompt + first, nl=False)
+    typer.echo(shown + first, nl=False)
     for text in stream:
         typer.echo(text, nl=False)
     typer.echo()

@@ -10,13 +10,17 @@ from torch import Tensor
 from thinwire.comm.ledger import Entry
 from thinwire.comm.lost import Peers
 from thinwire.comm.status import Status
-from thinwire.errors import LinkError
+from thinwire.errors import LinkError, UseError
 
 
 class Waitable(Protocol):
     """What torch.distributed returns for an asynchronous call."""
 
     def wait(self) -> object: ...
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
 
 
 class Outstanding(set["Handle"]):
@@ -26,12 +30,24 @@ class Outstanding(set["Handle"]):
         super().__init__()
         self.status = Status()
         self.peers: Peers | None = None
+        self.near: list[Closable] = []
+        """Connections to ranks of this host."""
         self.broken = False
 
     def give_up(self) -> None:
-        """Ranks have lost each other: nothing that is outstanding comes any more."""
+        """Ranks have lost each other: nothing that is outstanding comes any more; who waits on this host hears of it."""
         self.broken = True
         self.clear()
+        for near in self.near:
+            near.close()
+
+    def part(self, sentence: str) -> NoReturn:
+        """This rank has found ranks in different collectives: raises UseError here, and on all that wait for others."""
+        error = UseError(sentence)
+        if self.peers is not None:
+            self.peers.tell_apart(error)
+        self.give_up()
+        raise error from None
 
     @contextmanager
     def waiting(self, awaited: Entry | str) -> Iterator[None]:

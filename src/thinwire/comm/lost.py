@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from thinwire.comm.rendezvous import Presence
 from thinwire.comm.status import Desk, call
-from thinwire.errors import LinkError, RankLost, ThinwireError
+from thinwire.errors import LinkError, RankLost, ThinwireError, UseError
 from thinwire.units import show_seconds
 
 _ANSWER_S, _CALLERS = 3.0, 64
@@ -47,7 +47,7 @@ class Peers:
         self._rank, self._everyone, self._desk = rank, everyone, desk
 
     def explain(self, error: Exception) -> Exception:
-        """What to raise for `error`: RankLost if it tells of a connection, else itself.
+        """What to raise for `error`: RankLost, or another rank's UseError, if it tells of a connection, else itself.
 
         A verdict is one sentence of ours, the same on all ranks: a connection's own wording never gets through.
         """
@@ -59,7 +59,16 @@ class Peers:
             if status.verdict is None:  # nobody was faster
                 status.verdict = found
                 self._tell(found)
+        if status.verdict.get("apart"):
+            return UseError(status.verdict["sentence"])
         return RankLost(status.verdict["sentence"], status.verdict["rank"])
+
+    def tell_apart(self, error: UseError) -> None:
+        """Tell all others that ranks have gone different ways: what they raise once they find that nothing comes."""
+        verdict = {"rank": self._rank, "sentence": str(error), "apart": True}
+        if self._desk.status.verdict is None:
+            self._desk.status.verdict = verdict
+        self._tell(verdict)
 
     def announce(self, error: Exception) -> None:
         """Tell all others that this rank fails, and why, before they find out that it is gone."""

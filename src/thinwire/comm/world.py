@@ -162,6 +162,7 @@ class World:
                 found = find_neighbours(self._groups[index, "small"], exchanges, timeout_s=self.timeout.total_seconds())
                 if found is not None:
                     self._neighbours[index] = found
+                    self.outstanding.near.append(found)
 
     def inside(self, level: int) -> "World":
         """The world of one group: the levels below `level` alone, with this world's communicators, ledger and handles.
@@ -232,7 +233,8 @@ class World:
 
     def settle(self) -> None:
         """Wait until the ranks of this host have read what this one has sent. Raises LinkError if one is gone."""
-        self._exchanges.end()
+        with self.outstanding.issuing():
+            self._exchanges.end()
 
     def leave(self) -> None:
         """Close every communicator. A handle that nobody waited for is a bug, and raises AssertionError."""

@@ -1,33 +1,36 @@
 """Conversations to token files: each rendered by the tokenizer's own chat template, with a mark on every answer token.
 
-The mark is found in the rendered text: what the template adds for an assistant's message, beyond the prompt for it, is
-the answer, its end-of-turn included. Training and validation score answers only (Packing leaves the rest out).
+Training and validation score answers only (Packing leaves the rest out), and conversations never attend to one another.
+A special token that a message merely spells out is ordinary text, unless it is asked for: only the template opens and
+closes turns.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from thinwire.data.answers import Ends, answer_spans
 from thinwire.data.corpus import FORMAT, MANIFEST, PREFIXES
 from thinwire.data.indexed import IndexedWriter, answers_path
 from thinwire.data.inputs import Input, identities, rows_of
-from thinwire.data.prepare import digests, held_out
+from thinwire.data.prepare import digests, held_out, mended, nothing_to_train_on
+from thinwire.data.template import Message, Template, copy_template, one_line, template_of
 from thinwire.data.tokenizer import FileTokenizer, load_file
 from thinwire.errors import DataError
 from thinwire.folders import whole_folder
 
 _TOKENIZER = "tokenizer.json"
-Message = dict[str, Any]
+_COUNTED = ("documents", "tokens", "bytes", "answer_tokens", "unknown_tokens", "spelling_special_tokens")
+_SHIELDS = range(0xF0000, 0xFFFFD)  # private use: one for each special token
 Rows = Input[tuple[Any, str]]
-Render = Callable[[Sequence[Message], bool], str]
-"""(messages, whether the prompt for an answer follows) -> text."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,32 @@ class ChatOptions:
     field: str = "messages"
     last_answer_only: bool = False
     heldout_fraction: float = 0.02
+    special_tokens: bool = False
+    """Special tokens that a message spells out become those; else they are ordinary text."""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation as text. Special tokens that its messages spell out are `shielded`: one character for each."""
+
+    text: str
+    spans: list[range]
+    """Where the answers are."""
+    shielded: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Told:
+    """What a person should hear of the conversations read."""
+
+    mended: int = 0
+    first_mended: str | None = None
+    nothing_to_learn: int = 0
+    inputs_unread: int = 0
+
+    def in_manifest(self) -> dict[str, Any]:
+        mended = {"mended": {"documents": self.mended, "first": self.first_mended}} if self.mended else {}
+        return {**mended, "nothing_to_learn": self.nothing_to_learn, "inputs_unread": self.inputs_unread}
 
 
 def prepare_chat(options: ChatOptions, out: Path, *, force: bool = False) -> dict[str, Any]:
@@ -47,100 +76,93 @@ def prepare_chat(options: ChatOptions, out: Path, *, force: bool = False) -> dic
     Raises DataError: no such source, a row without messages, no chat template, a conversation that the template cannot
     render or whose answers cannot be told apart, a target that exists (unless `force`) or cannot be written.
     """
-    inputs = rows_of(options.sources, field=options.field)
     tokenizer = load_file(options.tokenizer / _TOKENIZER)
-    render = template_of(options.tokenizer)
+    template = template_of(options.tokenizer)
+    inputs = rows_of(options.sources, field=options.field, also=template.fields)
     with whole_folder(out, force=force, error=DataError) as folder:
-        return _fill(folder, options, inputs, tokenizer, render)
+        copy_template(options.tokenizer, folder, template)
+        return _fill(folder, options, inputs, tokenizer, template)
 
 
-def template_of(folder: Path) -> Render:
-    """The chat template of the tokenizer in `folder`. Raises DataError if it has none, or transformers is missing."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise DataError("chat templates need the transformers library; pip install 'thinwire[hf]'") from None
-    try:
-        library: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds
-        raise DataError(f"{folder} holds no tokenizer that transformers reads: {_line(error)}") from None
-    if not library.chat_template:
-        raise DataError(
-            f"the tokenizer in {folder} has no chat template; take that of an instruction-tuned model, or put a "
-            f"chat_template.jinja into the folder"
-        )
-
-    def render(messages: Sequence[Message], prompt: bool) -> str:
-        return str(library.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
-
-    return render
-
-
-def answer_spans(messages: Sequence[Message], render: Render, *, last_only: bool = False) -> tuple[str, list[range]]:
-    """The conversation as text, and where in it the answers are.
-
-    Raises ValueError if the template writes an answer differently once the conversation goes on, or there is none.
-    """
-    text = render(messages, False)
-    answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not answers:
-        raise ValueError("it has no message of the role 'assistant', so nothing to learn")
-    spans = []
-    for i in answers[-1:] if last_only else answers:
-        before = render(messages[:i], True) if i else ""
-        upto = text if i == len(messages) - 1 else render(messages[: i + 1], False)
-        if not (upto.startswith(before) and text.startswith(upto)):
-            raise ValueError(
-                f"its template writes message {i + 1} differently when the conversation goes on, so answers cannot be told "
-                f"apart; --last-answer-only trains on the last one"
-            )
-        spans.append(range(len(before), len(upto)))
-    return text, spans
-
-
-def marked(text: str, spans: Sequence[range], tokenizer: FileTokenizer) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Ids of `text` and the end of text, and 1 for every id that begins inside a span."""
-    ids, starts = tokenizer.encode_with_starts(text)
+def marked(talk: Talk, tokenizer: FileTokenizer) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Ids of a conversation and the end of text, and 1 for every id of which some is inside a span."""
+    ids, starts_N, ends_N = encoded(talk, tokenizer)
+    own_N = ~np.isin(ids, list(tokenizer.special.values()))  # a special token before an answer may take its first space
     marks = np.zeros(len(ids) + 1, np.uint8)
-    for span in spans:
-        marks[:-1][(np.array(starts) >= span.start) & (np.array(starts) < span.stop)] = 1
+    for span in talk.spans:
+        begun_N = (starts_N >= span.start) | ((ends_N > span.start) & own_N)
+        marks[:-1][begun_N & (starts_N < span.stop)] = 1
     return np.array([*ids, tokenizer.eot], np.int64), marks
 
 
+def encoded(talk: Talk, tokenizer: FileTokenizer) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]]:
+    """Ids, and where in the text each begins and ends. What is shielded is encoded as ordinary text around it is."""
+    if not talk.shielded:
+        ids, offsets = tokenizer.encode_with_offsets(talk.text, special=True)
+        return ids, *np.array(offsets, np.int64).reshape(-1, 2).T
+    ids, offsets, at = [], [], 0
+    for part in re.split(f"({tokenizer.spelling.pattern})", talk.text):
+        if part in tokenizer.special:
+            ids.append(tokenizer.special[part])
+            offsets.append((at, at + len(part)))
+        else:
+            # Character k of the restored part is character origins[k] of the part.
+            pieces = [talk.shielded.get(letter, letter) for letter in part]
+            origins = np.array([*np.repeat(np.arange(len(part)), [len(piece) for piece in pieces]), len(part)])
+            own, places = tokenizer.encode_with_offsets("".join(pieces))
+            ids += own
+            offsets += [(at + origins[a], at + origins[b - 1] + 1 if b else at) for a, b in places]
+        at += len(part)
+    return ids, *np.array(offsets, np.int64).reshape(-1, 2).T
+
+
+def shielded(value: Any, tokenizer: FileTokenizer, found: dict[str, str]) -> Any:
+    """`value` with one character in place of every special token that a text in it spells out; which, in `found`."""
+    if isinstance(value, str):
+        return tokenizer.spelling.sub(lambda match: _shield(match[0], tokenizer, found), value)
+    if isinstance(value, list):
+        return [shielded(item, tokenizer, found) for item in value]
+    if isinstance(value, Mapping):
+        return {key: shielded(item, tokenizer, found) for key, item in value.items()}
+    return value
+
+
+def _shield(spelled: str, tokenizer: FileTokenizer, found: dict[str, str]) -> str:
+    letter = chr(_SHIELDS[tokenizer.special[spelled] % len(_SHIELDS)])
+    found[letter] = spelled
+    return letter
+
+
 def _fill(
-    folder: Path, options: ChatOptions, inputs: Sequence[Rows], tokenizer: FileTokenizer, render: Render
+    folder: Path, options: ChatOptions, inputs: Sequence[Rows], tokenizer: FileTokenizer, template: Template
 ) -> dict[str, Any]:
     """Tokenizer, token files, marks and manifest into `folder`."""
     tokenizer.save(folder)
-    counts = {name: {"documents": 0, "tokens": 0, "bytes": 0, "answer_tokens": 0} for name in PREFIXES}
+    counts, told = {name: dict.fromkeys(_COUNTED, 0) for name in PREFIXES}, _Told()
     with ExitStack() as stack:
         writers = {n: stack.enter_context(IndexedWriter(folder / n, tokenizer.vocab_size)) for n in PREFIXES}
         masks = {n: stack.enter_context(answers_path(folder / n).open("wb")) for n in PREFIXES}
-        for text, spans in _conversations(inputs, options, render):
-            raw = text.encode("utf-8")
+        for talk in _conversations(inputs, options, tokenizer, template, told):
+            raw = "".join(talk.shielded.get(letter, letter) for letter in talk.text).encode("utf-8")
             name = "heldout" if held_out(raw, options.heldout_fraction) else "train"
-            ids, marks = marked(text, spans, tokenizer)
+            ids, marks = marked(talk, tokenizer)
             writers[name].add(ids, np.array([ids.size], np.int32))
             masks[name].write(marks.tobytes())
-            for key, count in (
-                ("documents", 1),
-                ("tokens", ids.size),
-                ("bytes", len(raw)),
-                ("answer_tokens", marks.sum()),
-            ):
-                counts[name][key] += int(count)
+            unknown = 0 if tokenizer.unknown is None else int((ids == tokenizer.unknown).sum())
+            seen = (1, ids.size, len(raw), int(marks.sum()), unknown, bool(talk.shielded))
+            counts[name] = {key: counts[name][key] + count for key, count in zip(_COUNTED, seen, strict=True)}
         for writer in writers.values():
             writer.close()
     if counts["train"]["answer_tokens"] == 0:
-        raise DataError(
-            f"{', '.join(options.sources)}: no answers in {len(inputs)} files or data sets; nothing to train on"
-        )
+        raise nothing_to_train_on(options.sources, len(inputs), counts["heldout"]["documents"], "answers")
     manifest = {
         "format": FORMAT,
         "tokenizer": {"file": _TOKENIZER, "vocab_size": tokenizer.vocab_size},
         "sources": list(options.sources),
         **identities(inputs),
         "heldout_fraction": options.heldout_fraction,
+        "special_tokens": options.special_tokens,
+        **told.in_manifest(),
         "splits": {
             name: {**counts[name], **digests(folder / name), **_mask_digest(folder / name)} for name in PREFIXES
         },
@@ -149,14 +171,35 @@ def _fill(
     return manifest
 
 
-def _conversations(inputs: Sequence[Rows], options: ChatOptions, render: Render) -> Iterator[tuple[str, list[range]]]:
+def _conversations(
+    inputs: Sequence[Rows], options: ChatOptions, tokenizer: FileTokenizer, template: Template, told: _Told
+) -> Iterator[Talk]:
+    """Every conversation that has something to learn."""
+    ends = Ends(template.end, frozenset(tokenizer.special))
     for one in inputs:
         for row, where in one.read():
             messages = _messages(row, options.field, where)
             try:
-                yield answer_spans(messages, render, last_only=options.last_answer_only)
+                talk = _talk(messages, row, options, tokenizer, template, ends)
             except Exception as error:  # a template raises whatever its author chose
-                raise DataError(f"{where}: {_line(error)}") from None
+                raise DataError(f"{where}: {one_line(error)}") from None
+            told.inputs_unread += template.unread(row)
+            told.nothing_to_learn += not talk.spans
+            if (whole := mended(talk.text)) != talk.text:
+                told.mended, told.first_mended = told.mended + 1, told.first_mended or where
+            if talk.spans:
+                yield replace(talk, text=whole)
+
+
+def _talk(
+    messages: list[Message], row: Any, options: ChatOptions, tokenizer: FileTokenizer, template: Template, ends: Ends
+) -> Talk:
+    found: dict[str, str] = {}
+    given: Any = (messages, template.inputs(row))
+    if not options.special_tokens:
+        given = shielded(list(given), tokenizer, found)
+    text, spans = answer_spans(given[0], template.render(given[1]), last_only=options.last_answer_only, ends=ends)
+    return Talk(text, spans, found)
 
 
 def _messages(row: Any, field: str, where: str) -> list[Message]:
@@ -165,7 +208,11 @@ def _messages(row: Any, field: str, where: str) -> list[Message]:
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{where} has no list of messages {field!r} (it has: {keys}); name the field with --field")
     for message in found:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not {"content", "tool_calls"} & set(message)
+        ):
             raise DataError(f"{where}: a message is not of the form {{role, content}}: {str(message)[:80]}")
     return found
 
@@ -173,7 +220,3 @@ def _messages(row: Any, field: str, where: str) -> list[Message]:
 def _mask_digest(prefix: Path) -> dict[str, str]:
     with answers_path(prefix).open("rb") as file:
         return {"answers_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from thinwire.data.config import DataConfig
 from thinwire.data.indexed import IndexedTokens, paths_of
-from thinwire.data.tokenizer import ByteTokenizer, Tokenizer, load_file
+from thinwire.data.tokenizer import ByteTokenizer, TokenBytes, Tokenizer, load_file
 from thinwire.errors import DataError
 
 MANIFEST, FORMAT = "corpus.json", 1
@@ -28,13 +25,20 @@ class Corpus:
     tokenizer: Tokenizer | None
     digest: str
     """Identity of the training tokens and the tokenizer."""
+    cross_documents: bool
+    """Whether attention and predictions cross from one document to the next."""
+
+    @property
+    def conversations(self) -> bool:
+        """Whether it was made of conversations, of which only the answers are learned."""
+        return self.train.answers is not None
 
     @property
     def vocab_size(self) -> int | None:
         return None if self.tokenizer is None else self.tokenizer.vocab_size
 
     @property
-    def token_bytes(self) -> NDArray[np.int64] | None:
+    def token_bytes(self) -> TokenBytes | None:
         return None if self.tokenizer is None else self.tokenizer.token_bytes()
 
     @staticmethod
@@ -87,12 +91,23 @@ def _open_folder(config: DataConfig) -> Corpus:
         )
     identity = json.dumps([manifest["splits"]["train"], manifest["tokenizer"]], sort_keys=True)
     heldout = IndexedTokens(config.heldout) if config.heldout else splits["heldout"]
-    return Corpus(splits["train"], heldout, tokenizer, hashlib.sha256(identity.encode()).hexdigest())
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    return Corpus(splits["train"], heldout, tokenizer, digest, _crossing(config, splits["train"]))
 
 
 def _open_prefix(config: DataConfig) -> Corpus:
     heldout = IndexedTokens(config.heldout) if config.heldout else None
-    return Corpus(IndexedTokens(config.path), heldout, None, _prefix_digest(config.path))
+    train = IndexedTokens(config.path)
+    return Corpus(train, heldout, None, _prefix_digest(config.path), _crossing(config, train))
+
+
+def _crossing(config: DataConfig, train: IndexedTokens) -> bool:
+    if train.answers is not None and config.cross_documents:
+        raise DataError(
+            f"data.cross_documents = true, but {config.path} was made of conversations, which never attend to one another; "
+            f"leave it out"
+        )
+    return train.answers is None and config.cross_documents is not False
 
 
 def _prefix_digest(prefix: Path) -> str:

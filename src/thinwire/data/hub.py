@@ -78,27 +78,31 @@ class HubRows:
             f"{self.written} has no column {field!r} (it has: {there}); name the column with --field or data.field"
         )
 
-    def texts(self, column: str, start: Place | None = None) -> Iterator[str]:
-        """The texts of a column, in order, after `start`. Raises DataError for a row without text, or no rows."""
-        for row, where in self.rows(column, start):
-            yield text_of(row, column, where)
+    def texts(self, column: str, start: Place | None = None) -> Iterator[tuple[str, str]]:
+        """(text, where it stands) of a column, after `start`. Raises DataError for a row without text, or no rows."""
+        for row, where in self.rows([column], start):
+            yield text_of(row, column, where), where
 
-    def rows(self, column: str, start: Place | None = None) -> Iterator[tuple[dict[str, Any], str]]:
+    def rows(self, columns: list[str], start: Place | None = None) -> Iterator[tuple[dict[str, Any], str]]:
         """({column: value}, where it stands), in order, after `start`. Raises DataError if there are no rows."""
-        self._reading, self._row = self.stream.select_columns([column]), 0
+        self._reading, self._row = self.stream.select_columns(columns), 0
         if start is not None:
             self._reading.load_state_dict(start["stream"])
             self._row = start["row"]
         with _as_data_errors(self.written):
             for row in self._reading:
                 self._row += 1
-                yield {column: _as_written(row[column])}, f"{self.written} row {self._row}"
+                yield {name: _as_written(value) for name, value in row.items()}, f"{self.written} row {self._row}"
         if self._row == 0:
             raise _no_rows(self.written)
 
     def place(self) -> Place:
         """After the row that came last: where a later reading, of a later process too, can start."""
         return {"row": self._row, "stream": self._reading.state_dict()}
+
+    def names(self) -> list[str]:
+        """Its columns."""
+        return self._columns()[0]
 
     def _columns(self) -> tuple[list[str], list[str]]:
         """All columns, and those of text: as declared, or where nothing is, as the first row has them."""
@@ -199,8 +203,9 @@ def _no_rows(written: str) -> DataError:
 
 
 def _as_written(value: Any) -> Any:
-    """Messages without the keys that stand there only because other rows have them."""
-    if not isinstance(value, list):
-        return value
-    return [{k: v for k, v in one.items() if v is not None or k == "content"} if isinstance(one, dict) else one
-            for one in value]  # fmt: skip
+    """Messages, tools and the like without the keys that stand there only because others, in any row, have them."""
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _as_written(item) for key, item in value.items() if item is not None or key == "content"}
+    return value

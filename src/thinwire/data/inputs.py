@@ -1,6 +1,6 @@
 """What sources mean, opened: one input for each file, and one for each data set of the hub."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ class Input(Generic[Item]):
 
 def texts_of(
     names: Sequence[str], *, field: str, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> list[Input[str]]:
-    """The documents of every source. Raises DataError as `files_of`, `open_hub` and `HubRows.column` do."""
+) -> list[Input[tuple[str, str]]]:
+    """(document, where it stands) of every source. Raises DataError as `files_of`, `open_hub` and `HubRows.column` do."""
     of_file = partial(sources.documents, field=field)
     return _opened(names, field, hub.HubRows.texts, of_file, include=include, exclude=exclude)
 
@@ -40,9 +40,16 @@ def check_files(names: Sequence[str], *, include: Sequence[str] = (), exclude: S
             sources.files_of(name, include=include, exclude=exclude)
 
 
-def rows_of(names: Sequence[str], *, field: str) -> list[Input[tuple[Any, str]]]:
-    """(row, where it stands) of every source; of a data set only the column `field`. Raises DataError as `texts_of`."""
-    return _opened(names, field, hub.HubRows.rows, sources.rows)
+def rows_of(names: Sequence[str], *, field: str, also: Collection[str] = ()) -> list[Input[tuple[Any, str]]]:
+    """(row, where it stands) of every source; of data sets the columns `field` and, where there are such, `also`.
+
+    Raises DataError as `texts_of`.
+    """
+
+    def of_set(rows: hub.HubRows, column: str) -> Iterator[tuple[Any, str]]:
+        return rows.rows([column, *(name for name in rows.names() if name in also and name != column)])
+
+    return _opened(names, field, of_set, sources.rows)
 
 
 def _opened(

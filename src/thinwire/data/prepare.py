@@ -8,12 +8,13 @@ import hashlib
 import json
 import multiprocessing as mp
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from thinwire.folders import whole_folder
 
 _CHUNK_CHARS = 1 << 21
 _HASH_BYTES = 8
+_HALVES = re.compile("[\ud800-\udfff]")
+_COUNTED = ("documents", "tokens", "bytes", "bytes_of_tokens", "unknown_tokens", "spelling_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,11 @@ class Options:
     exclude: tuple[str, ...] = ()
     field: str = "text"
     heldout_fraction: float = 0.02
+    special_tokens: bool = False
+    """Special tokens that a text spells out become those; else they are ordinary text."""
 
 
+Texts = Input[tuple[str, str]]
 Progress = Callable[[str, int, int | None], None]
 """Called with (phase, bytes of sources done, bytes of all sources or None if they are not known)."""
 
@@ -65,7 +71,7 @@ def prepare(
         return _fill(folder, options, inputs, choice, workers or os.cpu_count() or 1, progress or _silent, journal)
 
 
-def _key(options: Options, inputs: Sequence[Input[str]], choice: int | Path | None) -> str | None:
+def _key(options: Options, inputs: Sequence[Texts], choice: int | Path | None) -> str | None:
     """What this preparation is, if it can be taken up after it ended early."""
     if any(one.place is None for one in inputs):
         return None
@@ -80,7 +86,7 @@ def _silent(phase: str, done: int, total: int | None) -> None:
 def _fill(
     folder: Path,
     options: Options,
-    inputs: Sequence[Input[str]],
+    inputs: Sequence[Texts],
     choice: int | Path | None,
     workers: int,
     progress: Progress,
@@ -95,28 +101,29 @@ def _fill(
     else:
         tokenizer = _tokenizer(options, inputs, choice, lambda done: progress("training the tokenizer", done, total))
         tokenizer.save(folder)
-    counts, start = begun or ({name: {"documents": 0, "tokens": 0, "bytes": 0} for name in PREFIXES}, Mark())
+    counts, end = begun or ({name: dict.fromkeys(_COUNTED, 0) for name in PREFIXES}, Mark())
     with ExitStack() as open_files:
         writers = {n: open_files.enter_context(_writer(folder / n, tokenizer, counts[n])) for n in PREFIXES}
-        for chunk, mark in _tokenised(_chunks(inputs, start), spec, options.heldout_fraction, workers):
+        for chunk, mark in _tokenised(_chunks(inputs, end), spec, options, workers):
             for name, part in chunk.items():
                 writers[name].add(part.tokens, part.sizes)
                 _count(counts[name], part)
             journal.note(writers.values(), counts, mark)
             progress("tokenising", mark.done, total)
+            end = mark
         journal.remove()
         for writer in writers.values():
             writer.close()
     if counts["train"]["tokens"] == 0:
-        raise DataError(
-            f"{', '.join(options.sources)}: no text in {len(inputs)} files or data sets; nothing to train on"
-        )
+        raise nothing_to_train_on(options.sources, len(inputs), counts["heldout"]["documents"], "text")
     manifest = {
         "format": FORMAT,
         "tokenizer": {"file": "bytes" if spec == "bytes" else "tokenizer.json", "vocab_size": tokenizer.vocab_size},
         "sources": list(options.sources),
         **identities(inputs),
         "heldout_fraction": options.heldout_fraction,
+        "special_tokens": options.special_tokens,
+        **({"mended": {"documents": end.mended, "first": end.first_mended}} if end.mended else {}),
         "splits": {name: {**counts[name], **digests(folder / name)} for name in PREFIXES},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -131,10 +138,21 @@ def _count(counts: dict[str, int], part: "_Part") -> None:
     counts["documents"] += part.sizes.size
     counts["tokens"] += part.tokens.size
     counts["bytes"] += part.text_bytes
+    counts["bytes_of_tokens"] += part.bytes_of_tokens
+    counts["unknown_tokens"] += part.unknown
+    counts["spelling_special_tokens"] += part.spelling
+
+
+def nothing_to_train_on(sources: Sequence[str], inputs: int, heldout: int, what: str) -> DataError:
+    """Why the training split is empty."""
+    read = f"{', '.join(sources)}: no {what} in {inputs} files or data sets"
+    if heldout:
+        read = f"{', '.join(sources)}: all {heldout} documents fell into the validation split; lower --heldout-fraction"
+    return DataError(f"{read}; nothing to train on")
 
 
 def _tokenizer(
-    options: Options, inputs: Sequence[Input[str]], choice: int | Path | None, progress: Callable[[int], None]
+    options: Options, inputs: Sequence[Texts], choice: int | Path | None, progress: Callable[[int], None]
 ) -> Tokenizer:
     if choice is None:
         return ByteTokenizer()
@@ -155,31 +173,39 @@ def held_out(text: bytes, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < int(fraction * 2.0 ** (8 * _HASH_BYTES))
 
 
-def _total_bytes(inputs: Sequence[Input[str]]) -> int | None:
+def _total_bytes(inputs: Sequence[Texts]) -> int | None:
     sizes = [one.size_bytes for one in inputs if one.size_bytes is not None]
     return sum(sizes) if len(sizes) == len(inputs) else None
 
 
-def _chunks(inputs: Sequence[Input[str]], start: Mark) -> Iterator[tuple[list[str], Mark]]:
+def _chunks(inputs: Sequence[Texts], start: Mark) -> Iterator[tuple[list[str], Mark]]:
     """Documents in order, after `start`, about two million characters at a time, each with the mark it ends at.
 
     Of a data set whose size is not known, the characters read count instead.
     """
     texts: list[str] = []
-    size, done, number = 0, start.done, start.number
+    size, mark = 0, start
     for number, one in enumerate(inputs[start.number :], start.number):
-        done += one.size_bytes or 0
-        for text in one.read(start.place) if start.place and number == start.number else one.read():
-            done += len(text) if one.size_bytes is None else 0
+        mark = replace(mark, done=mark.done + (one.size_bytes or 0), number=number)
+        for text, where in one.read(start.place) if start.place and number == start.number else one.read():
+            done = mark.done + (len(text) if one.size_bytes is None else 0)
+            whole = mended(text)
+            first = mark.first_mended or (where if whole != text else None)
+            mark = replace(mark, done=done, mended=mark.mended + (whole != text), first_mended=first)
             if not text:
                 continue
-            texts.append(text)
+            texts.append(whole)
             size += len(text)
             if size >= _CHUNK_CHARS:
-                yield texts, Mark(done, number, one.place() if one.place else None)
+                yield texts, replace(mark, place=one.place() if one.place else None)
                 texts, size = [], 0
     if texts:
-        yield texts, Mark(done, number)
+        yield texts, replace(mark, place=None)
+
+
+def mended(text: str) -> str:
+    """`text` with U+FFFD, the replacement character, for every half of a surrogate pair, which UTF-8 cannot hold."""
+    return text if text.isascii() else _HALVES.sub("\ufffd", text)
 
 
 @dataclass(frozen=True)
@@ -189,22 +215,28 @@ class _Part:
     tokens: NDArray[Any]
     sizes: NDArray[np.int32]
     text_bytes: int
+    bytes_of_tokens: int
+    """What the ids stand for; other than `text_bytes` where the tokenizer changes text."""
+    unknown: int
+    """Tokens that stand for what the vocabulary cannot write."""
+    spelling: int
+    """Documents that spell out special tokens."""
 
 
 def _tokenised(
-    chunks: Iterable[tuple[list[str], Mark]], spec: str, fraction: float, workers: int
+    chunks: Iterable[tuple[list[str], Mark]], spec: str, options: Options, workers: int
 ) -> Iterator[tuple[dict[str, _Part], Mark]]:
     """Chunks tokenised by `workers` processes, in order; one worker works in this process."""
     if workers == 1:
         tokenizer = _open(spec)
         for texts, mark in chunks:
-            yield tokenise(texts, tokenizer, fraction), mark
+            yield tokenise(texts, tokenizer, options.heldout_fraction, special=options.special_tokens), mark
         return
     context = mp.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(spec,)) as pool:
         waiting: deque[tuple[Future[dict[str, _Part]], Mark]] = deque()
         for texts, mark in chunks:
-            waiting.append((pool.submit(_work, texts, fraction), mark))
+            waiting.append((pool.submit(_work, texts, options.heldout_fraction, options.special_tokens), mark))
             if len(waiting) > 2 * workers:
                 first, its_mark = waiting.popleft()
                 yield first.result(), its_mark
@@ -212,22 +244,25 @@ def _tokenised(
             yield first.result(), its_mark
 
 
-def tokenise(texts: Sequence[str], tokenizer: Tokenizer, fraction: float) -> dict[str, _Part]:
+def tokenise(texts: Sequence[str], tokenizer: Tokenizer, fraction: float, *, special: bool = False) -> dict[str, _Part]:
     """Documents to ids, parted into training and held-out text."""
     dtype = dtype_for(tokenizer.vocab_size)
     end = np.array([tokenizer.eot], dtype)
     rows: dict[str, list[NDArray[Any]]] = {name: [] for name in PREFIXES}
-    text_bytes = dict.fromkeys(PREFIXES, 0)
-    for text, ids in zip(texts, tokenizer.encode_many(texts), strict=True):
+    sums = {name: dict.fromkeys(("text_bytes", "unknown", "spelling"), 0) for name in PREFIXES}
+    for text, ids in zip(texts, tokenizer.encode_many(texts, special=special), strict=True):
         raw = text.encode("utf-8")
         name = "heldout" if held_out(raw, fraction) else "train"
         rows[name].append(ids.astype(dtype))
-        text_bytes[name] += len(raw)
+        sums[name]["text_bytes"] += len(raw)
+        sums[name]["unknown"] += 0 if tokenizer.unknown is None else int((ids == tokenizer.unknown).sum())
+        sums[name]["spelling"] += tokenizer.spells_special(text)
     parts = {}
     for name, arrays in rows.items():
         sizes = np.array([array.size + 1 for array in arrays], np.int32)
-        ended = [piece for array in arrays for piece in (array, end)]
-        parts[name] = _Part(np.concatenate([np.zeros(0, dtype), *ended]), sizes, text_bytes[name])
+        tokens = np.concatenate([np.zeros(0, dtype), *(piece for array in arrays for piece in (array, end))])
+        stood = int(tokenizer.token_bytes()[tokens].sum())
+        parts[name] = _Part(tokens, sizes, bytes_of_tokens=stood, **sums[name])
     return parts
 
 
@@ -255,8 +290,8 @@ def _leave_with(parent: Any) -> None:
     os._exit(1)
 
 
-def _work(texts: list[str], fraction: float) -> dict[str, _Part]:
-    return tokenise(texts, _Worker.tokenizer, fraction)
+def _work(texts: list[str], fraction: float, special: bool) -> dict[str, _Part]:
+    return tokenise(texts, _Worker.tokenizer, fraction, special=special)
 
 
 def digests(prefix: Path) -> dict[str, str]:

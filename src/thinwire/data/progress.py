@@ -1,12 +1,13 @@
 """Preparation with a progress bar."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from thinwire.data.notes import notes
 from thinwire.data.prepare import Options, prepare
 from thinwire.errors import StopAsked
 
@@ -37,4 +38,12 @@ def prepare_shown(
                 tasks[phase] = bar.add_task(phase, total=total)
             bar.update(tasks[phase], completed=done)
 
-        return prepare(options, out, workers=workers, force=force, progress=shown)
+        manifest = prepare(options, out, workers=workers, force=force, progress=shown)
+    tell(manifest)
+    return manifest
+
+
+def tell(manifest: Mapping[str, Any]) -> None:
+    """What a person should hear of the corpus that was made, on standard error."""
+    for note in notes(manifest):
+        Console(stderr=True).print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -1,110 +1,133 @@
-"""Where documents come from: text files, folders, JSON lines, parquet, and the running interpreter's own library.
+"""Where documents come from: text files, folders, JSON, parquet, and the running interpreter's own library.
 
-Every source yields its documents in one fixed order.
+Every source yields its documents in one fixed order. What a file holds is told by its ending, in letters of either case
+and before that of its compression.
 """
 
 import fnmatch
-import gzip
-import io
-import json
-import os
+import stat
 import sysconfig
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from thinwire.data.reading import ending, json_values, sentences, text_of_file
 from thinwire.errors import DataError
 
 STDLIB = "stdlib"
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
-_JSON_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_JSON = (".jsonl", ".ndjson", ".json")
+_ARCHIVES = (".tar", ".tgz", ".zip", ".7z")
 
 
 def files_of(source: str, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Path]:
     """The files that `source` means, sorted. A folder gives every file in it whose relative path passes the globs.
 
-    Raises DataError if there is no such source or nothing passes.
+    Links are followed. Raises DataError if there is no such source, nothing passes, or what passes is nothing that
+    documents can be read from: a pipe, an archive, a link that leads nowhere or back to where it is.
     """
     if source == STDLIB:
         return _stdlib_files()
     root = Path(source)
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise DataError(f"{source} does not exist; give a file, a folder, {STDLIB!r} or hf:DATASET")
-    found = [path for path in _walk(root) if _passes(path.relative_to(root).as_posix(), include, exclude)]
+    hint = f"give a file, a folder, {STDLIB!r} or hf:DATASET"
+    if not stat.S_ISDIR(_mode(root, hint)):
+        return [_readable(root, hint)]
+    hint = "leave it out with --exclude"
+
+    def enter(folder: Path) -> bool:
+        """Not where every file is left out, nor a link that is left out by its name."""
+        relative = folder.relative_to(root).as_posix()
+        return not (_any(f"{relative}/", exclude) or (folder.is_symlink() and _any(relative, exclude)))
+
+    below = _walk(root, enter)
+    found = [_readable(path, hint) for path in below if _passes(path.relative_to(root).as_posix(), include, exclude)]
     if not found:
         globs = f" that match {', '.join(include)}" if include else ""
         raise DataError(f"the folder {source} holds no files{globs}; change --include or --exclude")
     return found
 
 
-def _walk(root: Path, without: Collection[str] = ()) -> Iterator[Path]:
-    """The files below `root` in one fixed order; hidden folders and files, and folders named in `without`, left out."""
-    for folder, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if name not in without and not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+def _mode(path: Path, hint: str) -> int:
+    """What is at `path`, links followed. Raises DataError if nothing is, or it may not be looked at."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        missing = "is a link to what does not exist" if path.is_symlink() else "does not exist"
+        raise DataError(f"{path} {missing}; {hint}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; {hint}") from None
+
+
+def _readable(path: Path, hint: str) -> Path:
+    """`path`, if it is a file that documents can be read from. Raises DataError."""
+    if not stat.S_ISREG(_mode(path, hint)):
+        raise DataError(f"{path} is a pipe, a socket or a device, which cannot be read twice; {hint}")
+    if ending(path) in _ARCHIVES:
+        raise DataError(f"{path} is an archive of files; unpack it and give the folder")
+    return path
+
+
+def _walk(folder: Path, enter: Callable[[Path], bool], above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """What is below `folder` in one fixed order: files, then those of each folder to `enter`; hidden ones are left out.
+
+    Raises DataError for a folder that cannot be listed, or leads back to one `above` it.
+    """
+    here = folder.resolve()
+    if here in above:
+        raise DataError(f"{folder} is a link back to {here}, which it is in; leave it out with --exclude")
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}; leave it out with --exclude") from None
+    yield from (path for path in paths if not _is_folder(path))
+    for path in paths:
+        if _is_folder(path) and enter(path):
+            yield from _walk(path, enter, (*above, here))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # told where it is read, unless it is left out
+        return False
 
 
 def _passes(relative: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    names = (relative, relative.rpartition("/")[2])
-    wanted = not include or any(fnmatch.fnmatch(name, glob) for glob in include for name in names)
-    return wanted and not any(fnmatch.fnmatch(name, glob) for glob in exclude for name in names)
+    return (not include or _any(relative, include)) and not _any(relative, exclude)
+
+
+def _any(relative: str, globs: Sequence[str]) -> bool:
+    """Whether a path, or its last part, matches one of `globs`."""
+    return any(fnmatch.fnmatch(name, glob) for glob in globs for name in (relative, relative.rpartition("/")[2]))
 
 
 def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = [path for path in _walk(root, _NOT_LIBRARY) if path.suffix == ".py"]
+    below = _walk(root, lambda folder: folder.name not in _NOT_LIBRARY and not folder.is_symlink())
+    found = [path for path in below if path.suffix == ".py"]
     if not found:
         raise DataError(f"this Python keeps no library source in {root}; give a folder of text instead")
     return found
 
 
-def documents(path: Path, *, field: str = "text") -> Iterator[str]:
-    """The documents of one file: rows of .jsonl(.gz|.zst) and .parquet, else the whole file as text.
+def documents(path: Path, *, field: str = "text") -> Iterator[tuple[str, str]]:
+    """(document, where it stands) of one file: rows of JSON and parquet, else the whole file as text.
 
     Raises DataError, with the line, for a row without `field`, a damaged file, or one that is not UTF-8 text.
     """
-    name = path.name
-    try:
-        if name.endswith(_JSON_ENDINGS):
-            yield from _json_rows(path, field)
-        elif name.endswith(".parquet"):
-            yield from _parquet_rows(path, field)
-        else:
-            yield path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); leave it out with --exclude") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    if ending(path) in _JSON:
+        yield from ((text_of(row, field, where), where) for row, where in json_values(path))
+    elif ending(path) == ".parquet":
+        yield from _parquet_rows(path, field)
+    else:
+        yield text_of_file(path), str(path)
 
 
 def rows(path: Path) -> Iterator[tuple[Any, str]]:
-    """(row, where it stands) of a .jsonl(.gz|.zst) file. Raises DataError for another kind, a damaged line or file."""
-    if not path.name.endswith(_JSON_ENDINGS):
-        raise DataError(f"{path} is not of the kind {', '.join(_JSON_ENDINGS)}; conversations are read from those")
-    try:
-        yield from _json_lines(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _json_rows(path: Path, field: str) -> Iterator[str]:
-    for row, where in _json_lines(path):
-        yield text_of(row, field, where)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    with _open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line), f"{path} line {number}"
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} line {number} is not JSON: {error.msg}") from None
+    """(row, where it stands) of a JSON file. Raises DataError for another kind, a damaged line or file."""
+    if ending(path) not in _JSON:
+        raise DataError(f"{path} is not of the kind {', '.join(_JSON)}; conversations are read from those")
+    yield from json_values(path)
 
 
 def text_of(row: Any, field: str, where: str) -> str:
@@ -113,32 +136,24 @@ def text_of(row: Any, field: str, where: str) -> str:
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{where} has no field {field!r} (it has: {keys}); name the field with --field")
     if not isinstance(row[field], str):
-        raise DataError(f"{where}: the field {field!r} is {type(row[field]).__name__}, not text")
+        kind = "null" if row[field] is None else type(row[field]).__name__
+        raise DataError(f"{where}: the field {field!r} is {kind}, not text")
     return str(row[field])
 
 
-def _open_text(path: Path) -> IO[str]:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.name.endswith(".zst"):
-        import zstandard
-
-        raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True)
-        return io.TextIOWrapper(raw, encoding="utf-8")
-    return path.open(encoding="utf-8")
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[str]:
+def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
     import pyarrow
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with sentences(path), pq.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
                 there = ", ".join(file.schema_arrow.names)
                 raise DataError(f"{path} has no column {column!r} (it has: {there}); name the column with --field")
             for batch in file.iter_batches(columns=[column]):
                 for value in batch.column(0).to_pylist():
-                    yield text_of({column: value}, column, str(path))
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a parquet file: {error}") from None
+                    number += 1
+                    yield text_of({column: value}, column, f"{path} row {number}"), f"{path} row {number}"
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is not a parquet file, or damaged: {str(error).splitlines()[0]}") from None

@@ -1,11 +1,15 @@
 """Text to ids and back: plain bytes, or any Hugging Face `tokenizers` file, or byte-level BPE trained on the spot.
 
-Every tokenizer has an end-of-text id that follows each document, and knows how many UTF-8 bytes each id stands for, so
-that bits per byte can be computed exactly.
+Every tokenizer has an end-of-text id that follows each document, and knows how many UTF-8 bytes its tokens stand for, so
+that bits per byte can be computed exactly. A special token that a text merely spells out is ordinary text, unless it is
+asked for: a page about tokenizers must not end in the middle.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +20,40 @@ from thinwire.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+_SPACE = "\u2581"
+"""How SentencePiece writes a space."""
+_LONGEST_WORD = 1000
 _BYTE_TOKEN = re.compile(r"^<0x[0-9A-Fa-f]{2}>$")
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """`bytes[ids]`: how many UTF-8 bytes of text each of the consecutive tokens `ids` stands for; 0 for special ones.
+
+    Along the last axis, which begins with a document. Sums are exact wherever a tokenizer loses nothing of the text.
+    """
+
+    table: NDArray[np.int64]
+    """(vocab_size,) by id alone."""
+    eot: int
+    before: int = 0
+    """Bytes of a document's first token that the tokenizer added."""
+    space: tuple[int, ...] = ()
+    """Ids of single bytes that together write one space; empty if a token of its own does."""
+
+    def __getitem__(self, ids: Any) -> NDArray[np.int64]:
+        ids = np.asarray(ids, dtype=np.int64)
+        counts: NDArray[np.int64] = self.table[ids]
+        if self.before and ids.size:
+            first = np.ones(ids.shape, bool)
+            first[..., 1:] = ids[..., :-1] == self.eot
+            counts = np.where(first, np.maximum(counts - self.before, 0), counts)
+        if self.space and ids.shape[-1:] >= (len(self.space),):
+            last = len(self.space) - 1
+            width = ids.shape[-1] - last
+            ends = np.logical_and.reduce([ids[..., k : k + width] == one for k, one in enumerate(self.space)])
+            counts[..., last:] -= last * ends
+        return counts
 
 
 class Tokenizer(Protocol):
@@ -30,14 +67,25 @@ class Tokenizer(Protocol):
         """The id that ends a document."""
         ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """`special`: special tokens that the text spells out become those, not ordinary text."""
+        ...
 
-    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]: ...
+    def encode_many(self, texts: Sequence[str], *, special: bool = False) -> list[NDArray[np.int64]]: ...
+
+    @property
+    def unknown(self) -> int | None:
+        """The id of what the vocabulary cannot write; None if it can write everything."""
+        ...
+
+    def spells_special(self, text: str) -> bool:
+        """Whether the text spells out a special token."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def token_bytes(self) -> NDArray[np.int64]:
-        """(vocab_size,): UTF-8 bytes each id stands for; 0 for special ids."""
+    def token_bytes(self) -> TokenBytes:
+        """How many bytes of text tokens stand for."""
         ...
 
     def save(self, folder: Path) -> None: ...
@@ -46,33 +94,44 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """256 bytes and the end of text. Nothing to train, nothing to store."""
 
-    vocab_size, eot = 257, 256
+    vocab_size, eot, unknown = 257, 256, None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+    def encode_many(self, texts: Sequence[str], *, special: bool = False) -> list[NDArray[np.int64]]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+    def spells_special(self, text: str) -> bool:
+        return False
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
-    def token_bytes(self) -> NDArray[np.int64]:
-        return np.array([1] * 256 + [0], dtype=np.int64)
+    def token_bytes(self) -> TokenBytes:
+        return TokenBytes(np.array([1] * 256 + [0], dtype=np.int64), self.eot)
 
     def save(self, folder: Path) -> None:
         """Nothing: the folder's manifest names it."""
 
 
 class FileTokenizer:
-    """A `tokenizer.json` of the Hugging Face tokenizers library."""
+    """A `tokenizer.json` of the Hugging Face tokenizers library, without its settings for batches of examples."""
 
     def __init__(self, library: Any, name: str) -> None:
+        library.no_truncation()
+        library.no_padding()
         self._library = library
         ends = [library.token_to_id(end) for end in _END_NAMES if library.token_to_id(end) is not None]
         if not ends:
             raise DataError(f"{name} has no end-of-text token (one of {', '.join(_END_NAMES)})")
         self.eot = int(ends[0])
+        added = library.get_added_tokens_decoder().items()
+        self.special = {str(token.content): int(i) for i, token in added if token.special}
+        longest_first = sorted(self.special, key=len, reverse=True)
+        # The longest first, as one may begin like another.
+        self.spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._ids = frozenset(self.special.values())
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -83,44 +142,97 @@ class FileTokenizer:
     def vocab_size(self) -> int:
         return 1 + max(self.vocabulary.values())
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._library.encode(text, add_special_tokens=False).ids)
+    @property
+    def unknown(self) -> int | None:
+        """The id of what the vocabulary cannot write; None if it can write everything."""
+        if "ByteLevel" in str(self._library.decoder):
+            return None
+        name = getattr(self._library.model, "unk_token", None) or "<unk>"
+        found = self._library.token_to_id(str(name))
+        return None if found is None else int(found)
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids, and for each the position in `text` of its first character."""
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return [int(i) for i in self.encode_many([text], special=special)[0]]
+
+    def encode_with_offsets(self, text: str, *, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the positions in `text` of its first character and behind its last."""
+        self._library.encode_special_tokens = not special
         coded = self._library.encode(text, add_special_tokens=False)
-        return list(coded.ids), [start for start, _ in coded.offsets]
+        return list(coded.ids), list(coded.offsets)
 
-    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+    def encode_many(self, texts: Sequence[str], *, special: bool = False) -> list[NDArray[np.int64]]:
+        self._library.encode_special_tokens = not special
         coded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, dtype=np.int64) for one in coded]
+        made = [np.array(one.ids, dtype=np.int64) for one in coded]
+        if not special:
+            for place, text in enumerate(texts):
+                if self.spells_special(text):
+                    made[place] = self._ordinary(text, made[place])
+        return made
+
+    def _ordinary(self, text: str, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`ids`, or where a model still finds a special token in `text` (Unigram does), those of its parts."""
+        spelled = {self.special[found] for found in self.spelling.findall(text)}
+        if not spelled & set(ids.tolist()):
+            return ids
+        cuts = [0, *(found.start() + 1 for found in self.spelling.finditer(text)), len(text)]
+        parts = self._library.encode_batch_fast(
+            [text[a:b] for a, b in itertools.pairwise(cuts)], add_special_tokens=False
+        )
+        return np.concatenate([np.array(part.ids, dtype=np.int64) for part in parts])
+
+    def spells_special(self, text: str) -> bool:
+        return self.spelling.search(text) is not None
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._library.decode(list(ids), skip_special_tokens=True))
 
-    def token_bytes(self) -> NDArray[np.int64]:
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
-        byte_level = "ByteLevel" in str(self._library.decoder)
-        for token, i in self._library.get_vocab(with_added_tokens=True).items():
-            if i not in special:
-                counts[i] = len(token) if byte_level else _piece_bytes(token)
-        return counts
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        table = np.zeros(self.vocab_size, dtype=np.int64)
+        added = {token.content for token in self._library.get_added_tokens_decoder().values()}
+        decoder = str(self._library.decoder)
+        for token, i in self.vocabulary.items():
+            if i not in self._ids:
+                table[i] = len(token.encode("utf-8")) if token in added else _piece_bytes(token, decoder)
+        bare = TokenBytes(table, self.eot, space=self._written_space(decoder))
+        # What a tokenizer writes before a text that does not begin with a space stands for nothing of it.
+        return replace(bare, before=max(0, int(bare[self.encode("a")].sum()) - 1))
+
+    def _written_space(self, decoder: str) -> tuple[int, ...]:
+        """The bytes that write a space where the vocabulary has no token for it."""
+        if "ByteFallback" not in decoder or _SPACE not in decoder or self._library.token_to_id(_SPACE) is not None:
+            return ()
+        ids = [self._library.token_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode("utf-8")]
+        return () if None in ids else tuple(ids)
+
+    def token_bytes(self) -> TokenBytes:
+        return self._token_bytes
 
     def save(self, folder: Path) -> None:
         self._library.save(str(folder / "tokenizer.json"))
 
 
-def _piece_bytes(token: str) -> int:
-    """Bytes of a SentencePiece-style token: `<0x0A>` is one byte, the low line block is a space."""
-    return 1 if _BYTE_TOKEN.match(token) else len(token.replace("\u2581", " ").encode("utf-8"))
+def _piece_bytes(token: str, decoder: str) -> int:
+    """Bytes of a token of the model's own vocabulary, by how the decoder writes it."""
+    if "ByteLevel" in decoder:
+        return len(token)
+    if "ByteFallback" in decoder and _BYTE_TOKEN.match(token):
+        return 1
+    if "WordPiece" in decoder:
+        token = token.removeprefix("##")
+    return len((token.replace(_SPACE, " ") if _SPACE in decoder else token).encode("utf-8"))
 
 
 def load_file(path: Path) -> FileTokenizer:
     """Read a tokenizer.json. Raises DataError if it is missing or not one."""
     import tokenizers
 
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):
+        there = False
+    if not there:
         raise DataError(f"there is no tokenizer file {path}; give bytes, bpe:SIZE or the path of a tokenizer.json")
     try:
         return FileTokenizer(tokenizers.Tokenizer.from_file(str(path)), str(path))
@@ -136,12 +248,15 @@ def train_bpe(size: int, texts: Iterable[str]) -> FileTokenizer:
     Raises DataError for a size that leaves no room for the 256 bytes and the end of text.
     """
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
     if size < 257:
         raise DataError(f"bpe:{size} is too small: 256 bytes and the end of text need 257; try bpe:4096")
     library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # A merge moves all that follows it in its word: a line without spaces would take time quadratic in its length.
+    pieces = pre_tokenizers.Split(Regex(f".{{1,{_LONGEST_WORD}}}"), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Sequence([words, pieces])
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -150,6 +265,7 @@ def train_bpe(size: int, texts: Iterable[str]) -> FileTokenizer:
         show_progress=False,
     )
     library.train_from_iterator(_lines(texts), trainer=trainer)
+    library.pre_tokenizer = words
     return FileTokenizer(library, f"bpe:{size}")
 
 

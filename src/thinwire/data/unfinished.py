@@ -31,6 +31,10 @@ class Mark:
     """Which of the inputs is being read."""
     place: Place | None = None
     """How far; None: not at all, or it cannot be said."""
+    mended: int = 0
+    """Documents with half a surrogate pair."""
+    first_mended: str | None = None
+    """Where the first of them stands."""
 
 
 def key_of(*parts: Any) -> str:

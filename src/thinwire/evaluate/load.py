@@ -30,10 +30,9 @@ class LoadedRun:
     """Tokens of a training sequence."""
 
     def corpus(self, path: Path | None = None) -> Corpus:
-        """The run's corpus, or the one at `path`. Raises DataError."""
-        return Corpus.open(
-            self.data if path is None else DataConfig(path=path, cross_documents=self.data.cross_documents)
-        )
+        """The run's corpus, or the one at `path`, with documents apart if the run's were. Raises DataError."""
+        apart = False if self.data.cross_documents is False else None
+        return Corpus.open(self.data if path is None else DataConfig(path=path, cross_documents=apart))
 
 
 def device_for(asked: str | None) -> torch.device:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from thinwire.data.loader import Batch
+from thinwire.data.tokenizer import TokenBytes
 from thinwire.model.language import LanguageModel
 
 # B batch, T tokens
@@ -43,13 +43,10 @@ def score(
     model: LanguageModel,
     batches: Iterable[Batch],
     *,
-    token_bytes: NDArray[np.int64] | None,
+    token_bytes: TokenBytes | None,
     cross_documents: bool,
 ) -> Score:
-    """The sums over `batches`, on this rank alone; the model computes where it is.
-
-    `token_bytes[id]` is how many UTF-8 bytes token `id` stands for.
-    """
+    """The sums over `batches`, on this rank alone; the model computes where it is."""
     training, device = model.training, model.device
     model.eval()
     loss_sum, tokens, text_bytes = 0.0, 0, 0
@@ -58,11 +55,17 @@ def score(
             extra = {} if cross_documents else _boundaries(batch, device)
             tokens_BT, targets_BT = (torch.from_numpy(x).to(device) for x in (batch.tokens_BT, batch.targets_BT))
             loss_sum += float(model(tokens_BT, targets_BT, **extra))
-            counted = batch.targets_BT[batch.targets_BT >= 0]
-            tokens += counted.size
-            text_bytes += 0 if token_bytes is None else int(token_bytes[counted].sum())
+            tokens += int((batch.targets_BT >= 0).sum())
+            text_bytes += 0 if token_bytes is None else _bytes_scored(batch, token_bytes)
     model.train(training)
     return Score(loss_sum, tokens, text_bytes)
+
+
+def _bytes_scored(batch: Batch, token_bytes: TokenBytes) -> int:
+    """Of the targets that count. What a token stands for may depend on those before it, scored or not."""
+    following_B1 = np.maximum(batch.targets_BT[:, -1:], 0)
+    bytes_BT = token_bytes[np.concatenate([batch.tokens_BT, following_B1], axis=1)][:, 1:]
+    return int(bytes_BT[batch.targets_BT >= 0].sum())
 
 
 def _boundaries(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:

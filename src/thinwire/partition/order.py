@@ -15,7 +15,6 @@ import torch
 from thinwire.comm.collectives import all_reduce_small, compare
 from thinwire.comm.line import OtherExchangeError
 from thinwire.comm.world import World
-from thinwire.errors import UseError
 
 _END = 1
 _UNITS, _MICRO_BATCHES, _REDUCTION = 2**13, 2**8, 2**21
@@ -51,15 +50,15 @@ class Tags:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Inside, ranks that are in different exchanges are told so in words: raises UseError."""
+        """Inside, ranks that are in different exchanges are told so in words: raises UseError, on all ranks in the end."""
         try:
             yield
         except OtherExchangeError as error:
-            self._world.outstanding.give_up()
             mine, theirs = self.name(error.mine), self.name(error.theirs)
-            raise UseError(
-                f"ranks that share weights have gone different ways: this rank {mine}, another {theirs}; {_WAY_OUT}"
-            ) from None
+            self._world.outstanding.part(
+                f"ranks that share weights have gone different ways: rank {self._world.rank} {mine}, another {theirs}; "
+                f"{_WAY_OUT}"
+            )
 
 
 class GatherOrder:
@@ -94,4 +93,6 @@ class GatherOrder:
         all_reduce_small(sums, world=self._world, levels=self._levels)
         ranks, total, squares = (int(number) for number in sums)
         if ranks * squares != total * total:
-            raise UseError(f"ranks that share weights have gathered different units in this step; {_WAY_OUT}")
+            self._world.outstanding.part(
+                f"ranks that share weights have gathered different units in this step; {_WAY_OUT}"
+            )

@@ -156,6 +156,8 @@ def _overview(run: Run) -> list[str]:
 
 def _loss(value: object) -> str:
     shown = number(value)
+    if value is None:
+        return "-"
     return str(value) if shown is None else f"{shown:.4f}"
 
 

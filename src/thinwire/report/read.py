@@ -76,7 +76,9 @@ class Run:
     def _of(self, record: dict[str, Any], axis: str) -> float:
         if axis == "bytes":
             return float(sum(record["wire"].get(self.thin_level, {}).values()))
-        return float(record["tokens" if axis == "tokens" else "step_s"])
+        if axis == "tokens":
+            return float(record.get("processed_tokens", record["tokens"]))  # older runs know the scored ones alone
+        return float(record["step_s"])
 
 
 def number(value: Any) -> float | None:

@@ -134,7 +134,7 @@ def assemble(job: Job, world: World) -> Parts:
         Packing(
             job.corpus.train,
             config.batch.tokens,
-            cross_documents=config.data.cross_documents,
+            cross_documents=job.corpus.cross_documents,
             vocab_size=job.spec.vocab_size,
         ),
         batch_sequences=config.batch.sequences,
@@ -157,7 +157,7 @@ def assemble(job: Job, world: World) -> Parts:
         feed=feed,
         checkpoints=checkpoints,
         nominal_tokens=config.batch.sequences * config.batch.tokens * group.size // world.size,
-        cross_documents=config.data.cross_documents,
+        cross_documents=job.corpus.cross_documents,
         peak_flops_per_s=peak,
         peak_origin=origin,
     )

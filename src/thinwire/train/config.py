@@ -84,7 +84,8 @@ class RunSection(Frozen):
     """Held-out sequences in one validation; 0: all of them."""
     sample_tokens: int = Field(default=200, ge=0)
     """Tokens of the text shown at the end; 0: none."""
-    sample_prompt: str = "def "
+    sample_prompt: str | None = None
+    """What it continues, of a corpus of conversations a user's message; default: how a validation document begins."""
     max_bad_steps: int = Field(default=5, ge=1)
     """Stop after this many steps in a row whose loss or gradient norm is not finite."""
     compile: bool = False

@@ -2,7 +2,10 @@
 
 from contextlib import nullcontext
 
+from thinwire.data.prompt import Prompt, chat_prompt, opening, text_prompt
 from thinwire.data.tokenizer import Tokenizer
+from thinwire.errors import DataError
+from thinwire.hub.init import HUB
 from thinwire.model.generate import generate
 from thinwire.partition.report import predicted_total
 from thinwire.train.announce import compare
@@ -39,27 +42,39 @@ def finish(job: Job, parts: Parts, saver: Saver, *, step: int, stopped: bool, by
 
 
 def sample(job: Job, parts: Parts) -> str | None:
-    """Text the model writes after `run.sample_prompt`; None without a tokenizer. All ranks generate in step."""
+    """Text the model writes after `run.sample_prompt`, or after the beginning of its data; None without a tokenizer.
+
+    Of a corpus of conversations the prompt is a user's message. All ranks generate in step.
+    """
     tokenizer, run = job.corpus.tokenizer, job.config.run
     if tokenizer is None or run.sample_tokens == 0:
         return None
-    prompt = _fit(tokenizer, run.sample_prompt)
-    count = min(run.sample_tokens, job.spec.max_tokens - len(prompt))
+    count = min(run.sample_tokens, job.spec.max_tokens // 2)
+    try:
+        prompt = _prompt(job, tokenizer).fitting(job.spec.max_tokens - count)
+    except DataError as error:
+        parts.warn(f"no sample: {error}")
+        return None
     parts.model.eval()
     made = generate(
         parts.model,
-        prompt,
+        prompt.ids,
         max_new_tokens=count,
         max_tokens=job.spec.max_tokens,
         temperature=0.8,
         top_p=0.95,
         seed=run.seed,
-        stop_ids=(tokenizer.eot,),
+        stop_ids=prompt.stop_ids,
     )
     ids = list(made)
     parts.model.train()
-    return tokenizer.decode([*prompt, *ids])
+    return tokenizer.decode([*prompt.ids, *ids])
 
 
-def _fit(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    return tokenizer.encode(prompt) or [tokenizer.eot]
+def _prompt(job: Job, tokenizer: Tokenizer) -> Prompt:
+    text = job.config.run.sample_prompt
+    if not text:
+        return opening(job.corpus)
+    if job.corpus.conversations:
+        return chat_prompt(tokenizer, [job.config.data.path, job.folder / HUB], text)
+    return text_prompt(tokenizer, text)

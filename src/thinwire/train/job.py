@@ -214,7 +214,8 @@ def corpus_for(
     data = config.data
     if not data.sources:
         return
-    options = Options(data.sources, data.tokenizer, data.include, data.exclude, data.field, data.heldout_fraction)
+    globs = (data.include, data.exclude)
+    options = Options(data.sources, data.tokenizer, *globs, data.field, data.heldout_fraction, data.special_tokens)
     make_once(
         data.path,
         lambda: prepare_shown(options, data.path, stopped=stopped),

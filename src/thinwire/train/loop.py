@@ -2,7 +2,8 @@
 
 The loss of a step is the sum of token losses over the global count of valid tokens, so any split of the batch over ranks
 and micro-batches gives the same gradient: every rank back-propagates its sum over a constant (the nominal token count),
-the engine sums over ranks, and the ratio of nominal to counted tokens scales the result once.
+the engine sums over ranks, and the ratio of nominal to counted tokens scales the result once. A step without a valid
+token has no gradient, so it is none: weights, optimizer states and what codecs carry over stay as they are.
 """
 
 import math
@@ -64,7 +65,8 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
         agree(parts, step, tokens=record["tokens"], last=step == total)
         clock.lap("sync")
         parts.world.status.enter("the end (records, checkpoint, validation)", step)
-        bad_in_a_row = bad_in_a_row + 1 if record["skipped"] else 0
+        if record["loss"] is not None:  # a step without a scored token says nothing of the others
+            bad_in_a_row = bad_in_a_row + 1 if record["skipped"] else 0
         _give_up_if_diverged(job, saver, bad_in_a_row, step)
         saver.after_step(step, last=stopping or step == total)
         clock.lap("checkpoint")
@@ -103,8 +105,8 @@ def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRe
     grad_norm = parts.sharded.grad_norm() * scale
     clock.lap("comm")
     lr = lr_at(step, peak=job.config.optimizer.lr, total_steps=job.config.run.steps, schedule=job.config.schedule)
-    loss_mean = loss_sum / max(1.0, tokens)
-    skipped = not (math.isfinite(loss_mean) and math.isfinite(grad_norm))
+    loss_mean = loss_sum / tokens if tokens else None
+    skipped = loss_mean is None or not (math.isfinite(loss_mean) and math.isfinite(grad_norm))
     if skipped:
         parts.optimizer.skip()
     else:
@@ -159,21 +161,23 @@ def _give_up_if_diverged(job: Job, saver: Saver, bad_in_a_row: int, step: int) -
 
 
 def close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepClock) -> None:
-    """Add timings and wire bytes to the step's record and publish it.
+    """Add timings and wire bytes to the step's record and publish it. Every token processed takes time, scored or not.
 
     With worker groups the loss is that of rank 0's group, and every group's tokens are taken to be as many as its.
     """
     wire = parts.world.ledger.drain()
     seconds = clock.stop(exposed_comm_s=wire.exposed_s)
     step_s = sum(seconds.values())
+    batch = job.config.batch
     record["tokens"] *= parts.world.size // parts.group.size
-    tokens_per_s = record["tokens"] / step_s
+    tokens_per_s = batch.sequences * batch.tokens / step_s
     record.update(
+        processed_tokens=batch.sequences * batch.tokens,
         step_s=round(step_s, 6),
         tokens_per_s=round(tokens_per_s, 1),
         mfu=mfu(
             job.spec,
-            tokens_per_sequence=job.config.batch.tokens,
+            tokens_per_sequence=batch.tokens,
             tokens_per_s=tokens_per_s,
             ranks=parts.world.size,
             peak=parts.peak_flops_per_s,

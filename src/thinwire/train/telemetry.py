@@ -67,8 +67,9 @@ class Telemetry:
         exposed = record["seconds"]["comm"] / max(record["step_s"], 1e-9)
         left_s = (self._total_steps - record["step"]) * (self._step_s or 0.0)
         mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
+        loss = "no scored token, no step" if record["loss"] is None else f"loss {record['loss']:.4f}"
         return (
-            f"loss {record['loss']:.4f}  {show_count(record['tokens_per_s'])} tokens/s{mfu}  "
+            f"{loss}  {show_count(record['tokens_per_s'])} tokens/s{mfu}  "
             f"exposed comm {exposed:.1%}  ETA {show_seconds(left_s)}"
         )
 
@@ -127,14 +128,17 @@ class Totals:
     """Sums over the steps of this start of a run, for the table at its end."""
 
     def __init__(self) -> None:
-        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.steps, self.tokens, self.scored, self.seconds = 0, 0, 0, 0.0
+        self.unscored_steps = 0
         self.wire: dict[str, dict[str, int]] = {}
         self.causes: dict[str, float] = {}
         self.started_s = time.perf_counter()
 
     def add(self, record: dict[str, Any]) -> None:
         self.steps += 1
-        self.tokens += record["tokens"]
+        self.tokens += record["processed_tokens"]
+        self.scored += record["tokens"]
+        self.unscored_steps += record["loss"] is None
         self.seconds += record["step_s"]
         for level, purposes in record["wire"].items():
             of_level = self.wire.setdefault(level, {})
@@ -148,7 +152,7 @@ class Totals:
         table = Table(show_header=False, title="summary", title_justify="left")
         counted = {
             "steps in this start": f"{self.steps:,}",
-            "tokens": f"{self.tokens:,}",
+            "tokens": f"{self.tokens:,}" + (f", {self.scored:,} of them scored" if self.scored < self.tokens else ""),
             "training time": show_seconds(self.seconds),
             "tokens per second": f"{self.tokens / max(self.seconds, 1e-9):,.0f}",
             "time by cause": "  ".join(
@@ -157,6 +161,8 @@ class Totals:
                 if seconds > 0
             ),
         }
+        if self.unscored_steps:
+            counted["steps not taken"] = f"{self.unscored_steps:,}, of which no token was scored"
         for name, value in {**rows, **counted}.items():
             table.add_row(name, value)
         return table

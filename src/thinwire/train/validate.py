@@ -11,6 +11,7 @@ import torch
 
 from thinwire.comm.collectives import all_reduce_small
 from thinwire.data.loader import Batch, evaluation_batches, ignored_like
+from thinwire.data.notes import FEW_TOKENS
 from thinwire.evaluate.loss import Score, score
 from thinwire.train.assemble import Parts
 from thinwire.train.job import Job
@@ -20,6 +21,8 @@ from thinwire.units import show_seconds
 def validate(job: Job, parts: Parts, step: int) -> Score | None:
     """Score the first `run.eval_sequences` held-out sequences and say the result; None if there is no held-out text."""
     if job.corpus.heldout is None or job.corpus.heldout.tokens == 0:
+        if step == 0:
+            parts.say(f"no validation: {job.config.data.path} holds no validation split")
         return None
     start_s = time.perf_counter()
     parts.sharded.drain()
@@ -35,7 +38,7 @@ def _score(job: Job, parts: Parts) -> Score:
             parts.model,
             _share(job, parts),
             token_bytes=job.corpus.token_bytes,
-            cross_documents=job.config.data.cross_documents,
+            cross_documents=job.corpus.cross_documents,
         )
     sums = torch.tensor([own.loss_sum, own.tokens, own.text_bytes], dtype=torch.float64)
     all_reduce_small(sums, world=parts.world, op="sum")
@@ -54,7 +57,7 @@ def _share(job: Job, parts: Parts) -> Iterator[Batch]:
             size,
             limit=limit or None,
             vocab_size=job.spec.vocab_size,
-            cross_documents=job.config.data.cross_documents,
+            cross_documents=job.corpus.cross_documents,
         )
     )
     rounds = -(-len(batches) // ranks)
@@ -64,18 +67,22 @@ def _share(job: Job, parts: Parts) -> Iterator[Batch]:
 
 
 def _tell(parts: Parts, step: int, total: Score, seconds: float) -> None:
-    bits = total.bits_per_byte
+    bits, scored = total.bits_per_byte, total.tokens > 0
     parts.event(
         "eval",
         step=step,
-        loss=total.loss,
-        perplexity=total.perplexity,
+        loss=total.loss if scored else None,
+        perplexity=total.perplexity if scored else None,
         bits_per_byte=bits,
         tokens=total.tokens,
         seconds=round(seconds, 3),
     )
+    if not scored:
+        parts.say(f"validation at step {step}: no token of the held-out sequences is scored")
+        return
     shown = "" if bits is None else f", {bits:.4f} bits per byte"
+    few = ", too few to compare losses by" if total.tokens < FEW_TOKENS else ""
     parts.say(
         f"validation at step {step}: loss {total.loss:.4f}, perplexity {total.perplexity:.2f}{shown} "
-        f"({total.tokens:,} held-out tokens, {show_seconds(seconds)})"
+        f"({total.tokens:,} held-out tokens{few}, {show_seconds(seconds)})"
     )
