@@ -48,7 +48,9 @@ def allocate(run_file: Path, settings: Sequence[str], *, nodes: str | None, rank
 
 
 def _range(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
     if found is None or int(found[1]) < 1 or int(found[2] or found[1]) < int(found[1]):
-        raise ConfigError(f"--nodes {text} is no number of nodes; write 4, or 2-4 for whatever the scheduler can give")
+        raise ConfigError(
+            f"--nodes {text[:40]} is no number of nodes; write 4, or 2-4 for whatever the scheduler can give"
+        )
     return int(found[1]), int(found[2] or found[1])
