@@ -171,7 +171,7 @@ def _spec(config: RunConfig, vocabulary: int | None, folder: Path) -> AnySpec:
 
 _OF_A_HOST: Any = {
     "cluster": True,
-    "data": {"path", "heldout", "sources", "tokenizer", "include", "exclude", "field", "heldout_fraction"},
+    "data": {*DataConfig.model_fields} - {"cross_documents"},
     "model": True,
     "plan": True,
     "tracking": True,
