@@ -167,7 +167,7 @@ def test_links_to_folders_are_followed_and_circles_are_told(tmp_path: Path) -> N
 
 def test_names_that_no_file_can_have_get_a_sentence(tmp_path: Path) -> None:
     for name in ("x" * 300, "a\0b"):
-        with pytest.raises(DataError, match=r"cannot be read: .*; give a file, a folder"):
+        with pytest.raises(DataError, match="does not exist; give a file, a folder"):
             files_of(str(tmp_path / name))
 
 

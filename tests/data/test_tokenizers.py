@@ -116,6 +116,9 @@ def test_special_tokens_that_a_text_spells_out_are_ordinary_text_unless_asked_fo
     plain, special = tokenizer.encode(SPELLED), tokenizer.encode(SPELLED, special=True)
     assert not {tokenizer.special[name] for name in (end,)} & set(plain)
     assert special.count(tokenizer.eot) == 1
+    ids, offsets = tokenizer.encode_with_offsets(SPELLED)
+    assert ids == plain
+    assert offsets == sorted(offsets) and offsets[-1][1] == len(SPELLED)
     if kind != "unigram":  # it has neither capitals nor commas
         assert tokenizer.decode(plain).strip() == SPELLED
     if kind != "unigram" and not tokenizer.token_bytes().before:  # else a space is written behind special tokens too

@@ -5,6 +5,7 @@ and before that of its compression.
 """
 
 import fnmatch
+import os
 import stat
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ def files_of(source: str, *, include: Sequence[str] = (), exclude: Sequence[str]
     if source == STDLIB:
         return _stdlib_files()
     root = Path(source)
+    if not os.path.lexists(root):
+        raise DataError(f"{source} does not exist; give a file, a folder, {STDLIB!r} or hf:DATASET")
     hint = f"give a file, a folder, {STDLIB!r} or hf:DATASET"
     if not stat.S_ISDIR(_mode(root, hint)):
         return [_readable(root, hint)]
@@ -52,8 +55,7 @@ def _mode(path: Path, hint: str) -> int:
     try:
         return path.stat().st_mode
     except FileNotFoundError:
-        missing = "is a link to what does not exist" if path.is_symlink() else "does not exist"
-        raise DataError(f"{path} {missing}; {hint}") from None
+        raise DataError(f"{path} is a link to what does not exist; {hint}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; {hint}") from None
 

@@ -172,29 +172,27 @@ class FileTokenizer:
     def encode_with_offsets(self, text: str, *, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the positions in `text` of its first character and behind its last."""
         self._library.encode_special_tokens = not special
-        coded = self._library.encode(text, add_special_tokens=False)
-        return list(coded.ids), list(coded.offsets)
+        cuts, coded = [0], [self._library.encode(text, add_special_tokens=False)]
+        if not special and self._spelled_out(text, coded[0].ids):
+            cuts += [found.start() + 1 for found in self.spelling.finditer(text)]
+            pieces = [text[a:b] for a, b in itertools.pairwise([*cuts, len(text)])]
+            coded = [self._library.encode(piece, add_special_tokens=False) for piece in pieces]
+        ids = [int(i) for one in coded for i in one.ids]
+        return ids, [(cut + a, cut + b) for cut, one in zip(cuts, coded, strict=True) for a, b in one.offsets]
 
     def encode_many(self, texts: Sequence[str], *, special: bool = False) -> list[NDArray[np.int64]]:
         self._library.encode_special_tokens = not special
         coded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         made = [np.array(one.ids, dtype=np.int64) for one in coded]
-        if not special:
-            for place, text in enumerate(texts):
-                if self.spells_special(text):
-                    made[place] = self._ordinary(text, made[place])
+        for place, text in enumerate(() if special else texts):
+            if self._spelled_out(text, made[place]):
+                made[place] = np.array(self.encode_with_offsets(text)[0], dtype=np.int64)
         return made
 
-    def _ordinary(self, text: str, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """`ids`, or where a model still finds a special token in `text` (Unigram does), those of its parts."""
+    def _spelled_out(self, text: str, ids: Sequence[int] | NDArray[np.int64]) -> bool:
+        """Whether the model itself finds a special token that `text` spells out among its words, as Unigram does."""
         spelled = {self.special[found] for found in self.spelling.findall(text)}
-        if not spelled & set(ids.tolist()):
-            return ids
-        cuts = [0, *(found.start() + 1 for found in self.spelling.finditer(text)), len(text)]
-        parts = self._library.encode_batch_fast(
-            [text[a:b] for a, b in itertools.pairwise(cuts)], add_special_tokens=False
-        )
-        return np.concatenate([np.array(part.ids, dtype=np.int64) for part in parts])
+        return bool(spelled) and bool(np.isin(ids, list(spelled)).any())
 
     def spells_special(self, text: str) -> bool:
         return self.spelling.search(text) is not None
