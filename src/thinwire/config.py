@@ -134,7 +134,7 @@ def read_json(path: Path, *, error: type[ThinwireError] = ConfigError, way_out: 
     except OSError as reason:
         raise error(f"{path} cannot be read: {reason.strerror or reason}; {way_out}") from None
     except ValueError as reason:
-        raise error(f"{path} {reason}; {way_out}") from None
+        raise error(f"{path} cannot be read: it {reason}; {way_out}") from None
 
 
 def read_document(

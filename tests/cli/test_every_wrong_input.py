@@ -12,6 +12,7 @@ import tomli_w
 
 from runs import here, make_corpus, thinwire, write_run
 from thinwire.config import read_toml
+from thinwire.model.presets import preset
 
 FOREIGN = re.compile(
     r"Traceback|Errno|pydantic|[Ii]nput should|validation error|Usage:|Invalid value|Expecting|codec can't|Error\b"
@@ -222,6 +223,14 @@ def test_json_that_is_none(world: Path, kind: str, name: str, arguments: list[st
         refused(world, *arguments)
 
 
+@pytest.mark.parametrize("field", ["", "format", "spec", "files", "model_type"])
+def test_an_init_folder_whose_document_lacks_a_field(world: Path, tmp_path: Path, field: str) -> None:
+    tree = {"format": 1, "model_type": "llama", "spec": preset("llama-1m").model_dump(mode="json"), "files": {}}
+    tree.pop(field, None)
+    (tmp_path / "init.json").write_text(json.dumps(tree) if field else "[" * 100_000)
+    assert (field or "too deeply") in refused(world, "train", "run.toml", "--set", f"model={{init='{tmp_path}'}}")
+
+
 class Changed:
     """A file that holds something else for a while."""
 
@@ -402,7 +411,8 @@ def test_wrong_words_and_numbers(world: Path, arguments: str, says: str) -> None
 )
 def test_the_smallest_temperature_and_share_mean_the_likeliest_token(world: Path, option: list[str]) -> None:
     texts = [
-        here(["generate", "run", "--tokens", "8", *each], world).stdout for each in (["--temperature", "0"], option)
+        here(["generate", "run", "--prompt", "def ", "--tokens", "8", *each], world).stdout
+        for each in (["--temperature", "0"], option)
     ]
     assert texts[0] == texts[1]
     assert texts[0].startswith("def ")
