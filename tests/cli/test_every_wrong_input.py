@@ -343,6 +343,10 @@ def test_what_is_no_number_that_can_be(world: Path, key: str, value: str) -> Non
         ),
         ("train run.toml --set cluster.levels=[100000000000000000000000000]", "less than or equal to 1000000"),
         ("plan plan.toml --set cluster={device='h100',levels=[10000,10000]}", "100,000,000 ranks"),
+        (
+            "train run.toml --set batch.sequences=1000000 --set batch.micro_batch=1 --set cluster.levels=[1000000]",
+            "too many",
+        ),
         ("train run.toml --set cluster.levels=[true]", "cluster.levels.0"),
         ("train run.toml --set run.compile=3", "must be true or false"),
         ("train run.toml --set plan.partition=3", "must be a table or text"),
