@@ -398,7 +398,7 @@ def test_what_is_no_number_that_can_be(world: Path, key: str, value: str) -> Non
         ("launch slurm run.toml --nodes ²", "no number of nodes"),
         ("launch slurm run.toml --nodes 9999999999", "no number of nodes"),
         ("launch slurm run.toml --array 0\n-3 --set cluster.device=cpu", "line break"),
-        ("launch k8s run.toml --image i --claim a\nb", "--claim a\\nb is not of the form"),
+        ("launch slurm run.toml --nodes 1\n2", "--nodes 1\\n2 is no number of nodes"),
         ("probe --device " + "9" * 5000, "there is no device '999"),
         ("launch slurm run.toml --array ²-3", "does not begin with a number"),
         ("launch slurm run.toml --sbatch partition=gpu\nwrap=true", "line break"),

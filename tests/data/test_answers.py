@@ -146,6 +146,55 @@ def test_thinking_that_a_template_drops_from_earlier_answers_is_not_looked_for(t
         assert [text[span.start : span.stop] for span in spans] == [f"{one}<|im_end|>\n" for one in ("b", last)]
 
 
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{{ '<|im_start|>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + "
+    "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+)
+QWEN = (
+    "{% set ns = namespace(last=messages | length - 1, looking=true) %}{% for m in messages[::-1] %}"
+    "{% if ns.looking and m.role == 'user' %}{% set ns.looking = false %}"
+    "{% set ns.last = messages | length - 1 - loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set content, thought = m.content, '' %}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content is string %}{% set thought = m.reasoning_content %}{% elif '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}<|im_start|>assistant\n"
+    "{% if loop.index0 > ns.last and (loop.last or thought) %}{{ '<think>\n' + thought + '\n</think>\n\n' + content }}"
+    "{% else %}{{ content }}{% endif %}{% else %}{{ '<|im_start|>' + m.role + '\n' + content }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+DEEPSEEK = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}{% else %}"
+    "{% set content = m['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<s>' + content + '<|im_end|>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}<s><think>\n{% endif %}"
+)
+THOUGHT = "<think>\nhm\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "inputs", "thought", "learned"),
+    [
+        (GEMMA, {}, "", ["the dog<|im_end|>\n", "lazy<|im_end|>\n"]),
+        (QWEN, {}, "", ["the dog<|im_end|>\n", "<think>\n\n</think>\n\nlazy<|im_end|>\n"]),
+        (QWEN, {}, THOUGHT, ["the dog<|im_end|>\n", THOUGHT + "lazy<|im_end|>\n"]),
+        (QWEN, {"enable_thinking": False}, "", ["the dog<|im_end|>\n", "lazy<|im_end|>\n"]),
+        (DEEPSEEK, {}, "", ["the dog<|im_end|>", "lazy<|im_end|>"]),
+        (DEEPSEEK, {}, THOUGHT, ["\n\nthe dog<|im_end|>", "\n\nlazy<|im_end|>"]),
+    ],
+)
+def test_answers_under_templates_as_models_have_them(
+    template: str, inputs: dict[str, Any], thought: str, learned: list[str], tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", template)
+    turns = [(role, (thought if role == "assistant" else "") + content) for role, content in ORDERS["as usual"]]
+    chat(tmp_path, tokenizer, [{"messages": talk(turns), **inputs}])
+    assert corpus(tmp_path)[1] == learned
+
+
 CALLS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['tool_calls'] %}{% for c in m['tool_calls'] %}<call>"
     "{{ c['function']['name'] }} {{ c['function']['arguments'] | tojson }}</call>{% endfor %}{% else %}{{ m['content'] }}"

@@ -219,7 +219,7 @@ def test_a_killed_preparation_leaves_no_corpus_and_the_next_one_cleans_up(tmp_pa
     ("damage", "says"),
     [
         (lambda c: (c / "train.bin").write_bytes(b"ab"), "has 2 bytes where its index says"),
-        (lambda c: (c / "corpus.json").write_text("{"), "cannot be read"),
+        (lambda c: (c / "corpus.json").write_text("{"), "is no JSON"),
         (lambda c: (c / "corpus.json").write_text('{"format": 9}'), "not of format 1"),
         (lambda c: (c / "corpus.json").unlink(), "was not made by"),
         (lambda c: (c / "train.bin").unlink(), "does not exist"),

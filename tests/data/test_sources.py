@@ -176,7 +176,7 @@ def test_an_archive_is_not_taken_for_text(tmp_path: Path) -> None:
         member = tarfile.TarInfo("a.txt")
         member.size = 4
         archive.addfile(member, io.BytesIO(b"text"))
-    with pytest.raises(DataError, match="unpack it and give the folder"):
+    with pytest.raises(DataError, match="unpack it, and leave it out with --exclude"):
         files_of(str(tmp_path))
 
 

@@ -12,6 +12,8 @@ from hub_models import CONFIGS, logits, save_model, tokens
 from runs import make_corpus, run_tree
 from thinwire.comm.world import World
 from thinwire.config import build
+from thinwire.data.config import DataConfig
+from thinwire.data.corpus import Corpus
 from thinwire.evaluate.load import load_run
 from thinwire.events import steps
 from thinwire.hub.export_run import export_run
@@ -32,6 +34,10 @@ def _train(world: World, tree: dict[str, object]) -> None:
     if world.rank == 0:
         open_folder(job, fresh=False)
     train(job, world, StopRequest())
+
+
+def load_corpus(path: Path) -> Corpus:
+    return Corpus.open(DataConfig(path=path))
 
 
 def own_logits(model: Transformer) -> torch.Tensor:
@@ -81,8 +87,9 @@ def test_a_run_from_it_exports_the_same_model(name: str, corpus: Path, tmp_path:
     assert back.dtype == torch.float32
     torch.testing.assert_close(logits(back), logits(theirs), atol=1e-5, rtol=1e-5)
     assert {k: v.shape for k, v in back.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-    for key in ("bos_token_id", "eos_token_id"):
-        assert getattr(back.config, key) == getattr(theirs.config, key)
+    assert back.config.bos_token_id == theirs.config.bos_token_id
+    ends = {back.config.eos_token_id, back.generation_config.eos_token_id, load_corpus(corpus).tokenizer.eot}
+    assert ends == {AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id}
 
 
 @pytest.mark.parametrize("levels", [[1], [2, 2]])

@@ -26,7 +26,7 @@ from thinwire.model.spec import ModelSpec
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 8, "max_position_embeddings": 16,
+    "num_key_value_heads": 2, "intermediate_size": 8, "max_position_embeddings": 16,
 }  # fmt: skip
 GPT2 = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
 
@@ -36,22 +36,52 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 8, "n_layer": 1, "n_he
     [
         (LLAMA, {"model_type": "mamba"}, "of model_type 'mamba', which is not supported; there are llama, mistral"),
         (LLAMA, {"model_type": None}, "names no model_type"),
-        (LLAMA, {"hidden_size": None}, "has no key 'hidden_size'"),
+        (LLAMA, {"vocab_size": 0}, "vocab_size = 0 is not a whole number above 0"),
+        (LLAMA, {"num_hidden_layers": True}, "num_hidden_layers = True is not a whole number above 0"),
+        (LLAMA, {"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5' is not a number above 0"),
+        (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes' is not true or false"),
+        (LLAMA, {"is_causal": False}, "is_causal = False is not supported, only True is"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "the key 'partial_rotary_factor' (= 0.5) is not supported"),
+        (LLAMA, {"rope_interleaved": True}, "the key 'rope_interleaved' (= True) is not supported"),
+        (GPT2, {"is_causal": False}, "is_causal = False"),
         (LLAMA, {"hidden_size": "8"}, "hidden_size = '8' is not a whole number above 0"),
         (LLAMA, {"num_attention_heads": 0}, "num_attention_heads = 0 is not a whole number"),
         (LLAMA, {"num_key_value_heads": 3}, "heads = 2 is not divisible by kv_heads = 3"),
-        (LLAMA, {"hidden_act": "relu"}, "hidden_act = 'relu' is not supported, only 'silu' is"),
+        (LLAMA, {"hidden_act": "relu"}, "hidden_act = 'relu' is not supported, only 'silu' and 'swish' are"),
         (LLAMA, {"logit_scale": 0.5}, "the key 'logit_scale' (= 0.5) is not supported"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "the key 'quantization_config'"),
         (LLAMA, {"auto_map": {"AutoModel": "x.Y"}}, "the key 'auto_map'"),
-        (LLAMA, {"mlp_bias": True}, "mlp_bias without attention_bias is not supported"),
-        (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
-        (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor = None is not a positive number"),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "odd": 1}}, "rope_scaling.odd is not supported"),
-        (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
-        (LLAMA, {"model_type": "mistral", "sliding_window": 8}, "sliding_window = 8 is shorter than the 16 positions"),
-        (LLAMA, {"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window = True is not supported"),
-        (LLAMA, {"model_type": "qwen3", "layer_types": ["sliding_attention"]}, "layer_types other than"),
+        (
+            LLAMA,
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_scaling.rope_type = 'yarn' is not supported",
+        ),
+        (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_scaling has no key 'factor'"),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "linear", "factor": "2"}},
+            "rope_scaling: factor = '2' is not a number above 0",
+        ),
+        (LLAMA, {"rope_scaling": [1]}, "rope_scaling = [1] is not a JSON object"),
+        (LLAMA, {"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention is of one kind of layer"),
+        (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not supported"),
+        (
+            LLAMA,
+            {"model_type": "mistral", "sliding_window": 8},
+            "sliding_window = 8 leaves out tokens farther than 8 back, which is not supported for 16 positions",
+        ),
+        (
+            LLAMA,
+            {"model_type": "mistral", "max_position_embeddings": 8192},
+            "sliding_window is missing, which means 4096 for mistral, leaves out",
+        ),
+        (
+            LLAMA,
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            "sliding_window = 8 leaves out tokens farther than 8 back",
+        ),
+        (LLAMA, {"model_type": "qwen3", "layer_types": ["sliding_attention"]}, "use_sliding_window is not true"),
+        (LLAMA, {"model_type": "qwen3", "layer_types": ["chunked_attention"]}, "layer_types has 'chunked_attention'"),
         (GPT2, {"activation_function": "relu"}, "activation_function = 'relu'"),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
         (GPT2, {"scale_attn_weights": False}, "scale_attn_weights = False"),
@@ -70,6 +100,8 @@ def test_a_config_that_is_not_supported_is_refused_by_key(
 def test_what_is_switched_off_ignored_or_outside_the_context_is_no_trouble() -> None:
     read_spec({**LLAMA, "use_mrope": False, "quantization_config": None}, "config.json")
     read_spec({**LLAMA, "logit_scale": 0.5}, "config.json", ignored=["logit_scale"])
+    with pytest.raises(ConfigError, match="has no key 'logit_scal', so --ignore logit_scal has nothing to leave out"):
+        read_spec({**LLAMA, "logit_scale": 0.5}, "config.json", ignored=["logit_scal"])
     mistral = {**LLAMA, "model_type": "mistral", "sliding_window": 8}
     assert read_spec(mistral, "config.json", max_tokens=8).max_tokens == 8
     assert read_spec({**LLAMA, "model_type": "qwen2", "sliding_window": 8}, "config.json").max_tokens == 16
@@ -269,7 +301,8 @@ print(peak() - before)
 def test_an_import_holds_one_shard_not_the_model(tmp_path: Path) -> None:
     import torch
 
-    spec = read_spec({**LLAMA, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1024,
+    spec = read_spec({**LLAMA, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8,
+                      "intermediate_size": 1024,
                       "num_hidden_layers": 40, "vocab_size": 1000}, "config.json")  # fmt: skip
     parts = [(part.name, recipe.part_shape(part)) for recipe in recipes(spec) for part in recipe.parts]
     sizes = {name: 4 * torch.Size(shape).numel() for name, shape in parts}

@@ -151,6 +151,10 @@ def test_every_script_is_sound_bash_and_quotes_what_it_is_given(
         (["--submit"], "sbatch is not on this machine's PATH"),
         (["--nodes", "many"], "--nodes many is no number of nodes"),
         (["--nodes", "4-2"], "--nodes 4-2 is no number of nodes"),
+        (["--nodes", "9" * 5000], "999 is no number of nodes"),
+        (["--nodes", "\u00b2"], "--nodes \u00b2 is no number of nodes"),
+        (["--nodes", "1-999999999"], "batch.sequences = 16 is not divisible by 3 ranks"),
+        (["--array", "\u00b2"], "--array \u00b2 does not begin with a number"),
         (["--nodes", "3"], "batch.sequences = 16 is not divisible by 3 ranks"),
         (["--nodes", "1-3"], "batch.sequences = 16 is not divisible by 3 ranks"),
         (["--ranks-per-node", "3"], "do not divide into nodes of 3"),
@@ -365,6 +369,11 @@ def test_the_schema_check_itself_finds_wrong_manifests() -> None:
         (["--set", "plan={file='plan.json'}"], "plan.file = 'plan.json' is relative"),
         (["--set", "batch.sequences=17", "--nodes", "2"], "batch.sequences = 17 is not divisible by 2 ranks"),
         (["--env", "PET_NNODES=2"], "PET_NNODES is set by the launcher"),
+        (["--image", ""], "--image is empty"),
+        (["--interface", "eth0\nx"], "--interface 'eth0\\nx' has a line break"),
+        (["--namespace", " "], "--namespace is empty"),
+        (["--name", "9" * 5000], "makes no name for a job"),
+        (["--claim", "a\n:/b"], "--claim 'a\\n:/b' has a line break"),
     ],
 )
 def test_wrong_manifests_get_one_sentence(

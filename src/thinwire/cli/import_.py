@@ -31,6 +31,8 @@ def run(
         f"{out}: a {init.model_type} model of {show_count(init.spec.parameters)} parameters; start a run from it with\n"
         f'  [model]\n  init = "{out}"'
     )
+    for note in init.notes:
+        typer.echo(f"note: {note}")
     if (out / "hub" / "tokenizer.json").is_file():
         typer.echo(
             f"and prepare text for it with\n  thinwire data prepare TEXT -o CORPUS --tokenizer {out}/hub/tokenizer.json"

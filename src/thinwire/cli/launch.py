@@ -127,7 +127,7 @@ def k8s(
 
     from thinwire.errors import ConfigError
     from thinwire.launchers.kubernetes import KubernetesRequest, check_paths, gpu_resource_of, manifest, off_claim
-    from thinwire.launchers.names import job_name, variables, volume_claim
+    from thinwire.launchers.names import job_name, one_line, variables, volume_claim
     from thinwire.train.job import default_folder
 
     if kind not in ("pytorchjob", "trainjob"):
@@ -138,14 +138,14 @@ def k8s(
     mounted = None if claim is None else volume_claim(claim)
     request = KubernetesRequest(
         name=job_name(name or run_file.stem),
-        image=image,
+        image=one_line("--image", image),
         run_file=run_file.read_text(encoding="utf-8"),
         settings=tuple(settings or ()),
         allocation=allocation,
         gpu_resource=(gpu_resource or gpu_resource_of(device.name)) if device.kind == "cuda" else None,
-        namespace=namespace,
+        namespace=None if namespace is None else one_line("--namespace", namespace),
         claim=mounted,
-        interface=interface,
+        interface=None if interface is None else one_line("--interface", interface),
         variables=variables(env or ()),
         kind="trainjob" if kind == "trainjob" else "pytorchjob",
     )

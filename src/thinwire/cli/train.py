@@ -57,7 +57,7 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     from thinwire.cluster.cluster import check_size
     from thinwire.comm.interfaces import addresses, asked
     from thinwire.train.folder import open_folder
-    from thinwire.train.job import crowding, read_config, resolve
+    from thinwire.train.job import crowding, read_config, refuse_crossing, resolve
     from thinwire.train.launch import Share, launch, refuse_taken
 
     config = read_config(run_file, settings)
@@ -67,6 +67,7 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
         check_size(config.cluster.resolve(run_file.parent), ranks)
     job = resolve(run_file, config, prepare=True, say=typer.echo)
     job.config.tracking.check()
+    refuse_crossing(job)
     if job.cluster.ranks > 1 or job.cluster.interface:
         asked(job.cluster.interface, os.environ, addresses(), cuda=job.cluster.device.kind == "cuda")
     warning = crowding(job.cluster.ranks)
@@ -87,7 +88,7 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
 
     from thinwire.cluster.cluster import check_size
     from thinwire.train.folder import open_folder
-    from thinwire.train.job import read_config, resolve
+    from thinwire.train.job import read_config, refuse_crossing, resolve
     from thinwire.train.launch import Share, launch
     from thinwire.train.stop import listening
 
@@ -96,6 +97,7 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     check_size(config.cluster.resolve(run_file.parent), share.size)
     with listening() as stop:
         job = resolve(run_file, config, prepare=True, stopped=lambda: stop.asked, say=typer.echo)
+    refuse_crossing(job)
     _tell_device(job.cluster, share.count)
     with open_folder(job, fresh=fresh) if place.rank == 0 else nullcontext() as opened:
         if opened is not None:

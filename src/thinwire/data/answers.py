@@ -61,13 +61,23 @@ def answer_spans(
     messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     text = render(messages, False)
     chosen = [i for i in (answers[-1:] if last_only else answers) if learned[i]]
-    return text, [range(_begin(messages, i, text, render), _end(messages, i, text, render, ends)) for i in chosen]
+    return text, [range(_begin(messages, i, text, render, ends), _end(messages, i, text, render, ends)) for i in chosen]
 
 
-def _begin(messages: Sequence[Message], i: int, text: str, render: Render) -> int:
+def _begin(messages: Sequence[Message], i: int, text: str, render: Render, ends: Ends) -> int:
     """Behind the prompt for answer `i`; or where the template writes that otherwise, at the answer's own text."""
-    before = _tried(messages[:i], render, prompt=True)
-    return len(before) if before is not None and text.startswith(before) else _own_text(messages, i, text, render, 0)
+    before, plain = _tried(messages[:i], render, prompt=True), _tried(messages[:i], render)
+    if before is not None and text.startswith(before):
+        return len(before)
+    try:
+        return _own_text(messages, i, text, render, 0)
+    except (
+        ValueError
+    ):  # of some answers a template drops the beginning; then what the prompt has in common with the text
+        shared = 0 if before is None else _common(before, text, ends)
+        if plain is None or not text.startswith(plain) or shared <= len(plain):
+            raise
+        return shared
 
 
 def _end(messages: Sequence[Message], i: int, text: str, render: Render, ends: Ends) -> int:
@@ -107,10 +117,13 @@ def _shared(tail: str, rest: str, ends: Ends) -> int:
         if last is None:
             break
         whole = whole[: -len(last)]
-    if rest.startswith(whole):
-        return len(whole)
-    common = next((k for k, (a, b) in enumerate(zip(tail, rest, strict=False)) if a != b), min(len(tail), len(rest)))
-    stops = [tail.rfind(one, 0, common) + len(one) for one in ("\n", *ends.special) if tail.rfind(one, 0, common) >= 0]
+    return len(whole) if rest.startswith(whole) else _common(tail, rest, ends)
+
+
+def _common(one: str, other: str, ends: Ends) -> int:
+    """How much two texts have in common, up to the last special token or end of line in it."""
+    same = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    stops = [one.rfind(end, 0, same) + len(end) for end in ("\n", *ends.special) if one.rfind(end, 0, same) >= 0]
     return max(stops, default=0)
 
 

@@ -63,7 +63,7 @@ def _readable(path: Path, hint: str) -> Path:
     if not stat.S_ISREG(_mode(path, hint)):
         raise DataError(f"{path} is a pipe, a socket or a device, which cannot be read twice; {hint}")
     if ending(path) in _ARCHIVES:
-        raise DataError(f"{path} is an archive of files; unpack it and give the folder")
+        raise DataError(f"{path} is an archive of files; unpack it, and {hint}")
     return path
 
 

@@ -6,7 +6,9 @@ asked for: a page about tokenizers must not end in the middle.
 """
 
 import itertools
+import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +25,12 @@ _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 _SPACE = "\u2581"
 """How SentencePiece writes a space."""
 _LONGEST_WORD = 1000
+CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+BESIDE = (
+    CONFIG, SPECIAL, "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+"""Files beside a tokenizer.json that belong to it: its own end of text and chat template are in them."""
 _BYTE_TOKEN = re.compile(r"^<0x[0-9A-Fa-f]{2}>$")
 
 
@@ -116,15 +124,22 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A `tokenizer.json` of the Hugging Face tokenizers library, without its settings for batches of examples."""
+    """A `tokenizer.json` of the Hugging Face tokenizers library, without its settings for batches of examples.
 
-    def __init__(self, library: Any, name: str) -> None:
+    What ends a text is said in `folder`, by the files beside it; without them it is the first of the usual names.
+    """
+
+    def __init__(self, library: Any, name: str, folder: Path | None = None) -> None:
         library.no_truncation()
         library.no_padding()
-        self._library = library
-        ends = [library.token_to_id(end) for end in _END_NAMES if library.token_to_id(end) is not None]
+        self._library, self._folder = library, folder
+        named = [*(stated_ends(folder) if folder is not None else ()), *_END_NAMES]
+        ends = [library.token_to_id(end) for end in named if library.token_to_id(end) is not None]
         if not ends:
-            raise DataError(f"{name} has no end-of-text token (one of {', '.join(_END_NAMES)})")
+            raise DataError(
+                f'{name} has no end-of-text token (one of {", ".join(named)}); name it as "eos_token" in a {CONFIG} beside '
+                f"it"
+            )
         self.eot = int(ends[0])
         added = library.get_added_tokens_decoder().items()
         self.special = {str(token.content): int(i) for i, token in added if token.special}
@@ -210,7 +225,27 @@ class FileTokenizer:
         return self._token_bytes
 
     def save(self, folder: Path) -> None:
+        """With the files that stand beside it, so that the copy ends texts, and writes chats, as this one does."""
         self._library.save(str(folder / "tokenizer.json"))
+        beside = [] if self._folder is None else [self._folder / name for name in BESIDE]
+        for path in beside:
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def stated_ends(folder: Path) -> list[str]:
+    """The `eos_token` of the tokenizer's own files, as text. Raises DataError if one of them cannot be read."""
+    ends = []
+    for path in (folder / CONFIG, folder / SPECIAL):
+        if path.is_file():
+            try:
+                tree = json.loads(path.read_text(encoding="utf-8"))
+                end = tree.get("eos_token")
+            except (OSError, ValueError, RecursionError, AttributeError) as error:
+                raise DataError(f"{path} cannot be read: {error}; mend it, or take it away") from None
+            end = end.get("content") if isinstance(end, dict) else end
+            ends += [end] if isinstance(end, str) else []
+    return ends
 
 
 def _piece_bytes(token: str, decoder: str) -> int:
@@ -235,7 +270,7 @@ def load_file(path: Path) -> FileTokenizer:
     if not there:
         raise DataError(f"there is no tokenizer file {path}; give bytes, bpe:SIZE or the path of a tokenizer.json")
     try:
-        return FileTokenizer(tokenizers.Tokenizer.from_file(str(path)), str(path))
+        return FileTokenizer(tokenizers.Tokenizer.from_file(str(path)), str(path), path.parent)
     except DataError:
         raise
     except Exception as error:  # the library raises plain Exception

@@ -1,4 +1,4 @@
-"""A run's checkpoint to a Hugging Face folder: config, sharded safetensors, tokenizer and generation config."""
+"""A run's checkpoint to a Hugging Face folder: config, sharded safetensors, tokenizer, generation config, model card."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,17 +14,19 @@ from thinwire.config import build, read_toml
 from thinwire.data.config import DataConfig
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.folders import whole_folder
+from thinwire.hub.card import Card
 from thinwire.hub.families import FAMILIES, write_config
-from thinwire.hub.files import CONFIG, GENERATION, Precision, copy_files, read_json, write_json
+from thinwire.hub.files import CONFIG, Precision, read_json, same_mode, write_json
 from thinwire.hub.import_folder import split
 from thinwire.hub.init import HUB
 from thinwire.hub.names import recipes
 from thinwire.hub.native_spec import AnySpec, NativeSpec, read_any_spec
 from thinwire.hub.shards import DEFAULT_SHARD_BYTES, write_shards
-from thinwire.hub.tokenizer_out import write_tokenizer
+from thinwire.hub.tokenizer_out import write_ends, write_tokenizer
 from thinwire.model.spec import ModelSpec
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -66,7 +68,7 @@ def export_run(
     config = _config(spec, model_type, came_from)
     reader, dtype = TensorReader(path, manifest), _DTYPES[precision]
     with whole_folder(out, force=force) as folder:
-        eot = write_tokenizer(folder, run / HUB, data)
+        ends = write_tokenizer(folder, run / HUB, data)
         if isinstance(spec, NativeSpec):
             from thinwire.hub.native import write_adapters, write_native
 
@@ -76,18 +78,30 @@ def export_run(
             else:
                 write_native(folder, spec, lambda name: reader.read(f"params/{name}"), dtype, limit=shard_bytes)
         else:
-            ids = _token_ids(came_from, eot)
+            ids = {key: came_from.get(key) for key in _TOKEN_IDS} if ends is None or ends.same is not False else {}
             write_json(folder / CONFIG, {**config, **ids, "torch_dtype": str(dtype).removeprefix("torch.")})
-            write_json(folder / GENERATION, {"_from_model_config": True, **ids})
             write_shards(folder, _tensors(reader, spec, dtype), _sizes(spec, dtype), limit=shard_bytes)
-        if not (isinstance(spec, NativeSpec) and spec.lora is not None):
-            copy_files(run / HUB, folder, (GENERATION,))
-    return Exported(manifest.step, config["model_type"], spec.parameters, eot is not None)
+        write_ends(folder, run / HUB, ends)
+        _card(run, tree, spec, manifest.step, config["model_type"], precision).write(folder)
+        same_mode(folder)
+    return Exported(manifest.step, config["model_type"], spec.parameters, ends is not None)
+
+
+def _card(run: Path, tree: Mapping[str, Any], spec: AnySpec, step: int, model_type: str, precision: Precision) -> Card:
+    model = tree.get("model", {})
+    base = model.get("init") or model.get("hf")
+    adapters = isinstance(spec, NativeSpec) and spec.lora is not None
+    return Card(run, tree, step, model_type, spec.parameters, precision, base, adapters)
 
 
 def _config(spec: AnySpec, model_type: str | None, came_from: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(spec, ModelSpec):
-        return write_config(spec, model_type=model_type or _kept_type(spec, came_from))
+        config = write_config(spec, model_type=model_type or _kept_type(spec, came_from))
+        if config["model_type"] != came_from.get("model_type"):
+            return config
+        for key in _WINDOWS:  # what the weights came with stays stated as it was: missing, null or a number
+            config.pop(key, None)
+        return {**config, **{key: came_from[key] for key in _WINDOWS if key in came_from}}
     if model_type not in (None, spec.config["model_type"]):
         raise ConfigError(
             f"a {spec.config['model_type']} model that is trained as it is cannot be exported as {model_type}"
@@ -99,11 +113,6 @@ def _kept_type(spec: ModelSpec, came_from: Mapping[str, Any]) -> str | None:
     """The family that the weights came from, if the spec still fits it."""
     family = FAMILIES.get(came_from.get("model_type", ""))
     return family.model_type if family is not None and family.refuse(spec) is None else None
-
-
-def _token_ids(came_from: Mapping[str, Any], eot: int | None) -> dict[str, Any]:
-    ids = {key: came_from.get(key) for key in _TOKEN_IDS}
-    return ids if came_from else {**ids, "eos_token_id": eot}
 
 
 def _tensors(reader: TensorReader, spec: ModelSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from thinwire import config
+from thinwire.data.tokenizer import BESIDE
 from thinwire.errors import ConfigError
 from thinwire.units import parse_bytes
 
-CONFIG, GENERATION, TOKENIZER_CONFIG, TOKENIZER = (
-    "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
-)  # fmt: skip
-TOKENIZER_FILES = (
-    TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
+TOKENIZER_FILES = (TOKENIZER, *BESIDE)
 SIDE_FILES = (CONFIG, GENERATION, *TOKENIZER_FILES)
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -45,6 +41,17 @@ def copy_files(source: Path, target: Path, names: Sequence[str]) -> list[str]:
     for name in there:
         shutil.copyfile(source / name, target / name)
     return there
+
+
+def same_mode(folder: Path) -> None:
+    """Give every file the mode of one that is simply opened (0644 under the usual umask); safetensors makes its own 0600."""
+    plain = folder / ".mode"
+    plain.touch()
+    mode = plain.stat().st_mode & 0o777
+    plain.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def shard_bytes(text: str) -> int:

@@ -10,10 +10,11 @@ from torch import Tensor
 from thinwire.checkpoint.manifest import describe_files
 from thinwire.errors import CheckpointError
 from thinwire.folders import whole_folder
-from thinwire.hub.families import read_spec
-from thinwire.hub.files import CONFIG, SIDE_FILES, copy_files, read_json
+from thinwire.hub.families import family_of, understand
+from thinwire.hub.files import CONFIG, SIDE_FILES, copy_files, read_json, same_mode
+from thinwire.hub.held import Held, full_names
 from thinwire.hub.init import HUB, Init
-from thinwire.hub.names import BASE_PREFIX, Part, Recipe, recipes
+from thinwire.hub.names import EMBEDDING, HEAD, Part, Recipe, recipes
 from thinwire.hub.shards import DEFAULT_SHARD_BYTES, ShardReader, write_shards
 from thinwire.model.spec import ModelSpec
 
@@ -36,8 +37,11 @@ def import_folder(
     (unless `force`) or cannot be written, CheckpointError for tensors that are missing, unknown or of another shape.
     """
     config = read_json(source / CONFIG)
-    spec = read_spec(config, str(source / CONFIG), ignored=ignored, max_tokens=max_tokens)
-    reader = Renamed(ShardReader(source), spec)
+    family_of(config, str(source / CONFIG))
+    shards = ShardReader(source)
+    held = Held(shards.shapes(), shards.same)
+    found = understand(config, str(source / CONFIG), held=held, ignored=ignored, max_tokens=max_tokens)
+    spec, reader = found.spec, Renamed(shards, found.spec)
     sizes = {recipe.name: reader.bytes(recipe) for recipe in recipes(spec)}
     reader.refuse_others()
     with whole_folder(out, force=force) as folder:
@@ -46,7 +50,8 @@ def import_folder(
         copy_files(source, folder / HUB, SIDE_FILES)
         init = Init(folder, spec, str(config["model_type"]), describe_files(folder, files))
         init.write()
-    return Init(out, spec, init.model_type, init.files)
+        same_mode(folder)
+    return Init(out, spec, init.model_type, init.files, found.notes)
 
 
 class Renamed:
@@ -54,8 +59,7 @@ class Renamed:
 
     def __init__(self, reader: ShardReader, spec: ModelSpec) -> None:
         self._reader, self._spec = reader, spec
-        prefix = BASE_PREFIX[spec.family]
-        self._prefix = prefix if not any(name.startswith(prefix) for name in reader.names) else ""
+        self._names = full_names(reader.names, spec.family)
         self._wanted = {self._there(part) for recipe in recipes(spec) for part in recipe.parts}
 
     def bytes(self, recipe: Recipe) -> int:
@@ -63,7 +67,12 @@ class Renamed:
         for part in recipe.parts:
             there = self._there(part)
             if there not in self._reader.names:
-                raise CheckpointError(f"the tensor {there!r} is missing in the weights; its config asks for it")
+                way_out = (
+                    "; if the embedding is the head, say tie_word_embeddings = true there" if there == HEAD else ""
+                )
+                raise CheckpointError(
+                    f"the tensor {there!r} is missing in the weights; its config asks for it{way_out}"
+                )
             shape, wanted = self._reader.shape(there), recipe.part_shape(part)
             if self._stored(part, recipe, shape) is None:
                 raise CheckpointError(f"the tensor {there!r} is {shape} in the weights, by its config {wanted}")
@@ -82,7 +91,7 @@ class Renamed:
     def refuse_others(self) -> None:
         """A tensor that no parameter is made of would be lost without a word."""
         for name in sorted(self._reader.names - self._wanted):
-            if not (_BUFFERS.search(name) or (self._spec.tied and name == "lm_head.weight")):
+            if not (_BUFFERS.search(name) or (self._spec.tied and name == HEAD)):
                 raise CheckpointError(f"the weights hold a tensor {name!r} that this architecture has no place for")
 
     def _stored(self, part: Part, recipe: Recipe, shape: tuple[int, ...]) -> int | None:
@@ -99,7 +108,9 @@ class Renamed:
         return dtype
 
     def _there(self, part: Part) -> str:
-        return part.name.removeprefix(self._prefix) if self._prefix else part.name
+        if part.name == EMBEDDING[self._spec.family] and part.name not in self._names and self._spec.tied:
+            return HEAD  # of two tied ones either may be stored
+        return self._names.get(part.name, part.name)
 
 
 def split(recipe: Recipe, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

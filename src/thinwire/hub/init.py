@@ -41,6 +41,8 @@ class Init:
     spec: ModelSpec
     model_type: str
     files: dict[str, FileInfo]
+    notes: tuple[str, ...] = ()
+    """What an import has to say of the folder it came from; not kept."""
 
     def write(self) -> None:
         tree = {

@@ -32,6 +32,7 @@ _OUTSIDE = {
     },
 }  # fmt: skip
 _BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h"}
+EMBEDDING, HEAD = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}, "lm_head.weight"
 BASE_PREFIX = {"llama": "model.", "gpt2": "transformer."}
 """What stands before the names of everything but the head; files of the bare model leave it out."""
 

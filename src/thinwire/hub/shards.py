@@ -17,6 +17,7 @@ from thinwire.config import read_json
 from thinwire.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_COMPARED = 1 << 22
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -43,6 +44,19 @@ class ShardReader:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the tensor `name`; read from the header."""
         return tuple(self._slice(name).get_shape())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape; each shard's header is read once."""
+        return {name: self.shape(name) for name in sorted(self._files, key=lambda name: (self._files[name], name))}
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors of one shape hold the same numbers; some million of them are in memory at a time."""
+        count = torch.Size(self.shape(name)).numel()
+        return self.dtype(name) == self.dtype(other) and all(
+            torch.equal(self.elements(name, first, size), self.elements(other, first, size))
+            for first in range(0, count, _COMPARED)
+            for size in [min(_COMPARED, count - first)]
+        )
 
     def dtype(self, name: str) -> torch.dtype:
         """Raises CheckpointError for one that is no float of 16 bits or more (quantised weights)."""

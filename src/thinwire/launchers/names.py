@@ -13,13 +13,15 @@ def job_name(text: str) -> str:
     """`text` as a DNS label. Raises ConfigError if nothing of it is one."""
     name = re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")[:50].rstrip("-")
     if not name or not name[0].isalpha():
-        raise ConfigError(f"{text!r} makes no name for a job (letters, digits, dashes, a letter first); give --name")
+        raise ConfigError(
+            f"{_short(text)} makes no name for a job (letters, digits, dashes, a letter first); give --name"
+        )
     return name
 
 
 def volume_claim(text: str) -> tuple[str, str]:
     """`NAME:/PATH` as its two parts. Raises ConfigError."""
-    name, colon, path = text.partition(":")
+    name, colon, path = one_line("--claim", text).partition(":")
     if not colon or not name or not path.startswith("/"):
         raise ConfigError(f"--claim {text} is not of the form NAME:/PATH")
     return name, path
@@ -52,5 +54,9 @@ def one_line(what: str, text: str) -> str:
     if not text.strip():
         raise ConfigError(f"{what} is empty; leave it out, or say something")
     if any(ord(letter) < 32 or letter in "\x7f\x85\u2028\u2029" for letter in text):
-        raise ConfigError(f"{what} {text!r} has a line break or another control character in it; write it in one line")
+        raise ConfigError(f"{what} {_short(text)} has a line break or another control character; write it in one line")
     return text
+
+
+def _short(text: str) -> str:
+    return repr(text[:80]) + "..." * (len(text) > 80)

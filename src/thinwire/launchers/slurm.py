@@ -6,6 +6,7 @@ often. At a preemption Slurm's SIGTERM has the same effect. Tasks are laid out b
 share a node, as the levels count them.
 """
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,12 +171,8 @@ def _quoted(text: str) -> str:
 
 def first_task(array: str) -> str:
     """The first number of an array specification such as `0-7%2` or `3,5`."""
-    number = ""
-    for letter in array:
-        if letter not in "0123456789":
-            break
-        number += letter
-    return number
+    found = re.match(r"[0-9]{1,9}", array)
+    return found[0] if found else ""
 
 
 def check_array(settings: Sequence[str], array: str | None) -> None:

@@ -37,6 +37,7 @@ class ModelConfig(Frozen):
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool | None = None
     out_bias: bool | None = None
+    ffn_bias: bool | None = None
     bias: bool | None = None
     qk_norm: bool | None = None
     init_std: float | None = Field(default=None, gt=0)

@@ -55,8 +55,10 @@ class ModelSpec(Frozen):
     qkv_bias: bool = False
     out_bias: bool = False
     """A bias in attention's output projection (Llama and Qwen3 with `attention_bias`)."""
+    ffn_bias: bool = False
+    """Biases in the feed-forward layers (Llama with `mlp_bias`)."""
     bias: bool = False
-    """Biases in every other linear layer (GPT-2)."""
+    """Biases in every linear layer but the head (GPT-2)."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys (Qwen3)."""
     init_std: float = Field(default=0.02, gt=0, le=1e3)
@@ -103,8 +105,8 @@ class ModelSpec(Frozen):
         for name, shape in self._norm_shapes(self.hidden):
             yield f"ffn_norm.{name}", shape
         up = 2 * self.ffn if self.family == "llama" else self.ffn
-        yield from self._linear_shapes("ffn.up", up, self.hidden, self.bias)
-        yield from self._linear_shapes("ffn.down", self.hidden, self.ffn, self.bias)
+        yield from self._linear_shapes("ffn.up", up, self.hidden, self.ffn_bias or self.bias)
+        yield from self._linear_shapes("ffn.down", self.hidden, self.ffn, self.ffn_bias or self.bias)
 
     @property
     def parameters(self) -> int:

@@ -108,8 +108,9 @@ class FeedForward(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.gated = spec.family == "llama"
-        self.up = nn.Linear(spec.hidden, (2 if self.gated else 1) * spec.ffn, bias=spec.bias)
-        self.down = nn.Linear(spec.ffn, spec.hidden, bias=spec.bias)
+        bias = spec.ffn_bias or spec.bias
+        self.up = nn.Linear(spec.hidden, (2 if self.gated else 1) * spec.ffn, bias=bias)
+        self.down = nn.Linear(spec.ffn, spec.hidden, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.gated:

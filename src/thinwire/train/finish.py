@@ -49,9 +49,8 @@ def sample(job: Job, parts: Parts) -> str | None:
     tokenizer, run = job.corpus.tokenizer, job.config.run
     if tokenizer is None or run.sample_tokens == 0:
         return None
-    count = min(run.sample_tokens, job.spec.max_tokens // 2)
     try:
-        prompt = _prompt(job, tokenizer).fitting(job.spec.max_tokens - count)
+        prompt = _prompt(job, tokenizer).fitting(job.spec.max_tokens // 2)
     except DataError as error:
         parts.warn(f"no sample: {error}")
         return None
@@ -59,7 +58,7 @@ def sample(job: Job, parts: Parts) -> str | None:
     made = generate(
         parts.model,
         prompt.ids,
-        max_new_tokens=count,
+        max_new_tokens=min(run.sample_tokens, job.spec.max_tokens - len(prompt.ids)),
         max_tokens=job.spec.max_tokens,
         temperature=0.8,
         top_p=0.95,

@@ -16,7 +16,7 @@ from thinwire.data.inputs import check_files
 from thinwire.data.tokenizer import ByteTokenizer, load_file, parse_choice
 from thinwire.errors import ConfigError, DataError
 from thinwire.hub.init import Init, read_init
-from thinwire.hub.native_spec import AnySpec
+from thinwire.hub.native_spec import AnySpec, NativeSpec
 from thinwire.model.config import check_vocabulary
 from thinwire.model.spec import ModelSpec
 from thinwire.plan import Plan
@@ -171,7 +171,7 @@ def _spec(config: RunConfig, vocabulary: int | None, folder: Path) -> AnySpec:
 
 _OF_A_HOST: Any = {
     "cluster": True,
-    "data": {"path", "heldout", "sources", "tokenizer", "include", "exclude", "field", "heldout_fraction"},
+    "data": {*DataConfig.model_fields} - {"cross_documents"},
     "model": True,
     "plan": True,
     "tracking": True,
@@ -193,6 +193,21 @@ def statement(job: Job) -> dict[str, Any]:
         "weights": {} if job.init is None else {name: info.sha256 for name, info in job.init.files.items()},
         "corpus and tokenizer": job.corpus.digest,
     }
+
+
+def refuse_crossing(job: Job) -> None:
+    """Raise ConfigError if documents are to be kept apart and the model of `[model] hf` lets them see each other.
+
+    It is tried once, at the start, with the weights that training starts from; the model is in memory meanwhile.
+    """
+    talks = job.corpus.train.answers is not None
+    if not isinstance(job.spec, NativeSpec) or job.corpus.cross_documents:
+        return
+    from thinwire.hub import crossing
+    from thinwire.hub.native import build_native
+
+    model = build_native(job.spec, job.config.model.hf, seed=job.config.run.seed)
+    crossing.refuse_crossing(model, job.spec.vocab_size, source=str(job.config.model.hf), talks=talks)
 
 
 RANKS_A_CORE = 64

@@ -17,7 +17,7 @@ from thinwire.cluster.found import described, found_gpus
 from thinwire.comm.place import Place
 from thinwire.errors import ShortOfMemory, StopAsked, ThinwireError
 from thinwire.train.folder import open_folder
-from thinwire.train.job import Job, read_config, resolve, statement
+from thinwire.train.job import Job, read_config, refuse_crossing, resolve, statement
 from thinwire.train.report import describe
 from thinwire.train.stop import StopRequest
 from thinwire.train.streams import forgive
@@ -130,7 +130,9 @@ def _checked(place: Place, run_file: Path, settings: Sequence[str], stop: StopRe
     config = read_config(run_file, settings)
     config.tracking.check()
     check_size(config.cluster.resolve(run_file.parent), place.size)
-    return resolve(run_file, config, prepare=True, stopped=lambda: stop.asked, say=partial(_say, place))
+    job = resolve(run_file, config, prepare=True, stopped=lambda: stop.asked, say=partial(_say, place))
+    refuse_crossing(job)
+    return job
 
 
 def _tell(place: Place, error: ThinwireError) -> None:
