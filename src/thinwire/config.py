@@ -134,7 +134,7 @@ def read_json(path: Path, *, error: type[ThinwireError] = ConfigError, way_out: 
     except OSError as reason:
         raise error(f"{path} cannot be read: {reason.strerror or reason}; {way_out}") from None
     except ValueError as reason:
-        raise error(f"{path} {reason}; {way_out}") from None
+        raise error(f"{path} cannot be read: it {reason}; {way_out}") from None
 
 
 def read_document(
@@ -216,7 +216,8 @@ def explain(error: ValidationError) -> str:
     if kind != "value_error":
         message = _wanted(first, errors) or message.replace("Input should", "must")
         shown = first["input"]
-        if kind not in ("missing", "too_short") and isinstance(shown, str | int | float) and len(_shown(shown)) < 80:
+        echoed = isinstance(shown, str | int | float) and len(_shown(shown)) < 80
+        if echoed and kind not in ("missing", "too_short", "finite_number"):
             message = f"{message}, not {_shown(shown)}"
     return f"{where}: {message}" if where else message
 

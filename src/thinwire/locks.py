@@ -213,5 +213,5 @@ def _read(path: Path) -> _Note | None:
     try:
         tree = json.loads(path.read_bytes())
         return _Note(Process(**tree.pop("holder")), **tree)
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

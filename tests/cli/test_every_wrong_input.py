@@ -12,6 +12,7 @@ import tomli_w
 
 from runs import here, make_corpus, thinwire, write_run
 from thinwire.config import read_toml
+from thinwire.model.presets import preset
 
 FOREIGN = re.compile(
     r"Traceback|Errno|pydantic|[Ii]nput should|validation error|Usage:|Invalid value|Expecting|codec can't|Error\b"
@@ -222,6 +223,14 @@ def test_json_that_is_none(world: Path, kind: str, name: str, arguments: list[st
         refused(world, *arguments)
 
 
+@pytest.mark.parametrize("field", ["", "format", "spec", "files", "model_type"])
+def test_an_init_folder_whose_document_lacks_a_field(world: Path, tmp_path: Path, field: str) -> None:
+    tree = {"format": 1, "model_type": "llama", "spec": preset("llama-1m").model_dump(mode="json"), "files": {}}
+    tree.pop(field, None)
+    (tmp_path / "init.json").write_text(json.dumps(tree) if field else "[" * 100_000)
+    assert (field or "too deeply") in refused(world, "train", "run.toml", "--set", f"model={{init='{tmp_path}'}}")
+
+
 class Changed:
     """A file that holds something else for a while."""
 
@@ -334,6 +343,10 @@ def test_what_is_no_number_that_can_be(world: Path, key: str, value: str) -> Non
         ),
         ("train run.toml --set cluster.levels=[100000000000000000000000000]", "less than or equal to 1000000"),
         ("plan plan.toml --set cluster={device='h100',levels=[10000,10000]}", "100,000,000 ranks"),
+        (
+            "train run.toml --set batch.sequences=1000000 --set batch.micro_batch=1 --set cluster.levels=[1000000]",
+            "too many",
+        ),
         ("train run.toml --set cluster.levels=[true]", "cluster.levels.0"),
         ("train run.toml --set run.compile=3", "must be true or false"),
         ("train run.toml --set plan.partition=3", "must be a table or text"),
@@ -385,7 +398,7 @@ def test_what_is_no_number_that_can_be(world: Path, key: str, value: str) -> Non
         ("launch slurm run.toml --nodes ²", "no number of nodes"),
         ("launch slurm run.toml --nodes 9999999999", "no number of nodes"),
         ("launch slurm run.toml --array 0\n-3 --set cluster.device=cpu", "line break"),
-        ("launch k8s run.toml --image i --claim a\nb", "--claim a\\nb is not of the form"),
+        ("launch slurm run.toml --nodes 1\n2", "--nodes 1\\n2 is no number of nodes"),
         ("probe --device " + "9" * 5000, "there is no device '999"),
         ("launch slurm run.toml --array ²-3", "does not begin with a number"),
         ("launch slurm run.toml --sbatch partition=gpu\nwrap=true", "line break"),

@@ -70,12 +70,13 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     refuse_crossing(job)
     if job.cluster.ranks > 1 or job.cluster.interface:
         asked(job.cluster.interface, os.environ, addresses(), cuda=job.cluster.device.kind == "cuda")
+    warning = crowding(job.cluster.ranks)
     _tell_device(job.cluster, job.cluster.ranks)
     with open_folder(job, fresh=fresh) as opened:
         if _finished(job, opened):
             return
         _greet(job, opened)
-        if warning := crowding(job.cluster.ranks):
+        if warning:
             typer.secho(f"warning: {warning}", fg="yellow", err=True)
         share = Share.whole(job.cluster.ranks, port)
         leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=opened.lock.descriptor), job)

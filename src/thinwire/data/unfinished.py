@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thinwire.config import parse_json
 from thinwire.data.hub import Place
 from thinwire.data.indexed import IndexedWriter, paths_of, sizes_path
 
@@ -51,12 +52,12 @@ class Journal:
     def begun(self) -> tuple[Counts, Mark] | None:
         """The last note, or None if there is nothing to take up: no note, another key, or files shorter than it says."""
         try:
-            note = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            note = parse_json(self._path.read_bytes())
+            if self._key is None or note["key"] != self._key or not self._holds(note["bytes"]):
+                return None
+            return note["counts"], Mark(**note["mark"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no note of ours
             return None
-        if self._key is None or note["key"] != self._key or not self._holds(note["bytes"]):
-            return None
-        return note["counts"], Mark(**note["mark"])
 
     def note(self, writers: Iterable[IndexedWriter], counts: Counts, mark: Mark) -> None:
         """Called after each chunk."""

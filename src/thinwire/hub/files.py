@@ -1,11 +1,13 @@
 """The small files of a Hugging Face folder: config, tokenizer, chat template, generation config. No torch."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from thinwire import config
 from thinwire.data.tokenizer import BESIDE
 from thinwire.errors import ConfigError
 from thinwire.units import parse_bytes
@@ -19,14 +21,12 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ConfigError if the file is missing or holds no JSON object."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give a folder that save_pretrained or `hf download` made") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    way_out = "give a folder that save_pretrained or `hf download` made"
+    if not os.path.lexists(path):
+        raise ConfigError(f"{path} does not exist; {way_out}")
+    tree = config.read_json(path, way_out=way_out)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no JSON object")
+        raise ConfigError(f"{path} holds no JSON object; {way_out}")
     return tree
 
 

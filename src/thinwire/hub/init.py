@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, ValidationError
+
 from thinwire.checkpoint.manifest import FileInfo, digest
-from thinwire.config import build
+from thinwire.config import explain, read_json
 from thinwire.errors import CheckpointError
 from thinwire.hub.files import SIDE_FILES, copy_files
 from thinwire.model.spec import ModelSpec
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
     from thinwire.partition.pieces import Piece
 
 INIT_FILE, HUB, FORMAT = "init.json", "hub", 1
+
+
+class _Written(BaseModel):
+    """What is read of `init.json`; more may stand there."""
+
+    spec: ModelSpec
+    model_type: str
+    files: dict[str, FileInfo]
 
 
 @dataclass(frozen=True)
@@ -52,18 +62,17 @@ def read_init(folder: Path, *, kept: Path | None = None) -> Init:
     path = folder / INIT_FILE
     if not path.is_file() and kept is not None and (kept / HUB / INIT_FILE).is_file():
         path = kept / HUB / INIT_FILE
+    way_out = f"make it with `thinwire import DIR -o {folder}`"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no {INIT_FILE}; {way_out}")
+    tree = read_json(path, error=CheckpointError, way_out=way_out)
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not of format {FORMAT}, which this version reads; {way_out}")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree["format"] != FORMAT:
-            raise ValueError(f"it is of format {tree['format']}, this version reads {FORMAT}")
-        files = {name: FileInfo(**info) for name, info in tree["files"].items()}
-        return Init(folder, build(ModelSpec, tree["spec"], str(path)), str(tree["model_type"]), files)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} holds no {INIT_FILE}; make it with `thinwire import DIR -o {folder}`"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        found = _Written.model_validate(tree)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {explain(error)}; {way_out}") from None
+    return Init(folder, found.spec, found.model_type, found.files)
 
 
 def keep_beside(init: Init, run: Path) -> None:

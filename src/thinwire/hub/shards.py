@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from thinwire.config import read_json
 from thinwire.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -116,13 +117,15 @@ class ShardReader:
 def _index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, by the folder's index."""
     path = folder / INDEX
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not all(Path(file).name == file for file in files.values()):
-            raise ValueError("a shard lies outside the folder")
-        return dict(files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no index of shards: {error}") from None
+    tree = read_json(path, error=CheckpointError, way_out="download the folder again")
+    files = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise CheckpointError(f"{path} is no index of shards: it holds no weight_map; download the folder again")
+    if not all(Path(file).name == file for file in files.values()):
+        raise CheckpointError(
+            f"{path} is no index of shards: a shard lies outside the folder; download the folder again"
+        )
+    return files
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -210,9 +210,17 @@ def refuse_crossing(job: Job) -> None:
     crossing.refuse_crossing(model, job.spec.vocab_size, source=str(job.config.model.hf), talks=talks)
 
 
+RANKS_A_CORE = 64
+
+
 def crowding(ranks: int) -> str | None:
-    """A warning if `ranks` local ranks have to share this machine's cores, else None."""
+    """A warning if `ranks` local ranks have to share this machine's cores, else None. Raises ConfigError for a crowd."""
     cores = os.cpu_count() or 1
+    if ranks > RANKS_A_CORE * cores:
+        raise ConfigError(
+            f"{ranks:,} ranks are too many for the {cores} cores of this machine, which would hang (at most {RANKS_A_CORE} "
+            f"a core are started); make cluster.levels smaller, or start the run on more machines with torchrun or srun"
+        )
     if ranks <= cores:
         return None
     return f"{ranks} ranks share {cores} cores of this machine: they will take turns, and timings mean little"

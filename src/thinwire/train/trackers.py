@@ -186,6 +186,6 @@ def _all_kept(folder: Path) -> dict[str, Any]:
     """Nothing if the file is no JSON object: the curves then begin anew."""
     try:
         found = json.loads((folder / KEPT).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
