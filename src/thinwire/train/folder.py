@@ -152,10 +152,12 @@ def refuse_other_run(job: Job) -> RunConfig:
 
 
 def _compared(config: RunConfig) -> dict[str, Any]:
-    """Every key, and the warm-up that a file leaves out as those have it who write the default."""
+    """Every key; what a file leaves out is as in the files of those who write the default, earlier versions among them."""
     tree = config.model_dump(mode="json")
     if tree["schedule"]["warmup_steps"] is None:
         tree["schedule"]["warmup_steps"] = WARMUP_STEPS
+    if tree["data"]["cross_documents"] is None:
+        tree["data"]["cross_documents"] = True
     return tree
 
 
