@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := examples/stdlib.toml
-# Programs that the lab calls (`ip`, `tc`), and the browser in which reports are tested; nothing else needs them, and those
-# tests are skipped without them.
-DEBIAN_PACKAGES := iproute2 chromium
+# Programs that the lab calls (`ip`, `tc`), the browser in which reports are tested, and MPI's launchers, by which runs are
+# started in tests; nothing else needs them, and those tests are skipped without them.
+DEBIAN_PACKAGES := iproute2 chromium openmpi-bin mpich openssh-client
 
 .PHONY: demo test test-slurm check bench clean setup package packages docs
 
@@ -18,12 +18,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-# Install what the lab and the tests of reports need, where that can be done without asking.
+# Install what the lab and those tests need, where that can be done without asking.
 packages:
-	@for program in ip tc chromium; do PATH="$$PATH:/usr/sbin:/sbin" command -v $$program >/dev/null || missing=1; done; \
+	@for program in ip tc chromium mpirun.openmpi mpiexec.hydra; do PATH="$$PATH:/usr/sbin:/sbin" command -v $$program >/dev/null || missing=1; done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq $(DEBIAN_PACKAGES); \
-	else echo "the lab and the tests of reports need $(DEBIAN_PACKAGES): sudo apt-get install $(DEBIAN_PACKAGES); those tests are skipped until then" >&2; fi
+	else echo "the lab and some tests need $(DEBIAN_PACKAGES): sudo apt-get install $(DEBIAN_PACKAGES); those tests are skipped until then" >&2; fi
 
 # Train a small model on the interpreter's own source, on two local ranks; again: shows or resumes that run.
 # `make demo FRESH=1` puts the old run aside and starts anew.

@@ -55,7 +55,7 @@ class Native:
             if not self._positions:
                 raise ConfigError(
                     f"{type(self.module).__name__} takes no position_ids, so documents cannot be kept apart; set "
-                    f"data.cross_documents = true"
+                    f"data.cross_documents = true, or train a model that takes them (conversations are always kept apart)"
                 )
             extra["position_ids"] = positions_BT
         call = partial(self.module, input_ids=tokens_BT, use_cache=cache is not None, **extra)
