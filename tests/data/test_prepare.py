@@ -158,7 +158,10 @@ def test_the_library_of_this_interpreter_is_a_corpus() -> None:
         (lambda f: (f / "s").write_text(""), {}, "no text in 1 files"),
         (lambda f: (f / "s").write_bytes(b"\xff\xfe\x00"), {}, "is not UTF-8 text"),
         (lambda f: (f / "s").write_text("text"), {"tokenizer": "bpe:many"}, "has no size"),
-        (lambda f: (f / "s").write_text("text"), {"tokenizer": "bpe:100"}, "too small"),
+        (lambda f: (f / "s").write_text("text"), {"tokenizer": "bpe:4²"}, "has no size"),
+        (lambda f: (f / "s").write_text("text"), {"tokenizer": "bpe:256"}, "has no size from 257"),
+        (lambda f: (f / "s").write_text("text"), {"tokenizer": "bpe:99999999999"}, "has no size from 257"),
+        (lambda f: (f / "s").write_text("text"), {"tokenizer": "bpe:100"}, "has no size from 257"),
         (lambda f: (f / "s").write_text("text"), {"tokenizer": "missing.json"}, "no tokenizer file"),
     ],
 )

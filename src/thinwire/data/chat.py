@@ -76,7 +76,7 @@ def prepare_chat(options: ChatOptions, out: Path, *, force: bool = False) -> dic
     Raises DataError: no such source, a row without messages, no chat template, a conversation that the template cannot
     render or whose answers cannot be told apart, a target that exists (unless `force`) or cannot be written.
     """
-    tokenizer = load_file(options.tokenizer / _TOKENIZER)
+    tokenizer = load_file(options.tokenizer / _TOKENIZER, otherwise="the folder of a chat model's tokenizer")
     template = template_of(options.tokenizer)
     inputs = rows_of(options.sources, field=options.field, also=template.fields)
     with whole_folder(out, force=force, error=DataError) as folder:

@@ -19,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thinwire.errors import DataError
+from thinwire.units import whole_number
 
 END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 _SPACE = "\u2581"
 """How SentencePiece writes a space."""
 _LONGEST_WORD = 1000
+_FEWEST_IDS, _MOST_IDS = 257, 2**22
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 BESIDE = (
     CONFIG, SPECIAL, "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -257,8 +259,8 @@ def _piece_bytes(token: str, decoder: str) -> int:
     return len((token.replace(_SPACE, " ") if _SPACE in decoder else token).encode("utf-8"))
 
 
-def load_file(path: Path) -> FileTokenizer:
-    """Read a tokenizer.json. Raises DataError if it is missing or not one."""
+def load_file(path: Path, *, otherwise: str = "bytes, bpe:SIZE or the path of a tokenizer.json") -> FileTokenizer:
+    """Read a tokenizer.json. Raises DataError if it is missing, with what to give `otherwise`, or not one."""
     import tokenizers
 
     try:
@@ -266,7 +268,7 @@ def load_file(path: Path) -> FileTokenizer:
     except (OSError, ValueError):
         there = False
     if not there:
-        raise DataError(f"there is no tokenizer file {path}; give bytes, bpe:SIZE or the path of a tokenizer.json")
+        raise DataError(f"there is no tokenizer file {path}; give {otherwise}")
     try:
         return FileTokenizer(tokenizers.Tokenizer.from_file(str(path)), str(path), path.parent)
     except DataError:
@@ -276,15 +278,10 @@ def load_file(path: Path) -> FileTokenizer:
 
 
 def train_bpe(size: int, texts: Iterable[str]) -> FileTokenizer:
-    """Byte-level BPE (GPT-2's kind) of `size` ids, the end of text among them, trained on `texts`.
-
-    Raises DataError for a size that leaves no room for the 256 bytes and the end of text.
-    """
+    """Byte-level BPE (GPT-2's kind) of `size` ids, the end of text among them, trained on `texts`."""
     import tokenizers
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-    if size < 257:
-        raise DataError(f"bpe:{size} is too small: 256 bytes and the end of text need 257; try bpe:4096")
     library = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     # A merge moves all that follows it in its word: a line without spaces would take time quadratic in its length.
@@ -309,11 +306,15 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def parse_choice(choice: str) -> int | Path | None:
-    """`bytes` -> None, `bpe:4096` -> 4096, anything else -> a path. Raises DataError for a size that is no number."""
+    """`bytes` -> None, `bpe:4096` -> 4096, anything else -> a path. Raises DataError for a size out of range."""
     if choice == "bytes":
         return None
     if choice.startswith("bpe:"):
-        if not choice[4:].isdigit():
-            raise DataError(f"--tokenizer {choice} has no size; write for example bpe:4096")
-        return int(choice[4:])
+        size = whole_number(choice[4:], most=_MOST_IDS)
+        if size is None or size < _FEWEST_IDS:
+            raise DataError(
+                f"--tokenizer {choice[:40]} has no size from {_FEWEST_IDS} (256 bytes and the end of text) to "
+                f"{_MOST_IDS:,}; write for example bpe:4096"
+            )
+        return size
     return Path(choice)
