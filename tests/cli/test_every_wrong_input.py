@@ -370,6 +370,8 @@ def test_what_is_no_number_that_can_be(world: Path, key: str, value: str) -> Non
         ("generate run --top-p 1.5", "top_p"),
         ("generate run --seed 99999999999999999999999999", "--seed"),
         ("generate run --tokens 0", "--tokens"),
+        ("generate run --prompt caf\udce9", "no UTF-8 text"),
+        ("generate run --prompt " + "x" * 1000, "shorten the prompt to at most"),
         ("generate run --tokens 1" + "0" * 26, "--tokens"),
         ("eval run --step -1", "no checkpoint of step -1"),
         ("eval run --batch 0", "--batch"),

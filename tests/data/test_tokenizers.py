@@ -16,6 +16,7 @@ from thinwire.data.loader import evaluation_batches
 from thinwire.data.notes import notes
 from thinwire.data.prepare import Options, prepare
 from thinwire.data.tokenizer import END_OF_TEXT, ByteTokenizer, FileTokenizer, train_bpe
+from thinwire.errors import DataError
 from thinwire.evaluate.loss import _bytes_scored
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -175,3 +176,9 @@ def test_a_line_of_megabytes_without_a_space_trains_in_linear_time() -> None:
 def test_plain_bytes_have_no_special_spelling() -> None:
     assert not ByteTokenizer().spells_special(SPELLED)
     assert ByteTokenizer().token_bytes()[[*b"abc", 256]].sum() == 3
+
+
+def test_an_id_that_no_model_has_a_row_for_is_told() -> None:
+    library = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0, "a": 1, "b": 4_000_000_000}, merges=[]))
+    with pytest.raises(DataError, match=r"it has a token of id 4,000,000,000; ids below 4,194,304 are read"):
+        FileTokenizer(library, "it")

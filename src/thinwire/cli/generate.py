@@ -34,6 +34,8 @@ def run(
 
     if chat and not prompt:
         raise ConfigError("--chat answers a message; give one with --prompt")
+    if prompt is not None and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ConfigError("--prompt is no UTF-8 text; give one that is")
     where = device_for(device)
     hint = "give --device cpu where the host has more memory" if where.type != "cpu" else ""
     with shortage_explained(where, hint=hint):

@@ -142,6 +142,10 @@ class FileTokenizer:
                 f'{name} has no end-of-text token (one of {", ".join(named)}); name it as "eos_token" in a {CONFIG} beside '
                 f"it"
             )
+        if self.vocab_size > _MOST_IDS:
+            raise DataError(
+                f"{name} has a token of id {self.vocab_size - 1:,}; ids below {_MOST_IDS:,} are read: number them anew"
+            )
         self.eot = int(ends[0])
         added = library.get_added_tokens_decoder().items()
         self.special = {str(token.content): int(i) for i, token in added if token.special}

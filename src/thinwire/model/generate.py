@@ -78,7 +78,11 @@ def _check(prompt: Sequence[int], new: int, longest: int, temperature: float, to
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ConfigError(f"temperature = {temperature} must be at least 0 and finite, and top_p = {top_p} in (0, 1]")
     if len(prompt) + new > longest:
+        way_out = (
+            f"ask for at most {longest - len(prompt)} new tokens"
+            if len(prompt) < longest
+            else f"shorten the prompt to at most {longest - 1} tokens"
+        )
         raise ConfigError(
-            f"a prompt of {len(prompt)} tokens and {new} new ones do not fit the model's {longest} positions; ask for at "
-            f"most {max(0, longest - len(prompt))} new tokens"
+            f"a prompt of {len(prompt)} tokens and {new} new ones do not fit the model's {longest} positions; {way_out}"
         )
