@@ -202,12 +202,12 @@ def test_of_two_processes_of_one_number_one_at_most_stays() -> None:
 
 def test_ranks_that_do_not_come_are_named_on_all_others_in_time() -> None:
     start_s = time.monotonic()
-    first, *others = _meet(4, absent=(1, 3))
+    first, *others = _meet(4, absent=(1, 3), timeout_s=5)
     assert isinstance(first, LinkError)
     assert str(first).startswith("ranks 1, 3 of 4 did not come to rank 0 at 127.0.0.1:")
-    assert "within 2 s" in str(first)
+    assert "within 5 s" in str(first)
     assert str(others[1]) == str(first)
-    assert time.monotonic() - start_s < 10
+    assert time.monotonic() - start_s < 20
 
 
 def test_a_stop_that_one_rank_is_asked_for_ends_all_at_once() -> None:

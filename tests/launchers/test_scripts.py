@@ -153,7 +153,7 @@ def test_every_script_is_sound_bash_and_quotes_what_it_is_given(
         (["--nodes", "4-2"], "--nodes 4-2 is no number of nodes"),
         (["--nodes", "9" * 5000], "999 is no number of nodes"),
         (["--nodes", "\u00b2"], "--nodes \u00b2 is no number of nodes"),
-        (["--nodes", "1-999999999"], "batch.sequences = 16 is not divisible by 3 ranks"),
+        (["--nodes", "1-999999999"], "--nodes 1-999999999 is no number of nodes (at most 100,000)"),
         (["--array", "\u00b2"], "--array \u00b2 does not begin with a number"),
         (["--nodes", "3"], "batch.sequences = 16 is not divisible by 3 ranks"),
         (["--nodes", "1-3"], "batch.sequences = 16 is not divisible by 3 ranks"),

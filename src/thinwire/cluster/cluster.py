@@ -168,7 +168,7 @@ class ClusterConfig(Frozen):
         try:
             return device_preset(name)
         except ConfigError as error:
-            raise ValueError(f"{error}; for one of your own give kind = 'cuda' or 'cpu' and its figures too") from None
+            raise ValueError(f"{error} (for one of your own give kind = 'cuda' or 'cpu' and its figures too)") from None
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:

@@ -99,7 +99,8 @@ class _Start(_Record):
 
 
 class _Step(_Record):
-    loss: Figure
+    loss: Figure | None
+    """None of a step without a scored token."""
     tokens: int = Field(ge=0)
     step_s: float = Field(gt=0)
     tokens_per_s: float = Field(ge=0)
@@ -109,7 +110,7 @@ class _Step(_Record):
 
 
 class _Eval(_Record):
-    loss: Figure
+    loss: Figure | None
 
 
 def _checked(record: dict[str, Any], model: type[_Record]) -> dict[str, Any]:
