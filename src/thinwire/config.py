@@ -236,14 +236,18 @@ def _keys(location: Iterable[int | str]) -> list[str]:
     return [str(part) for part in location if isinstance(part, int) or not ("[" in part or part in added)]
 
 
+def show_text(text: str, most: int = 60) -> str:
+    """What a user wrote, in quotes; of what is longer than `most` its beginning, and how long it is."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text):,} characters)"
+
+
 def _shown(value: Any) -> str:
     """A value as a user wrote it, cut short: an integer of thousands of digits cannot be printed, and need not be."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) and abs(value) >= 10**30:
         return "a number of more than 30 digits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+    return show_text(value) if isinstance(value, str) else repr(value)[:80]
 
 
 def load(model: type[M], path: Path, settings: Sequence[str] = ()) -> M:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from runs import make_corpus, make_text, thinwire, write_run
+from runs import command, environment, make_corpus, make_text, thinwire, write_run
 from thinwire.cli import main
 from thinwire.model.presets import preset_names
+from thinwire.train.launch import free_port
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,19 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(finished: Path
     again = thinwire("train", finished.parent / "run.toml")
     assert again.returncode == 0, again.stderr
     assert "8 of 8" in again.stdout
+    assert "is finished: 8 of 8 steps are done" in again.stdout
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == before
+
+
+@pytest.mark.parametrize("more", [[], ["--ranks-per-node=1"]], ids=["a-process-a-rank", "a-process-a-node"])
+def test_a_finished_run_says_so_under_a_launcher_too(more: list[str], finished: Path) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    again = subprocess.run(
+        command("train", finished.parent / "run.toml", *more), capture_output=True, text=True,
+        env={**environment(), **place}, timeout=120, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "is finished: 8 of 8 steps are done" in again.stdout
 
 
 def test_presets_are_listed_with_their_figures(capsys: pytest.CaptureFixture[str]) -> None:

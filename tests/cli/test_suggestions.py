@@ -20,9 +20,8 @@ from thinwire.planner.choose import choose
 from thinwire.planner.search import search
 from thinwire.planner.space import Space
 from thinwire.rounds.config import SyncConfig
-from thinwire.train.changed import said_of_changes
 from thinwire.train.config import RunConfig
-from thinwire.train.schedule import lr_at
+from thinwire.train.schedule import lr_at, said_of_changes
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,7 @@
 
 import pytest
 
-from thinwire.comm.hostlist import first_host
-from thinwire.comm.place import Place
+from thinwire.comm.place import Place, first_host
 from thinwire.errors import ConfigError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}

@@ -108,3 +108,23 @@ def test_a_run_on_conversations_shows_an_answer_and_gives_some(tmp_path: Path) -
     assert plain.returncode == 0 and "the quick fox?" in plain.stdout
     without = thinwire("generate", tmp_path / "run", "--chat")
     assert without.returncode == 2 and "--chat answers a message; give one with --prompt" in without.stderr
+
+
+def test_a_template_whose_class_stands_in_a_models_config_is_read_from_the_corpus_alone(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "tokenizer", CHATML)
+    config = tmp_path / "tokenizer" / "tokenizer_config.json"
+    stated = json.loads(config.read_text())
+    del stated["tokenizer_class"]
+    config.write_text(json.dumps(stated))
+    (tmp_path / "tokenizer" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk(TURNS)}) + "\n")
+    options = ChatOptions((str(tmp_path / "talks.jsonl"),), tmp_path / "tokenizer", heldout_fraction=0.0)
+    prepare_chat(options, tmp_path / "corpus")
+    tokenizer = Corpus.open(DataConfig(path=tmp_path / "corpus")).tokenizer
+    assert tokenizer is not None
+    prompts = [
+        chat_prompt(tokenizer, [folder], "the fox").ids for folder in (tmp_path / "tokenizer", tmp_path / "corpus")
+    ]
+    assert prompts[0] == prompts[1]
+    kept = json.loads((tmp_path / "corpus" / "tokenizer_config.json").read_text())
+    assert kept["tokenizer_class"]

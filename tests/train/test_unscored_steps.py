@@ -94,6 +94,10 @@ def test_the_log_says_that_no_step_was_taken(tmp_path: Path) -> None:
     assert f"{4 * 4 * 32:,}, 128 of them scored" in done.stdout
     assert read_run(tmp_path / "run", "run").steps[-1]["loss"] is None
     assert thinwire("report", str(tmp_path / "run"), "-o", str(tmp_path / "report.html")).returncode == 0
+    first = next(read_events(tmp_path / "run" / EVENTS_FILE, "step"))["loss"]
+    exported = thinwire("export", str(tmp_path / "run"), "-o", str(tmp_path / "out"))
+    assert exported.returncode == 0, exported.stderr
+    assert f"| training loss of the last step | {first:.4f} |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_small_or_unscored_validation_is_told(tmp_path: Path) -> None:
@@ -106,5 +110,8 @@ def test_a_small_or_unscored_validation_is_told(tmp_path: Path) -> None:
     done = thinwire("train", str(write_run(tmp_path, corpus, "second", **sections)))
     assert "validation at step 3: no token of the held-out sequences is scored" in done.stdout
     assert {event["loss"] for event in read_events(tmp_path / "second" / EVENTS_FILE, "eval")} == {None}
+    exported = thinwire("export", str(tmp_path / "second"), "-o", str(tmp_path / "out"))
+    assert exported.returncode == 0, exported.stderr
+    assert "validation" not in (tmp_path / "out" / "README.md").read_text()
     scored = thinwire("eval", str(tmp_path / "second"))
     assert scored.returncode == 2 and "no token of the held-out sequences of" in scored.stderr

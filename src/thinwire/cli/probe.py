@@ -31,16 +31,11 @@ def run(
     from thinwire.cluster.cluster import check_size
     from thinwire.cluster.found import check_ranks, described, found_gpus
     from thinwire.comm.place import Place
-    from thinwire.errors import ConfigError
     from thinwire.folders import check_writable
 
     place, seen = Place.from_environment(os.environ, command=called()), found_gpus(os.environ)
     on_cpu = device == "cpu" or not seen
     cluster = _cluster(levels or f"node={place.size if place else 2 if on_cpu else len(seen)}", device)
-    if not os.path.isdir(out.parent) or os.path.isdir(out):  # noqa: PTH112 - Path's raise for long names
-        raise ConfigError(
-            f"{out} cannot be written: its folder is missing, or it is a folder; choose another with -o PATH"
-        )
     if place is None or place.rank == 0:
         check_writable(out, option="-o")
         typer.echo(described(cluster, seen))

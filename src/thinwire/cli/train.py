@@ -56,7 +56,7 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     """Check everything, make the run folder, start the ranks, tell how they ended. `ranks`: how many were asked for."""
     from thinwire.cluster.cluster import check_size
     from thinwire.comm.interfaces import addresses, asked
-    from thinwire.train.folder import open_folder
+    from thinwire.train.folder import open_folder, said_if_finished
     from thinwire.train.job import crowding, read_config, refuse_crossing, resolve
     from thinwire.train.launch import Share, launch, refuse_taken
 
@@ -73,7 +73,8 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     warning = crowding(job.cluster.ranks)
     _tell_device(job.cluster, job.cluster.ranks)
     with open_folder(job, fresh=fresh) as opened:
-        if _finished(job, opened):
+        if finished := said_if_finished(job, opened.done):
+            typer.echo(finished)
             return
         _greet(job, opened)
         if warning:
@@ -87,7 +88,7 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     from contextlib import nullcontext
 
     from thinwire.cluster.cluster import check_size
-    from thinwire.train.folder import open_folder
+    from thinwire.train.folder import open_folder, said_if_finished
     from thinwire.train.job import read_config, refuse_crossing, resolve
     from thinwire.train.launch import Share, launch
     from thinwire.train.stop import listening
@@ -102,6 +103,8 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
     with open_folder(job, fresh=fresh) if place.rank == 0 else nullcontext() as opened:
         if opened is not None:
             _greet(job, opened)
+            if finished := said_if_finished(job, opened.done):
+                typer.echo(finished)
         lock = None if opened is None else opened.lock.descriptor
         leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=lock), job)
 
@@ -140,27 +143,6 @@ def _tell_device(cluster: "Cluster", ranks: int) -> None:
     seen = found_gpus(os.environ)
     check_ranks(cluster, ranks, seen)
     typer.echo(described(cluster, seen))
-
-
-def _finished(job: "Job", opened: "Opened") -> bool:
-    """Say so if there is nothing left to do: the last step's checkpoint is there, and whole."""
-    from thinwire.checkpoint.listing import open_checkpoint, path_of
-    from thinwire.errors import CheckpointError
-    from thinwire.train.folder import CHECKPOINTS
-
-    steps = job.config.run.steps
-    if opened.done < steps:
-        return False
-    newest = path_of(job.folder / CHECKPOINTS, opened.done)
-    try:
-        open_checkpoint(newest, digests=job.config.checkpoint.verify)
-    except CheckpointError:  # told, and passed over, by the ranks
-        return False
-    typer.echo(
-        f"{job.folder} is finished: {opened.done} of {steps} steps are done, {newest} holds the model; for more set a "
-        f"larger run.steps, or start anew with --fresh"
-    )
-    return True
 
 
 def _greet(job: "Job", opened: "Opened") -> None:

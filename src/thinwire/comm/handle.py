@@ -41,7 +41,7 @@ class Outstanding(set["Handle"]):
         for near in self.near:
             near.close()
 
-    def part(self, sentence: str) -> NoReturn:
+    def raise_apart(self, sentence: str) -> NoReturn:
         """This rank has found ranks in different collectives: raises UseError here, and on all that wait for others."""
         error = UseError(sentence)
         if self.peers is not None:

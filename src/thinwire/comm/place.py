@@ -11,14 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from thinwire.comm.hostlist import first_host
+from thinwire.config import show_text
 from thinwire.errors import ConfigError
+from thinwire.units import whole_number
 
 _PORTS = (20000, 20000)
 """First port, and how many, from which a job takes the one that its name or number says."""
 _DEFAULT_PORT = 29500
 _BATCH_STEPS = 0xFFFFFFF0
 """Slurm's numbers from here on are no steps of srun: the batch script's, an interactive shell's (slurm.h)."""
+
+_TEXT, _BRACKET = re.compile(r"[A-Za-z0-9._-]+"), re.compile(r"\[([^\[\]]*)\]")
+_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
 class _Launcher(NamedTuple):
@@ -202,10 +206,10 @@ def _port(environment: Mapping[str, str], name: str = "MASTER_PORT", default: in
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
-    if re.fullmatch(r"[0-9]{1,18}", text) is None:
-        shown = repr(text[:40]) + "..." * (len(text) > 40)
-        raise ConfigError(f"{name} = {shown} is not a whole number; it is set by whoever starts the ranks")
-    return int(text)
+    number = whole_number(text, most=10**18)
+    if number is None:
+        raise ConfigError(f"{name} = {show_text(text)} is not a whole number; it is set by whoever starts the ranks")
+    return number
 
 
 def _checked(environment: Mapping[str, str], names: tuple[str, str], local_rank: int, host: str, port: int) -> Place:
@@ -213,3 +217,51 @@ def _checked(environment: Mapping[str, str], names: tuple[str, str], local_rank:
     if rank >= size:
         raise ConfigError(f"rank {rank} does not exist in a world of {size}; check {names[0]} and {names[1]}")
     return Place(rank, size, local_rank, host, port)
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm node list: `"n[003-005,9],m1"` -> `"n003"`, `"gpu-[1-2]-[01-16]"` -> `"gpu-1-01"`.
+
+    Names stand between commas; a part of a name in brackets stands for each of its numbers and ranges in turn, with leading
+    zeros kept (`man scontrol`, show hostnames). Only the first is wanted, but the whole has to be a list. Raises
+    ConfigError, with why it is none.
+    """
+    first, at = "", 0
+    while True:
+        name, at = _name(nodes, at)
+        first = first or name
+        if at == len(nodes):
+            return first
+        if nodes[at] != ",":
+            raise _no_list(nodes, f"{nodes[at]!r} at position {at + 1} belongs to no name")
+        at += 1
+
+
+def _name(nodes: str, at: int) -> tuple[str, int]:
+    """(the first host that the name at position `at` stands for, where the name ends)."""
+    host, start = "", at
+    while at < len(nodes) and nodes[at] != ",":
+        if text := _TEXT.match(nodes, at):
+            host, at = host + text[0], text.end()
+        elif bracket := _BRACKET.match(nodes, at):
+            host, at = host + _first_number(nodes, bracket[1]), bracket.end()
+        else:
+            break
+    if not host:
+        raise _no_list(nodes, f"there is no name at position {start + 1}")
+    return host, at
+
+
+def _first_number(nodes: str, inside: str) -> str:
+    ranges = inside.split(",")
+    for each in ranges:
+        found = _RANGE.fullmatch(each)
+        if found is None or int(found[2] or found[1]) < int(found[1]):
+            raise _no_list(nodes, f"{show_text(each)} in brackets is neither a number nor a range such as 003-005")
+    return ranges[0].partition("-")[0]
+
+
+def _no_list(nodes: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"the Slurm node list {show_text(nodes)} cannot be read: {why}; set MASTER_ADDR to the first host"
+    )

@@ -1,9 +1,8 @@
-"""How ranks find each other: a store at rank 0, what each says of itself, and the addresses at which all are reached.
+"""How ranks find each other: a store at rank 0, what each is about to do, and the addresses at which all are reached.
 
-A rank's first choice is the address from which its connection to rank 0 leaves; on rank 0's host, that at which the other
-hosts have reached it. One rank of each host then calls all other hosts. An address that somebody cannot reach gives way
-to the host's next one, on all ranks alike. Waiting is done in short steps, so that a stop that was asked for, or trouble
-that another rank has told, ends it at once on every rank.
+One rank of each host calls all other hosts at the first of the ways to them (`thinwire.comm.routes`). An address that
+somebody cannot reach gives way to the host's next one, on all ranks alike. Waiting is done in short steps, so that a stop
+that was asked for, or trouble that another rank has told, ends it at once on every rank.
 """
 
 import errno
@@ -15,18 +14,16 @@ import secrets
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from thinwire.comm.interfaces import Address
+from thinwire.comm.routes import Presence, Route, advice, leaders, listed, possible_routes
 from thinwire.comm.status import Desk, call
 from thinwire.config import differences
 from thinwire.errors import ConfigError, LinkError, StopAsked, ThinwireError
@@ -39,57 +36,6 @@ _SHOWN, _BRIEF = 4, 60
 """Of two ranks' runs: so many differences are told, and so much of each value."""
 _TROUBLE, _HEARD = "thinwire/trouble", "thinwire/heard"
 _KINDS: dict[str, type[ThinwireError]] = {"config": ConfigError, "link": LinkError, "stop": StopAsked}
-
-Route = tuple[Address, ...]
-"""The addresses that a rank listens on: one, or one for each interface that was asked for."""
-
-
-@dataclass(frozen=True)
-class Presence:
-    """What a rank says of itself. `machine`: ranks that share it share interfaces; `pids`: ... share process numbers."""
-
-    rank: int
-    host: str
-    pid: int
-    machine: str
-    pids: str
-    port: int
-    """Where its desk answers."""
-    local: Address | None
-    """From where it has reached rank 0."""
-    reached: str | None
-    """At which of rank 0's addresses."""
-    here: tuple[Address, ...]
-    asked: Route
-    route: Route = ()
-    """Decided by all."""
-
-    @staticmethod
-    def of_this_process(
-        rank: int, port: int, here: Sequence[Address], asked: Sequence[Address], door: tuple[str, str] | None
-    ) -> "Presence":
-        """`door`: the addresses of both ends of the connection to rank 0."""
-        boot, network, pids = _boot(), _inode("net"), _inode("pid")
-        local = None if door is None else next((each for each in here if each.ip == door[0]), None)
-        return Presence(
-            rank, socket.gethostname(), os.getpid(), f"{boot}/{network}", f"{boot}/{pids}", port,
-            local, None if door is None else door[1], tuple(here), tuple(asked),
-        )  # fmt: skip
-
-    @staticmethod
-    def read(told: Mapping[str, Any]) -> "Presence":
-        """From JSON."""
-        address = told["local"]
-        routes = {name: tuple(Address(*each) for each in told[name]) for name in ("here", "asked", "route")}
-        return Presence(**{**told, **routes, "local": None if address is None else Address(*address)})
-
-    @property
-    def who(self) -> str:
-        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
-
-    @property
-    def over(self) -> str:
-        return ", ".join(map(str, self.route))
 
 
 class Rendezvous:
@@ -192,9 +138,9 @@ class Rendezvous:
         desk.token = told[0]["token"]
         self._share("ready", None)  # every desk knows the token before anybody calls
         everyone = [Presence.read({key: value for key, value in each.items() if key != "token"}) for each in told]
-        routes = _routes(everyone)
+        routes = possible_routes(everyone)
         if empty := [each for each, of_rank in zip(everyone, routes, strict=True) if not of_rank]:
-            self.fail("link", f"{empty[0].who} has no address beside {_listed(empty[0].here)}; plug in a network")
+            self.fail("link", f"{empty[0].who} has no address beside {listed(empty[0].here)}; plug in a network")
         decided = self._choose(everyone, routes, desk.token)
         return tuple(replace(each, route=route) for each, route in zip(everyone, decided, strict=True))
 
@@ -289,8 +235,8 @@ class Rendezvous:
 
     def _choose(self, everyone: Sequence[Presence], routes: Sequence[Sequence[Route]], token: str) -> list[Route]:
         """Of the routes of every rank, in order of preference, the first that all reach. Raises LinkError."""
-        leaders = _leaders(everyone, routes)
-        at, failures = dict.fromkeys(set(leaders), 0), dict[int, list[str]]()
+        first = leaders(everyone, routes)
+        at, failures = dict.fromkeys(set(first), 0), dict[int, list[str]]()
         for attempt in range(sum(len(routes[leader]) for leader in at) if len(at) > 1 else 0):
             current = {leader: routes[leader][choice] for leader, choice in at.items()}
             mine = self._call_all(everyone, current, token) if self._rank in at else {}
@@ -299,16 +245,16 @@ class Rendezvous:
             for caller, of_rank in enumerate(reasons):
                 for leader, why in of_rank.items():
                     failures.setdefault(int(leader), []).append(
-                        f"{everyone[caller].who} over {_listed(current[caller])} cannot reach "
-                        f"{everyone[int(leader)].who} at {_listed(current[int(leader)])}: {why}"
+                        f"{everyone[caller].who} over {listed(current[caller])} cannot reach "
+                        f"{everyone[int(leader)].who} at {listed(current[int(leader)])}: {why}"
                     )
             if not lost:
                 break
             for leader in sorted(lost):
                 at[leader] += 1
                 if at[leader] == len(routes[leader]):
-                    self.fail("link", f"{failures[leader][0]}; {_advice(everyone[leader], routes[leader])}")
-        return [routes[rank][at[leader]] for rank, leader in enumerate(leaders)]
+                    self.fail("link", f"{failures[leader][0]}; {advice(everyone[leader], routes[leader])}")
+        return [routes[rank][at[leader]] for rank, leader in enumerate(first)]
 
     def _call_all(self, everyone: Sequence[Presence], current: Mapping[int, Route], token: str) -> dict[int, str]:
         """Who is not reached, and why."""
@@ -342,65 +288,7 @@ def _brief(value: object) -> str:
     return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."
 
 
-def _routes(everyone: Sequence[Presence]) -> list[list[Route]]:
-    """For every rank its possible routes, best first. Where all are on one host, loopback is one."""
-    reached = Counter(each.reached for each in everyone if each.machine != everyone[0].machine)
-    if all(each.machine == everyone[0].machine for each in everyone):
-        reached = Counter(each.reached for each in everyone if each.reached is not None)
-    first = [ip for ip, _ in sorted(reached.items(), key=lambda item: (-item[1], str(item[0])))]
-    return [_routes_of(each, first if each.machine == everyone[0].machine else [], everyone) for each in everyone]
-
-
-def _routes_of(rank: Presence, first: Sequence[str | None], everyone: Sequence[Presence]) -> list[Route]:
-    if rank.asked:
-        return [rank.asked]
-    alone = all(each.machine == rank.machine for each in everyone)
-    liked = [address for ip in first for address in rank.here if address.ip == ip]
-    if not first and rank.local is not None:
-        liked = [rank.local]
-    order = dict.fromkeys([*liked, *rank.here])
-    return [(address,) for address in order if alone or not address.is_loopback]
-
-
-def _leaders(everyone: Sequence[Presence], routes: Sequence[Sequence[Route]]) -> list[int]:
-    """For every rank the first one that shares its host and its routes: what holds for that one holds for it."""
-    seen: dict[tuple[Any, ...], int] = {}
-    return [
-        seen.setdefault((each.machine, *of_rank), each.rank) for each, of_rank in zip(everyone, routes, strict=True)
-    ]
-
-
-def _advice(rank: Presence, routes: Sequence[Route]) -> str:
-    if rank.asked:
-        told = f"rank {rank.rank} was told to use {_listed(rank.asked)}"
-        return f"{told}; name an interface that leads to the others, or leave it out"
-    has = ", ".join(_listed(route) for route in routes)
-    return (
-        f"rank {rank.rank} has {has}; connect the hosts, or name an interface that leads to the others in "
-        "cluster.interface"
-    )
-
-
 def _reason(error: object) -> str:
     """The system's word for what torch's store calls by the name of the error's number."""
     named = re.search(r"name: (E[A-Z]+)", str(error))
     return os.strerror(getattr(errno, named[1])) if named and hasattr(errno, named[1]) else type(error).__name__
-
-
-def _listed(addresses: Sequence[Address]) -> str:
-    return ", ".join(map(str, addresses)) or "none"
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()
-
-
-def _inode(space: str) -> int:
-    """The namespace of that kind that this process is in."""
-    try:
-        return Path(f"/proc/self/ns/{space}").stat().st_ino
-    except OSError:
-        return -1

@@ -24,7 +24,8 @@ from thinwire.comm.ledger import Ledger
 from thinwire.comm.lost import Peers
 from thinwire.comm.neighbours import Exchanges, Neighbours
 from thinwire.comm.place import Place
-from thinwire.comm.rendezvous import Presence, Rendezvous
+from thinwire.comm.rendezvous import Rendezvous
+from thinwire.comm.routes import Presence
 from thinwire.comm.same_host import find_neighbours
 from thinwire.comm.status import Desk, Status
 from thinwire.errors import ConfigError, LinkError, RankLost

@@ -22,7 +22,7 @@ from thinwire.data.corpus import FORMAT, MANIFEST, PREFIXES
 from thinwire.data.indexed import IndexedWriter, answers_path
 from thinwire.data.inputs import Input, identities, rows_of
 from thinwire.data.prepare import digests, held_out, mended, nothing_to_train_on
-from thinwire.data.template import Message, Template, copy_template, one_line, template_of
+from thinwire.data.template import Message, Template, complete_template, one_line, template_of
 from thinwire.data.tokenizer import FileTokenizer, load_file
 from thinwire.errors import DataError
 from thinwire.folders import whole_folder
@@ -80,14 +80,13 @@ def prepare_chat(options: ChatOptions, out: Path, *, force: bool = False) -> dic
     template = template_of(options.tokenizer)
     inputs = rows_of(options.sources, field=options.field, also=template.fields)
     with whole_folder(out, force=force, error=DataError) as folder:
-        copy_template(options.tokenizer, folder, template)
         return _fill(folder, options, inputs, tokenizer, template)
 
 
 def marked(talk: Talk, tokenizer: FileTokenizer) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Ids of a conversation and the end of text, and 1 for every id of which some is inside a span."""
     ids, starts_N, ends_N = encoded(talk, tokenizer)
-    own_N = ~np.isin(ids, list(tokenizer.special.values()))  # a special token before an answer may take its first space
+    own_N = ~np.isin(ids, list(tokenizer.special_ids))  # a special token before an answer may take its first space
     marks = np.zeros(len(ids) + 1, np.uint8)
     for span in talk.spans:
         begun_N = (starts_N >= span.start) | ((ends_N > span.start) & own_N)
@@ -138,6 +137,7 @@ def _fill(
 ) -> dict[str, Any]:
     """Tokenizer, token files, marks and manifest into `folder`."""
     tokenizer.save(folder)
+    complete_template(options.tokenizer, folder, template)
     counts, told = {name: dict.fromkeys(_COUNTED, 0) for name in PREFIXES}, _Told()
     with ExitStack() as stack:
         writers = {n: stack.enter_context(IndexedWriter(folder / n, tokenizer.vocab_size)) for n in PREFIXES}

@@ -9,12 +9,11 @@ import numpy as np
 from thinwire.data.chat import Talk, encoded, shielded
 from thinwire.data.corpus import Corpus
 from thinwire.data.template import one_line, template_of
-from thinwire.data.tokenizer import FileTokenizer, Tokenizer
+from thinwire.data.tokenizer import CONFIG, FileTokenizer, Tokenizer
 from thinwire.errors import DataError
 
 _OPENING = 16
 _LOOK = 1 << 16
-_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def chat_prompt(tokenizer: Tokenizer, folders: Sequence[Path], message: str) -> 
 
     Raises DataError if none has a template, or it refuses the message.
     """
-    folder = next((folder for folder in folders if (folder / _CONFIG).is_file()), None)
+    folder = next((folder for folder in folders if (folder / CONFIG).is_file()), None)
     if folder is None or not isinstance(tokenizer, FileTokenizer):
         raise DataError(
             f"there is no chat template in {' or '.join(map(str, folders))}; make the corpus with `thinwire data chat`, or "
@@ -76,5 +75,5 @@ def opening(corpus: Corpus) -> Prompt:
 
 def _ends(tokenizer: Tokenizer, turn: Sequence[int]) -> frozenset[int]:
     """What ends an answer: the end of text, and the last special token of a turn."""
-    special = set(tokenizer.special.values()) if isinstance(tokenizer, FileTokenizer) else set[int]()
+    special = tokenizer.special_ids if isinstance(tokenizer, FileTokenizer) else frozenset[int]()
     return frozenset([tokenizer.eot, *[i for i in turn if i in special][-1:]])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thinwire.data.tokenizer import CONFIG
 from thinwire.errors import DataError
 
 Message = dict[str, Any]
@@ -17,12 +18,11 @@ LISTS = ("tools", "documents")
 """What a template may read beside messages, each a list of objects."""
 _SETTINGS = "chat_template_kwargs"
 _GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-_FILES = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 _GIVEN = frozenset((
     "messages", "add_generation_prompt", "continue_final_message", "raise_exception", "strftime_now",
     "range", "dict", "namespace", "lipsum", "cycler", "joiner",
 ))  # fmt: skip
-_CONFIG, _MORE = "tokenizer_config.json", "additional_chat_templates"
+_MORE = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,14 @@ def _names(template: str, folder: Path) -> set[str]:
         raise DataError(f"the chat template in {folder} is not one of Jinja: {one_line(error)}") from None
 
 
-def copy_template(source: Path, target: Path, template: Template) -> None:
-    """All that `template_of(target)` needs besides tokenizer.json, so that prompts can be written from the corpus alone."""
-    for name in _FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def complete_template(source: Path, target: Path, template: Template) -> None:
+    """All that `template_of(target)` needs besides what `FileTokenizer.save` has put there: prompts are written from it."""
     if (source / _MORE).is_dir():
         shutil.copytree(source / _MORE, target / _MORE)
-    tree = json.loads((source / _CONFIG).read_text(encoding="utf-8")) if (source / _CONFIG).is_file() else {}
+    config = target / CONFIG
+    tree = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     tree.setdefault("tokenizer_class", type(template.library).__name__)
-    (target / _CONFIG).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    config.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def one_line(error: Exception) -> str:

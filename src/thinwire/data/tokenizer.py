@@ -152,7 +152,7 @@ class FileTokenizer:
         longest_first = sorted(self.special, key=len, reverse=True)
         # The longest first, as one may begin like another.
         self.spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._ids = frozenset(self.special.values())
+        self.special_ids = frozenset(self.special.values())
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -212,7 +212,7 @@ class FileTokenizer:
         added = {token.content for token in self._library.get_added_tokens_decoder().values()}
         decoder = str(self._library.decoder)
         for token, i in self.vocabulary.items():
-            if i not in self._ids:
+            if i not in self.special_ids:
                 table[i] = len(token.encode("utf-8")) if token in added else _piece_bytes(token, decoder)
         bare = TokenBytes(table, self.eot, space=self._written_space(decoder))
         # What a tokenizer writes before a text that does not begin with a space stands for nothing of it.

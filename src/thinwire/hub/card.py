@@ -89,8 +89,11 @@ class Card:
         done = {number: record for number, record in steps(log).items() if number <= self.step}
         if done:
             yield "tokens scored", f"{sum(record['tokens'] for record in done.values()):,}"
-            yield "training loss of the last step", f"{float(done[max(done)]['loss']):.4f}"
-        scored = [record for record in read_events(log, "eval") if record["step"] <= self.step]
+            scored = [record["loss"] for _, record in sorted(done.items()) if record["loss"] is not None]
+            if scored:  # a step without a scored token has no loss
+                yield "training loss of the last step", f"{float(scored[-1]):.4f}"
+        evals = read_events(log, "eval")
+        scored = [record for record in evals if record["step"] <= self.step and record["loss"] is not None]
         if scored:
             last = scored[-1]
             yield f"validation loss at step {last['step']:,}", f"{float(last['loss']):.4f}"

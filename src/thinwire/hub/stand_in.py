@@ -16,6 +16,8 @@ from thinwire.model.lora import LoraOptions
 from thinwire.model.spec import ModelSpec
 from thinwire.units import show_count
 
+_HEAD = 64
+"""Numbers of a head, of a model without attention: what a Llama's would be."""
 _LORA = (
     "model.lora is not in the formulas: planned as if all weights were trained, which needs more memory, time and bytes"
 )
@@ -65,10 +67,6 @@ def _llama_like(folder: Path, kept: Path) -> tuple[ModelSpec, str]:
         f"model.hf is a {native.config.get('model_type')}, which the formulas do not know: planned as a Llama of its width "
         f"and depth with {show_count(spec.parameters)} parameters (it has {show_count(native.parameters)}){sparse}"
     )
-
-
-_HEAD = 64
-"""Of a model without attention: what a Llama's would be."""
 
 
 def _text_config(tree: dict[str, Any]) -> Any:

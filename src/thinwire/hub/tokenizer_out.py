@@ -86,11 +86,7 @@ def _turn_ends(data: DataConfig, tokenizer: FileTokenizer) -> tuple[int, ...]:
     lasts = learned[np.flatnonzero(np.diff(learned, append=-1) != 1)][:_TALKS]
     found: dict[int, None] = {}
     for last in lasts:
-        run = [
-            int(token)
-            for token in train.stream[max(0, last - 3) : last + 1]
-            if int(token) in tokenizer.special.values()
-        ]
+        run = [int(token) for token in train.stream[max(0, last - 3) : last + 1] if int(token) in tokenizer.special_ids]
         found |= dict.fromkeys(run[-1:])
     return tuple(found)
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 
+from thinwire.config import show_text
 from thinwire.errors import ConfigError
 
 _OURS = re.compile(r"RANK|WORLD_SIZE|LOCAL_RANK|PET_.*|SLURM_.*")
@@ -14,7 +15,7 @@ def job_name(text: str) -> str:
     name = re.sub(r"[^a-z0-9-]+", "-", text.lower()).strip("-")[:50].rstrip("-")
     if not name or not name[0].isalpha():
         raise ConfigError(
-            f"{_short(text)} makes no name for a job (letters, digits, dashes, a letter first); give --name"
+            f"{show_text(text)} makes no name for a job (letters, digits, dashes, a letter first); give --name"
         )
     return name
 
@@ -54,9 +55,7 @@ def one_line(what: str, text: str) -> str:
     if not text.strip():
         raise ConfigError(f"{what} is empty; leave it out, or say something")
     if any(ord(letter) < 32 or letter in "\x7f\x85\u2028\u2029" for letter in text):
-        raise ConfigError(f"{what} {_short(text)} has a line break or another control character; write it in one line")
+        raise ConfigError(
+            f"{what} {show_text(text)} has a line break or another control character; write it in one line"
+        )
     return text
-
-
-def _short(text: str) -> str:
-    return repr(text[:80]) + "..." * (len(text) > 80)

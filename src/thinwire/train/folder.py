@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinwire.checkpoint.listing import list_checkpoints, list_torn, remove_partial, step_of
+from thinwire.checkpoint.listing import (
+    list_checkpoints,
+    list_torn,
+    open_checkpoint,
+    path_of,
+    remove_partial,
+    step_of,
+)
 from thinwire.config import differences, dump_toml, load
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.events import read_events
@@ -14,9 +21,9 @@ from thinwire.folders import write_whole
 from thinwire.hub.files import SIDE_FILES, copy_files
 from thinwire.hub.init import HUB, keep_beside, verify_init
 from thinwire.locks import LOCK, Lock, hold
-from thinwire.train.changed import said_of_changes
 from thinwire.train.config import MAY_CHANGE, WARMUP_STEPS, RunConfig
 from thinwire.train.job import Job
+from thinwire.train.schedule import said_of_changes
 
 RUN_FILE, PLAN_FILE, CLUSTER_FILE, EVENTS_FILE = "run.toml", "plan.json", "cluster.json", "events.jsonl"
 TRACE_FILE = "trace.json"
@@ -116,6 +123,21 @@ def _fill(job: Job, *, resuming: bool, done: int) -> tuple[str, ...]:
     elif job.config.model.hf is not None:
         copy_files(job.config.model.hf, folder / HUB, SIDE_FILES)
     return said
+
+
+def said_if_finished(job: Job, done: int) -> str | None:
+    """A sentence if there is nothing left to do after step `done`: the last step's checkpoint is there, and whole."""
+    steps, newest = job.config.run.steps, path_of(job.folder / CHECKPOINTS, done)
+    if done < steps:
+        return None
+    try:
+        open_checkpoint(newest, digests=job.config.checkpoint.verify)
+    except CheckpointError:  # told, and passed over, by the ranks
+        return None
+    return (
+        f"{job.folder} is finished: {done} of {steps} steps are done, {newest} holds the model; for more set a larger "
+        f"run.steps, or start anew with --fresh"
+    )
 
 
 def _refuse_lost_checkpoints(folder: Path) -> None:

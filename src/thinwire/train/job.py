@@ -200,14 +200,15 @@ def refuse_crossing(job: Job) -> None:
 
     It is tried once, at the start, with the weights that training starts from; the model is in memory meanwhile.
     """
-    talks = job.corpus.train.answers is not None
     if not isinstance(job.spec, NativeSpec) or job.corpus.cross_documents:
         return
     from thinwire.hub import crossing
     from thinwire.hub.native import build_native
 
     model = build_native(job.spec, job.config.model.hf, seed=job.config.run.seed)
-    crossing.refuse_crossing(model, job.spec.vocab_size, source=str(job.config.model.hf), talks=talks)
+    crossing.refuse_crossing(
+        model, job.spec.vocab_size, source=str(job.config.model.hf), talks=job.corpus.conversations
+    )
 
 
 RANKS_A_CORE = 64

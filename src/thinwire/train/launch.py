@@ -207,9 +207,7 @@ class Crew:
 
 
 def refuse_taken(port: int) -> None:
-    """Raise ConfigError if `port` is none, or somebody listens there already."""
-    if not 0 < port < 1 << 16:
-        raise ConfigError(f"--port {port} is no port; they are 1 to 65535, or leave it out")
+    """Raise ConfigError if somebody listens on `port` already."""
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))

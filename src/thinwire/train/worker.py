@@ -16,7 +16,7 @@ from thinwire.cluster.cluster import check_size
 from thinwire.cluster.found import described, found_gpus
 from thinwire.comm.place import Place
 from thinwire.errors import ShortOfMemory, StopAsked, ThinwireError
-from thinwire.train.folder import open_folder
+from thinwire.train.folder import open_folder, said_if_finished
 from thinwire.train.job import Job, read_config, refuse_crossing, resolve, statement
 from thinwire.train.report import describe
 from thinwire.train.stop import StopRequest
@@ -108,8 +108,10 @@ def run_external(
     if place.rank == 0:
         print(described(job.cluster, found_gpus(os.environ)), flush=True)
     opened = open_folder(job, fresh=fresh) if place.rank == 0 else None
-    for sentence in opened.said if opened is not None else ():
-        print(sentence, flush=True)
+    if opened is not None:
+        finished = said_if_finished(job, opened.done)
+        for sentence in [*opened.said, *([finished] if finished else [])]:
+            print(sentence, flush=True)
     try:
         run_rank(job, place, stop, advise=advise)
     except StopAsked as error:
