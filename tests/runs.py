@@ -23,6 +23,9 @@ _WORDS = (
     *("def", "return", "class", "import", "self", "value", "for", "in", "if", "else", "while", "yield"),
     *("raise", "assert", "with", "as", "not", "and", "or"),
 )
+CUDA = {"cluster": {"device": {"name": "h100", "kind": "cuda"}, "levels": [8, 4]},
+        "batch": {"sequences": 32, "micro_batch": 1}}  # fmt: skip
+"""Sections of a run on four nodes of eight GPUs."""
 
 
 def make_text(folder: Path, documents: int = 60, *, seed: int = 0) -> Path:
