@@ -13,9 +13,15 @@ from typing import Any
 import tomli_w
 
 from thinwire.cli import main
+from thinwire.comm.world import World
+from thinwire.config import build
 from thinwire.data.prepare import Options, prepare
 from thinwire.events import read_events
-from thinwire.train.folder import EVENTS_FILE
+from thinwire.train import loop
+from thinwire.train.config import RunConfig
+from thinwire.train.folder import EVENTS_FILE, open_folder
+from thinwire.train.job import resolve
+from thinwire.train.stop import StopRequest
 
 _STARTS_NO_RANKS = ("data", "eval", "export", "generate", "import", "plan", "simulate")
 
@@ -137,3 +143,11 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
             if parent == str(process.pid) and "thinwire.train.worker" in line:
                 found.append((int(line.partition('"rank": ')[2].partition(",")[0]), int(entry.name)))
     return [pid for _, pid in sorted(found)]
+
+
+def train_in(world: World, tree: dict[str, Any]) -> None:
+    """Be a rank of the run that `tree` describes; rank 0 makes its folder."""
+    job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
+    if world.rank == 0:
+        open_folder(job, fresh=False)
+    loop.train(job, world, StopRequest())

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from runs import run_tree
+from runs import run_tree, train_in
 from talks import talk
 from thinwire.cli import main
-from thinwire.comm.world import World
-from thinwire.config import build
 from thinwire.data.answers import answer_spans
 from thinwire.data.chat import ChatOptions, prepare_chat
 from thinwire.data.config import DataConfig
@@ -23,11 +21,7 @@ from thinwire.data.loader import IGNORED, Packing
 from thinwire.data.template import Message
 from thinwire.errors import DataError
 from thinwire.events import steps
-from thinwire.train.config import RunConfig
-from thinwire.train.folder import EVENTS_FILE, open_folder
-from thinwire.train.job import resolve
-from thinwire.train.loop import train
-from thinwire.train.stop import StopRequest
+from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world
 
 REWRITING = (
@@ -87,19 +81,12 @@ def test_the_last_answer_alone(tokenizer: Path, tmp_path: Path) -> None:
     assert last.digest != whole.digest
 
 
-def _losses(world: World, tree: dict[str, Any]) -> None:
-    job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
-    if world.rank == 0:
-        open_folder(job, fresh=False)
-    train(job, world, StopRequest())
-
-
 def test_training_counts_answers_only_however_it_is_split(tokenizer: Path, tmp_path: Path) -> None:
     corpus = make(tmp_path, tokenizer, TALKS * 40)
     seen = []
     for levels in ([1], [4]):
         tree = run_tree(tmp_path / f"run{levels[0]}", tmp_path / "corpus", cluster={"levels": levels}, run={"steps": 4})
-        run_world(levels, _losses, tree)
+        run_world(levels, train_in, tree)
         seen.append(list(steps(tmp_path / f"run{levels[0]}" / EVENTS_FILE).values()))
     one, four = seen
     assert [record["loss"] for record in four] == pytest.approx([record["loss"] for record in one], rel=1e-5)

@@ -10,9 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from hub_models import save_model
-from runs import make_corpus, run_tree
-from thinwire.comm.world import World
-from thinwire.config import build
+from runs import make_corpus, run_tree, train_in
 from thinwire.data.chat import ChatOptions, prepare_chat
 from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
@@ -20,11 +18,7 @@ from thinwire.data.prepare import Options, prepare
 from thinwire.events import read_events
 from thinwire.hub.export_run import export_run
 from thinwire.hub.import_folder import import_folder
-from thinwire.train.config import RunConfig
-from thinwire.train.folder import EVENTS_FILE, open_folder
-from thinwire.train.job import resolve
-from thinwire.train.loop import train
-from thinwire.train.stop import StopRequest
+from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world
 
 TEMPLATE = (
@@ -33,13 +27,6 @@ TEMPLATE = (
 )
 TEXT = "The quick brown fox jumps over the lazy dog. You are a helpful assistant. Hello there, I am fine.\n" * 30
 SPECIALS = ["<bos>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<stop>"]
-
-
-def _train(world: World, tree: dict[str, Any]) -> None:
-    job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
-    if world.rank == 0:
-        open_folder(job, fresh=False)
-    train(job, world, StopRequest())
 
 
 def write_tokenizer(folder: Path, **config: Any) -> Tokenizer:
@@ -67,7 +54,7 @@ def ids_in(folder: Path) -> tuple[str, Any, Any]:
 def run_on(folder: Path, corpus: Path, model: dict[str, str], **sections: Any) -> Path:
     tree = run_tree(folder, corpus, run={"steps": 2}, schedule={"warmup_steps": 0}, **sections)
     tree["model"] = model
-    run_world(1, _train, tree)
+    run_world(1, train_in, tree)
     return folder
 
 

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hub_models import logits, save_model
-from runs import make_corpus, run_tree, thinwire, write_run
+from runs import make_corpus, run_tree, thinwire, train_in, write_run
 from thinwire.checkpoint.read import newest_whole
-from thinwire.comm.world import World
 from thinwire.config import build
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.evaluate.load import load_run
@@ -21,10 +20,7 @@ from thinwire.hub.export_run import export_run
 from thinwire.hub.native import Native, describe
 from thinwire.model.lora import LoraOptions
 from thinwire.train.config import RunConfig
-from thinwire.train.folder import EVENTS_FILE, open_folder
-from thinwire.train.job import resolve
-from thinwire.train.loop import train
-from thinwire.train.stop import StopRequest
+from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world
 
 LORA = {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj", "down_proj"]}
@@ -32,18 +28,11 @@ STEADY = {"kind": "constant", "warmup_steps": 2}
 CUT = {"params": "all", "grads": "replica", "optimizer": "all", "frozen_weights": True}
 
 
-def _train(world: World, tree: dict[str, Any]) -> None:
-    job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
-    if world.rank == 0:
-        open_folder(job, fresh=False)
-    train(job, world, StopRequest())
-
-
 def losses(folder: Path, corpus: Path, base: Path, levels: list[int], count: int, **sections: Any) -> list[float]:
     sections = {"run": {"steps": count}, "schedule": STEADY, "optimizer": {"lr": 2e-2}, **sections}
     tree = run_tree(folder, corpus, cluster={"levels": levels}, **sections)
     tree["model"] = {"hf": str(base), "lora": LORA}
-    run_world(levels, _train, tree)
+    run_world(levels, train_in, tree)
     return [record["loss"] for record in steps(folder / EVENTS_FILE).values()]
 
 

@@ -17,9 +17,7 @@ from transformers import (
 )
 
 from hub_models import CONFIGS, logits, make_model, save_model, tokens
-from runs import make_corpus, run_tree
-from thinwire.comm.world import World
-from thinwire.config import build
+from runs import make_corpus, run_tree, train_in
 from thinwire.errors import ConfigError, ThinwireError
 from thinwire.evaluate.load import load_run
 from thinwire.events import steps
@@ -28,26 +26,15 @@ from thinwire.hub.families import read_spec
 from thinwire.hub.import_folder import import_folder
 from thinwire.hub.native import Native, build_native, describe
 from thinwire.model.loss import token_loss
-from thinwire.train.config import RunConfig
-from thinwire.train.folder import EVENTS_FILE, open_folder
-from thinwire.train.job import resolve
-from thinwire.train.loop import train
-from thinwire.train.stop import StopRequest
+from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world
-
-
-def _train(world: World, tree: dict[str, Any]) -> None:
-    job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
-    if world.rank == 0:
-        open_folder(job, fresh=False)
-    train(job, world, StopRequest())
 
 
 def losses(folder: Path, corpus: Path, model: dict[str, str], levels: list[int], **sections: Any) -> list[float]:
     sections = {"run": {"steps": 5}, "schedule": {"warmup_steps": 1}, **sections}
     tree = run_tree(folder, corpus, cluster={"levels": levels}, **sections)
     tree["model"] = model
-    run_world(levels, _train, tree)
+    run_world(levels, train_in, tree)
     return [record["loss"] for record in steps(folder / EVENTS_FILE).values()]
 
 

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hub_models import CONFIGS, logits, save_model, tokens
-from runs import make_corpus, run_tree
-from thinwire.comm.world import World
+from runs import make_corpus, run_tree, train_in
 from thinwire.config import build
 from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
@@ -22,18 +21,9 @@ from thinwire.hub.init import read_init
 from thinwire.hub.shards import ShardReader
 from thinwire.model.transformer import Transformer
 from thinwire.train.config import RunConfig
-from thinwire.train.folder import EVENTS_FILE, open_folder
+from thinwire.train.folder import EVENTS_FILE
 from thinwire.train.job import resolve
-from thinwire.train.loop import train
-from thinwire.train.stop import StopRequest
 from worlds import run_world
-
-
-def _train(world: World, tree: dict[str, object]) -> None:
-    job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
-    if world.rank == 0:
-        open_folder(job, fresh=False)
-    train(job, world, StopRequest())
 
 
 def load_corpus(path: Path) -> Corpus:
@@ -78,7 +68,7 @@ def test_a_run_from_it_exports_the_same_model(name: str, corpus: Path, tmp_path:
         optimizer={"lr": 1e-30, "weight_decay": 0.0}, schedule={"warmup_steps": 0}, run={"steps": 1},
     )  # fmt: skip
     tree["model"] = {"init": str(tmp_path / "init")}
-    run_world([2], _train, tree)
+    run_world([2], train_in, tree)
     done = export_run(tmp_path / "run", tmp_path / "out", shard_bytes=15_000)
     assert done.model_type == CONFIGS[name].model_type
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -102,7 +92,7 @@ def test_training_from_it_starts_at_its_loss_under_any_partition(
         tmp_path / "run", corpus, cluster={"levels": levels}, run={"steps": 2}, schedule={"warmup_steps": 0}
     )
     tree["model"] = {"init": str(tmp_path / "init")}
-    run_world(levels, _train, tree)
+    run_world(levels, train_in, tree)
     job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
     from thinwire.data.loader import Loader, Packing
 
@@ -120,7 +110,7 @@ def test_training_from_it_starts_at_its_loss_under_any_partition(
 def test_a_run_of_ones_own_exports_with_its_tokenizer(tokenizer: str, tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path, tokenizer=tokenizer)
     tree = run_tree(tmp_path / "run", corpus, run={"steps": 1}, schedule={"warmup_steps": 0})
-    run_world(1, _train, tree)
+    run_world(1, train_in, tree)
     export_run(tmp_path / "run", tmp_path / "out")
     own = load_run(tmp_path / "run")
     ids = torch.randint(0, own.spec.vocab_size, (2, 40))
@@ -140,7 +130,7 @@ def test_a_run_of_ones_own_exports_with_its_tokenizer(tokenizer: str, tmp_path: 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_an_export_in_half_precision_is_the_rounded_weights(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tree = run_tree(tmp_path / "run", make_corpus(tmp_path), run={"steps": 1}, schedule={"warmup_steps": 0})
-    run_world(1, _train, tree)
+    run_world(1, train_in, tree)
     export_run(tmp_path / "run", tmp_path / "fp32")
     export_run(tmp_path / "run", tmp_path / "half", precision=precision)  # type: ignore[arg-type]
     full, half = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "half"))
@@ -156,7 +146,7 @@ def test_weights_in_half_precision_stay_so_on_disk_and_are_exact_in_the_run(corp
     tree = run_tree(tmp_path / "run", corpus, optimizer={"lr": 1e-30, "weight_decay": 0.0}, schedule={"warmup_steps": 0},
                     run={"steps": 1})  # fmt: skip
     tree["model"] = {"init": str(tmp_path / "init")}
-    run_world(1, _train, tree)
+    run_world(1, train_in, tree)
     export_run(tmp_path / "run", tmp_path / "out")
     theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "out"))
     assert all(torch.equal(ours[name], theirs[name].float()) for name in theirs)

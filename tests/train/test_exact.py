@@ -7,18 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runs import make_corpus, run_tree, thinwire, write_run
+from runs import make_corpus, run_tree, thinwire, train_in, write_run
 from thinwire.comm.world import World
 from thinwire.config import build
 from thinwire.data.loader import Loader, Packing
 from thinwire.events import read_events, steps
 from thinwire.model.transformer import Transformer
 from thinwire.train.config import RunConfig
-from thinwire.train.folder import EVENTS_FILE, open_folder
+from thinwire.train.folder import EVENTS_FILE
 from thinwire.train.job import Job, resolve
-from thinwire.train.loop import train
 from thinwire.train.schedule import lr_at
-from thinwire.train.stop import StopRequest
 from worlds import run_world
 
 
@@ -31,17 +29,10 @@ def job_of(tree: dict[str, Any]) -> Job:
     return resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
 
 
-def _train(world: World, tree: dict[str, Any]) -> None:
-    job = job_of(tree)
-    if world.rank == 0:
-        open_folder(job, fresh=False)
-    train(job, world, StopRequest())
-
-
 def losses(levels: list[int], folder: Path, corpus: Path, **sections: dict[str, Any]) -> list[float]:
     """The loss of every step of a run on a real world."""
     tree = run_tree(folder, corpus, **{**sections, "cluster": {"levels": levels}})
-    run_world(levels, _train, tree)
+    run_world(levels, train_in, tree)
     recorded = steps(folder / EVENTS_FILE)
     return [recorded[step]["loss"] for step in sorted(recorded)]
 
@@ -182,7 +173,7 @@ def _poisoned(world: World, tree: dict[str, Any], bad_steps: list[int]) -> str:
 
     loop.forward = forward
     try:
-        _train(world, tree)
+        train_in(world, tree)
     except DivergenceError as error:
         return str(error)
     finally:

@@ -3,15 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from runs import make_corpus, run_tree
+from runs import make_corpus, run_tree, train_in
 from thinwire.comm.world import World
-from thinwire.config import build
 from thinwire.events import steps
 from thinwire.train import loop
-from thinwire.train.config import RunConfig
-from thinwire.train.folder import EVENTS_FILE, open_folder
-from thinwire.train.job import resolve
-from thinwire.train.stop import StopRequest
+from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world
 
 
@@ -27,10 +23,7 @@ def _train(world: World, trees: list[dict[str, Any]], bad_calls: list[int]) -> N
     loop.forward = forward
     try:
         for tree in trees:
-            job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
-            if world.rank == 0:
-                open_folder(job, fresh=False)
-            loop.train(job, world, StopRequest())
+            train_in(world, tree)
     finally:
         loop.forward = plain
 

@@ -8,18 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from runs import make_corpus, run_tree, thinwire, write_run
+from runs import make_corpus, run_tree, thinwire, train_in, write_run
 from thinwire.comm.world import World
-from thinwire.config import build
 from thinwire.data.indexed import answers_path
 from thinwire.events import read_events, steps
 from thinwire.report.read import read_run
 from thinwire.train import loop
 from thinwire.train.assemble import Parts
-from thinwire.train.config import RunConfig
-from thinwire.train.folder import EVENTS_FILE, open_folder
-from thinwire.train.job import resolve
-from thinwire.train.stop import StopRequest
+from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world
 
 UNSCORED = (2, 3, 4)
@@ -52,10 +48,7 @@ def _masters(world: World, tree: dict[str, Any]) -> list[list[torch.Tensor]]:
 
     loop.close_record = close_record
     try:
-        job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
-        if world.rank == 0:
-            open_folder(job, fresh=False)
-        loop.train(job, world, StopRequest())
+        train_in(world, tree)
     finally:
         loop.close_record = plain
     return seen

@@ -9,17 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runs import make_corpus, run_tree, thinwire, write_run
+from runs import make_corpus, run_tree, thinwire, train_in, write_run
 from thinwire.checkpoint.read import newest_whole, read_tensors
 from thinwire.comm.world import World
-from thinwire.config import build
 from thinwire.errors import ConfigError
 from thinwire.events import read_events, steps
-from thinwire.train.config import RunConfig
-from thinwire.train.folder import EVENTS_FILE, open_folder
-from thinwire.train.job import resolve
-from thinwire.train.loop import train
-from thinwire.train.stop import StopRequest
+from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -40,18 +35,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("data"))
 
 
-def _train(world: World, tree: dict[str, Any]) -> None:
-    job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
-    if world.rank == 0:
-        open_folder(job, fresh=False)
-    train(job, world, StopRequest())
-
-
 def run(folder: Path, corpus: Path, levels: list[int], plan: dict[str, Any], **sections: Any) -> dict[int, float]:
     """The losses by step of group 0."""
     kept = {"checkpoint": {"every_steps": 7, "keep_last": 9}, **sections}
     tree = run_tree(folder, corpus, cluster={"levels": levels}, plan=plan, **kept)
-    run_world(levels, _train, tree)
+    run_world(levels, train_in, tree)
     return {step: record["loss"] for step, record in steps(folder / EVENTS_FILE).items()}
 
 
@@ -83,12 +71,12 @@ def test_i14_a_run_resumed_in_the_middle_of_a_round_goes_on_bit_for_bit(
 
 
 def _train_settling(world: World, tree: dict[str, Any], at: int) -> None:
-    """As `_train`, but what is in flight after step `at` is applied then, as at the end of a run."""
+    """As `train_in`, but what is in flight after step `at` is applied then, as at the end of a run."""
     from thinwire.train import loop
 
     agree = loop.agree
     loop.agree = lambda parts, step, *, tokens, last: agree(parts, step, tokens=tokens, last=last or step == at)
-    _train(world, tree)
+    train_in(world, tree)
 
 
 @pytest.mark.parametrize("kind", ["streaming", "feedback", "eager"])
@@ -110,7 +98,7 @@ def test_a_run_that_ended_goes_on_to_more_steps_from_the_outer_weights_it_ended_
 
 
 def _train_forgetful(world: World, tree: dict[str, Any], what: str) -> str:
-    """As `_train`, but rank 1 does not read `what` back."""
+    """As `train_in`, but rank 1 does not read `what` back."""
     from thinwire.train import saving
 
     to_load = saving.to_load
@@ -119,7 +107,7 @@ def _train_forgetful(world: World, tree: dict[str, Any], what: str) -> str:
             piece for piece in to_load(*given, same=same) if not piece.name.startswith(what)
         ]
     try:
-        _train(world, tree)
+        train_in(world, tree)
     except ConfigError as error:
         return str(error)
     return ""
@@ -139,7 +127,7 @@ def test_i19_groups_that_do_not_resume_alike_are_refused_by_name(
     plan = {"partition": "ddp", "sync": {"kind": "diloco", "inner_steps": 3, "delay": 2}}
     kept: dict[str, Any] = {"checkpoint": {"every_steps": 7, "keep_last": 9}, "run": {"steps": 8}}
     tree = run_tree(tmp_path / "run", corpus, cluster={"levels": [2]}, plan=plan, **kept)
-    run_world([2], _train, tree)
+    run_world([2], train_in, tree)
     forget_after(tmp_path / "run", 7)
     for said in run_world([2], _train_forgetful, tree, lost):
         assert f"group 1 and group 0 do not start from the same {named} " in said
@@ -207,7 +195,7 @@ def test_i20_streaming_in_four_bits_ends_within_one_per_cent_of_data_parallel(co
             checkpoint={"every_steps": 0},
             run={"steps": 600, "eval_sequences": 0},
         )
-        run_world([2], _train, tree, timeout_s=280)
+        run_world([2], train_in, tree, timeout_s=280)
         *_, last = read_events(tmp_path / name / EVENTS_FILE, "eval")
         ends[name] = last["loss"]
     assert ends["streaming"] < 1.01 * ends["every step"], ends
@@ -239,7 +227,7 @@ def test_groups_of_a_node_that_add_up_first_train_alike_for_the_bytes_of_one_gro
     two = run_tree(
         tmp_path / "two", corpus, cluster={"levels": [2]}, plan={"partition": "ddp", "sync": {"inner_steps": 4}}
     )
-    run_world([2], _train, two)
+    run_world([2], train_in, two)
     (apart, sent), (together, fewer) = found["flat"], found["summed"]
     assert all(torch.allclose(tensor, apart[name], rtol=1e-3, atol=1e-5) for name, tensor in together.items())
     heads = 5 * 16  # rounds of one fragment, in each of which a rank sends one head more
