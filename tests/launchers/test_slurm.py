@@ -227,7 +227,7 @@ def test_a_cancelled_job_stays_cancelled(
 def test_a_rank_that_fails_ends_the_job_and_is_not_tried_again(
     cluster: Slurm, here: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = write_run(here, corpus, **FOUR, optimizer={"lr": 1e30, "clip_norm": 0.0}, run={"steps": 100})
+    run = write_run(here, corpus, **FOUR, optimizer={"lr": 1e6, "clip_norm": 0.0}, run={"steps": 100})
     number = submit(capsys, run, "--time", "5")
     job = cluster.wait(number, "FAILED", "COMPLETED")
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log(here / "run")
