@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_MOST_RUNS = 64
+_MOST_READS = 64
 """Rows in more runs of bytes are made one first."""
 _CHUNK = 2**17
 """Elements that are read and added up at a time, while they are in the processor's cache."""
@@ -26,7 +26,7 @@ def rows_of(pieces: Sequence[Tensor], k: int) -> list[list[Tensor]]:
     n = sum(piece.numel() for piece in pieces) // k
     rows: list[list[Tensor]] = [[] for _ in range(k)]
     begin = 0
-    for piece in pieces if len(pieces) <= _MOST_RUNS else [torch.cat(list(pieces))]:
+    for piece in pieces if len(pieces) <= _MOST_READS else [torch.cat(list(pieces))]:
         end = begin + piece.numel()
         for row in range(begin // n, -(-end // n)) if n else ():
             first, last = max(begin, row * n), min(end, (row + 1) * n)

@@ -13,7 +13,7 @@ from torch import Tensor
 from thinwire.errors import PlanError
 
 Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-_STEPS = 3
+_TRIAL_STEPS = 3
 
 
 def check_elementwise(build: Build, options: dict[str, Any], like: Tensor) -> None:
@@ -24,7 +24,7 @@ def check_elementwise(build: Build, options: dict[str, Any], like: Tensor) -> No
     make: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
     with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []), torch.enable_grad():
         generator = torch.Generator().manual_seed(0)
-        start, *grads = (torch.randn(4, 4, generator=generator).to(**make) for _ in range(1 + _STEPS))
+        start, *grads = (torch.randn(4, 4, generator=generator).to(**make) for _ in range(1 + _TRIAL_STEPS))
         whole = _trained(build, options, [start], [[grad] for grad in grads])
         parts = _trained(build, options, _parts(start), [_parts(grad) for grad in grads])
     if whole is None or parts is None or not torch.allclose(whole, parts, rtol=1e-5, atol=1e-7):
