@@ -29,7 +29,7 @@ from gpu_kernels import codec_rows, reference_rows
 from gpu_rows import Row, page, show
 from gpu_steps import corpus_in
 
-from thinwire.checkpoint.read import newest_whole, read_tensors
+from thinwire.checkpoint.pieces import newest_whole, read_tensors
 
 HERE = Path(__file__).parent
 VOCABULARY = 128_256

@@ -46,7 +46,7 @@ def be_rank(hosts: int, rounds: int, folder: Path) -> None:
 
     from thinwire.cluster.cluster import Cluster, Level
     from thinwire.comm.collectives import all_reduce, all_reduce_small
-    from thinwire.comm.heap import keep_heap
+    from thinwire.comm.device import keep_heap
     from thinwire.comm.world import World
 
     keep_heap()

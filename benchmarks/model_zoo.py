@@ -38,7 +38,12 @@ from thinwire.train.launch import free_port
 PLANS = ("ddp", "zero1", "zero2", "zero3", "auto")
 GRACE_S = 8.0
 """For the other ranks to say what became of them, once one has said that it is not equal."""
-_PRELOADED = ["torch.distributed.fsdp", "torch.nn.parallel", "transformers.modeling_utils", "thinwire.partition.engine"]
+_PRELOADED = [
+    "torch.distributed.fsdp",
+    "torch.nn.parallel",
+    "transformers.modeling_utils",
+    "thinwire.parallel.shard.engine",
+]
 
 
 class Ranks:

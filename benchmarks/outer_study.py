@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from train_runs import train
 
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
 
 Record = dict[str, Any]

@@ -23,7 +23,7 @@ from sides import CLUSTER, TORCH, WIRES, Setting, Side, thinwire_side
 from torch import Tensor
 
 from thinwire import World
-from thinwire.comm.heap import keep_heap
+from thinwire.comm.device import keep_heap
 from thinwire.model.presets import preset
 from thinwire.train.launch import free_port
 

@@ -33,13 +33,13 @@ from rich.console import Console
 from rich.table import Table
 
 from thinwire.cli.planning import task
-from thinwire.cost.candidate import Candidate
-from thinwire.cost.memory import peak_memory
-from thinwire.cost.placement import place
-from thinwire.cost.sent import sent_bytes
-from thinwire.cost.step import step_time
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.planner.explain import rests_on
+from thinwire.predict.candidate import Candidate
+from thinwire.predict.peak_memory import peak_memory
+from thinwire.predict.placement import place
+from thinwire.predict.sent import sent_bytes
+from thinwire.predict.step import step_time
 from thinwire.train.folder import EVENTS_FILE
 
 NAME, RUNS, PEAKS = "own_runs", "runs.json", "peaks.json"

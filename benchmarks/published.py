@@ -7,13 +7,14 @@ import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from calibration_fit import Measured
+
 from thinwire.cluster.cluster import Cluster, Level
-from thinwire.cluster.presets import device_preset
-from thinwire.cost.candidate import Candidate, Setting
-from thinwire.cost.framework import DEEPSPEED_ZERO3, INTERNEVO, MEGATRON_2021, TORCHTITAN, Framework
+from thinwire.cluster.hardware import device_preset
 from thinwire.model.presets import preset
 from thinwire.model.spec import ModelSpec
-from thinwire.planner.fit import Measured
+from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.framework import DEEPSPEED_ZERO3, INTERNEVO, MEGATRON_2021, TORCHTITAN, Framework
 
 FOLDER = Path(__file__).parent / "validation"
 GBIT = 1e9 / 8

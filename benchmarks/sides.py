@@ -20,12 +20,11 @@ from torch.distributed.fsdp import fully_shard
 
 from thinwire import Cluster, OuterSync, ShardedOptimizer, World, shard
 from thinwire.cluster.cluster import Level
-from thinwire.comm.flight import Flight
-from thinwire.comm.handle import Handle
+from thinwire.comm.handle import Flight, Handle
 from thinwire.model.presets import preset
 from thinwire.model.transformer import Transformer
-from thinwire.partition import engine
-from thinwire.plan import PlanConfig
+from thinwire.parallel.shard import engine
+from thinwire.plan.plan import PlanConfig
 
 CLUSTER = Cluster(levels=(Level(name="node", fanout=2), Level(name="cluster", fanout=2)))
 WIRES: dict[str, dict[str, Any]] = {

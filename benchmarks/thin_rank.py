@@ -22,7 +22,7 @@ from peers import PEERS
 from sides import NO_NETWORK, THINWIRE, TORCH, WAITING, Builder, Setting, Side, alone
 from torch import Tensor
 
-from thinwire.comm.heap import keep_heap
+from thinwire.comm.device import keep_heap
 from thinwire.lab.counters import read_interfaces
 
 SIDES: dict[str, Builder] = {NO_NETWORK: alone, **THINWIRE, **TORCH, **PEERS, **WAITING}

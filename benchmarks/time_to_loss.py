@@ -41,7 +41,7 @@ from thin_rank import (
     wait_for_go,
 )
 
-from thinwire.comm.heap import keep_heap
+from thinwire.comm.device import keep_heap
 from thinwire.lab.config import LabConfig
 from thinwire.lab.lab import Lab
 from thinwire.model.presets import preset

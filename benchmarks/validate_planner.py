@@ -12,20 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import published
+from calibration_fit import FITTED, fit, predict
 from published import Row
 
-from thinwire.cluster.calibration import Calibration
-from thinwire.cluster.cluster import Cluster
-from thinwire.cluster.presets import calibration_of
-from thinwire.cluster.presets import preset as cluster_preset
-from thinwire.cost.candidate import Candidate, Setting, Sync
-from thinwire.cost.framework import INTERNEVO, Framework
-from thinwire.cost.memory import peak_memory
-from thinwire.cost.outer import layered_rate
-from thinwire.cost.placement import place
-from thinwire.cost.step import step_time
+from thinwire.cluster.cluster import Calibration, Cluster
+from thinwire.cluster.hardware import calibration_of
+from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.model.spec import ModelSpec
-from thinwire.planner.fit import FITTED, fit, predict
+from thinwire.predict.candidate import Candidate, Setting, Sync
+from thinwire.predict.framework import INTERNEVO, Framework
+from thinwire.predict.outer_cost import layered_rate
+from thinwire.predict.peak_memory import peak_memory
+from thinwire.predict.placement import place
+from thinwire.predict.step import step_time
 
 Predictor = Callable[[Row], float]
 

@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 import thinwire
 from thinwire.lab.config import LabConfig
-from thinwire.rounds.config import SyncConfig
+from thinwire.plan.sync import SyncConfig
 from thinwire.train.config import RunConfig
 
 ROOT = Path(__file__).parents[1]

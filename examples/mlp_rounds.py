@@ -10,8 +10,8 @@ from torch import nn
 
 from thinwire import Cluster, OuterSync, ShardedOptimizer, World, shard
 from thinwire.cluster.cluster import Level
-from thinwire.plan import PlanConfig
-from thinwire.rounds.config import SyncConfig
+from thinwire.plan.plan import PlanConfig
+from thinwire.plan.sync import SyncConfig
 
 STEPS = 60
 

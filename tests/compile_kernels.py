@@ -11,10 +11,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from thinwire.comm import kernels
-from thinwire.comm.blocks import BlockFormat
-from thinwire.comm.codecs import make_codec
-from thinwire.comm.triton_blocks import encode_blocks, sum_blocks
+from thinwire.comm.codecs import kernels
+from thinwire.comm.codecs.blocks import BlockFormat
+from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.triton_blocks import encode_blocks, sum_blocks
 from thinwire.model.triton_loss import MOST, softmax_gradient
 
 TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from thinwire.checkpoint.manifest import describe_files
 from thinwire.comm.world import World
-from thinwire.partition.pieces import Piece
+from thinwire.parallel.shard.layout import Piece
 
 
 class _SavePieces(DefaultSavePlanner):

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from thinwire.errors import LabError
-from thinwire.lab.inside import AGENT, Inside
-from thinwire.lab.names import new_name
+from thinwire.lab.host import AGENT, Inside, new_name
 from thinwire.lab.tools import check_machine
 
 PEER = str(Path(__file__).with_name("lab_peer.py"))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thinwire.checkpoint.store import Spans, complete
 from thinwire.comm.world import World
-from thinwire.partition.pieces import Piece
+from thinwire.parallel.shard.layout import Piece
 
 
 def put_together(world: World, pieces: Sequence[Piece]) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from thinwire.comm.world import World
-from thinwire.partition.engine import Sharded
-from thinwire.partition.report import predicted_bytes
+from thinwire.parallel.shard.engine import Sharded
+from thinwire.train.announce import predicted_bytes
 
 Depths = tuple[int, int, int]
 Bytes = dict[str, dict[str, int]]

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from replicated import Replicated
 from thinwire.comm.world import World
-from thinwire.partition.engine import Sharded
-from thinwire.partition.optimizer import ShardedOptimizer
-from thinwire.partition.replicated import Replicated
-from thinwire.plan import Partition, Plan
+from thinwire.parallel.shard.engine import Sharded
+from thinwire.parallel.shard.optimizer import ShardedOptimizer
+from thinwire.plan.plan import Partition, Plan
 
 STEPS = 3
 

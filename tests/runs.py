@@ -16,7 +16,7 @@ from thinwire.cli import main
 from thinwire.comm.world import World
 from thinwire.config import build
 from thinwire.data.prepare import Options, prepare
-from thinwire.events import read_events
+from thinwire.files.events import read_events
 from thinwire.train import loop
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE, open_folder

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from thinwire.comm.world import World
 from thinwire.errors import SyncError
-from thinwire.partition.engine import Sharded, shard
-from thinwire.partition.optimizer import ShardedOptimizer
-from thinwire.plan import Partition, Plan
-from thinwire.rounds.config import SyncConfig
-from thinwire.rounds.schedule import Exchange
+from thinwire.parallel.shard.engine import Sharded, shard
+from thinwire.parallel.shard.optimizer import ShardedOptimizer
+from thinwire.plan.plan import Partition, Plan
+from thinwire.plan.rounds import Exchange
+from thinwire.plan.sync import SyncConfig
 from thinwire.sync.outer_sync import OuterSync
 from worlds import cluster_of
 
@@ -109,7 +109,7 @@ class Group:
         return sent
 
     def state(self) -> list[int]:
-        from thinwire.sync.identity import digest
+        from thinwire.sync.peers import digest
 
         return [digest([f.weights, f.momentum]) for f in self.sync.fragments]
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from thinwire.lab.inside import Inside
-from thinwire.lab.names import new_name
+from thinwire.lab.host import Inside, new_name
 
 PORT = 29_500
 SOURCE = Path(__file__).parents[1] / "src"

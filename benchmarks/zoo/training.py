@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parameter import is_lazy
 
 from thinwire import ShardedOptimizer, World, shard
-from thinwire.plan import PlanConfig
+from thinwire.plan.plan import PlanConfig
 from zoo.cases import Case, whole
 from zoo.compare import Reference, Seen
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thinwire.cluster.cluster import Cluster
     from thinwire.comm.world import World
-    from thinwire.partition.engine import Sharded, shard
-    from thinwire.partition.optimizer import ShardedOptimizer
-    from thinwire.plan import Partition, Plan
+    from thinwire.parallel.shard.engine import Sharded, shard
+    from thinwire.parallel.shard.optimizer import ShardedOptimizer
+    from thinwire.plan.plan import Partition, Plan
+    from thinwire.plan.sync import Sync, SyncConfig
     from thinwire.planner.library import plan_for, simulate_plan
-    from thinwire.rounds.config import Sync, SyncConfig
     from thinwire.sync.outer_sync import OuterSync
 
 __version__ = "0.1.0"
@@ -36,15 +36,15 @@ __all__ = [
 _HOMES = {
     "Cluster": "thinwire.cluster.cluster",
     "OuterSync": "thinwire.sync.outer_sync",
-    "Partition": "thinwire.plan",
-    "Plan": "thinwire.plan",
-    "Sharded": "thinwire.partition.engine",
-    "ShardedOptimizer": "thinwire.partition.optimizer",
-    "Sync": "thinwire.rounds.config",
-    "SyncConfig": "thinwire.rounds.config",
+    "Partition": "thinwire.plan.plan",
+    "Plan": "thinwire.plan.plan",
+    "Sharded": "thinwire.parallel.shard.engine",
+    "ShardedOptimizer": "thinwire.parallel.shard.optimizer",
+    "Sync": "thinwire.plan.sync",
+    "SyncConfig": "thinwire.plan.sync",
     "World": "thinwire.comm.world",
     "plan_for": "thinwire.planner.library",
-    "shard": "thinwire.partition.engine",
+    "shard": "thinwire.parallel.shard.engine",
     "simulate_plan": "thinwire.planner.library",
 }
 

@@ -19,12 +19,11 @@ from dcp_writer import write_format_1
 from planted import Bomb, bomb_went_off
 from thinwire.checkpoint.listing import list_checkpoints, open_checkpoint
 from thinwire.checkpoint.manifest import Manifest, describe_files
-from thinwire.checkpoint.old_format import OldParts
-from thinwire.checkpoint.read import newest_whole, read_tensors
+from thinwire.checkpoint.pieces import OldParts, newest_whole, read_tensors
 from thinwire.checkpoint.store import Checkpoints, Saved
 from thinwire.comm.world import World
 from thinwire.errors import CheckpointError, UnreadableError
-from thinwire.partition.pieces import Piece
+from thinwire.parallel.shard.layout import Piece
 from worlds import cluster_of, run_world
 
 DTYPES = {

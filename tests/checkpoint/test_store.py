@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from thinwire.checkpoint.listing import list_checkpoints
-from thinwire.checkpoint.read import newest_whole, read_tensors
+from thinwire.checkpoint.pieces import newest_whole, read_tensors
 from thinwire.checkpoint.store import Checkpoints, Found, Saved, SaveFailed, complete
 from thinwire.comm.world import World
 from thinwire.errors import CheckpointError
-from thinwire.partition.pieces import Piece
+from thinwire.parallel.shard.layout import Piece
 from worlds import run_world
 
 SHAPES = {"params/a": (7, 5), "params/b": (3,), "params/tiny": (1,), "optimizer.exp_avg/a": (7, 5)}

@@ -8,7 +8,7 @@ import pytest
 
 from labs import need_lab, peer
 from runs import make_corpus, thinwire, write_run
-from thinwire.events import steps
+from thinwire.files.events import steps
 
 TWO_BY_TWO = "hosts = 2\nranks_per_host = 2\n"
 

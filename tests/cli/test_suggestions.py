@@ -7,19 +7,20 @@ import tomli_w
 import torch
 
 from runs import here, make_corpus, write_run
-from thinwire.cluster.cluster import Cluster, ClusterConfig, Level
-from thinwire.cluster.presets import calibration_of, device_preset
+from thinwire.cluster.cluster import Cluster, Level
+from thinwire.cluster.config import ClusterConfig
+from thinwire.cluster.hardware import calibration_of, device_preset
 from thinwire.config import build, load
-from thinwire.cost.candidate import Setting
 from thinwire.errors import ConfigError, DivergenceError, PlanError
 from thinwire.model.config import ModelConfig
 from thinwire.model.generate import pick
 from thinwire.model.presets import preset
-from thinwire.plan import PlanConfig
+from thinwire.plan.plan import PlanConfig
+from thinwire.plan.sync import SyncConfig
 from thinwire.planner.choose import choose
 from thinwire.planner.search import search
 from thinwire.planner.space import Space
-from thinwire.rounds.config import SyncConfig
+from thinwire.predict.candidate import Setting
 from thinwire.train.config import RunConfig
 from thinwire.train.schedule import lr_at, said_of_changes
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from thinwire.cluster.cluster import Cluster, ClusterConfig, Device, Level, check_size, read_cluster
-from thinwire.cluster.presets import CLUSTERS, DEVICES, preset
+from thinwire.cluster.cluster import Cluster, Device, Level, check_size, read_cluster
+from thinwire.cluster.config import ClusterConfig
+from thinwire.cluster.hardware import CLUSTERS, DEVICES, preset
 from thinwire.config import build, dump_toml
 from thinwire.errors import ConfigError
 

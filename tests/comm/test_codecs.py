@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thinwire.comm.blocks import pack, round_up_bf16, unpack
-from thinwire.comm.chance import Chance, uniform
-from thinwire.comm.codecs import make_codec
-from thinwire.comm.rotation import hadamard
+from thinwire.comm.codecs.blocks import hadamard, pack, round_up_bf16, unpack
+from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.rng import Chance, uniform
 from thinwire.errors import PlanError
-from thinwire.wire import wire_bytes
+from thinwire.plan.compression import wire_bytes
 
 NAMES = ["bf16", "fp16", "int8", "int4", "int4-hadamard", "e3m0"]
 BLOCKED = NAMES[2:]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from thinwire.comm import dull
+import dull
 from thinwire.comm.collectives import all_gather, all_reduce, all_reduce_small, reduce_scatter
 from thinwire.comm.world import World
 from worlds import run_world

@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from other_device import other_device
 from thinwire.cluster.cluster import Cluster, Level
-from thinwire.cluster.presets import DEVICES
-from thinwire.comm import duplex
-from thinwire.comm.codecs import make_codec
+from thinwire.cluster.hardware import DEVICES
+from thinwire.comm.codecs.registry import make_codec
 from thinwire.comm.collectives import all_gather, all_reduce, reduce_scatter
 from thinwire.comm.device import claim, rank_device
+from thinwire.comm.transport import duplex
 from thinwire.comm.world import World
 from thinwire.errors import ConfigError
 from worlds import run_world

@@ -2,7 +2,7 @@
 
 import torch
 
-from thinwire.comm import duplex
+from thinwire.comm.transport import duplex
 from thinwire.comm.world import World
 from worlds import run_world
 

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thinwire.comm import blocks
-from thinwire.comm.blocks import BlockFormat
-from thinwire.comm.chance import uniform
-from thinwire.comm.codecs import Blocks, arithmetic, make_codec
+from thinwire.comm.codecs import blocks
+from thinwire.comm.codecs.blocks import BlockFormat
+from thinwire.comm.codecs.registry import Blocks, arithmetic, make_codec
+from thinwire.comm.codecs.rng import uniform
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install thinwire[gpu]")
-from thinwire.comm import kernels
+from thinwire.comm.codecs import kernels
 
 NAMES = ["int8", "int4", "int4-hadamard", "e3m0"]
 ROUNDINGS = ["nearest", "stochastic"]

@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from thinwire.comm import dull, same_host
+import dull
 from thinwire.comm.collectives import all_gather, reduce_scatter
-from thinwire.comm.line import Line
-from thinwire.comm.memory import Run, read_memory
-from thinwire.comm.neighbours import Exchanges
+from thinwire.comm.transport import host_groups as same_host
+from thinwire.comm.transport.local_socket import Line
+from thinwire.comm.transport.same_host import Exchanges
+from thinwire.comm.transport.shared_memory import Run, read_memory
 from thinwire.comm.world import World
 from thinwire.errors import LinkError
-from thinwire.train.report import describe
+from thinwire.train.launch import describe
 from worlds import run_world
 
 N = 300_000

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from thinwire.comm.topk import TopK
-from thinwire.wire import TOPK_CHUNK, TOPK_SHARE, topk_kept
+from thinwire.comm.codecs.topk import TopK
+from thinwire.plan.compression import TOPK_CHUNK, TOPK_SHARE, topk_kept
 
 LENGTHS = st.one_of(
     st.integers(1, 200), st.sampled_from([TOPK_CHUNK - 1, TOPK_CHUNK, TOPK_CHUNK + 1, 3 * TOPK_CHUNK + 65])

@@ -20,7 +20,7 @@ from thinwire.data.indexed import answers_path
 from thinwire.data.loader import IGNORED, Packing
 from thinwire.data.template import Message
 from thinwire.errors import DataError
-from thinwire.events import steps
+from thinwire.files.events import steps
 from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from thinwire.data.first_use import make_once
+from thinwire.data.corpus import make_once
 from thinwire.errors import DataError, StopAsked, ThinwireError
 
 

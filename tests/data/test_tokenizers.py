@@ -17,7 +17,7 @@ from thinwire.data.notes import notes
 from thinwire.data.prepare import Options, prepare
 from thinwire.data.tokenizer import END_OF_TEXT, ByteTokenizer, FileTokenizer, train_bpe
 from thinwire.errors import DataError
-from thinwire.evaluate.loss import _bytes_scored
+from thinwire.evaluate.scoring import _bytes_scored
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SPACE = "\u2581"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from labs import need_lab
 from thinwire import Cluster, OuterSync, ShardedOptimizer, World, shard
 from thinwire.cluster.cluster import Level
-from thinwire.plan import Plan, PlanConfig
-from thinwire.rounds.config import SyncConfig
+from thinwire.plan.plan import Plan, PlanConfig
+from thinwire.plan.sync import SyncConfig
 
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from runs import thinwire
 from thinwire.evaluate.load import load_run
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from thinwire.data.chat import ChatOptions, prepare_chat
 from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
 from thinwire.data.prepare import Options, prepare
-from thinwire.events import read_events
+from thinwire.files.events import read_events
 from thinwire.hub.export_run import export_run
 from thinwire.hub.import_folder import import_folder
 from thinwire.train.folder import EVENTS_FILE

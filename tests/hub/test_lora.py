@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from hub_models import logits, save_model
 from runs import make_corpus, run_tree, thinwire, train_in, write_run
-from thinwire.checkpoint.read import newest_whole
+from thinwire.checkpoint.pieces import newest_whole
 from thinwire.config import build
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.evaluate.load import load_run
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.hub.export_run import export_run
 from thinwire.hub.native import Native, describe
-from thinwire.model.lora import LoraOptions
+from thinwire.model.config import LoraOptions
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world

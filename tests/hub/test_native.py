@@ -20,7 +20,7 @@ from hub_models import CONFIGS, logits, make_model, save_model, tokens
 from runs import make_corpus, run_tree, train_in
 from thinwire.errors import ConfigError, ThinwireError
 from thinwire.evaluate.load import load_run
-from thinwire.events import steps
+from thinwire.files.events import steps
 from thinwire.hub.export_run import export_run
 from thinwire.hub.families import read_spec
 from thinwire.hub.import_folder import import_folder

@@ -14,7 +14,7 @@ from thinwire.config import build
 from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
 from thinwire.evaluate.load import load_run
-from thinwire.events import steps
+from thinwire.files.events import steps
 from thinwire.hub.export_run import export_run
 from thinwire.hub.import_folder import import_folder
 from thinwire.hub.init import read_init

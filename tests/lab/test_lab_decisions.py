@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from thinwire.cli.lab_train import check_levels
+from thinwire.cli.lab import check_levels
 from thinwire.errors import ConfigError, LabError
-from thinwire.lab import network, shaping
+from thinwire.lab import network
+from thinwire.lab import network as shaping
+from thinwire.lab.command import StepWatch, due, what
 from thinwire.lab.config import Fault, LabConfig
 from thinwire.lab.counters import Traffic, read_interfaces
-from thinwire.lab.faults import StepWatch, due, what
-from thinwire.lab.names import is_name, new_name, owner_lives
-from thinwire.lab.place import members
+from thinwire.lab.host import is_name, new_name, owner_lives
+from thinwire.lab.ranks_env import members
 from thinwire.lab.tools import check_machine, may_administrate, why_command_failed, why_no_namespaces
 from worlds import cluster_of
 

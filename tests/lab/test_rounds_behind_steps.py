@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from labs import need_lab
-from thinwire.cost.candidate import Sync
-from thinwire.cost.outer import stall_s, utilisation
 from thinwire.lab.config import LabConfig
 from thinwire.lab.lab import Lab
+from thinwire.predict.candidate import Sync
+from thinwire.predict.outer_cost import stall_s, utilisation
 
 PROGRAM = str(Path(__file__).parents[1] / "lab_rounds.py")
 RATE = 2e6  # bytes per second: half a second for a fragment

@@ -7,10 +7,10 @@ import pytest
 
 from runs import thinwire
 from thinwire import Cluster, Plan, plan_for, simulate_plan
-from thinwire.cluster.presets import preset as cluster_preset
+from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.errors import ConfigError, PlanError, ThinwireError
 from thinwire.model.presets import preset
-from thinwire.simulate.trouble import Trouble
+from thinwire.predict.perturbation import Trouble
 
 MODEL, CLUSTER, SEQUENCES, TOKENS = "llama-2-7b", "dgx-a100-4", 64, 2048
 

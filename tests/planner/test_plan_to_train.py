@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from own_runs import clean
 
 from runs import make_corpus, thinwire, write_run
-from thinwire.events import steps
-from thinwire.plan import Plan, Wire
+from thinwire.files.events import steps
+from thinwire.plan.plan import Plan, Wire
 from thinwire.train.folder import EVENTS_FILE
 
 CLUSTER = {

@@ -4,30 +4,28 @@ import json
 from pathlib import Path
 
 import pytest
+from calibration_fit import Measured, fit, predict
 from typer.testing import CliRunner
 
 from thinwire.cli import app, main
-from thinwire.cluster.calibration import Calibration
-from thinwire.cluster.cluster import Cluster, Device, Level
-from thinwire.cluster.presets import CALIBRATIONS, calibration_of, device_preset
-from thinwire.cluster.presets import preset as cluster_preset
-from thinwire.cost.candidate import Candidate, Setting, Sync
-from thinwire.cost.device import touch_s
-from thinwire.cost.memory import peak_memory
-from thinwire.cost.outer import layered_rate, rate_for_utilisation
-from thinwire.cost.placement import place
-from thinwire.cost.step import step_time
+from thinwire.cluster.cluster import Calibration, Cluster, Device, Level
+from thinwire.cluster.hardware import CALIBRATIONS, calibration_of, device_preset
+from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.errors import ConfigError, PlanError, ThinwireError
 from thinwire.model.presets import preset
-from thinwire.plan import Plan
+from thinwire.plan.plan import Plan
 from thinwire.planner.choose import choose
 from thinwire.planner.explain import mfu
-from thinwire.planner.fit import Measured, fit, predict
 from thinwire.planner.named import parse
 from thinwire.planner.search import cost, search
 from thinwire.planner.sensitivity import SHARES, flips, needed, with_rate
 from thinwire.planner.space import Space, cores, partitions
 from thinwire.planner.whynot import why_not
+from thinwire.predict.candidate import Candidate, Setting, Sync
+from thinwire.predict.outer_cost import layered_rate, rate_for_utilisation
+from thinwire.predict.peak_memory import peak_memory
+from thinwire.predict.placement import place, touch_s
+from thinwire.predict.step import step_time
 from thinwire.units import divisors
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -5,9 +5,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from calibration_fit import predict
 
-from thinwire.cluster.calibration import Calibration
-from thinwire.planner.fit import predict
+from thinwire.cluster.cluster import Calibration
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 
 from runs import thinwire
-from thinwire.cluster.calibration import Calibration
-from thinwire.cluster.cluster import Cluster, Device, Level, read_cluster
+from thinwire.cluster.cluster import Calibration, Cluster, Device, Level, read_cluster
 from thinwire.comm.world import World
-from thinwire.cost.block import block_passes
-from thinwire.cost.candidate import Candidate, Setting
-from thinwire.cost.collectives import gather_hops
-from thinwire.cost.placement import Axes, Hop
+from thinwire.predict.block import block_passes, gather_hops
+from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.placement import Axes, Hop
 from thinwire.probe.effort import BlockShape, Effort
 from thinwire.probe.fit import (
     Timings,

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from thinwire.cluster.cluster import Cluster, Device, Level
-from thinwire.cluster.presets import DEVICES
+from thinwire.cluster.hardware import DEVICES
 from thinwire.comm.world import World
 from thinwire.errors import ProbeError
 from thinwire.probe.effort import CODECS, FULL, GPU_FULL, GPU_QUICK, QUICK, Effort
 from thinwire.probe.fit import Timings, measured_cluster
-from thinwire.probe.sane import check
-from thinwire.probe.timing import Stopwatch, timed
+from thinwire.probe.links import Stopwatch, timed
+from thinwire.probe.measure import check
 
 ONE = (Level(name="node", fanout=1),)
 H200 = Cluster(device=DEVICES["h200"], levels=ONE)

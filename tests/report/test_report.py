@@ -12,10 +12,9 @@ import pytest
 from browser import PROGRAM, Browser
 from runs import make_corpus, thinwire, write_run
 from thinwire.errors import ConfigError
-from thinwire.report.figures import merged, said, thinned, wire_rows
+from thinwire.report.figures import course_of_a_step, last_step, merged, said, thinned, wire_rows
 from thinwire.report.predict import Predicted, predict
 from thinwire.report.read import read_run, read_runs
-from thinwire.report.timeline import course_of_a_step, last_step
 
 needs_browser = pytest.mark.skipif(PROGRAM is None, reason="there is no chromium here: `make packages` installs it")
 DEVICE = {

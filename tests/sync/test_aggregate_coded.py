@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from sync_toy import Group
-from thinwire.comm.codecs import make_codec
-from thinwire.comm.topk import TopK
+from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.topk import TopK
 from thinwire.comm.world import World
-from thinwire.rounds.config import Aggregate
-from thinwire.sync import applying
-from thinwire.sync.aggregate import aggregate, aggregate_coded
-from thinwire.sync.message import Coder, Raw
+from thinwire.plan.sync import Aggregate
+from thinwire.sync import outer_step as applying
+from thinwire.sync.message import Coder, Raw, aggregate, aggregate_coded
 from worlds import run_world
 
 WEIGHTS = [[1.0] * 4, [1.0, 0.0, 1.0, 1.0], [2.0, 0.0, 0.0, 3.0], [3.0, 3.0, 0.0, 3.0], [0.0] * 4]

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sync_toy import SITES, Group, Stack
-from thinwire.comm.codecs import make_codec
+from thinwire.comm.codecs.registry import make_codec
 from thinwire.comm.world import World
-from thinwire.rounds.traffic import chunk_elements, exchange_bytes
-from thinwire.wire import returned_as, wire_bytes
+from thinwire.plan.compression import returned_as, wire_bytes
+from thinwire.plan.traffic import chunk_elements, exchange_bytes
 from worlds import run_world
 
 CODECS = ["fp32", "bf16", "int8", "int4", "int4-hadamard", "e3m0", "topk"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinwire.errors import PlanError
-from thinwire.sync.cliques import find_cliques, meet
+from thinwire.sync.peers import find_cliques, meet
 
 Cut = list[tuple[int, list[tuple[int, int]]]]
 

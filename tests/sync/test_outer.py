@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.rounds.config import Sync, SyncConfig
-from thinwire.sync.aggregate import aggregate
-from thinwire.sync.outer import mix_into, outer_step, staleness_gap
+from thinwire.plan.sync import Sync, SyncConfig
+from thinwire.sync.message import aggregate
+from thinwire.sync.outer_step import mix_into, outer_step, staleness_gap
 
 
 def sync(**given: object) -> Sync:

@@ -10,10 +10,10 @@ import torch
 from sync_toy import SITES, Group, gone_astray
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
-from thinwire.rounds.config import SyncConfig
-from thinwire.rounds.traffic import BEAT_BYTES
-from thinwire.sync import pace as pace_module
-from thinwire.sync.pace import Pace
+from thinwire.plan.sync import SyncConfig
+from thinwire.plan.traffic import BEAT_BYTES
+from thinwire.sync import rounds_in_flight as pace_module
+from thinwire.sync.rounds_in_flight import Pace
 from worlds import run_world
 
 FOUR = [("node", 2), ("site", 2)]

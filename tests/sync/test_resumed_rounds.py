@@ -10,7 +10,7 @@ from torch import Tensor
 from logical import fill, put_together
 from sync_toy import Group, draw
 from thinwire.comm.world import World
-from thinwire.sync.saving import in_flight, own_names, taken_steps, to_load, to_save
+from thinwire.sync.state import in_flight, own_names, taken_steps, to_load, to_save
 from worlds import run_world
 
 STEPS, SAVED_AT = 9, (3, 4, 6)

@@ -7,12 +7,12 @@ import torch
 
 from sync_toy import Group, gone_astray
 from thinwire.comm import world as world_module
-from thinwire.comm.codecs import make_codec
+from thinwire.comm.codecs.registry import make_codec
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
-from thinwire.rounds.config import SyncConfig
-from thinwire.rounds.schedule import hops_due
-from thinwire.rounds.traffic import exchange_bytes, inside_bytes
+from thinwire.plan.rounds import hops_due
+from thinwire.plan.sync import SyncConfig
+from thinwire.plan.traffic import exchange_bytes, inside_bytes
 from worlds import run_world
 
 FOUR = [("node", 2), ("site", 2)]

@@ -18,7 +18,7 @@ from thinwire.comm.world import World
 from thinwire.config import build
 from thinwire.errors import CheckpointError, ConfigError, ThinwireError
 from thinwire.evaluate.load import load_run
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.hub.export_run import export_run
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE, open_folder

@@ -11,7 +11,7 @@ from runs import make_corpus, run_tree, thinwire, train_in, write_run
 from thinwire.comm.world import World
 from thinwire.config import build
 from thinwire.data.loader import Loader, Packing
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.model.transformer import Transformer
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE

@@ -5,7 +5,7 @@ from typing import Any
 
 from runs import make_corpus, run_tree, train_in
 from thinwire.comm.world import World
-from thinwire.events import steps
+from thinwire.files.events import steps
 from thinwire.train import loop
 from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runs import command, environment, make_text, write_run
-from thinwire.events import steps
+from thinwire.files.events import steps
 from thinwire.train.folder import EVENTS_FILE
 from thinwire.train.launch import free_port
 

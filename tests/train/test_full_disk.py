@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runs import command, environment, make_corpus, thinwire, write_run
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -11,7 +11,7 @@ import pytest
 from labs import need_lab
 from runs import make_corpus, ranks_of, start, wait_for_step, write_run
 from thinwire.errors import LinkError, RankLost
-from thinwire.train.report import FailureReport, describe, root_cause
+from thinwire.train.launch import FailureReport, describe, root_cause
 from two_networks import two_networks
 
 TIMEOUT_S = 4

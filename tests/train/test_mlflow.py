@@ -15,7 +15,7 @@ import pytest
 
 from labs import eventually
 from runs import make_corpus, thinwire, write_run
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.train.trackers import TrackingConfig, open_trackers
 
 pytest.importorskip("mlflow")

@@ -5,7 +5,7 @@ import torch
 
 from thinwire.cluster.cluster import Device
 from thinwire.model.presets import preset
-from thinwire.train.numbers import mfu, peak_flops_per_s
+from thinwire.train.progress import mfu, peak_flops_per_s
 
 
 def test_a_peak_that_is_given_is_taken() -> None:

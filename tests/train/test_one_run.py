@@ -7,7 +7,7 @@ import pytest
 
 from runs import command, environment, make_corpus, make_text, write_run
 from thinwire.data.prepare import Options, prepare
-from thinwire.events import read_events
+from thinwire.files.events import read_events
 from thinwire.train.folder import EVENTS_FILE
 from thinwire.train.launch import free_port
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runs import command, environment, make_corpus, thinwire, write_run
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
 
 ENDLESS = {"steps": 100_000, "eval_every": 0, "sample_tokens": 0, "eval_sequences": 4}

@@ -13,7 +13,7 @@ from runs import make_corpus, write_run
 from thinwire.comm.world import World
 from thinwire.data.loader import evaluation_batches
 from thinwire.evaluate.load import load_run
-from thinwire.evaluate.loss import score
+from thinwire.evaluate.scoring import score
 from thinwire.model.generate import generate
 from thinwire.train.folder import open_folder
 from thinwire.train.job import read_config, resolve

@@ -21,12 +21,12 @@ from planted import Bomb, bomb_went_off
 from runs import make_corpus, run_tree
 from thinwire.checkpoint.listing import list_checkpoints
 from thinwire.checkpoint.manifest import Manifest, describe_files
-from thinwire.checkpoint.pieces_io import PiecesReader
+from thinwire.checkpoint.pieces import PiecesReader
 from thinwire.cli import main
 from thinwire.comm.world import World
 from thinwire.errors import ThinwireError
 from thinwire.hub.import_folder import import_folder
-from thinwire.partition.pieces import Piece
+from thinwire.parallel.shard.layout import Piece
 from thinwire.train.folder import open_folder
 from thinwire.train.job import read_config, resolve
 from thinwire.train.loop import train

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runs import command, environment, make_corpus, ranks_of, start, thinwire, wait_for_step, write_run
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
 
 CLUSTER = {"levels": [2]}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from runs import command, environment, make_corpus, write_run
-from thinwire.events import read_events
-from thinwire.train.streams import Forgiving
+from thinwire.files.events import read_events
+from thinwire.train.console import Forgiving
 
 PRESETS = [sys.executable, "-m", "thinwire", "presets"]
 

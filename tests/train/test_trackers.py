@@ -7,8 +7,8 @@ import pytest
 
 from labs import eventually
 from thinwire.errors import ConfigError
-from thinwire.events import read_events
-from thinwire.train.telemetry import Telemetry
+from thinwire.files.events import read_events
+from thinwire.train.progress import Telemetry
 from thinwire.train.trackers import TrackingConfig, flat, open_trackers
 
 

@@ -11,7 +11,7 @@ import torch
 from runs import make_corpus, run_tree, thinwire, train_in, write_run
 from thinwire.comm.world import World
 from thinwire.data.indexed import answers_path
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.report.read import read_run
 from thinwire.train import loop
 from thinwire.train.assemble import Parts

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from runs import make_corpus, run_tree, thinwire, train_in, write_run
-from thinwire.checkpoint.read import newest_whole, read_tensors
+from thinwire.checkpoint.pieces import newest_whole, read_tensors
 from thinwire.comm.world import World
 from thinwire.errors import ConfigError
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world
 

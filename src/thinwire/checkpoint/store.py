@@ -29,10 +29,10 @@ from thinwire.checkpoint.listing import (
     step_of,
 )
 from thinwire.checkpoint.manifest import FileInfo, Manifest, Part, TensorInfo
-from thinwire.checkpoint.pieces_io import PiecesReader, write_pieces
+from thinwire.checkpoint.pieces import PiecesReader, write_pieces
 from thinwire.comm.world import World
 from thinwire.errors import CheckpointError, ThinwireError, UnreadableError
-from thinwire.partition.pieces import Piece
+from thinwire.parallel.shard.layout import Piece
 
 _PATIENCE = timedelta(minutes=30)
 """For the slowest rank's files."""

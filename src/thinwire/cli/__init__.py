@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from thinwire.config import nearest
 from thinwire.errors import ConfigError, ThinwireError
-from thinwire.train.streams import forgive, refused
+from thinwire.train.console import forgive, refused
 
 _ENDLESS = re.compile(r"\S{400,}")
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]

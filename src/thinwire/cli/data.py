@@ -29,8 +29,8 @@ def prepare(
 
     Example: thinwire data prepare stdlib -o corpora/stdlib --tokenizer bpe:4096
     """
+    from thinwire.data.notes import prepare_shown
     from thinwire.data.prepare import Options
-    from thinwire.data.progress import prepare_shown
     from thinwire.errors import ConfigError
 
     if not 0 <= heldout_fraction < 1:
@@ -68,7 +68,7 @@ def chat(
     Example: thinwire data chat talks.jsonl -o corpora/talks --tokenizer inits/qwen/hub
     """
     from thinwire.data.chat import ChatOptions, prepare_chat
-    from thinwire.data.progress import tell
+    from thinwire.data.notes import tell
     from thinwire.errors import ConfigError
 
     if not 0 <= heldout_fraction < 1:
@@ -90,7 +90,7 @@ def show(
     """
     from thinwire.data.config import DataConfig
     from thinwire.data.corpus import Corpus, read_manifest
-    from thinwire.data.progress import tell
+    from thinwire.data.notes import tell
 
     manifest = read_manifest(folder)
     Corpus.open(DataConfig(path=folder))

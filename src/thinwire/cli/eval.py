@@ -23,7 +23,7 @@ def run(
     from thinwire.data.loader import evaluation_batches
     from thinwire.errors import DataError
     from thinwire.evaluate.load import device_for, load_run
-    from thinwire.evaluate.loss import score
+    from thinwire.evaluate.scoring import score
     from thinwire.train.shortage import shortage_explained
 
     where = device_for(device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from thinwire.launchers.allocation import Allocation
+    from thinwire.operate.allocation import Allocation
     from thinwire.train.config import RunConfig
     from thinwire.train.job import Outline
 
@@ -53,8 +53,8 @@ def slurm(
     Example: thinwire launch slurm run.toml --time 4:00:00 --sbatch partition=gpu --sbatch account=lab
     """
     from thinwire.errors import ConfigError
-    from thinwire.launchers.names import memory, one_line, variables
-    from thinwire.launchers.slurm import SlurmRequest, run_folders, script
+    from thinwire.operate.allocation import memory, one_line, variables
+    from thinwire.operate.slurm import SlurmRequest, run_folders, script
 
     if per not in ("rank", "node"):
         raise ConfigError(f"--per {per} is unknown; there are rank and node")
@@ -91,7 +91,7 @@ def slurm(
 
 def _hand_over(script: str, logs: Path, *, submit: bool) -> None:
     """Submit the script, or print it."""
-    from thinwire.launchers.submit import submit as to_sbatch
+    from thinwire.operate.slurm import submit as to_sbatch
 
     if submit:
         typer.echo(f"submitted job {to_sbatch(script, logs)}; its output goes to {logs}")
@@ -126,8 +126,8 @@ def k8s(
     import yaml
 
     from thinwire.errors import ConfigError
-    from thinwire.launchers.kubernetes import KubernetesRequest, check_paths, gpu_resource_of, manifest, off_claim
-    from thinwire.launchers.names import job_name, one_line, variables, volume_claim
+    from thinwire.operate.allocation import job_name, one_line, variables, volume_claim
+    from thinwire.operate.kubernetes import KubernetesRequest, check_paths, gpu_resource_of, manifest, off_claim
     from thinwire.train.job import default_folder
 
     if kind not in ("pytorchjob", "trainjob"):
@@ -160,7 +160,7 @@ def _for_pods(
 ) -> "tuple[Allocation, RunConfig]":
     """What to ask for, and the run file. Raises ConfigError; what lies on the claim cannot be looked at from here."""
     from thinwire.errors import ConfigError
-    from thinwire.launchers.allocation import allocate
+    from thinwire.operate.allocation import allocate
     from thinwire.train.job import outlined, read_config
 
     allocation = allocate(run_file, settings, nodes=nodes, ranks_per_node=ranks_per_node)
@@ -188,8 +188,8 @@ def _checked(
     run_file: Path, settings: list[str], nodes: str | None, ranks_per_node: int | None, array: str | None
 ) -> "tuple[Allocation, Outline]":
     """What to ask for, and the run on the fewest nodes. Every number of nodes is tried, so that none fails in the queue."""
-    from thinwire.launchers.allocation import allocate
-    from thinwire.launchers.slurm import TASK, check_array, first_task
+    from thinwire.operate.allocation import allocate
+    from thinwire.operate.slurm import TASK, check_array, first_task
     from thinwire.train.job import foreseen, read_config
 
     check_array(settings, array)

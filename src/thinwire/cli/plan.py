@@ -81,7 +81,7 @@ def _print_json(found: "Task", answer: "Answer", top: int) -> None:
 def _write(out: Path, found: "Task", answer: "Answer", codecs: str, outer: str) -> None:
     """The best plan that the trainer runs, searched for again if the best of all is not one. Raises PlanError."""
     from thinwire.cli.planning import space_of
-    from thinwire.folders import write_asked
+    from thinwire.files.folders import write_asked
     from thinwire.planner.choose import choose
 
     best = answer.best

@@ -7,16 +7,16 @@ from pathlib import Path
 import typer
 
 from thinwire.cluster.cluster import Cluster
-from thinwire.cluster.presets import calibration_of
+from thinwire.cluster.hardware import calibration_of
 from thinwire.config import load
-from thinwire.cost.candidate import Candidate, Setting, Sync
 from thinwire.errors import ConfigError
 from thinwire.hub.init import read_init
 from thinwire.hub.stand_in import stand_in
 from thinwire.model.config import check_vocabulary
 from thinwire.model.spec import ModelSpec
-from thinwire.plan import Plan, read_plan
+from thinwire.plan.plan import Plan, read_plan
 from thinwire.planner.space import WIRE, Space
+from thinwire.predict.candidate import Candidate, Setting, Sync
 from thinwire.train.config import RunFile
 from thinwire.train.job import default_folder, expected_vocabulary
 

@@ -13,7 +13,7 @@ def run(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
 
     Example: thinwire presets
     """
-    from thinwire.cluster.presets import CLUSTERS, DEVICES
+    from thinwire.cluster.hardware import CLUSTERS, DEVICES
     from thinwire.model.presets import preset, preset_names
 
     if as_json:
@@ -30,7 +30,7 @@ def run(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
 
 
 def _devices() -> Rows:
-    from thinwire.cluster.presets import DEVICES
+    from thinwire.cluster.hardware import DEVICES
     from thinwire.units import show_bytes, show_count
 
     rows = []
@@ -46,7 +46,7 @@ def _devices() -> Rows:
 
 
 def _clusters() -> Rows:
-    from thinwire.cluster.presets import CLUSTERS
+    from thinwire.cluster.hardware import CLUSTERS
     from thinwire.units import show_rate
 
     rows = []

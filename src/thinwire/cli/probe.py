@@ -31,7 +31,7 @@ def run(
     from thinwire.cluster.cluster import check_size
     from thinwire.cluster.found import check_ranks, described, found_gpus
     from thinwire.comm.place import Place
-    from thinwire.folders import check_writable
+    from thinwire.files.folders import check_writable
 
     place, seen = Place.from_environment(os.environ, command=called()), found_gpus(os.environ)
     on_cpu = device == "cpu" or not seen
@@ -43,7 +43,7 @@ def run(
         check_ranks(cluster, cluster.ranks, seen)
         _probe_here(cluster, out, quick=quick)
     else:
-        from thinwire.probe.worker import probe_rank
+        from thinwire.probe.probe_worker import probe_rank
 
         check_size(cluster, place.size)
         probe_rank(cluster, place, out, quick=quick)
@@ -53,7 +53,7 @@ def run(
 
 def _cluster(levels: str, device: str | None) -> "Cluster":
     """Raises ConfigError for what is no list of levels."""
-    from thinwire.cluster.cluster import ClusterConfig
+    from thinwire.cluster.config import ClusterConfig
     from thinwire.config import build
     from thinwire.errors import ConfigError
     from thinwire.units import whole_number
@@ -69,13 +69,13 @@ def _cluster(levels: str, device: str | None) -> "Cluster":
 
 def _probe_here(cluster: "Cluster", out: Path, *, quick: bool) -> None:
     from thinwire.cli.train import leave
-    from thinwire.folders import scratch_folder
+    from thinwire.files.folders import scratch_folder
     from thinwire.train.launch import Share, launch
 
     arguments = [cluster.model_dump_json(), str(out.absolute()), "quick" if quick else "full"]
     with scratch_folder() as folder:
         share = Share.whole(cluster.ranks)
-        ending = launch(arguments, share=share, folder=folder, worker="thinwire.probe.worker")
+        ending = launch(arguments, share=share, folder=folder, worker="thinwire.probe.probe_worker")
     if ending.status:
         leave(ending)
 

@@ -18,7 +18,7 @@ def run(
     Example: thinwire report runs/stdlib -o report.html
     """
     from thinwire.cluster.cluster import read_cluster
-    from thinwire.report.write import write_report
+    from thinwire.report.page import write_report
     from thinwire.units import show_bytes
 
     size = write_report(folders, out, cluster=read_cluster(cluster) if cluster is not None else None)

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from thinwire.cluster.presets import calibration_of
-from thinwire.cost.candidate import Candidate, Setting
-from thinwire.cost.memory import peak_memory
-from thinwire.cost.placement import place
+from thinwire.cluster.hardware import calibration_of
 from thinwire.errors import PlanError
 from thinwire.model.spec import ModelSpec
-from thinwire.plan import Plan, resolve_partition
+from thinwire.plan.plan import Plan, resolve_partition
+from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.peak_memory import peak_memory
+from thinwire.predict.placement import place
 from thinwire.units import show_bytes
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import typer
 from thinwire.cli.train import SET
 
 if TYPE_CHECKING:
-    from thinwire.cost.candidate import Setting
     from thinwire.planner.search import Ranked
     from thinwire.planner.space import Space
-    from thinwire.simulate.step import Simulated
-    from thinwire.simulate.trouble import Trouble
+    from thinwire.predict.candidate import Setting
+    from thinwire.predict.perturbation import Trouble
+    from thinwire.predict.simulate import Simulated
 
 
 def run(
@@ -48,7 +48,7 @@ def run(
     Example: thinwire simulate examples/frontier-20b.toml --plan pipeline=4 --trace step.json
     """
     from thinwire.cli.planning import space_of, task, tell_notes
-    from thinwire.simulate.step import simulate_step
+    from thinwire.predict.simulate import simulate_step
 
     found = task(run_file, settings or [])
     tell_notes(found)
@@ -56,7 +56,7 @@ def run(
     trouble = _trouble(found.setting, ranked, slow_rank or [], slow_level or [], jitter, seed)
     simulated = simulate_step(found.setting, ranked.candidate, ranked.axes, trouble)
     if trace is not None:
-        from thinwire.simulate.trace import write_trace
+        from thinwire.predict.simulated_trace import write_trace
 
         write_trace(simulated, trace)
     if as_json:
@@ -84,7 +84,7 @@ def _ranked(setting: "Setting", space: "Space", plan: str | None) -> "Ranked":
 def _trouble(
     setting: "Setting", ranked: "Ranked", ranks: list[str], levels: list[str], jitter: float, seed: int
 ) -> "Trouble":
-    from thinwire.simulate.trouble import Trouble
+    from thinwire.predict.perturbation import Trouble
 
     candidate = ranked.candidate
     slow_ranks = {}
@@ -133,7 +133,7 @@ def _document(simulated: "Simulated", ranked: "Ranked") -> dict[str, object]:
 
 def _print(simulated: "Simulated", ranked: "Ranked", setting: "Setting", width: int) -> None:
     from thinwire.planner.named import show_axes, show_states
-    from thinwire.simulate.trace import timeline
+    from thinwire.predict.simulated_trace import timeline
     from thinwire.units import show_seconds
 
     chosen = ranked.candidate
@@ -148,9 +148,8 @@ def _print(simulated: "Simulated", ranked: "Ranked", setting: "Setting", width: 
 
 def _print_failures(simulated: "Simulated", setting: "Setting", mtbf_hours: float, seed: int) -> None:
     """A long run with failures, beside the closed form."""
-    from thinwire.cost.failures import goodput
     from thinwire.errors import ConfigError
-    from thinwire.simulate.trouble import default_failures, run_with_failures
+    from thinwire.predict.perturbation import default_failures, goodput, run_with_failures
     from thinwire.units import show_seconds
 
     if not mtbf_hours > 0:

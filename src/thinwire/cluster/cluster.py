@@ -4,20 +4,69 @@ A level joins `fanout` of the next inner thing: with `node` (fanout 8) and `clus
 the cluster is 4 nodes. Ranks number inner-first: rank r sits at coordinate `(r // inner ranks) % fanout` of a level.
 `bytes_per_s` of a level is what one member (one of the next inner things, all its ranks together) can send over its
 link at that level, in one direction; `latency_s` is the time before the first byte of a message arrives.
+
+How near a device and its links come to their stated figures: what turns data-sheet numbers into seconds.
+
+A cluster file may carry measured ones. Without them the presets' defaults hold, which were fitted on published runs;
+`benchmarks/validate_planner.py` prints how well such fits predict runs that they have not seen.
 """
 
 import math
-import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from thinwire.cluster.calibration import Calibration, Origin
 from thinwire.config import Frozen, build, read_toml
 from thinwire.errors import ConfigError
 from thinwire.units import Bytes, BytesPerS, FlopsPerS, Seconds
+
+Origin = Literal["default", "given", "measured"]
+
+
+class Calibration(Frozen):
+    """Shares of stated figures, and what the figures leave out."""
+
+    matmul_efficiency: float = Field(default=0.71, gt=0, le=1)
+    """Share of the device's peak that an endlessly large matmul reaches."""
+    matmul_half: float = Field(default=56.0, ge=0)
+    """Extent of one dimension of a matmul at which half of that is left: efficiency is the product of d / (d + half)."""
+    memory_efficiency: float = Field(default=0.9, gt=0, le=1)
+    """Share of the memory rate that element-wise work reaches."""
+    launch_s: Seconds = Field(default=5e-6, ge=0)
+    """Least time between two kernels of eager code: the floor under small work."""
+    inner_link_efficiency: float = Field(default=0.86, gt=0, le=1)
+    """Share of its stated rate that the innermost level reaches in collectives."""
+    outer_link_efficiency: float = Field(default=0.8, gt=0, le=1)
+    """The same of every other level."""
+    collective_s: Seconds = Field(default=0.0, ge=0)
+    """What starting a collective takes beyond the links' latency."""
+    overlap_slowdown: float = Field(default=0.1, ge=0)
+    """By how much computing is slower while a collective is under way."""
+    memory_backward: float = Field(default=2.0, gt=0)
+    """Element-wise work of a backward, over that of its forward."""
+    weight_s: Seconds = Field(default=0.0, ge=0)
+    """What one weight of a block costs a forward however few tokens there are: it is read. A backward takes twice that,
+    to read it and to write its gradient."""
+    logit_s: Seconds | None = Field(default=None, ge=0)
+    """The loss, forward and backward, for one logit; none: as long as its bytes take to be read and written."""
+    optimizer_s: Seconds | None = Field(default=None, ge=0)
+    """Updating one number: scaling its gradient, the norm, AdamW; none: as long as its states take."""
+    collect_s: Seconds = Field(default=0.0, ge=0)
+    """Taking one number of a micro-batch's fresh gradient over into the flat sums."""
+    sum_s: Seconds = Field(default=0.0, ge=0)
+    """Adding up one number that a reduce-scatter received, beyond its way over the link."""
+    meeting_s: Seconds = Field(default=0.0, ge=0)
+    """What ranks lose by waiting for each other wherever compute stops for a transfer that they carry themselves: one is
+    always late, most so where ranks share cores."""
+    coding_s: dict[str, tuple[Seconds, Seconds]] = Field(default_factory=dict)
+    """Codec -> seconds to code one number and to decode one; those left out take as long as touching their bytes."""
+    framework_bytes: Bytes = Field(default=3 * 2**29, ge=0)
+    """Memory of the runtime, its communication buffers and what the allocator cannot use."""
+    origin: Origin = "default"
+    source: str = "ten A100 runs of arXiv 2104.04473, table 1"
+    """What the constants were fitted on."""
+
 
 MOST_RANKS = 10**7
 
@@ -123,92 +172,6 @@ class Cluster(Frozen):
         size = self.ranks_within(index)
         first = rank // size * size
         return tuple(range(first, first + size))
-
-
-class ClusterConfig(Frozen):
-    """`[cluster]` of a run file: a preset, a cluster file, or levels spelled out; and `device`."""
-
-    preset: str | None = None
-    file: str | None = None
-    device: Device | str | None = None
-    """A preset's name, alone or as `name` of a table with figures over the preset's; a table with a `kind` of its own;
-    "cuda": the GPU that this machine has. Default: that of the preset or file; with levels what this machine has."""
-    levels: tuple[Level, ...] = ()
-    interface: str | None = Field(default=None, min_length=1)
-    share_device: bool = False
-
-    @field_validator("levels", mode="before")
-    @classmethod
-    def _shorthand(cls, value: Any) -> Any:
-        """`[2, 4]` is short for two levels named `node` and `cluster` (one number: `node`)."""
-        if isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
-            names = ["node", "cluster"] if len(value) <= 2 else [f"level{i}" for i in range(len(value))]
-            return [{"name": name, "fanout": fanout} for name, fanout in zip(names, value, strict=False)]
-        return value
-
-    @field_validator("device", mode="before")
-    @classmethod
-    def _over_preset(cls, value: Any) -> Any:
-        """A table that names a preset means it; one without `kind` has to."""
-        from thinwire.cluster.presets import DEVICES, device_preset
-
-        if not isinstance(value, dict) or not isinstance(value.get("name", ""), str):
-            return value
-        name = value.get("name") or ("cuda" if value.get("kind") == "cuda" else "cpu")
-        if name in DEVICES:
-            preset = DEVICES[name]
-            if value.get("kind", preset.kind) != preset.kind:
-                raise ValueError(
-                    f"the device {name!r} is of kind {preset.kind!r}, not {value['kind']!r}; leave kind out"
-                )
-            figures = {"origin": "given", **value} if value.keys() - {"name", "kind"} else value
-            return {**preset.model_dump(), **figures}
-        if "kind" in value:
-            return {**value, "name": name}
-        try:
-            return device_preset(name)
-        except ConfigError as error:
-            raise ValueError(f"{error} (for one of your own give kind = 'cuda' or 'cpu' and its figures too)") from None
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        given = [name for name in ("preset", "file", "levels") if getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(f"give one of preset, file and levels, not {' and '.join(given)}")
-        return self
-
-    def resolve(self, base: Path = Path(), *, gpus: Sequence[str] | None = None) -> Cluster:
-        """The cluster this section means; `file` is relative to `base`. Raises ConfigError.
-
-        `gpus`: names of those that this machine has; None: they are looked for where they matter.
-        """
-        from thinwire.cluster.presets import preset
-
-        if self.preset:
-            cluster = preset(self.preset)
-        elif self.file:
-            cluster = read_cluster(base / self.file)
-        else:
-            levels = self.levels or (Level(name="node", fanout=1),)
-            cluster = build(Cluster, {"device": self._device(gpus), "levels": levels}, "cluster")
-        device = self._device(gpus) if self.device is not None else cluster.device
-        if self.share_device and device.kind == "cpu":
-            raise ConfigError("cluster.share_device is for accelerators, and the device is a CPU; leave it out")
-        given: dict[str, Any] = {"device": device, "share_device": self.share_device or cluster.share_device}
-        if self.interface:
-            given["interface"] = self.interface
-        return cluster.model_copy(update=given)
-
-    def _device(self, gpus: Sequence[str] | None) -> Device:
-        from thinwire.cluster.found import found_device, found_gpus
-        from thinwire.cluster.presets import device_preset
-
-        if isinstance(self.device, Device):
-            return self.device
-        if self.device not in (None, "cuda"):
-            return device_preset(self.device)
-        found = found_device(found_gpus(os.environ) if gpus is None else gpus)
-        return Device(name="cuda", kind="cuda") if self.device and found.kind == "cpu" else found
 
 
 def read_cluster(path: Path) -> Cluster:

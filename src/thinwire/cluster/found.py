@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from thinwire.cluster.cluster import Cluster, Device
-from thinwire.cluster.presets import PRODUCTS, device_preset
+from thinwire.cluster.hardware import PRODUCTS, device_preset
 from thinwire.errors import ConfigError
 
 _SMI_S = 20.0

@@ -3,8 +3,8 @@
 A group of k ranks; V bytes in the whole tensor. All-gather and reduce-scatter send V (k-1)/k from each rank, the least
 possible. gloo's own reduce-scatter sends twice that (it is an all-reduce inside), so here it is an all-to-all and a
 local sum in the order of the ranks: deterministic, and the same bits whoever owns the result. On CPUs both exchanges are
-those of `thinwire.comm.duplex`, which use both directions of a link at once; NCCL's own are used on accelerators.
-`thinwire.comm.dull` has the plain twins that tests compare with.
+those of `thinwire.comm.transport.duplex`, which use both directions of a link at once; NCCL's own are used on accelerators.
+`tests/dull.py` has the plain twins that tests compare with.
 
 Shapes: k ranks of the group, n elements of one rank's chunk
 """
@@ -15,15 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from thinwire.comm import duplex
-from thinwire.comm.adding import rows_of
-from thinwire.comm.codec import IDENTITY, Codec
-from thinwire.comm.compat import all_gather_single, reduce_scatter_single
+from thinwire.comm.codecs.codec import IDENTITY, Codec
+from thinwire.comm.device import all_gather_single, reduce_scatter_single
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
-from thinwire.comm.neighbours import GRADS, OTHERS, WEIGHTS, Mark
+from thinwire.comm.transport import duplex
+from thinwire.comm.transport.same_host import GRADS, OTHERS, WEIGHTS, Mark
+from thinwire.comm.transport.shared_memory import rows_of
 from thinwire.comm.world import World
-from thinwire.traffic import G_GATHER, G_REDUCE, P_GATHER
+from thinwire.plan.traffic import G_GATHER, G_REDUCE, P_GATHER
 
 _DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8
 _PIECE_BYTES = 2**22
@@ -114,7 +114,7 @@ def reduce_scatter(
 
     Sums are in `out_n`'s precision and in rank order. `out_n` may be this rank's own chunk of `full_kn`, which may be given
     in flat pieces that follow one another: on one host they are read from where they are. What other ranks send under
-    another `tag` is never added up (see `thinwire.comm.duplex`).
+    another `tag` is never added up (see `thinwire.comm.transport.duplex`).
     """
     group, k = world.group(level, "reduce"), world.fanout(level)
     n = out_n.numel()

@@ -1,12 +1,28 @@
-"""What a rank computes on: its own accelerator, or one that ranks of its host share because the run says so."""
+"""What a rank computes on: its own accelerator, or one that ranks of its host share because the run says so.
 
+torch 2.10 to 2.13 under one name each: GPU images lag behind, and torch renames.
+
+torch 2.13 calls `all_gather_into_tensor` and `reduce_scatter_tensor` by the names below and warns of the old ones; releases
+before it have the old ones alone. They are looked up at each call, so that a test can take the new names away.
+
+A rank's heap keeps what it has.
+
+glibc gives the top of the heap back to the kernel as soon as a few MB of it are free. A step frees its activations and
+gradients at every micro-batch and takes them again at once, page by page, each page cleared by the kernel: on small
+micro-batches a sixth of a CPU's backward.
+"""
+
+import ctypes
 import os
 import socket
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from thinwire.cluster.cluster import Cluster
+from thinwire.comm.handle import Waitable
 from thinwire.errors import ConfigError
 
 _KIND, _TAKEN = "thinwire/device/kind", "thinwire/device/taken/"
@@ -51,3 +67,41 @@ def _identity(device: torch.device) -> str:
     part = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     uuid = torch.cuda.get_device_properties(device).uuid
     return f"{uuid}/{part if 'MIG-' in part else ''}"
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h; setting one ends glibc's own choice of the other."""
+_NEVER, _LARGEST = 2**31 - 1, 32 * 2**20
+"""The second is the most that glibc takes; larger pieces get a mapping of their own whatever is set."""
+_OWN_CHOICE = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def keep_heap() -> bool:
+    """Tell the C library that freed memory stays with this process; True if it took it.
+
+    Nothing changes where the user has set the allocator through the environment, and without glibc.
+    """
+    if any(name in os.environ for name in _OWN_CHOICE):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, _NEVER))
+
+
+_TORCH: Any = dist  # its stubs know the names of one release
+
+
+def all_gather_single(out: Tensor, own: Tensor, *, group: dist.ProcessGroup) -> Waitable:
+    """(k n,) `out` becomes everybody's (n,) `own` in the order of the ranks, once what comes back has been waited for."""
+    call = getattr(_TORCH, "all_gather_single", None) or _TORCH.all_gather_into_tensor
+    work: Waitable = call(out, own, group=group, async_op=True)
+    return work
+
+
+def reduce_scatter_single(out: Tensor, full: Tensor, *, group: dist.ProcessGroup) -> Waitable:
+    """(n,) `out` becomes the sum of everybody's chunk of (k n,) `full` for this rank, once it has been waited for."""
+    call = getattr(_TORCH, "reduce_scatter_single", None) or _TORCH.reduce_scatter_tensor
+    work: Waitable = call(out, full, group=group, async_op=True)
+    return work

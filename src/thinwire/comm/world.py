@@ -16,18 +16,18 @@ import torch
 import torch.distributed as dist
 
 from thinwire.cluster.cluster import Cluster, Level, check_size
-from thinwire.comm import gloo
 from thinwire.comm.device import claim, rank_device
 from thinwire.comm.handle import Outstanding
 from thinwire.comm.interfaces import addresses, asked, tell_libraries
 from thinwire.comm.ledger import Ledger
 from thinwire.comm.lost import Peers
-from thinwire.comm.neighbours import Exchanges, Neighbours
 from thinwire.comm.place import Place
 from thinwire.comm.rendezvous import Rendezvous
 from thinwire.comm.routes import Presence
-from thinwire.comm.same_host import find_neighbours
 from thinwire.comm.status import Desk, Status
+from thinwire.comm.transport import gloo
+from thinwire.comm.transport.host_groups import find_neighbours
+from thinwire.comm.transport.same_host import Exchanges, Neighbours
 from thinwire.errors import ConfigError, LinkError, RankLost
 
 Kind = Literal["gather", "reduce", "small"]

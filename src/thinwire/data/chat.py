@@ -25,7 +25,7 @@ from thinwire.data.prepare import digests, held_out, mended, nothing_to_train_on
 from thinwire.data.template import Message, Template, complete_template, one_line, template_of
 from thinwire.data.tokenizer import FileTokenizer, load_file
 from thinwire.errors import DataError
-from thinwire.folders import whole_folder
+from thinwire.files.folders import whole_folder
 
 _TOKENIZER = "tokenizer.json"
 _COUNTED = ("documents", "tokens", "bytes", "answer_tokens", "unknown_tokens", "spelling_special_tokens")

@@ -27,7 +27,7 @@ from thinwire.data.inputs import Input, identities, texts_of
 from thinwire.data.tokenizer import ByteTokenizer, Tokenizer, load_file, parse_choice, train_bpe
 from thinwire.data.unfinished import Journal, Mark, key_of
 from thinwire.errors import DataError
-from thinwire.folders import whole_folder
+from thinwire.files.folders import whole_folder
 
 _CHUNK_CHARS = 1 << 21
 _HASH_BYTES = 8

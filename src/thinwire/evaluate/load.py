@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from thinwire.checkpoint.config import CheckpointConfig
-from thinwire.checkpoint.read import newest_whole, read_tensors
+from thinwire.checkpoint.manifest import CheckpointConfig
+from thinwire.checkpoint.pieces import newest_whole, read_tensors
 from thinwire.config import build, read_toml
 from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.hub.native_spec import AnySpec, NativeSpec, read_any_spec
-from thinwire.model.language import LanguageModel
+from thinwire.model.generate import LanguageModel
 from thinwire.model.spec import ModelSpec
 from thinwire.model.transformer import Transformer
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinwire.events import read_events, steps
+from thinwire.files.events import read_events, steps
 from thinwire.hub.files import CONFIG, GENERATION, TOKENIZER
 from thinwire.units import show_count
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.checkpoint.config import CheckpointConfig
-from thinwire.checkpoint.read import TensorReader, newest_whole
+from thinwire.checkpoint.manifest import CheckpointConfig
+from thinwire.checkpoint.pieces import TensorReader, newest_whole
 from thinwire.config import build, read_toml
 from thinwire.data.config import DataConfig
 from thinwire.errors import CheckpointError, ConfigError
-from thinwire.folders import whole_folder
+from thinwire.files.folders import whole_folder
 from thinwire.hub.card import Card
 from thinwire.hub.families import FAMILIES, write_config
 from thinwire.hub.files import CONFIG, Precision, read_json, same_mode, write_json

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thinwire.checkpoint.manifest import describe_files
 from thinwire.errors import CheckpointError
-from thinwire.folders import whole_folder
+from thinwire.files.folders import whole_folder
 from thinwire.hub.families import family_of, understand
 from thinwire.hub.files import CONFIG, SIDE_FILES, copy_files, read_json, same_mode
 from thinwire.hub.held import Held, full_names

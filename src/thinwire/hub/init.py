@@ -20,7 +20,7 @@ from thinwire.hub.files import SIDE_FILES, copy_files
 from thinwire.model.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from thinwire.partition.pieces import Piece
+    from thinwire.parallel.shard.layout import Piece
 
 INIT_FILE, HUB, FORMAT = "init.json", "hub", 1
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.errors import CheckpointError, ConfigError
+from thinwire.hub.adapters import adapted, identity_of, write_adapter
 from thinwire.hub.files import CONFIG, read_json
 from thinwire.hub.init import HUB
-from thinwire.hub.lora import adapted, identity_of, write_adapter
 from thinwire.hub.native_spec import NativeSpec
 from thinwire.hub.shards import INDEX, SINGLE
-from thinwire.model.lora import LoraOptions
+from thinwire.model.config import LoraOptions
 from thinwire.model.loss import linear_loss, token_loss
 
 _ENDLESS = 1 << 20

@@ -3,7 +3,7 @@
 from typing import Any
 
 from thinwire.config import Frozen, build
-from thinwire.model.lora import LoraOptions
+from thinwire.model.config import LoraOptions
 from thinwire.model.spec import ModelSpec
 
 

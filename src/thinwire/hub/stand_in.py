@@ -12,7 +12,7 @@ from thinwire.errors import ConfigError
 from thinwire.hub.families import read_spec
 from thinwire.hub.files import CONFIG, read_json
 from thinwire.hub.init import HUB
-from thinwire.model.lora import LoraOptions
+from thinwire.model.config import LoraOptions
 from thinwire.model.spec import ModelSpec
 from thinwire.units import show_count
 

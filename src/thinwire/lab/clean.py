@@ -13,8 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinwire.lab.inside import AGENT
-from thinwire.lab.names import is_name, owner_lives
+from thinwire.lab.host import AGENT, is_name, owner_lives
 
 
 @dataclass(frozen=True)

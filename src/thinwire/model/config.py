@@ -1,4 +1,7 @@
-"""`[model]` of a run file: a preset, spec fields, a preset with fields overridden, or imported weights. No torch."""
+"""`[model]` of a run file: a preset, spec fields, a preset with fields overridden, or imported weights. No torch.
+
+`[model.lora]` of a run file: low-rank adapters on a frozen model (LoRA, arXiv 2106.09685). No torch.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +10,18 @@ from pydantic import Field, ValidationError, model_validator
 
 from thinwire.config import Frozen, explain
 from thinwire.errors import ConfigError
-from thinwire.model.lora import LoraOptions
 from thinwire.model.presets import preset
 from thinwire.model.spec import Family, ModelSpec, RopeScaling
+
+
+class LoraOptions(Frozen):
+    """Adapters of rank `rank`, scaled by alpha / rank, on the linear layers named in `targets`."""
+
+    rank: int = Field(default=16, ge=1, le=10**5)
+    alpha: float = Field(default=32.0, gt=0, le=1e6)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | str = "all-linear"
+    """Ends of module names, such as `["q_proj", "v_proj"]`, or `all-linear`: every linear layer but the head."""
 
 
 class ModelConfig(Frozen):

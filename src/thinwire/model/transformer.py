@@ -2,11 +2,16 @@
 
 Pre-norm residual blocks on `scaled_dot_product_attention`. Llama family: RMSNorm (arXiv 1910.07467), rotary positions
 (2104.09864, half-split form), SwiGLU (2002.05202), grouped queries (2305.13245). GPT-2 family: LayerNorm, learned
-positions, GELU (tanh form), biases. `thinwire.model.initial` makes the initial weights.
+positions, GELU (tanh form), biases. `thinwire.model.transformer` makes the initial weights.
 
 Shapes: B batch, T tokens, S keys, D hidden, H query heads, G key/value heads, K head size, F ffn, V vocabulary
+
+First values of a transformer's parameters, each a function of seed and name alone: any rank can make any of them.
+
+normal(0, init_std), the projections into the residual stream scaled by 1/sqrt(2 x layers) (GPT-2); biases 0, norms 1.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 
@@ -14,10 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinwire.model.initial import initial_weight
 from thinwire.model.loss import linear_loss
 from thinwire.model.packed import Packed, attend_packed, dense_mask, pack
 from thinwire.model.spec import ModelSpec, RopeScaling
+
+_INTO_RESIDUAL = ("attention.out.weight", "ffn.down.weight")
+
+
+def initial_weight(spec: ModelSpec, name: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    """The first value of parameter `name` of this shape, in fp32 on the CPU."""
+    if len(shape) < 2:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    std = spec.init_std / math.sqrt(2 * spec.layers) if name.endswith(_INTO_RESIDUAL) else spec.init_std
+    drawn_from = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
+    return torch.empty(shape).normal_(0, std, generator=torch.Generator().manual_seed(drawn_from))
 
 
 @dataclass

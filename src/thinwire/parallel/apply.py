@@ -1,14 +1,19 @@
-"""The one visible order in which a plan is applied to a model that knows nothing of it."""
+"""The one visible order in which a plan is applied to a model that knows nothing of it.
+
+Activation recompute (arXiv 1604.06174): keep only each block's input, run the block again in backward.
+"""
+
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
-from thinwire.parallel.recompute import apply_recompute
-from thinwire.partition.deferred import Initial
-from thinwire.partition.engine import Sharded, shard
-from thinwire.plan import Plan
+from thinwire.parallel.shard.deferred import Initial
+from thinwire.parallel.shard.engine import Sharded, shard
+from thinwire.plan.plan import Plan
 
 
 def apply_plan(
@@ -34,3 +39,24 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     if not lists:
         raise PlanError(f"{type(model).__name__} has no ModuleList of blocks, so there is nothing to cut it along")
     return max(lists, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
+
+
+def apply_recompute(blocks: nn.ModuleList) -> None:
+    """Make every block of `blocks` recompute its activations in backward. Gradients are unchanged, bit for bit.
+
+    The block's class and parameter names stay as they are: only its `forward` is wrapped. Outside training (no
+    gradients wanted) the wrapped forward is the plain one.
+    """
+    for block in blocks:
+        _wrap(block)
+
+
+def _wrap(block: nn.Module) -> None:
+    plain = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not block.training:
+            return plain(*args, **kwargs)
+        return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+
+    block.forward = forward

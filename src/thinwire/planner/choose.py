@@ -7,14 +7,14 @@ agrees every step, when that one computes for less than half of its time (or whe
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from thinwire.cost.candidate import Setting, Sync
-from thinwire.cost.outer import outer_round
 from thinwire.errors import PlanError
+from thinwire.plan.sync import least_delay
 from thinwire.planner.search import Found, Ranked, search
 from thinwire.planner.space import Space
 from thinwire.planner.whynot import fits_nowhere
-from thinwire.rounds.presets import least_delay
-from thinwire.simulate.step import step_s
+from thinwire.predict.candidate import Setting, Sync
+from thinwire.predict.outer_cost import outer_round
+from thinwire.predict.simulate import step_s
 
 Outer = Literal["auto", "never", "always"]
 BUSY_ENOUGH = 0.5

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from thinwire.cost.candidate import Setting
-from thinwire.cost.memory import Memory
-from thinwire.cost.sent import sent_bytes
-from thinwire.cost.step import StepTime
 from thinwire.planner.choose import Answer, busy
 from thinwire.planner.named import show_axes, show_states, show_sync
 from thinwire.planner.search import Ranked
 from thinwire.planner.sensitivity import SHARES, Flip, Needed, shape_of
+from thinwire.predict.candidate import Setting
+from thinwire.predict.peak_memory import Memory
+from thinwire.predict.sent import sent_bytes
+from thinwire.predict.step import StepTime
 from thinwire.units import show_bytes, show_count, show_rate, show_seconds
 
 TIME_NAMES = {

@@ -1,18 +1,17 @@
 """Planning from one's own Python: what `thinwire plan` and `thinwire simulate` do, without files. No torch."""
 
-from thinwire.cluster import presets as clusters
+from thinwire.cluster import hardware as clusters
 from thinwire.cluster.cluster import Cluster
-from thinwire.cost.candidate import Candidate, Setting
-from thinwire.cost.device import check_device
-from thinwire.cost.placement import place
 from thinwire.errors import PlanError
 from thinwire.model import presets as models
 from thinwire.model.spec import ModelSpec
-from thinwire.plan import ComputeDtype, Plan
+from thinwire.plan.plan import ComputeDtype, Plan
 from thinwire.planner.choose import Outer, choose
 from thinwire.planner.space import Codecs, Space
-from thinwire.simulate.step import Simulated, simulate_step
-from thinwire.simulate.trouble import Trouble
+from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.perturbation import Trouble
+from thinwire.predict.placement import check_device, place
+from thinwire.predict.simulate import Simulated, simulate_step
 
 
 def plan_for(

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import get_args
 
-from thinwire.cost.candidate import Candidate, Recompute, Setting
 from thinwire.errors import PlanError
-from thinwire.plan import Partition, resolve_partition
+from thinwire.plan.plan import Partition, resolve_partition
+from thinwire.predict.candidate import Candidate, Recompute, Setting
 from thinwire.units import divisors, whole_number
 
 NUMBERS = ("tensor", "context", "pipeline", "chunks", "micro_batch")

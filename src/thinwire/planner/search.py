@@ -8,16 +8,15 @@ its bytes in less time. States cut over everything are the lower bound of memory
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from thinwire.cost.block import Passes
-from thinwire.cost.candidate import Candidate, Setting
-from thinwire.cost.device import check_device
-from thinwire.cost.memory import Memory, peak_memory
-from thinwire.cost.placement import Axes, place
-from thinwire.cost.stages import Kind, parameters_of
-from thinwire.cost.states import Chain, UnitMoves, unit_moves
-from thinwire.cost.step import Core, StepTime, all_passes, core_of, pipeline_alone, step_time
 from thinwire.errors import PlanError
 from thinwire.planner.space import WIRE, Space, coded, cores, partitions
+from thinwire.predict.block import Passes
+from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.peak_memory import Memory, peak_memory
+from thinwire.predict.pipeline import Kind, parameters_of
+from thinwire.predict.placement import Axes, check_device, place
+from thinwire.predict.states import Chain, UnitMoves, unit_moves
+from thinwire.predict.step import Core, StepTime, all_passes, core_of, pipeline_alone, step_time
 
 
 @dataclass(frozen=True)

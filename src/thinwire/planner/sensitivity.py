@@ -8,12 +8,12 @@ DiLoCo, and Streaming DiLoCo with and without e3m0.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from thinwire.cost.candidate import Candidate, Setting, Sync
-from thinwire.cost.outer import rate_for_utilisation
-from thinwire.cost.placement import place
-from thinwire.cost.step import step_time
 from thinwire.planner.search import Ranked, search
 from thinwire.planner.space import Space
+from thinwire.predict.candidate import Candidate, Setting, Sync
+from thinwire.predict.outer_cost import rate_for_utilisation
+from thinwire.predict.placement import place
+from thinwire.predict.step import step_time
 
 SHARES = (0.5, 0.8, 0.9, 0.95, 0.99)
 Shape = tuple[object, ...]

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from thinwire.cost.candidate import Candidate, Recompute, Setting, Sync
-from thinwire.cost.placement import Axes
-from thinwire.plan import Plan
+from thinwire.plan.compression import CodecName
+from thinwire.plan.plan import Plan
+from thinwire.predict.candidate import Candidate, Recompute, Setting, Sync
+from thinwire.predict.placement import Axes
 from thinwire.units import divisors
-from thinwire.wire import CodecName
 
 Codecs = Literal["none", "bf16", "all"]
 WIRE = ("weights", "grads", "coding")

@@ -6,11 +6,11 @@ What the name leaves open is chosen as well as it can be, so that the answer hol
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from thinwire.cost.candidate import Setting
 from thinwire.errors import PlanError
 from thinwire.planner.named import check, parse, show_axes, show_states
 from thinwire.planner.search import Found, Ranked, search
 from thinwire.planner.space import Space
+from thinwire.predict.candidate import Setting
 
 _SLOW = {
     "matmul_s": "its matmuls are smaller or repeated",

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from thinwire.comm.codecs import make_codec
+from thinwire.comm.codecs.registry import make_codec
 from thinwire.comm.world import World
 from thinwire.model.loss import softmax_gradient_
 from thinwire.model.transformer import Block, Context, rope_tables
-from thinwire.partition.dtypes import sum_of_squares
+from thinwire.parallel.shard.dtypes import sum_of_squares
 from thinwire.probe.effort import BlockShape, Effort, Shape
-from thinwire.probe.timing import timed
+from thinwire.probe.links import timed
 
 # B sequences, T tokens, D hidden, N tokens of a loss, V vocabulary
 Progress = Callable[[str], None]

@@ -14,8 +14,7 @@ from statistics import median, quantiles
 import numpy as np
 from numpy.typing import NDArray
 
-from thinwire.cluster.calibration import Calibration
-from thinwire.cluster.cluster import Cluster, Level, Measurement
+from thinwire.cluster.cluster import Calibration, Cluster, Level, Measurement
 from thinwire.model.work import KERNELS, causal_core_flops, kept_inside, kept_outside, linear_shapes, linear_weights
 from thinwire.probe.effort import BlockShape, Shape
 

@@ -1,15 +1,20 @@
-"""The page: one HTML file with plotly inside it, so that it opens without a network. Follows the reader's light or dark."""
+"""The page: one HTML file with plotly inside it, so that it opens without a network. Follows the reader's light or dark.
+
+Runs in, one file out: written whole or not at all.
+"""
 
 import html
 import json
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from statistics import median
 
+from thinwire.cluster.cluster import Cluster
+from thinwire.files.folders import write_asked
 from thinwire.report import figures
-from thinwire.report.figures import Figure
-from thinwire.report.predict import Predicted
-from thinwire.report.read import Run, number
-from thinwire.report.timeline import course_of_a_step
+from thinwire.report.figures import Figure, course_of_a_step
+from thinwire.report.predict import Predicted, predict
+from thinwire.report.read import Run, number, read_runs
 from thinwire.units import show_bytes, show_count, show_seconds
 
 _STYLE = """
@@ -230,3 +235,12 @@ def _limit(run: Run) -> str:
 
 def _busiest(run: Run) -> str:
     return max(run.wire, key=lambda level: sum(run.wire[level].values()))
+
+
+def write_report(folders: Sequence[Path], out: Path, *, cluster: Cluster | None = None) -> int:
+    """Write the page to `out`; returns its bytes. Raises ConfigError for a folder that is no run, or an `out` that
+    cannot be written. Predictions rest on `cluster` if given, else on each run's own."""
+    runs = read_runs(folders)
+    text = page(runs, [predict(run, cluster) for run in runs])
+    write_asked(out, text, option="-o")
+    return len(text.encode())

@@ -7,23 +7,23 @@ A prediction needs figures of the device and of every level: from the run's own 
 from dataclasses import dataclass
 
 from thinwire.cluster.cluster import Cluster
-from thinwire.cluster.presets import calibration_of
+from thinwire.cluster.hardware import calibration_of
 from thinwire.config import build, read_toml
-from thinwire.cost.candidate import Candidate, Setting
-from thinwire.cost.memory import Memory, peak_memory
-from thinwire.cost.placement import place
-from thinwire.cost.step import StepTime, step_time
 from thinwire.data.config import DataConfig
 from thinwire.data.corpus import Corpus, exists
 from thinwire.errors import ConfigError, ThinwireError
+from thinwire.files.trace import Span
 from thinwire.model.config import ModelConfig
 from thinwire.model.spec import ModelSpec
 from thinwire.planner.choose import choose
 from thinwire.planner.explain import report, rests_on
 from thinwire.planner.space import Codecs, Space
+from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.peak_memory import Memory, peak_memory
+from thinwire.predict.placement import place
+from thinwire.predict.simulate import simulate_step
+from thinwire.predict.step import StepTime, step_time
 from thinwire.report.read import Run
-from thinwire.simulate.step import simulate_step
-from thinwire.trace import Span
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def setting_of(run: Run, cluster: Cluster) -> Setting:
     if [(level.name, level.fanout) for level in cluster.levels] != [(n, k) for n, k in run.plan.levels]:
         levels = " x ".join(f"{name}={fanout}" for name, fanout in run.plan.levels)
         raise ConfigError(f"the cluster has other levels than the run {run.name} ({levels})")
-    from thinwire.cost.device import check_device
+    from thinwire.predict.placement import check_device
 
     check_device(cluster.device)
     tree = read_toml(run.folder / "run.toml")

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from thinwire.cluster.cluster import Cluster
 from thinwire.config import explain, read_document
 from thinwire.errors import ConfigError
-from thinwire.events import read_events
-from thinwire.plan import Plan
-from thinwire.trace import Span, read_trace
+from thinwire.files.events import read_events
+from thinwire.files.trace import Span, read_trace
+from thinwire.plan.plan import Plan
 
 Wire = dict[str, dict[str, float]]
 """level -> purpose -> bytes that rank 0 sends in one step."""

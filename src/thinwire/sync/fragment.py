@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from thinwire.partition.engine import Sharded
-from thinwire.partition.pieces import Piece, Share
-from thinwire.rounds.config import Sync
-from thinwire.rounds.fragments import deal, fragment_count
+from thinwire.parallel.shard.engine import Sharded
+from thinwire.parallel.shard.layout import Piece, Share
+from thinwire.plan.rounds import deal, fragment_count
+from thinwire.plan.sync import Sync
 
 
 class Fragment:

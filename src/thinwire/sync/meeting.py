@@ -9,12 +9,10 @@ import torch.distributed as dist
 
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
-from thinwire.rounds.config import Sync
-from thinwire.sync.cliques import Range, find_cliques, meet
-from thinwire.sync.exchange import BEAT, RETURN, SEND, Clique
+from thinwire.plan.sync import Sync
+from thinwire.sync.exchange import BEAT, COLLECTIVES, RETURN, SEND, Clique
 from thinwire.sync.fragment import Fragment
-from thinwire.sync.identity import compare, digest
-from thinwire.sync.summed import COLLECTIVES
+from thinwire.sync.peers import Range, compare, digest, find_cliques, meet
 
 Stated = TypeVar("Stated")
 

@@ -1,18 +1,24 @@
 """What groups send each other: coded numbers, and before them a head for each group that the message speaks for.
 
 A head has 16 bytes: the weight of the group's contribution, and a hash of the outer state that was taken from.
+
+From the groups' contributions of the same elements to one change. Every group computes the same bits.
+
+Contributions come as M vectors (n,) in the order of the groups with a weight each; weight 0 leaves a group out. Means take
+them one at a time, so that decoded ones need not all be in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from thinwire.comm.codec import sum_decoded
-from thinwire.rounds.traffic import HEADER_BYTES
-from thinwire.sync.identity import strays
+from thinwire.comm.codecs.codec import sum_decoded
+from thinwire.plan.sync import Aggregate
+from thinwire.plan.traffic import HEADER_BYTES
+from thinwire.sync.peers import strays
 
 
 class Coder(Protocol):
@@ -81,3 +87,49 @@ class Outcome:
         out = {group for member in members if set(member) & set(self.astray) for group in member}
         self.weights = {group: 0.0 if group in out else weight for group, weight in said.items()}
         return [sum(self.weights[group] for group in member) for member in members]
+
+
+def aggregate(parts_n: Iterable[Tensor], weights: Sequence[float], how: Aggregate) -> Tensor:
+    """M times (n,) -> (n,).
+
+    mean: every group that is in counts alike. tokens: by weight. median: of each coordinate, the mean of the middle two if
+    M is even. trimmed: the mean without the largest and the smallest of each coordinate; the mean if fewer than 3 are in.
+    All zero if every group is left out.
+    """
+    present = [weight for weight in weights if weight > 0]
+    if how in ("median", "trimmed") and len(present) >= 3:
+        kept = [part_n for part_n, weight in zip(parts_n, weights, strict=True) if weight > 0]
+        sorted_Mn = torch.stack(kept).sort(dim=0).values
+        drop = 1 if how == "trimmed" else (len(present) - 1) // 2
+        inner_Mn = sorted_Mn[drop : len(present) - drop]
+        return _mean(inner_Mn, [1.0] * len(inner_Mn))
+    alike = _count_alike(weights, how)
+    return _mean(parts_n, [float(weight > 0) if alike else max(0.0, weight) for weight in weights])
+
+
+def aggregate_coded(coded_rc: Tensor, out_n: Tensor, weights: Sequence[float], how: Aggregate, codec: Coder) -> None:
+    """`out_n` becomes the aggregate of what the rows decode to; rows that count alike are added up as they are decoded."""
+    counting = [row for row, weight in enumerate(weights) if weight > 0]
+    if counting and _count_alike(weights, how):
+        codec.sum_into(coded_rc if len(counting) == len(weights) else coded_rc[counting], out_n)
+        out_n.div_(len(counting))
+    else:
+        decoded = (codec.decode(coded, out_n.numel(), out_n.dtype) for coded in coded_rc)
+        out_n.copy_(aggregate(decoded, weights, how))
+
+
+def _count_alike(weights: Sequence[float], how: Aggregate) -> bool:
+    """Whether the aggregate is the plain mean of those that are in."""
+    present = [weight for weight in weights if weight > 0]
+    return len(present) < 3 if how in ("median", "trimmed") else how == "mean" or len(set(present)) == 1
+
+
+def _mean(parts_n: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+    """Weighted mean, summed in order; equal weights divide once, so that equal contributions keep their bits if M = 2^k."""
+    total: Tensor | None = None
+    for part_n, weight in zip(parts_n, weights, strict=True):
+        if total is None:
+            like = part_n
+        if weight > 0:
+            total = part_n * weight if total is None else total.add_(part_n, alpha=weight)
+    return torch.zeros_like(like) if total is None else total.div_(sum(weights))

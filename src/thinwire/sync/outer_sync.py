@@ -20,16 +20,14 @@ from torch import Tensor
 from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.world import World
 from thinwire.errors import PlanError, SyncError
-from thinwire.partition.engine import Sharded
-from thinwire.rounds.config import Sync
-from thinwire.rounds.schedule import Exchange, Schedule
-from thinwire.sync.applying import apply_change, restart
-from thinwire.sync.eager import fresh_change
+from thinwire.parallel.shard.engine import Sharded
+from thinwire.plan.rounds import Exchange, Schedule
+from thinwire.plan.sync import Sync
 from thinwire.sync.fragment import make_fragments
-from thinwire.sync.links import Links
 from thinwire.sync.meeting import Meeting
-from thinwire.sync.pending import Pending, Round
-from thinwire.sync.statement import layout_of, state_of
+from thinwire.sync.outer_step import apply_change, fresh_change, restart
+from thinwire.sync.pending import Pending, Round, layout_of, state_of
+from thinwire.sync.rounds_in_flight import Links
 
 
 class OuterSync:

@@ -11,23 +11,19 @@ from thinwire.comm.ledger import Entry
 from thinwire.comm.world import World
 from thinwire.data.loader import Loader, Packing, Prefetcher
 from thinwire.hub.native_spec import NativeSpec
-from thinwire.model.initial import initial_weight
-from thinwire.model.language import LanguageModel
+from thinwire.model.generate import LanguageModel
 from thinwire.model.spec import ModelSpec
-from thinwire.model.transformer import Transformer
+from thinwire.model.transformer import Transformer, initial_weight
 from thinwire.parallel.apply import apply_plan
-from thinwire.partition.deferred import Initial
-from thinwire.partition.dtypes import COMPUTE_DTYPES
-from thinwire.partition.engine import Sharded
-from thinwire.partition.optimizer import ShardedOptimizer
-from thinwire.partition.report import held_bytes, idle_codecs, predicted_bytes, uncoded
+from thinwire.parallel.shard.deferred import Initial
+from thinwire.parallel.shard.dtypes import COMPUTE_DTYPES
+from thinwire.parallel.shard.engine import Sharded
+from thinwire.parallel.shard.optimizer import ShardedOptimizer
 from thinwire.sync.outer_sync import OuterSync
-from thinwire.train.announce import plan_table, rounds_table
-from thinwire.train.clock import Lap
+from thinwire.train.announce import held_bytes, idle_codecs, plan_table, predicted_bytes, rounds_table, uncoded
 from thinwire.train.folder import CHECKPOINTS, TRACE_FILE
 from thinwire.train.job import Job
-from thinwire.train.numbers import peak_flops_per_s
-from thinwire.train.telemetry import Telemetry, Totals
+from thinwire.train.progress import Lap, Telemetry, Totals, peak_flops_per_s
 from thinwire.train.tracing import Tracer
 from thinwire.train.trackers import open_trackers
 

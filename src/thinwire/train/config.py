@@ -6,12 +6,12 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from thinwire.checkpoint.config import CheckpointConfig
-from thinwire.cluster.cluster import ClusterConfig
+from thinwire.checkpoint.manifest import CheckpointConfig
+from thinwire.cluster.config import ClusterConfig
 from thinwire.config import Frozen
 from thinwire.data.config import DataConfig
 from thinwire.model.config import ModelConfig
-from thinwire.plan import PlanConfig
+from thinwire.plan.plan import PlanConfig
 from thinwire.train.trackers import TrackingConfig
 from thinwire.units import Seconds, divisors
 

@@ -7,8 +7,7 @@ from thinwire.data.tokenizer import Tokenizer
 from thinwire.errors import DataError
 from thinwire.hub.init import HUB
 from thinwire.model.generate import generate
-from thinwire.partition.report import predicted_total
-from thinwire.train.announce import compare
+from thinwire.train.announce import compare, predicted_total
 from thinwire.train.assemble import Parts
 from thinwire.train.folder import EVENTS_FILE
 from thinwire.train.job import Job

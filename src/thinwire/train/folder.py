@@ -16,11 +16,11 @@ from thinwire.checkpoint.listing import (
 )
 from thinwire.config import differences, dump_toml, load
 from thinwire.errors import CheckpointError, ConfigError
-from thinwire.events import read_events
-from thinwire.folders import write_whole
+from thinwire.files.events import read_events
+from thinwire.files.folders import write_whole
+from thinwire.files.locks import LOCK, Lock, hold
 from thinwire.hub.files import SIDE_FILES, copy_files
 from thinwire.hub.init import HUB, keep_beside, verify_init
-from thinwire.locks import LOCK, Lock, hold
 from thinwire.train.config import MAY_CHANGE, WARMUP_STEPS, RunConfig
 from thinwire.train.job import Job
 from thinwire.train.schedule import said_of_changes

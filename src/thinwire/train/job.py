@@ -19,9 +19,9 @@ from thinwire.hub.init import Init, read_init
 from thinwire.hub.native_spec import AnySpec, NativeSpec
 from thinwire.model.config import check_vocabulary
 from thinwire.model.spec import ModelSpec
-from thinwire.plan import Plan
-from thinwire.rounds.config import Sync
-from thinwire.rounds.fragments import deal, fragment_count
+from thinwire.plan.plan import Plan
+from thinwire.plan.rounds import deal, fragment_count
+from thinwire.plan.sync import Sync
 from thinwire.train.config import RunConfig
 
 
@@ -231,9 +231,9 @@ def corpus_for(
     config: RunConfig, *, stopped: Callable[[], bool] = _never, say: Callable[[str], None] = _silent
 ) -> None:
     """Prepare `data.path` from `data.sources` if nothing is there yet, once however many ask. Raises as `make_once` does."""
-    from thinwire.data.first_use import make_once
+    from thinwire.data.corpus import make_once
+    from thinwire.data.notes import prepare_shown
     from thinwire.data.prepare import Options
-    from thinwire.data.progress import prepare_shown
 
     data = config.data
     if not data.sources:

@@ -3,6 +3,8 @@
 Each rank is a process of its own session, so that a Ctrl-C in the terminal reaches only this launcher. A rank that fails
 leaves a report; the launcher stops the rest within seconds and shows the root cause first, not the collectives that
 broke because of it. A rank whose launcher vanishes notices the closed pipe and leaves.
+
+Failure reports: what a rank leaves when it fails, and which of several reports is the root cause. No torch here.
 """
 
 import contextlib
@@ -14,16 +16,76 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from thinwire.comm.place import Place
-from thinwire.errors import ConfigError
-from thinwire.folders import scratch_folder
+from thinwire.errors import ConfigError, LinkError, RankLost, ThinwireError
+from thinwire.files.folders import scratch_folder
 from thinwire.train.folder import LOGS
-from thinwire.train.report import FailureReport, root_cause
 from thinwire.train.stop import INTERRUPTED_STATUS, STOP_SIGNALS, held_for_children
+
+
+@dataclass(frozen=True)
+class FailureReport:
+    """One rank's end. `sentence` is for people; `details` is the traceback of an error that is not a known one."""
+
+    rank: int
+    time_s: float
+    sentence: str
+    details: str
+    exit_status: int
+    needed_bytes: int = field(default=0, kw_only=True)
+    """Of a rank that ran out of memory: what it needed at least."""
+    capacity_bytes: int = field(default=0, kw_only=True)
+    """And what there is."""
+    cascade: bool
+    """True if this is the echo of another rank's failure."""
+    names_a_rank: bool = False
+    """True if the sentence says itself which rank it is about."""
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all: the launcher may read it when this process is killed, or the disk is full."""
+        partial = path.with_suffix(".partial")
+        with suppress(OSError):
+            partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
+            partial.replace(path)
+
+
+def describe(rank: int, error: BaseException) -> FailureReport:
+    """The report of an exception. Known errors need no traceback; anything else is shown whole."""
+    known = isinstance(error, ThinwireError)
+    text = str(error) or type(error).__name__
+    return FailureReport(
+        rank=rank,
+        time_s=time.time(),
+        sentence=text if known else f"{type(error).__name__}: {text.splitlines()[0]}",
+        details="" if known else "".join(traceback.format_exception(error)),
+        needed_bytes=getattr(error, "needed_bytes", 0),
+        capacity_bytes=getattr(error, "capacity_bytes", 0),
+        exit_status=error.exit_status if isinstance(error, ThinwireError) else 1,
+        cascade=isinstance(error, RankLost),
+        names_a_rank=isinstance(error, LinkError),
+    )
+
+
+def root_cause(reports: Path, died: Mapping[int, int], logs: Path) -> FailureReport:
+    """Of all that is known, what came first: a rank ended by a signal, then the earliest failure that is no echo.
+
+    `died` maps ranks to the signal that ended them.
+    """
+    for rank, number in sorted(died.items()):
+        name = signal.Signals(number).name
+        hint = "; the system may have run out of memory (see dmesg)" if number == signal.SIGKILL else ""
+        return FailureReport(rank, time.time(), f"was ended by {name}{hint}", "", 1, False)
+    found = [FailureReport(**json.loads(path.read_text(encoding="utf-8"))) for path in reports.glob("*.json")]
+    if not found:
+        return FailureReport(-1, time.time(), f"a rank left without saying why; see {logs}", "", 1, False)
+    return min(found, key=lambda report: (report.cascade, report.time_s))
+
 
 _POLL_S, _GRACE_S, _KILL_S = 0.05, 2.0, 5.0
 _FIRST_PORT, _OUTGOING, _TRIES = 20_000, 32_768, 50

@@ -16,12 +16,11 @@ from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.world import World
 from thinwire.data.loader import Batch
 from thinwire.errors import DivergenceError
-from thinwire.partition.report import held_bytes
+from thinwire.train.announce import held_bytes
 from thinwire.train.assemble import Parts, assemble
-from thinwire.train.clock import StepClock
 from thinwire.train.finish import finish
 from thinwire.train.job import Job
-from thinwire.train.numbers import mfu
+from thinwire.train.progress import StepClock, mfu
 from thinwire.train.saving import Saver
 from thinwire.train.schedule import lr_at
 from thinwire.train.shortage import shortage_explained

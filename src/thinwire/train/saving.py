@@ -4,8 +4,8 @@ from thinwire import __version__
 from thinwire.checkpoint.store import Found, SaveFailed, Saving
 from thinwire.errors import CheckpointError, SaveError
 from thinwire.hub.init import load_pieces
-from thinwire.partition.pieces import Piece
-from thinwire.sync.saving import in_flight, own_names, taken_steps, to_load, to_save, without_groups
+from thinwire.parallel.shard.layout import Piece
+from thinwire.sync.state import in_flight, own_names, taken_steps, to_load, to_save, without_groups
 from thinwire.train.assemble import Parts
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job

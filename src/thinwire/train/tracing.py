@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thinwire.comm.ledger import Entry
-from thinwire.folders import write_whole
-from thinwire.trace import COMPUTE, STEPS, Span, trace_text
-from thinwire.train.clock import Lap
+from thinwire.files.folders import write_whole
+from thinwire.files.trace import COMPUTE, STEPS, Span, trace_text
+from thinwire.train.progress import Lap
 from thinwire.units import show_bytes
 
 _WORDS = {"P-gather": "gather", "P-refresh": "refresh", "G-reduce": "reduce", "G-gather": "gather sums"}

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from thinwire.config import Frozen
 from thinwire.errors import ConfigError
-from thinwire.folders import write_whole
+from thinwire.files.folders import write_whole
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 TENSORBOARD = "tensorboard"

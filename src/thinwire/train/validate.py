@@ -12,7 +12,7 @@ import torch
 from thinwire.comm.collectives import all_reduce_small
 from thinwire.data.loader import Batch, evaluation_batches, ignored_like
 from thinwire.data.notes import FEW_TOKENS
-from thinwire.evaluate.loss import Score, score
+from thinwire.evaluate.scoring import Score, score
 from thinwire.train.assemble import Parts
 from thinwire.train.job import Job
 from thinwire.units import show_seconds

@@ -16,11 +16,11 @@ from thinwire.cluster.cluster import check_size
 from thinwire.cluster.found import described, found_gpus
 from thinwire.comm.place import Place
 from thinwire.errors import ShortOfMemory, StopAsked, ThinwireError
+from thinwire.train.console import forgive
 from thinwire.train.folder import open_folder, said_if_finished
 from thinwire.train.job import Job, read_config, refuse_crossing, resolve, statement
-from thinwire.train.report import describe
+from thinwire.train.launch import describe
 from thinwire.train.stop import StopRequest
-from thinwire.train.streams import forgive
 
 Advise = Callable[[Job, float, float], str]
 """(job, bytes needed, bytes there are) -> which setting would fit."""
@@ -31,7 +31,7 @@ def run_rank(job: Job, place: Place, stop: StopRequest, *, advise: Advise | None
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of sockets are not for users
     import torch
 
-    from thinwire.comm.heap import keep_heap
+    from thinwire.comm.device import keep_heap
     from thinwire.comm.world import World
     from thinwire.train.loop import train
 

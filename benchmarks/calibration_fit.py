@@ -1,0 +1,106 @@
+"""Fit the calibration's constants to measured steps: one set for a whole cluster, never one for a row.
+
+The loss is the mean absolute logarithm of predicted over measured (a run that went wrong counts once, not squared), plus
+a weak pull towards the defaults, so that a constant which the runs do not show stays where it was. The minimum is found
+with the simplex method of Nelder and Mead (1965): the cost functions have kinks, and there are few constants.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thinwire.cluster.cluster import Calibration
+from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.placement import place
+from thinwire.predict.step import step_time
+
+FITTED = (
+    "matmul_efficiency", "matmul_half", "memory_efficiency", "launch_s", "inner_link_efficiency", "outer_link_efficiency",
+)  # fmt: skip
+PULL = 0.01
+"""Weight of the squared distance, in powers of e, from the defaults."""
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A published or recorded step."""
+
+    setting: Setting
+    candidate: Candidate
+    seconds: float
+
+
+def predict(row: Measured, calibration: Calibration) -> float:
+    """Seconds of the row's step under `calibration`."""
+    given = row.setting
+    setting = Setting(
+        given.spec, given.cluster, given.sequences, given.tokens, given.framework, calibration, given.compute_dtype
+    )
+    return step_time(setting, row.candidate, place(row.candidate, given.cluster, calibration)).total
+
+
+def fit(
+    rows: Sequence[Measured],
+    start: Calibration,
+    names: Sequence[str] = FITTED,
+    *,
+    weights: Sequence[float] | None = None,
+    iterations: int = 250,
+) -> Calibration:
+    """The calibration with `names` fitted to `rows`. Deterministic."""
+    default = np.array([math.log(getattr(start, name)) for name in names])
+    share = np.asarray(weights if weights is not None else [1.0] * len(rows))
+    share = share / share.sum()
+
+    def loss(point: Vector) -> float:
+        calibration, outside = _at(start, names, point)
+        ratios = np.array([abs(math.log(predict(row, calibration) / row.seconds)) for row in rows])
+        return float(share @ ratios + PULL * np.sum((point - default) ** 2) + 10.0 * outside)
+
+    best = simplex(loss, default, step=0.25, iterations=iterations)
+    return _at(start, names, best)[0].model_copy(update={"origin": "measured"})
+
+
+def _at(start: Calibration, names: Sequence[str], point: Vector) -> tuple[Calibration, float]:
+    """The calibration at `point`, and by how much (in powers of e) shares had to be held at 1."""
+    values, outside = {}, 0.0
+    for name, logarithm in zip(names, point, strict=True):
+        high = 0.0 if name.endswith("efficiency") else math.inf
+        outside += max(0.0, float(logarithm) - high)
+        values[name] = math.exp(min(float(logarithm), high))
+    return start.model_copy(update=values), outside
+
+
+def simplex(loss: Callable[[Vector], float], start: Vector, *, step: float, iterations: int) -> Vector:
+    """The best point that Nelder and Mead's simplex finds from `start`."""
+    points = [start] + [start + step * np.eye(len(start))[i] for i in range(len(start))]
+    scored: list[tuple[float, int, Vector]] = sorted(
+        ((loss(point), i, point) for i, point in enumerate(points)), key=lambda item: item[0]
+    )
+    for turn in range(iterations):
+        worst, centre = scored[-1], np.mean([point for _, _, point in scored[:-1]], axis=0)
+        reflected = centre + (centre - worst[2])
+        value = loss(reflected)
+        if value < scored[0][0]:
+            expanded = centre + 2 * (centre - worst[2])
+            further = loss(expanded)
+            new = (further, turn, expanded) if further < value else (value, turn, reflected)
+        elif value < scored[-2][0]:
+            new = (value, turn, reflected)
+        else:
+            inside = centre + 0.5 * ((reflected if value < worst[0] else worst[2]) - centre)
+            nearer = loss(inside)
+            if nearer >= min(value, worst[0]):
+                best = scored[0][2]
+                shrunk = [best + 0.5 * (point - best) for _, _, point in scored]
+                scored = sorted(((loss(p), i, p) for i, p in enumerate(shrunk)), key=lambda item: item[0])
+                continue
+            new = (nearer, turn, inside)
+        scored = sorted([*scored[:-1], new], key=lambda item: item[0])
+        if scored[-1][0] - scored[0][0] < 1e-6:
+            break
+    return scored[0][2]

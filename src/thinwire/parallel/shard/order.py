@@ -1,0 +1,149 @@
+"""Orders that all ranks must share: a collective pairs what each of them issues first, second, third.
+
+A rank whose forward skips a unit would take the weights of one unit for those of another, without a sound. What can be
+agreed on (reductions, refreshes) is agreed on; what follows the forward itself (gathers) is compared: over sockets and
+inside a host each gather says which one it is, and so does the end of a step; on accelerators the step's are compared at
+its end.
+
+The course of a micro-batch: which units its forward called, and how far backward has come back through them.
+
+Backward passes a unit's calls in the reverse order of forward, on every rank, also where no gradient comes on one of them:
+so ranks that share weights gather the same ones in the same order. A forward that is recomputed in backward takes the
+place of what backward has come through already. Pure.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from thinwire.comm.collectives import all_reduce_small, compare
+from thinwire.comm.transport.local_socket import OtherExchangeError
+from thinwire.comm.world import World
+from thinwire.parallel.shard.unit import Unit
+
+_END = 1
+_UNITS, _MICRO_BATCHES, _REDUCTION = 2**13, 2**8, 2**21
+"""What a reduction's tag tells apart, above the tags of gathers."""
+_WAY_OUT = 'make every rank\'s forward use the same units in the same order, or set partition.params = "replica"'
+
+
+def of_rank_0(order: list[int], world: World) -> list[int]:
+    """Rank 0's `order` of as many numbers, on every rank."""
+    places = torch.tensor(order if world.rank == 0 else [0] * len(order), dtype=torch.float64)
+    all_reduce_small(places, world=world, op="max", purpose="control")
+    return [int(place) for place in places]
+
+
+class Tags:
+    """What ranks call their exchanges, so that none takes another's for its own. `names` are the units'."""
+
+    def __init__(self, world: World, names: Sequence[str]) -> None:
+        self._world, self._names = world, list(names)
+
+    def gather(self, unit: int) -> int:
+        return unit + _END + 1
+
+    def reduction(self, unit: int, micro_batch: int) -> int:
+        return _REDUCTION + (micro_batch % _MICRO_BATCHES) * _UNITS + unit % _UNITS
+
+    def name(self, tag: int) -> str:
+        if tag == _END:
+            return "came to the end of the step"
+        if tag < _REDUCTION:
+            return f"gathers the weights of unit {self._names[tag - _END - 1]}"
+        return f"sums the gradients of unit {self._names[tag % _UNITS]}"
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Inside, ranks that are in different exchanges are told so in words: raises UseError, on all ranks in the end."""
+        try:
+            yield
+        except OtherExchangeError as error:
+            mine, theirs = self.name(error.mine), self.name(error.theirs)
+            self._world.outstanding.raise_apart(
+                f"ranks that share weights have gone different ways: rank {self._world.rank} {mine}, another {theirs}; "
+                f"{_WAY_OUT}"
+            )
+
+
+class GatherOrder:
+    """What a rank gathers in a step, compared among the ranks that its weights are cut over.
+
+    `depth` is that of the weights; levels of one member do not count.
+    """
+
+    def __init__(self, world: World, depth: int, tags: Tags) -> None:
+        self._world, self._tags = world, tags
+        self._levels = [level for level in range(depth + 1) if world.fanout(level) > 1]
+        self._sum = 0
+
+    def tag(self, unit: int) -> int:
+        """Of a gather of this unit, about to be issued."""
+        self._sum = zlib.crc32(unit.to_bytes(4, "little"), self._sum)
+        return self._tags.gather(unit)
+
+    def check(self) -> None:
+        """A step's gathers are over. Raises UseError, on all ranks that differ, if they have not gathered alike."""
+        if self._world.device.type == "cpu":
+            with self._tags.told():
+                compare(_END, world=self._world, levels=self._levels)
+        elif self._levels:
+            self._compare_sums()
+        self._sum = 0
+
+    def _compare_sums(self) -> None:
+        """The numbers h of n ranks are all equal if and only if n times the sum of h² is the square of the sum of h."""
+        tag = float(self._sum >> 12)  # 20 bits: sums over 8,192 ranks are exact
+        sums = torch.tensor([1.0, tag, tag * tag], dtype=torch.float64)
+        all_reduce_small(sums, world=self._world, levels=self._levels)
+        ranks, total, squares = (int(number) for number in sums)
+        if ranks * squares != total * total:
+            self._world.outstanding.raise_apart(
+                f"ranks that share weights have gathered different units in this step; {_WAY_OUT}"
+            )
+
+
+class Course:
+    """Calls are numbered in the order of forward."""
+
+    def __init__(self) -> None:
+        self._calls: list[Unit] = []
+        self._first: dict[Unit, int] = {}
+        self._position = 0
+        """Calls from here on are those that backward has come through."""
+
+    def begin(self) -> None:
+        """A micro-batch begins."""
+        self._calls, self._first, self._position = [], {}, 0
+
+    def called(self, unit: Unit, *, again: bool) -> int:
+        """A unit was called, in forward or (`again`) in a recomputed one; the number of the call."""
+        if again and self._position < len(self._calls):
+            del self._calls[self._position :]
+            self._first = {}
+            for number, call in enumerate(self._calls):
+                self._first.setdefault(call, number)
+        self._first.setdefault(unit, len(self._calls))
+        self._calls.append(unit)
+        self._position = len(self._calls)
+        return self._position - 1
+
+    def again(self) -> None:
+        """Another backward begins at the end."""
+        self._position = len(self._calls)
+
+    def back_to(self, number: int) -> Iterator[Unit]:
+        """Backward has come to a call: it and those that have been passed over, latest first."""
+        while self._position > number:
+            self._position -= 1
+            yield self._calls[self._position]
+
+    def is_over(self, unit: Unit) -> bool:
+        """Whether backward has come through all calls of a unit, and past the first."""
+        return self._first.get(unit, self._position + 1) > self._position
+
+    def has_passed(self, unit: Unit) -> bool:
+        """Whether a unit was called, and backward is past all its calls."""
+        return unit in self._first and self.is_over(unit)

@@ -1,0 +1,219 @@
+"""A point of the planner's space: the data-parallel core that a `Plan` can say, and the axes that it cannot say yet.
+
+Axes lie on ranks from inner to outer: tensor, context, then data and pipeline (in either order), then the groups that
+synchronise rarely. `data` is what is left of the ranks. Depths of the partition are indices of cluster levels.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from thinwire.cluster.cluster import Calibration, Cluster
+from thinwire.model.spec import ModelSpec
+from thinwire.plan.compression import CodecName, OuterCodecName, Rounding
+from thinwire.plan.plan import ComputeDtype, Partition, Plan, Wire
+from thinwire.plan.rounds import fragment_count
+from thinwire.plan.sync import Sync as Rounds
+from thinwire.plan.sync import SyncConfig
+from thinwire.predict.framework import THINWIRE, Framework
+
+Recompute = Literal["none", "selective", "per-op", "full"]
+"""Selective: attention's scores. Per-op, torchtitan's: all but attention's output and every second matmul's."""
+COMPUTE_BYTES: dict[str, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What is given: the model, the cluster, the batch, and the runtime with its calibration."""
+
+    spec: ModelSpec
+    cluster: Cluster
+    sequences: int
+    """Sequences in one optimizer step, over all ranks."""
+    tokens: int
+    """Tokens in one sequence."""
+    framework: Framework = THINWIRE
+    calibration: Calibration = field(default_factory=Calibration)
+    compute_dtype: ComputeDtype = "bf16"
+
+    @property
+    def compute_bytes(self) -> int:
+        return COMPUTE_BYTES[self.compute_dtype]
+
+    @cached_property
+    def block_parameters(self) -> int:
+        return self.spec.parameters_per_block
+
+    @cached_property
+    def parameters(self) -> int:
+        return self.spec.parameters
+
+
+@dataclass(frozen=True)
+class Sync:
+    """Groups that agree once in `inner_steps` (DiLoCo, arXiv 2311.08105; Streaming DiLoCo, 2501.18512).
+
+    The groups are the members of level `level` and of all levels outside it.
+    """
+
+    level: int
+    inner_steps: int
+    fragments: int = 1
+    overlap_steps: int = 0
+    """Steps during which a fragment may travel behind compute."""
+    codec: OuterCodecName = "bf16"
+    error_feedback: bool = False
+    said: Rounds | None = None
+    """All of it, where a run file or a plan decides it."""
+
+    @staticmethod
+    def of(rounds: Rounds, level: int, blocks: int) -> "Sync":
+        """What costs depend on, of `rounds` across `level` for a model of so many blocks."""
+        fragments = fragment_count(rounds.fragments, blocks)
+        return Sync(
+            level, rounds.inner_steps, fragments, rounds.delay, rounds.codec, rounds.error_feedback, said=rounds
+        )
+
+    def rounds(self, levels: tuple[tuple[str, int], ...]) -> Rounds:
+        """What the trainer is told, on these levels."""
+        if self.said is not None:
+            return self.said
+        config = SyncConfig(
+            kind="streaming_diloco" if self.overlap_steps else "diloco",
+            level=levels[self.level][0],
+            inner_steps=self.inner_steps,
+            fragments=self.fragments,
+            delay=self.overlap_steps,
+            codec=self.codec,
+            error_feedback=self.error_feedback,
+        )
+        return config.resolve(levels)
+
+    def groups(self, cluster: Cluster) -> int:
+        """How many groups there are: ranks of the cluster over ranks inside one member of `level`."""
+        return cluster.ranks // cluster.ranks_within(self.level - 1)
+
+    @property
+    def summed(self) -> int:
+        """Groups that add up what they changed before it travels farther; 1: none do."""
+        return 1 if self.said is None else self.said.summed
+
+    def senders(self, cluster: Cluster) -> int:
+        """Groups, or places in which they add up, that send each other what they changed."""
+        return self.groups(cluster) // self.summed
+
+    def peers(self, cluster: Cluster) -> list[int]:
+        """At `level` and each level outside it, how many other senders first part from one there."""
+        return self._parting(cluster, self.summed)
+
+    def group_peers(self, cluster: Cluster) -> list[int]:
+        """`peers`, of groups instead of senders."""
+        return self._parting(cluster, 1)
+
+    def _parting(self, cluster: Cluster, together: int) -> list[int]:
+        inside = cluster.ranks_within(self.level - 1) * together
+        reached = [1, *(max(1, cluster.ranks_within(i) // inside) for i in range(self.level, len(cluster.levels)))]
+        return [more - fewer for fewer, more in pairwise(reached)]
+
+
+class Coding(NamedTuple):
+    """What else a plan decides of codecs that have a scale for each block of numbers."""
+
+    block: Literal[64, 128, 256] = 128
+    rounding: Rounding = "nearest"
+    error_feedback: bool = False
+
+
+_PLAIN = Coding()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Every decision. Depths (lp, lg, lo): -1 is a replica, else the index of the level up to which a state is cut."""
+
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    chunks: int = 1
+    """Virtual stages on each rank (interleaved 1F1B, arXiv 2104.04473)."""
+    pipeline_outside: bool = True
+    """Pipeline stages lie outside the data axis (Megatron's order); else inside it."""
+    micro_batch: int = 1
+    recompute: Recompute = "none"
+    recompute_every: int = 1
+    """Full recompute is applied to every such block."""
+    depths: tuple[int, int, int] = (-1, -1, -1)
+    keep_gathered: bool = False
+    weights: tuple[CodecName | None, ...] = ()
+    """Codec of weights at each level, none: as they are."""
+    grads: tuple[CodecName | None, ...] = ()
+    coding: Coding = _PLAIN
+    sync: Sync | None = None
+
+    @staticmethod
+    def of_plan(plan: Plan, blocks: int) -> "Candidate":
+        """The point that a plan is for a model of so many blocks."""
+        weights, grads = plan.wire.weights, plan.wire.grads
+        return Candidate(
+            micro_batch=plan.micro_batch,
+            recompute=plan.recompute,
+            depths=plan.depths,
+            keep_gathered=plan.partition.keep_gathered,
+            weights=tuple(weights.get(name) for name in plan.level_names) if weights else (),
+            grads=tuple(grads.get(name) for name in plan.level_names) if grads else (),
+            coding=Coding(plan.wire.block, plan.wire.rounding, plan.wire.error_feedback),
+            sync=None if plan.sync is None else Sync.of(plan.sync, plan.levels_in_group, blocks),
+        )
+
+    def groups(self, cluster: Cluster) -> int:
+        return self.sync.groups(cluster) if self.sync else 1
+
+    def data(self, cluster: Cluster) -> int:
+        """Ranks along the data axis inside one group; 0 if the axes do not divide the ranks."""
+        others = self.tensor * self.context * self.pipeline * self.groups(cluster)
+        return 0 if cluster.ranks % others else cluster.ranks // others
+
+    def accumulate(self, setting: Setting) -> int:
+        """Micro-batches of a rank in one step; 0 if the batch does not divide."""
+        share = self.data(setting.cluster) * self.groups(setting.cluster) * self.micro_batch
+        return 0 if share == 0 or setting.sequences % share else setting.sequences // share
+
+    @property
+    def not_run_yet(self) -> tuple[str, ...]:
+        """What of it the trainer does not run."""
+        found = [name for name in ("tensor", "context", "pipeline") if getattr(self, name) > 1]
+        found += [f"{self.recompute} recompute"] if self.recompute in ("selective", "per-op") else []
+        return tuple(found)
+
+    @property
+    def runnable(self) -> bool:
+        """Whether `thinwire train` runs it as it stands."""
+        return not self.not_run_yet and self.recompute_every == 1
+
+    def partition(self, cluster: Cluster) -> Partition:
+        names = ["replica" if depth < 0 else cluster.level_names[depth] for depth in self.depths]
+        return Partition(params=names[0], grads=names[1], optimizer=names[2], keep_gathered=self.keep_gathered)
+
+    def wire(self, cluster: Cluster) -> Wire:
+        weights, grads = _named(self.weights, cluster), _named(self.grads, cluster)
+        return Wire(weights=weights, grads=grads, **self.coding._asdict())
+
+    def to_plan(self, setting: Setting) -> Plan:
+        """The document that the trainer runs. Only for `runnable` candidates that divide the batch."""
+        assert self.runnable and self.accumulate(setting) > 0
+        levels = tuple((level.name, level.fanout) for level in setting.cluster.levels)
+        return Plan(
+            levels=levels,
+            partition=self.partition(setting.cluster),
+            wire=self.wire(setting.cluster),
+            sync=None if self.sync is None else self.sync.rounds(levels),
+            recompute="full" if self.recompute == "full" else "none",
+            compute_dtype=setting.compute_dtype,
+            micro_batch=self.micro_batch,
+            accumulate=self.accumulate(setting),
+        )
+
+
+def _named(codecs: tuple[CodecName | None, ...], cluster: Cluster) -> dict[str, CodecName]:
+    return {name: codec for name, codec in zip(cluster.level_names, codecs, strict=False) if codec is not None}

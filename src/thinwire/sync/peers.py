@@ -1,0 +1,115 @@
+"""Whether all groups are what they should be: compared when they meet, and with every round. Never assumed.
+
+Who exchanges which elements with whom: interval intersections of what the ranks of every group own. Pure.
+
+Elements are numbered in the canonical order: the trained parameters back to back, without padding. Every group owns each
+element exactly once. A clique is a tuple of ranks, one of each group, that own the same elements and so exchange them
+directly. Groups cut alike make K cliques; groups of other sizes or cuts make more, smaller ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+import xxhash
+from torch import Tensor
+
+from thinwire.errors import ConfigError, PlanError
+
+Range = tuple[int, int]
+"""Elements start .. end of the canonical order."""
+
+
+def find_cliques(owned: Sequence[Sequence[tuple[int, Sequence[Range]]]]) -> dict[tuple[int, ...], list[Range]]:
+    """clique -> its ranges, ascending. `owned[g]` lists (rank, ranges) for the ranks of group g.
+
+    Raises PlanError if a group does not own every element exactly once, or the groups own different numbers of elements.
+    """
+    spans = [_spans(group, number) for number, group in enumerate(owned)]
+    ends = {group[-1][1] if group else 0 for group in spans}
+    if len(ends) != 1:
+        raise PlanError(f"the groups do not train the same model: they own {sorted(ends)} elements")
+    edges = sorted({edge for group in spans for start, end, _ in group for edge in (start, end)})
+    positions = [0] * len(spans)
+    cliques: dict[tuple[int, ...], list[Range]] = {}
+    for start, end in pairwise(edges):
+        for number, group in enumerate(spans):
+            while group[positions[number]][1] <= start:
+                positions[number] += 1
+        clique = tuple(group[position][2] for group, position in zip(spans, positions, strict=True))
+        ranges = cliques.setdefault(clique, [])
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], end)
+        else:
+            ranges.append((start, end))
+    return dict(sorted(cliques.items()))
+
+
+def _spans(group: Sequence[tuple[int, Sequence[Range]]], number: int) -> list[tuple[int, int, int]]:
+    """(start, end, rank), ascending and without a gap."""
+    spans = sorted((start, end, rank) for rank, ranges in group for start, end in ranges if end > start)
+    at = 0
+    for start, end, rank in spans:
+        if start != at:
+            raise PlanError(f"group {number} owns elements {min(at, start)} to {max(at, start)} not once (rank {rank})")
+        at = end
+    return spans
+
+
+def meet(mine: Sequence[Range], theirs: Sequence[Range]) -> list[Range]:
+    """Where two ascending lists of ranges overlap."""
+    met = [(max(a, c), min(b, d)) for a, b in mine for c, d in theirs]
+    return [(start, end) for start, end in met if start < end]
+
+
+def digest(tensors: Sequence[Tensor], *words: int | str) -> int:
+    """63 bits of a hash (XXH3) of the tensors' bits and of `words`: against drift and mistakes, not against malice."""
+    hashed = xxhash.xxh3_64()
+    for tensor in tensors:
+        hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    hashed.update(repr(words).encode())
+    return int.from_bytes(hashed.digest()) >> 1
+
+
+def fingerprint(values: Tensor, start: int) -> int:
+    """Of elements start .. of a flat tensor: a sum over elements, so that parts of any cut add up to that of the whole.
+
+    Each element counts with 20 bits of a hash of its bits and its position; sums of up to 2^33 elements are exact in fp64.
+    """
+    total, size = 0, 1 << 20
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[values.element_size()]
+    for first in range(0, values.numel(), size):
+        part = values[first : first + size].detach().cpu()
+        place = torch.arange(start + first + 1, start + first + 1 + part.numel())
+        mixed = (part.view(bits).long() * 0x1E3779B97F4A7C15 + place * 0x3F58476D1CE4E5B9) * 0x14D049BB133111EB
+        total += int(((mixed >> 40) & 0xFFFFF).sum())
+    return total
+
+
+def compare(statements: Sequence[Mapping[str, str]], groups: Sequence[int]) -> None:
+    """`statements[i]`, made by a rank of group `groups[i]`, must all agree with those of group 0, key by key.
+
+    Raises ConfigError naming the group and what differs.
+    """
+    for what in statements[0]:
+        said: dict[int, list[str]] = {}
+        for statement, group in zip(statements, groups, strict=True):
+            said.setdefault(group, []).append(statement.get(what, "nothing"))
+        reference = set(said[0])
+        for group, values in said.items():
+            if set(values) != reference:
+                raise ConfigError(
+                    f"group {group} and group 0 do not start from the same {what} ({sorted(set(values))[0][:60]} and "
+                    f"{sorted(reference)[0][:60]}); give every group the same run file, corpus and checkpoint"
+                )
+
+
+def strays(digests: Mapping[int, int]) -> list[int]:
+    """The groups whose digest is not that of most; of as many on each side, that with the lowest group is trusted."""
+    counts: dict[int, list[int]] = {}
+    for group in sorted(digests):
+        counts.setdefault(digests[group], []).append(group)
+    if len(counts) <= 1:
+        return []
+    trusted = max(counts.values(), key=lambda groups: (len(groups), -groups[0]))
+    return [group for group in sorted(digests) if group not in trusted]

@@ -1,0 +1,283 @@
+"""What one sees of a run: a progress line, `events.jsonl`, trackers, and a table at the end. Rank 0 only.
+
+Where the seconds of a step went, by cause.
+
+On a CPU a lap is wall-clock time. On an accelerator work is queued, so a lap is the time between two events in the
+device's own stream, read once at the end of the step. Time blocked on communication is measured by the ledger and taken
+out of the lap it fell into, so that the causes add up to the step.
+
+Small numbers about the machine and the model that the progress line needs.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from thinwire.cluster.cluster import Device
+from thinwire.files.events import EventLog
+from thinwire.train.folder import EVENTS_FILE
+from thinwire.train.trackers import Tracker
+from thinwire.units import show_count, show_seconds
+
+_SMOOTHING = 0.9
+
+
+class Telemetry:
+    """Writes every step to the log and the trackers; shows a live line on a terminal, a plain line elsewhere."""
+
+    def __init__(
+        self, folder: Path, trackers: Mapping[str, Tracker], *, total_steps: int, first_step: int, log_every: int
+    ) -> None:
+        self.console = Console(highlight=False)
+        self.log = EventLog(folder / EVENTS_FILE)
+        self._trackers = dict(trackers)
+        self._total_steps, self._log_every = total_steps, log_every
+        self._step_s: float | None = None
+        self._live = self.console.is_terminal
+        self._progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=self.console,
+            auto_refresh=False,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, line="")
+        self._progress.start()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Say what step `record["step"]` (1 is the first) did."""
+        self._write("step", **record)
+        number = record["step"]
+        names = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "step_s")
+        values = {f"train/{name}": record[name] for name in names if record[name] is not None}
+        self._track(values | {f"seconds/{cause}": seconds for cause, seconds in record["seconds"].items()}, number)
+        smooth = self._step_s
+        self._step_s = record["step_s"] if smooth is None else _SMOOTHING * smooth + (1 - _SMOOTHING) * record["step_s"]
+        line = self._line(record)
+        self._progress.update(self._task, completed=number, line=line, refresh=self._live)
+        if not self._live and (number % self._log_every == 0 or number == self._total_steps):
+            self.console.print(f"step {number}/{self._total_steps}  {line}", soft_wrap=True)
+
+    def _track(self, values: Mapping[str, float], step: int) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(values, step)
+            except Exception as error:
+                del self._trackers[name]
+                self.warn(f"{name} takes no more records from step {step} on: {error}; the run goes on without it")
+
+    def _line(self, record: dict[str, Any]) -> str:
+        exposed = record["seconds"]["comm"] / max(record["step_s"], 1e-9)
+        left_s = (self._total_steps - record["step"]) * (self._step_s or 0.0)
+        mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
+        loss = "no scored token, no step" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        return (
+            f"{loss}  {show_count(record['tokens_per_s'])} tokens/s{mfu}  "
+            f"exposed comm {exposed:.1%}  ETA {show_seconds(left_s)}"
+        )
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """A record of another kind in the log; validation losses go to the trackers too."""
+        self._write(kind, **fields)
+        if kind == "eval":
+            shown = {f"eval/{name}": fields[name] for name in ("loss", "bits_per_byte") if fields.get(name) is not None}
+            self._track(shown, fields["step"])
+
+    def say(self, text: str, style: str = "") -> None:
+        """A line above the progress line."""
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def show(self, table: Table) -> None:
+        """A table above the progress line."""
+        self.console.print(table)
+
+    def warn(self, text: str) -> None:
+        """Something that does not end the run but that a person should see, and find again in the log."""
+        self._write("fault", message=text)
+        self._say_warning(text)
+
+    def _write(self, kind: str, **fields: Any) -> None:
+        """A record in the log. One that cannot be written waits; that is told once."""
+        fine = self.log.trouble is None
+        self.log.write(kind, **fields)
+        if fine and self.log.trouble is not None:
+            self._say_warning(
+                f"{EVENTS_FILE} cannot be written: {self.log.trouble}; training goes on, and what it says is kept in memory "
+                f"until there is room"
+            )
+
+    def _say_warning(self, text: str) -> None:
+        self.say(f"warning: {text}", "yellow")
+
+    def stop_line(self) -> None:
+        """Leave the progress line as it stands; what follows is printed below it."""
+        self._progress.stop()
+
+    def close(self) -> None:
+        self._progress.stop()
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                self.warn(f"{name} could not be closed: {error}; its last records may be missing")
+        if gone := self.log.waiting + self.log.lost:
+            self._say_warning(
+                f"{gone:,} records of {EVENTS_FILE} could not be written: {self.log.trouble}; they are lost"
+            )
+        self.log.close()
+
+
+class Totals:
+    """Sums over the steps of this start of a run, for the table at its end."""
+
+    def __init__(self) -> None:
+        self.steps, self.tokens, self.scored, self.seconds = 0, 0, 0, 0.0
+        self.unscored_steps = 0
+        self.wire: dict[str, dict[str, int]] = {}
+        self.causes: dict[str, float] = {}
+        self.started_s = time.perf_counter()
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.steps += 1
+        self.tokens += record["processed_tokens"]
+        self.scored += record["tokens"]
+        self.unscored_steps += record["loss"] is None
+        self.seconds += record["step_s"]
+        for level, purposes in record["wire"].items():
+            of_level = self.wire.setdefault(level, {})
+            for purpose, count in purposes.items():
+                of_level[purpose] = of_level.get(purpose, 0) + count
+        for cause, seconds in record["seconds"].items():
+            self.causes[cause] = self.causes.get(cause, 0.0) + seconds
+
+    def table(self, rows: dict[str, str]) -> Table:
+        """The summary: `rows` first, then what was counted."""
+        table = Table(show_header=False, title="summary", title_justify="left")
+        counted = {
+            "steps in this start": f"{self.steps:,}",
+            "tokens": f"{self.tokens:,}" + (f", {self.scored:,} of them scored" if self.scored < self.tokens else ""),
+            "training time": show_seconds(self.seconds),
+            "tokens per second": f"{self.tokens / max(self.seconds, 1e-9):,.0f}",
+            "time by cause": "  ".join(
+                f"{cause} {seconds / max(self.seconds, 1e-9):.1%}"
+                for cause, seconds in self.causes.items()
+                if seconds > 0
+            ),
+        }
+        if self.unscored_steps:
+            counted["steps not taken"] = f"{self.unscored_steps:,}, of which no token was scored"
+        for name, value in {**rows, **counted}.items():
+            table.add_row(name, value)
+        return table
+
+
+Cause = Literal["data", "forward", "backward", "comm", "optimizer", "sync", "checkpoint", "eval", "other"]
+CAUSES: tuple[Cause, ...] = ("data", "forward", "backward", "comm", "optimizer", "sync", "checkpoint", "eval", "other")
+
+
+@dataclass(frozen=True)
+class Lap:
+    """What some of a step was spent on; times are those of `time.perf_counter()`."""
+
+    cause: Cause
+    start_s: float
+    end_s: float
+
+
+class StepClock:
+    """`start()`, then `lap(cause)` after each part, then `stop()` gives seconds by cause, and `laps` each part."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[Cause, float, torch.cuda.Event | None]] = []
+        self.laps: list[Lap] = []
+
+    def start(self) -> None:
+        self._marks = [("other", time.perf_counter(), self._event())]
+
+    def lap(self, cause: Cause) -> None:
+        """The time since the last mark was spent on `cause`."""
+        self._marks.append((cause, time.perf_counter(), self._event()))
+
+    def stop(self, *, exposed_comm_s: float) -> dict[str, float]:
+        """Seconds by cause. `exposed_comm_s` of them, spent inside backward or comm laps, are shown as `comm`."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        seconds = dict.fromkeys(CAUSES, 0.0)
+        self.laps = self._measured()
+        for lap in self.laps:
+            seconds[lap.cause] += lap.end_s - lap.start_s
+        hidden_in_others = max(0.0, exposed_comm_s - seconds["comm"])
+        for cause in ("backward", "forward", "optimizer"):
+            moved = min(seconds[cause], hidden_in_others)
+            seconds[cause] -= moved
+            seconds["comm"] += moved
+            hidden_in_others -= moved
+        return {cause: round(value, 6) for cause, value in seconds.items()}
+
+    def _measured(self) -> list[Lap]:
+        laps, end_s = list[Lap](), self._marks[0][1]
+        for (_, _, event_before), (cause, after_s, event_after) in zip(self._marks, self._marks[1:], strict=False):
+            start_s = end_s
+            if event_before is not None and event_after is not None:
+                end_s = start_s + event_before.elapsed_time(event_after) / 1e3
+            else:
+                end_s = after_s
+            laps.append(Lap(cause, start_s, end_s))
+        return laps
+
+    def _event(self) -> torch.cuda.Event | None:
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
+_PROBE_SIZE, _PROBE_S = {"cpu": 256, "cuda": 4096}, 0.15
+"""Rows of a square matrix: on a CPU it stays in the cache, and a product ends before another process has its turn."""
+
+
+def peak_flops_per_s(device: Device, dtype: torch.dtype) -> tuple[float, str]:
+    """`(FLOP per second, "default" | "given" | "measured")` of one rank, the denominator of MFU.
+
+    A CPU has no published figure that fits one thread of it, so a square matrix product is timed instead.
+    """
+    if device.peak_flops_per_s is not None:
+        return device.peak_flops_per_s, device.origin
+    where = "cuda" if device.kind == "cuda" else "cpu"
+    size = _PROBE_SIZE[where]
+    a = torch.rand(size, size, dtype=dtype, device=where)
+    a @ a  # the first product loads libraries and starts threads, which may take longer than all the others
+    best_s, end_s = float("inf"), time.perf_counter() + _PROBE_S
+    while time.perf_counter() < end_s:
+        start_s = time.perf_counter()
+        a @ a
+        if where == "cuda":
+            torch.cuda.synchronize()
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * size**3 / best_s, "measured"
+
+
+class CountsFlops(Protocol):
+    """A spec that knows the FLOPs of forward and backward per token in a sequence of `tokens`, or that it does not."""
+
+    def model_flops_per_token(self, tokens: int) -> float | None: ...
+
+
+def mfu(spec: CountsFlops, *, tokens_per_sequence: int, tokens_per_s: float, ranks: int, peak: float) -> float | None:
+    """Model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B): recomputed activations do not count.
+
+    None if the model's FLOPs are not known.
+    """
+    flops = spec.model_flops_per_token(tokens_per_sequence)
+    return None if flops is None else round(flops * tokens_per_s / (ranks * peak), 5)

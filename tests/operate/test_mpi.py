@@ -1,0 +1,94 @@
+"""Ranks that MPI's launchers start form one world: by what they set, and by the launchers themselves where they are."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from runs import command, environment, make_corpus, write_run
+from thinwire.files.events import read_events
+from thinwire.train.folder import EVENTS_FILE
+
+SHORT = {"run": {"steps": 3, "eval_every": 0, "sample_tokens": 0}, "schedule": {"warmup_steps": 0}}
+OPEN_MPI = {"RANK": "OMPI_COMM_WORLD_RANK", "SIZE": "OMPI_COMM_WORLD_SIZE", "LOCAL": "OMPI_COMM_WORLD_LOCAL_RANK"}
+HYDRA = {"RANK": "PMI_RANK", "SIZE": "PMI_SIZE", "LOCAL": "MPI_LOCALRANKID"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("data"))
+
+
+def told_once(folder: Path) -> bool:
+    """Whether every step of a run of two ranks was written once."""
+    events = folder / EVENTS_FILE
+    assert next(read_events(events, "run_start"))["ranks"] == 2
+    return [event["step"] for event in read_events(events, "step")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("names", [OPEN_MPI, HYDRA], ids=["open-mpi", "hydra"])
+def test_processes_with_an_mpi_launchers_variables_make_one_run(
+    names: dict[str, str], corpus: Path, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path, corpus, cluster={"levels": [2]}, **SHORT)
+    job = {"PMIX_NAMESPACE": tmp_path.name, "PMI_JOBID": tmp_path.name}
+    ranks = [
+        subprocess.Popen(
+            command("train", run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**environment(), **job, names["RANK"]: str(rank), names["SIZE"]: "2", names["LOCAL"]: str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=200)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    assert told_once(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "starter",
+    [("mpirun.openmpi", "--oversubscribe", "-np", "2"), ("mpiexec.hydra", "-n", "2")],
+    ids=["open-mpi", "hydra"],
+)
+@pytest.mark.parametrize("per_node", [False, True], ids=["a-process-a-rank", "a-process-a-node"])
+def test_a_real_mpirun_starts_one_run(starter: tuple[str, ...], per_node: bool, corpus: Path, tmp_path: Path) -> None:
+    if shutil.which(starter[0]) is None:
+        pytest.skip(f"{starter[0]} is not on this machine")
+    run = write_run(tmp_path, corpus, cluster={"levels": [2]}, **SHORT)
+    count, more = ("1", ["--ranks-per-node=2"]) if per_node else ("2", [])
+    own = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
+    done = subprocess.run(
+        [*starter[:-1], count, *command("train", run, *more)],
+        capture_output=True, text=True, env={**environment(), **own}, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert told_once(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "says"),
+    [
+        ([], {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+         "Open MPI started rank 1 of 2 and does not say on which host rank 0 is; set MASTER_ADDR"),
+        ([], {"PMIX_RANK": "1"}, "no launcher says how many ranks there are"),
+        ([], {"PET_NODE_RANK": "0", "PET_NNODES": "2"}, "not which rank; give --ranks-per-node N"),
+        ([], {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+         "give --ranks-per-node 2"),
+        (["--ranks-per-node=3"], {}, "the levels node=2 make 2 ranks, but the launcher started 3"),
+        (["--port=70000"], {}, "'--port' must be less than or equal to 65535"),
+        (["--port=-1"], {}, "'--port' must be greater than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_places_that_cannot_be_told_are_refused_and_nothing_is_written(
+    arguments: list[str], variables: dict[str, str], says: str, corpus: Path, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path, corpus, cluster={"levels": [2]}, **SHORT)
+    done = subprocess.run(
+        command("train", run, *arguments), capture_output=True, text=True, env={**environment(), **variables},
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
