@@ -24,7 +24,7 @@ from thinwire.files.processes import Process, owner_has_ended
 _HOLDER = """
 import errno, fcntl, os, sys, time
 from pathlib import Path
-from thinwire import locks
+from thinwire.files import locks
 folder, number, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if number:
     def flock(*args): raise OSError(number, os.strerror(number))
