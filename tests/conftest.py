@@ -17,6 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, whoever does that first
 
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # as in ranks; the server from which they are forked loads torch first
+
 settings.register_profile("untimed", deadline=None)  # timings never decide a test
 settings.load_profile("untimed")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import command, environment, make_corpus, ranks_of, start, thinwire, wait_for_step, write_run
+from runs import command, environment, make_corpus, ranks_of, start, start_anew, thinwire, wait_for_step, write_run
 from thinwire.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
 
@@ -106,7 +106,7 @@ def test_a_first_signal_finishes_the_step_saves_and_exits_0(
 def test_a_signal_before_the_ranks_can_listen_is_kept(corpus: Path, tmp_path: Path) -> None:
     """As Slurm may send it while they still import; a rank of its own session does not see what only the launcher gets."""
     path = write_run(tmp_path, corpus, cluster=CLUSTER, run={**RUN, "steps": 100000})
-    process = start("train", path)
+    process = start_anew("train", path)
     told: set[int] = set()
     end_s = time.monotonic() + 60
     while len(told) < 2 and time.monotonic() < end_s:
@@ -123,7 +123,7 @@ def test_a_signal_before_the_ranks_can_listen_is_kept(corpus: Path, tmp_path: Pa
 def test_a_run_that_is_stopped_before_its_ranks_have_met_ends_at_once_with_status_0(
     corpus: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = start("train", write_run(tmp_path, corpus, cluster=CLUSTER, run={**RUN, "steps": 100000}))
+    process = start_anew("train", write_run(tmp_path, corpus, cluster=CLUSTER, run={**RUN, "steps": 100000}))
     end_s = time.monotonic() + 60
     while len(ranks_of(process)) < 2 and time.monotonic() < end_s:
         time.sleep(0.01)
