@@ -48,10 +48,15 @@ def test_processes_with_an_mpi_launchers_variables_make_one_run(
 
 @pytest.mark.parametrize(
     "starter",
-    [("mpirun.openmpi", "--oversubscribe", "-np", "2"), ("mpiexec.hydra", "-n", "2")],
+    [
+        ("mpirun.openmpi", "--oversubscribe", "-np", "2"),
+        pytest.param(("mpiexec.hydra", "-n", "2"), marks=pytest.mark.slow),
+    ],
     ids=["open-mpi", "hydra"],
 )
-@pytest.mark.parametrize("per_node", [False, True], ids=["a-process-a-rank", "a-process-a-node"])
+@pytest.mark.parametrize(
+    "per_node", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["a-process-a-rank", "a-process-a-node"]
+)
 def test_a_real_mpirun_starts_one_run(starter: tuple[str, ...], per_node: bool, corpus: Path, tmp_path: Path) -> None:
     if shutil.which(starter[0]) is None:
         pytest.skip(f"{starter[0]} is not on this machine")

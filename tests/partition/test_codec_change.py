@@ -84,6 +84,7 @@ def test_the_next_loss_is_that_of_the_exact_masters_under_every_other_set_of_cod
             assert len(set(losses.values())) == 1, (saved, losses)
 
 
+@pytest.mark.slow
 def test_under_its_own_codecs_the_next_loss_is_the_runs_own() -> None:
     for result in results():
         for saved, (_, wire) in SETTINGS.items():

@@ -74,7 +74,6 @@ def test_the_launcher_names_a_rank_that_is_stuck_or_has_left(
     assert not _OTHERS_WORDS.search(output + (tmp_path / "run" / "logs" / "rank-1.log").read_text())
 
 
-@pytest.mark.slow
 def test_the_launcher_names_a_rank_that_is_stopped(corpus: Path, tmp_path: Path) -> None:
     path = _run_file(tmp_path, corpus, "node", 100_000)
     process = start("train", path)

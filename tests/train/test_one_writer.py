@@ -85,7 +85,9 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("start", list(STARTS))
+@pytest.mark.parametrize(
+    "start", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("without locks")) for name in STARTS]
+)
 def test_a_second_start_is_refused_and_after_a_kill_it_is_not(corpus: Path, tmp_path: Path, start: str) -> None:
     levels, options, more = STARTS[start]
     if start.endswith("without locks"):

@@ -71,6 +71,7 @@ def test_a_rank_that_runs_out_of_memory_says_what_fits_and_what_it_says_fits(cor
     assert sizes[chosen] <= 1.01 * capacity < sizes[2 * chosen]
 
 
+@pytest.mark.slow
 def test_a_limited_eval_says_so_too(corpus: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path, corpus, run={"steps": 1, "eval_sequences": 1}, schedule={"warmup_steps": 0},
                     model=WIDE, batch={"sequences": 2, "tokens": 64, "micro_batch": 2})  # fmt: skip
