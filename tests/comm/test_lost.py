@@ -108,10 +108,8 @@ _KINDS = (_sleeps, _is_stopped, _is_killed)
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        pytest.param(
-            *way, marks=[] if way[0] in (_sleeps, _is_stopped, _is_killed) else _SLOW, id=way[0].__name__.strip("_")
-        )
-        for way in _WAYS
+        pytest.param(how, sentence, marks=[] if how in _KINDS else _SLOW, id=how.__name__.strip("_"))
+        for how, sentence in _WAYS
     ],
 )
 def test_the_rank_that_does_not_come_is_named_by_all_others_in_time(

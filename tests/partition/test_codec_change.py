@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch.nn.functional as F
 
 from partition_toy import Toy, adamw, batches, one_step, plan_of
