@@ -25,6 +25,7 @@ settings.register_profile("untimed", deadline=None)  # timings never decide a te
 settings.load_profile("untimed")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         builds_labs = hasattr(getattr(item, "module", None), "need_lab")

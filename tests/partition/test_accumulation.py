@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,7 +79,6 @@ def results() -> list[dict[str, Any]]:
     return run_world((2, 2), _all)
 
 
-@pytest.mark.slow
 def test_cuts_with_the_same_level_for_gradients_agree_bit_for_bit() -> None:
     for result in results():
         for lg in (-1, 0, 1):

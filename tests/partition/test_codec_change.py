@@ -5,7 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pytest
 import torch.nn.functional as F
 
 from partition_toy import Toy, adamw, batches, one_step, plan_of
@@ -85,7 +84,6 @@ def test_the_next_loss_is_that_of_the_exact_masters_under_every_other_set_of_cod
             assert len(set(losses.values())) == 1, (saved, losses)
 
 
-@pytest.mark.slow
 def test_under_its_own_codecs_the_next_loss_is_the_runs_own() -> None:
     for result in results():
         for saved, (_, wire) in SETTINGS.items():

@@ -158,7 +158,6 @@ def test_bf16_weights_travel_in_two_bytes_and_gradients_in_four_under_every_cut(
                     assert count * (2 if purpose.startswith("P-") else 1) == whole, (cut, level, purpose)
 
 
-@pytest.mark.slow
 def test_bf16_training_is_bit_for_bit_the_twins_under_every_cut() -> None:
     digests: set[bytes] = set()
     for result in results():
