@@ -30,11 +30,11 @@ packages:
 demo: $(READY)
 	$(BIN)/thinwire train $(DEMO) $(if $(FRESH),--fresh)
 
-# Three files at a time are quickest on two cores; `make test WORKERS=0` runs one after the other.
+# How many test files run at a time; `make test WORKERS=0` runs one after the other.
 WORKERS ?= 3
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup --durations=20
 
-# Every promise once, in less than ten minutes.
+# Every promise once.
 test: $(READY)
 	$(PYTEST) -m 'not slow and not slurm'
 
