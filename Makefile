@@ -8,7 +8,7 @@ DEMO := examples/stdlib.toml
 # started in tests; nothing else needs them, and those tests are skipped without them.
 DEBIAN_PACKAGES := iproute2 chromium openmpi-bin mpich openssh-client
 
-.PHONY: demo test test-slurm check bench clean setup package packages docs
+.PHONY: demo test test-all test-slurm check bench clean setup package packages docs
 
 setup: $(READY)
 
@@ -30,10 +30,18 @@ packages:
 demo: $(READY)
 	$(BIN)/thinwire train $(DEMO) $(if $(FRESH),--fresh)
 
-# `make test WORKERS=3` runs three files at a time: 29 minutes instead of about 35 on two cores.
-WORKERS ?= 0
+# How many test files run at a time; `make test WORKERS=0` runs one after the other.
+WORKERS ?= 3
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --durations=20
+
+# Every promise once.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	$(PYTEST) -m 'not slow and not slurm'
+
+# Whole grids, whole studies, other starters, every page in a browser, every command of docs/ and a Slurm too.
+test-all: $(READY)
+	$(PYTEST)
+	$(MAKE) test-slurm
 
 # Job scripts on a real Slurm, started for the tests on this machine (installed first if need be; needs root).
 test-slurm: $(READY)

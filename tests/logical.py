@@ -13,18 +13,24 @@ from thinwire.parallel.shard.layout import Piece
 
 def put_together(world: World, pieces: Sequence[Piece]) -> dict[str, Tensor]:
     """The logical tensors of which every rank wrote some pieces, flat. Raises if an element is not written once."""
-    mine = [(piece.name, piece.shape, piece.offset, piece.tensor.detach().clone()) for piece in pieces]
-    written: list[list[tuple[str, tuple[int, ...], int, Tensor]]] = [[]] * world.size
+    mine = [(piece.name, piece.shape, piece.offset, piece.tensor.dtype, _bytes(piece.tensor)) for piece in pieces]
+    written: list[list[tuple[str, tuple[int, ...], int, torch.dtype, bytes]]] = [[]] * world.size
     dist.all_gather_object(written, mine)
     spans: list[Spans] = [{} for _ in written]
     whole: dict[str, Tensor] = {}
     for of_rank, parts in zip(spans, written, strict=True):
-        for name, shape, offset, tensor in parts:
+        for name, shape, offset, dtype, held in parts:
+            tensor = torch.frombuffer(bytearray(held), dtype=dtype) if held else torch.empty(0, dtype=dtype)
             of_rank.setdefault(name, (shape, str(tensor.dtype), []))[2].append((offset, tensor.numel()))
             size = torch.Size(shape).numel()
             whole.setdefault(name, torch.empty(size, dtype=tensor.dtype))[offset : offset + tensor.numel()] = tensor
     complete(spans)
     return whole
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Of what it holds: many small tensors take torch milliseconds each to send as they are."""
+    return tensor.detach().flatten().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def fill(pieces: Sequence[Piece], saved: dict[str, Tensor]) -> None:

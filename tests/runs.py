@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE, open_folder
 from thinwire.train.job import resolve
 from thinwire.train.stop import StopRequest
+from warm import Started, rank_name
 
 _STARTS_NO_RANKS = ("data", "eval", "export", "generate", "import", "plan", "simulate")
 
@@ -86,12 +88,25 @@ def write_run(folder: Path, corpus: Path, name: str = "run", **sections: dict[st
 def thinwire(
     *arguments: str | Path, cwd: Path | None = None, timeout_s: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end: in a process of its own if it starts ranks, else in this one (torch is loaded)."""
+    """Run the command line to its end: in a process of its own if it may start ranks, else in this one; torch is loaded."""
     if arguments and arguments[0] in _STARTS_NO_RANKS:
         return here([str(argument) for argument in arguments], cwd or Path.cwd())
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, cwd=cwd, timeout=timeout_s, env=environment(), check=False
-    )
+    return ended(warm(*arguments, env=environment(), cwd=cwd), timeout_s)
+
+
+def warm(*arguments: str | Path, env: Mapping[str, str], cwd: Path | None = None, merged: bool = False) -> Started:
+    """Start the command line from a server that has torch loaded and return at once."""
+    return Started([str(argument) for argument in arguments], env=env, cwd=cwd or Path.cwd(), merged=merged)
+
+
+def ended(process: Started, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """Wait for the end of a start; kills it if that does not come."""
+    try:
+        out, err = process.communicate(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.wait(), out, err)
 
 
 def here(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -105,8 +120,13 @@ def here(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
-def start(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
-    """Start the command line and return at once."""
+def start(*arguments: str | Path, **variables: str) -> Started:
+    """Start the command line, with torch loaded, and return at once."""
+    return warm(*arguments, env={**environment(), **variables}, merged=True)
+
+
+def start_anew(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
+    """The same as a shell does it: every process imports what it needs."""
     own = {**environment(), **variables}
     return subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=own)
 
@@ -130,18 +150,19 @@ def wait_for_step(folder: Path, step: int, timeout_s: float = 60) -> None:
     raise TimeoutError(f"{folder} did not reach step {step}")
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+def ranks_of(process: Started | subprocess.Popen[str]) -> list[int]:
     """The process ids of a launcher's ranks, by rank."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                line = (entry / "cmdline").read_bytes().decode()
+                name, line = (entry / "comm").read_text().strip(), (entry / "cmdline").read_bytes().decode()
             except (OSError, IndexError):
                 continue
-            if parent == str(process.pid) and "thinwire.train.worker" in line:
-                found.append((int(line.partition('"rank": ')[2].partition(",")[0]), int(entry.name)))
+            name = rank_name(line) if '"rank": ' in line else name
+            if parent == str(process.pid) and name.startswith("rank "):
+                found.append((int(name.removeprefix("rank ")), int(entry.name)))
     return [pid for _, pid in sorted(found)]
 
 

@@ -81,6 +81,7 @@ def _outside(folder: Path, *command: str | Path, **variables: str) -> subprocess
                           timeout=200, check=False)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_trains(environment: Path, tmp_path: Path) -> None:
     where = _outside(environment, environment / "bin" / "python", "-c", "import thinwire; print(thinwire.__file__)")
     assert where.stdout.startswith(str(environment)), where
@@ -98,6 +99,7 @@ def test_the_installed_wheel_trains(environment: Path, tmp_path: Path) -> None:
     assert "2 of 2" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_users_code_is_checked_against_our_types(environment: Path, tmp_path: Path) -> None:
     user = tmp_path / "user.py"
     user.write_text("import thinwire\nfrom thinwire import Plan\nn: str = Plan(levels=(('node', 2),)).accumulate\n")

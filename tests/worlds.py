@@ -1,6 +1,5 @@
 """Real worlds of gloo ranks for tests: processes, one thread each, forked from a server that has torch loaded."""
 
-import multiprocessing as mp
 import pickle
 import time
 import traceback
@@ -10,9 +9,7 @@ from typing import Any
 
 from thinwire.cluster.cluster import Cluster, Level
 from thinwire.train.launch import free_port
-
-_PRELOADED = ["torch.distributed", "thinwire.checkpoint.store", "thinwire.train.loop"]
-"""Installed modules only: the server does not see the tests' folder."""
+from warm import server
 
 Levels = Sequence[int | tuple[str, int]]
 
@@ -38,8 +35,7 @@ def run_world(
     `patience_s`. Leaving the world checks that no handle was dropped.
     """
     cluster = levels if isinstance(levels, Cluster) else cluster_of([levels] if isinstance(levels, int) else levels)
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context = server()
     port = free_port()
     pipes, processes = [], []
     for rank in range(cluster.ranks):

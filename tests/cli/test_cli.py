@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import command, environment, make_corpus, make_text, thinwire, write_run
+from runs import ended, environment, make_corpus, make_text, thinwire, warm, write_run
 from thinwire.cli import main
 from thinwire.model.presets import preset_names
 from thinwire.train.launch import free_port
@@ -211,10 +211,7 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(finished: Path
 @pytest.mark.parametrize("more", [[], ["--ranks-per-node=1"]], ids=["a-process-a-rank", "a-process-a-node"])
 def test_a_finished_run_says_so_under_a_launcher_too(more: list[str], finished: Path) -> None:
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    again = subprocess.run(
-        command("train", finished.parent / "run.toml", *more), capture_output=True, text=True,
-        env={**environment(), **place}, timeout=120, check=False,
-    )  # fmt: skip
+    again = ended(warm("train", finished.parent / "run.toml", *more, env={**environment(), **place}))
     assert again.returncode == 0, again.stderr
     assert "is finished: 8 of 8 steps are done" in again.stdout
 

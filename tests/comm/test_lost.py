@@ -95,11 +95,23 @@ _WAYS = [
 ]
 
 
-@pytest.mark.slow
+_SLOW = pytest.mark.slow
+_KINDS = (_sleeps, _is_stopped, _is_killed)
+"""One way of being late, one of standing still, one of being gone."""
+
+
 @pytest.mark.parametrize(
-    ("sockets", "small"), [((), False), ((0,), False), ((0,), True)], ids=["memory", "sockets", "numbers"]
+    ("sockets", "small"),
+    [((), False), pytest.param((0,), False, marks=_SLOW), pytest.param((0,), True, marks=_SLOW)],
+    ids=["memory", "sockets", "numbers"],
 )
-@pytest.mark.parametrize(("how", "sentence"), _WAYS, ids=[way.__name__.strip("_") for way, _ in _WAYS])
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        pytest.param(how, sentence, marks=[] if how in _KINDS else _SLOW, id=how.__name__.strip("_"))
+        for how, sentence in _WAYS
+    ],
+)
 def test_the_rank_that_does_not_come_is_named_by_all_others_in_time(
     tmp_path: Path, how: Callable[[], None], sentence: str, sockets: Sequence[int], small: bool
 ) -> None:

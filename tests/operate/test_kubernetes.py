@@ -13,7 +13,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime, TrainerV1alpha1TrainJob
 
-from runs import CUDA, environment, write_run
+from runs import CUDA, environment, warm, write_run
 from runs import command as thinwire_command
 from thinwire.files.events import steps
 from thinwire.operate.allocation import job_name
@@ -176,13 +176,9 @@ def test_launchers_one_a_node_make_one_world(stop: bool, pod: str, corpus: Path,
     }
     run, port = write_run(tmp_path, corpus, **sections), str(free_port())
     pods = [
-        subprocess.Popen(
-            thinwire_command("train", run, "--ranks-per-node=2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
-            env={**environment(), **_of_pod(pod, node, port)},
-        )
+        warm("train", run, "--ranks-per-node=2", env={**environment(), **_of_pod(pod, node, port)}, merged=True)
         for node in range(2)
-    ]  # fmt: skip
+    ]
     events = tmp_path / "run" / EVENTS_FILE
     while stop and not (events.exists() and steps(events)):
         assert all(pod.poll() is None for pod in pods)
@@ -190,7 +186,7 @@ def test_launchers_one_a_node_make_one_world(stop: bool, pod: str, corpus: Path,
     if stop:
         pods[1].send_signal(signal.SIGTERM)
     said = [pod.communicate(timeout=200)[0] for pod in pods]
-    assert [pod.returncode for pod in pods] == [0, 0], said
+    assert [pod.poll() for pod in pods] == [0, 0], said
     assert ("stopped after step" if stop else "3 of 3") in said[0]
     last = max(steps(events))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{last:08d}"]

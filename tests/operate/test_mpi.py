@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import command, environment, make_corpus, write_run
+from runs import command, environment, make_corpus, warm, write_run
 from thinwire.files.events import read_events
 from thinwire.train.folder import EVENTS_FILE
 
@@ -35,23 +35,28 @@ def test_processes_with_an_mpi_launchers_variables_make_one_run(
     run = write_run(tmp_path, corpus, cluster={"levels": [2]}, **SHORT)
     job = {"PMIX_NAMESPACE": tmp_path.name, "PMI_JOBID": tmp_path.name}
     ranks = [
-        subprocess.Popen(
-            command("train", run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        warm(
+            "train", run, merged=True,
             env={**environment(), **job, names["RANK"]: str(rank), names["SIZE"]: "2", names["LOCAL"]: str(rank)},
         )
         for rank in range(2)
     ]  # fmt: skip
     said = [process.communicate(timeout=200)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
+    assert [process.wait() for process in ranks] == [0, 0], said
     assert told_once(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     "starter",
-    [("mpirun.openmpi", "--oversubscribe", "-np", "2"), ("mpiexec.hydra", "-n", "2")],
+    [
+        ("mpirun.openmpi", "--oversubscribe", "-np", "2"),
+        pytest.param(("mpiexec.hydra", "-n", "2"), marks=pytest.mark.slow),
+    ],
     ids=["open-mpi", "hydra"],
 )
-@pytest.mark.parametrize("per_node", [False, True], ids=["a-process-a-rank", "a-process-a-node"])
+@pytest.mark.parametrize(
+    "per_node", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["a-process-a-rank", "a-process-a-node"]
+)
 def test_a_real_mpirun_starts_one_run(starter: tuple[str, ...], per_node: bool, corpus: Path, tmp_path: Path) -> None:
     if shutil.which(starter[0]) is None:
         pytest.skip(f"{starter[0]} is not on this machine")

@@ -41,11 +41,22 @@ def _trained(world: World, cut: tuple[int, int, int]) -> tuple[list[tuple[float,
     return seen, weights(engine)
 
 
+def _ends(world: World) -> list[Any]:
+    """Under the least and the most cut partition."""
+    last = len(world.cluster.levels) - 1
+    return [_trained(world, (depth,) * 3) for depth in (-1, last)]
+
+
 def _every(world: World) -> list[Any]:
     """Under every legal partition."""
     depths = range(-1, len(world.cluster.levels))
     cuts = [(p, g, o) for o in depths for g in depths for p in depths if p <= g <= o]
     return [_trained(world, cut) for cut in cuts]
+
+
+def test_any_number_of_units_trains_whole_and_cut_with_the_same_bits() -> None:
+    for whole, cut in run_world((2,), _ends, timeout_s=280):
+        assert whole == cut
 
 
 @pytest.mark.slow

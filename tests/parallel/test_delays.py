@@ -30,7 +30,11 @@ SETTINGS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
 }
 LATE = (None, 1, 2)
 """Which rank is late: none, a neighbour of rank 0 in its node, one in the other node."""
-LINKS = pytest.mark.parametrize("sockets", [(), (1,), (0, 1)], ids=["one host", "two hosts", "four hosts"])
+LINKS = pytest.mark.parametrize(
+    "sockets",
+    [*(pytest.param(s, marks=pytest.mark.slow) for s in [(), (1,)]), (0, 1)],
+    ids=["one host", "two hosts", "four hosts"],
+)
 
 
 @contextmanager

@@ -53,8 +53,15 @@ def _all_cuts(world: World, accumulate: int) -> dict[tuple[int, int, int], Any]:
     return out
 
 
-@pytest.mark.parametrize("levels", [(2,), (2, 2), (2, 1), (1, 2)])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    ("levels", "accumulate"),
+    [
+        ((2, 2), 1),
+        ((2,), 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [((2,), 1), ((2, 2), 3)]),
+        *(pytest.param(levels, each, marks=pytest.mark.slow) for levels in [(2, 1), (1, 2)] for each in (1, 3)),
+    ],
+)
 def test_every_cut_sends_the_formulas_bytes_and_trains_like_the_twin(levels: tuple[int, ...], accumulate: int) -> None:
     results = run_world(levels, _all_cuts, accumulate, sockets=(0, 1) if accumulate == 3 else ())
     for result in results:
@@ -185,6 +192,7 @@ def _delayed(world: World, delay_every: int) -> Any:
         handle.Handle.wait = plain  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_late_collectives_change_nothing_and_all_ranks_issue_in_the_same_order() -> None:
     runs = [run_world((2, 2), _delayed, every) for every in (0, 3, 5)]
     for ranks in zip(*runs, strict=True):

@@ -12,7 +12,14 @@ from runs import environment
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("mlp_loop.py", 4), ("huggingface_llama.py", 4), ("mlp_rounds.py", 2)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("mlp_loop.py", 4),
+        pytest.param("huggingface_llama.py", 4, marks=pytest.mark.slow),
+        pytest.param("mlp_rounds.py", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_the_example_runs_and_learns(name: str, ranks: int) -> None:
     command = [
         sys.executable,

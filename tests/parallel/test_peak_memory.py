@@ -55,7 +55,7 @@ UNITS = {(-1, -1, -1): 3, (-1, -1, 1): 1.5, (0, 0, 0): 5, (0, 0, 1): 5, (1, 1, 1
 halves; two of weights where those are cut. Whole sums that go to replicas come whole."""
 
 
-@pytest.mark.parametrize("blocks", [8, 12])
+@pytest.mark.parametrize("blocks", [8, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_steps_peak_is_the_formulas_at_any_depth(blocks: int) -> None:
     """States as the table has them, and units of `UNITS`."""
     for peaks in run_world((2, 2), _peaks, blocks):

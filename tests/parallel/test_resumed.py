@@ -116,6 +116,24 @@ def _agree(levels: Sequence[int], settings: dict[str, Setting]) -> None:
         assert not wrong, f"{len(wrong)} of {len(settings)} settings: " + "\n".join(wrong)
 
 
+def _every_codec_once(settings: dict[str, Setting]) -> dict[str, Setting]:
+    """One of the cuts of each codec, and of those with and without feedback: each time the next."""
+    of_codec: dict[str, list[str]] = {}
+    for name in settings:
+        of_codec.setdefault(" ".join(name.split()[:2]), []).append(name)
+    chosen = [names[number % len(names)] for number, names in enumerate(of_codec.values())]
+    return {name: settings[name] for name in chosen}
+
+
+@pytest.mark.parametrize("levels", [pytest.param([2], marks=pytest.mark.slow), [2, 2]], ids=str)
+def test_every_codec_under_one_of_its_cuts(levels: list[int]) -> None:
+    settings = _every_codec_once(_settings(levels, stochastic=len(levels) == 1))
+    assert len(settings) == len(WEIGHTS) + len(GRADS)
+    _agree(levels, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_codec_with_and_without_feedback_over_one_level() -> None:
     _agree([2], _settings([2], stochastic=True))
 

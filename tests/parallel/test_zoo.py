@@ -62,7 +62,7 @@ def _differences(world: World, names: list[str], plans: tuple[str, ...]) -> dict
     return found
 
 
-@pytest.mark.parametrize("sockets", [(), (0,)], ids=["one host", "sockets"])
+@pytest.mark.parametrize("sockets", [(), pytest.param((0,), marks=pytest.mark.slow)], ids=["one host", "sockets"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_train_as_in_one_process(kind: str, sockets: tuple[int, ...]) -> None:
     for found in run_world(2, _differences, KINDS[kind], ("zero1", "zero3"), sockets=sockets, timeout_s=250):

@@ -64,6 +64,7 @@ def test_each_repeat_is_held_against_its_own_probe() -> None:
     assert both.predicted_s == 1.5 and both.peak_error is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "plan", "sequences"),
     [
@@ -78,6 +79,7 @@ def test_bytes_and_memory_of_a_real_run_are_foreseen(tmp_path: Path, world: str,
     foresee(tmp_path, world, plan, sequences)
 
 
+@pytest.mark.slow
 def test_what_error_feedback_carries_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 of every sum that enters the coded hop, and as much again of the step under way."""
     settings = ["plan.partition=zero1", "plan.wire={grads={node='int4'}, error_feedback=true}"]

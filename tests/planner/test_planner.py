@@ -39,7 +39,7 @@ def setting(
     return Setting(preset(model), Cluster(device=device_preset("a100-80g"), levels=tuple(levels)), sequences, tokens)
 
 
-@pytest.mark.parametrize("fanouts", [(4, 2), (2, 2, 2), (8,)])
+@pytest.mark.parametrize("fanouts", [(4, 2), pytest.param((2, 2, 2), marks=pytest.mark.slow), (8,)])
 def test_branch_and_bound_finds_what_plain_enumeration_finds(fanouts: tuple[int, ...]) -> None:
     given, space = setting(*fanouts, sequences=16), Space(max_tensor=4)
     capacity = given.cluster.device.memory_bytes

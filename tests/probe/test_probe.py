@@ -139,6 +139,7 @@ def test_every_level_of_a_real_world_is_timed_and_all_ranks_agree() -> None:
     assert cluster.calibration.logit_s and cluster.calibration.optimizer_s and "int8" in cluster.calibration.coding_s
 
 
+@pytest.mark.slow
 def test_a_link_between_hosts_goes_on_behind_compute() -> None:
     timings = run_world([2], _measure, sockets=[0])[0][0]
     assert timings.meetings == []  # nobody copies from another's memory

@@ -37,7 +37,9 @@ def _agreement(world: World, sync: dict[str, Any], cut: tuple[str, str, str]) ->
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("levels", [[("site", 2)], [("node", 2), ("site", 2)], [("site", 3)]])
+@pytest.mark.parametrize(
+    "levels", [pytest.param([("site", 2)], marks=pytest.mark.slow), [("node", 2), ("site", 2)], [("site", 3)]]
+)
 def test_i7_i8_all_groups_hold_the_same_outer_state_and_send_the_formulas_bytes(levels: Any, codec: str) -> None:
     sync = {"kind": "streaming_diloco", "inner_steps": 4, "fragments": 3, "delay": 2, "codec": codec}
     cut = ("node", "node", "node") if len(levels) == 2 else ("replica", "replica", "replica")

@@ -125,14 +125,28 @@ def test_every_kind() -> None:
     _agree([("site", 2)], _kinds())
 
 
+def _coded(codec: str, feedback: bool) -> dict[str, Setting]:
+    rounding = {"rounding": "stochastic", "block": 64} if codec in CODECS[3:7] else {}
+    return _kinds(codec=codec, error_feedback=feedback, **rounding)
+
+
+def test_every_kind_with_another_codec() -> None:
+    """Every codec but fp32 is that of one kind or two, half of them with feedback."""
+    coded = CODECS[1:]
+    settings = {}
+    for number, name in enumerate(KINDS):
+        codec, feedback = coded[number % len(coded)], number % 2 == 1
+        settings[f"{name}, {codec}, feedback={feedback}"] = _coded(codec, feedback)[name]
+    _agree([("site", 2)], settings)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_kind_with_every_codec_and_feedback(codec: str) -> None:
     settings: dict[str, Setting] = {}
     for feedback in (False, True) if codec != "fp32" else (False,):
-        rounding = {"rounding": "stochastic", "block": 64} if codec in CODECS[3:7] else {}
-        found = _kinds(codec=codec, error_feedback=feedback, **rounding)
+        found = _coded(codec, feedback)
         settings |= {f"{name}, feedback={feedback}": setting for name, setting in found.items()}
     _agree([("site", 2)], settings)
 

@@ -64,7 +64,7 @@ def reference_losses(corpus: Path, tmp_path: Path, dtype: torch.dtype) -> list[f
 SPLITS = [([1], 16), ([1], 4), ([2], 8), ([2], 2), ([4], 4), ([4], 1), ([2, 2], 1)]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("fp64", 1e-10)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [pytest.param("fp32", 1e-5, marks=pytest.mark.slow), ("fp64", 1e-10)])
 def test_every_split_of_the_batch_gives_the_plain_loops_losses(
     corpus: Path, tmp_path: Path, dtype: str, tolerance: float
 ) -> None:
@@ -83,13 +83,14 @@ def test_recompute_changes_no_bit(corpus: Path, tmp_path: Path) -> None:
     assert losses([2], tmp_path / "recomputed", corpus, plan={"recompute": "full"}) == plain
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_to_the_same_losses(corpus: Path, tmp_path: Path) -> None:
     run = {"steps": 5, "compile": True}
     plain = losses([2], tmp_path / "plain", corpus, run={"steps": 5})
     assert losses([2], tmp_path / "compiled", corpus, run=run) == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("partition", ["zero3", "hsdp", "auto", "zero1"])
+@pytest.mark.parametrize("partition", ["zero3", "hsdp", pytest.param("auto", marks=pytest.mark.slow), "zero1"])
 def test_any_partition_trains_and_resumes_under_any_other(corpus: Path, tmp_path: Path, partition: str) -> None:
     plain = losses([2, 2], tmp_path / "plain", corpus, plan={"partition": "ddp"}, schedule={"kind": "constant"})
     run = {"steps": 10}

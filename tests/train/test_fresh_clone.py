@@ -2,16 +2,16 @@
 
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from runs import command, environment, make_text, write_run
+from runs import environment, make_text, warm, write_run
 from thinwire.files.events import steps
 from thinwire.train.folder import EVENTS_FILE
 from thinwire.train.launch import free_port
+from warm import Started
 
 SHORT = {"run": {"steps": 3, "eval_every": 0, "sample_tokens": 0}, "schedule": {"warmup_steps": 0}}
 
@@ -25,17 +25,14 @@ def fresh(folder: Path, levels: list[int], sources: str | Path | None = None) ->
     return run
 
 
-def start(rank: int, size: int, port: int, *arguments: str | Path) -> subprocess.Popen[str]:
+def start(rank: int, size: int, port: int, *arguments: str | Path) -> Started:
     place = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return subprocess.Popen(
-        command("train", *arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**environment(), **place, "LOCAL_RANK": str(rank)},
-    )  # fmt: skip
+    return warm("train", *arguments, merged=True, env={**environment(), **place, "LOCAL_RANK": str(rank)})
 
 
-def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+def ended(processes: list[Started]) -> list[tuple[int, str]]:
     said = [process.communicate(timeout=200)[0] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+    return [(process.wait(), text) for process, text in zip(processes, said, strict=True)]
 
 
 @pytest.mark.parametrize("per_node", [False, True], ids=["a-process-a-rank", "a-process-a-node"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import command, environment, make_corpus, thinwire, write_run
+from runs import make_corpus, start, thinwire, write_run
 from thinwire.files.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
 
@@ -51,28 +51,26 @@ def test_a_full_disk_stops_nothing_loses_no_event_and_an_end_without_a_save_is_t
     path = write_run(
         disk, make_corpus(tmp_path / "data"), cluster={"levels": [2]}, run=run, checkpoint={"every_steps": 10}
     )
-    events, said = disk / "run" / EVENTS_FILE, tmp_path / "said"
-    with said.open("w") as out:
-        process = subprocess.Popen(command("train", path), stdout=out, stderr=subprocess.STDOUT, env=environment())
+    events, process = disk / "run" / EVENTS_FILE, start("train", path)
     try:
         wait_until(lambda: events.exists() and len(steps(events)) > 12, "nothing happened")
         fill(disk / "filler")
-        wait_until(lambda: "could not be saved" in said.read_text(), "no save failed on a full disk")
-        shown = said.read_text().count("step ")
-        wait_until(lambda: said.read_text().count("step ") > shown + 15, "training does not go on")
+        wait_until(lambda: "could not be saved" in process.said(), "no save failed on a full disk")
+        shown = process.said().count("step ")
+        wait_until(lambda: process.said().count("step ") > shown + 15, "training does not go on")
         last = max(steps(events))
         (disk / "filler").unlink()
         wait_until(lambda: max(steps(events)) > last + 15, "events do not go on once there is room")
         assert sorted(steps(events)) == list(range(1, max(steps(events)) + 1)), "a step is missing"
         fill(disk / "filler")
-        shown = said.read_text().count("could not be saved")
-        wait_until(lambda: said.read_text().count("could not be saved") > shown, "no save failed on a full disk")
+        shown = process.said().count("could not be saved")
+        wait_until(lambda: process.said().count("could not be saved") > shown, "no save failed on a full disk")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 1
     finally:
         process.kill()
         process.wait()
-    text = said.read_text()
+    text = process.said()
     assert "Traceback" not in text and "Exception" not in text, text[-3000:]
     assert f"{EVENTS_FILE} cannot be written: No space left on device; training goes on" in text
     assert ": the last checkpoint, of step" in text and "No space left on device; the newest is" in text

@@ -37,6 +37,7 @@ def test_every_part_runs_and_has_its_rows_on_the_page(tmp_path: Path) -> None:
     assert any(row[2] == "losses equal, 0 of 78 tensors differ" for row in rows)
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_a_row_and_the_status_says_so(tmp_path: Path) -> None:
     out = tmp_path / "gpu.md"
     done = check("--dry", "--minutes", "0", "--parts", "probe", "references", "--out", out)

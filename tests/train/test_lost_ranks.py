@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from labs import need_lab
-from runs import make_corpus, ranks_of, start, wait_for_step, write_run
+from runs import make_corpus, ranks_of, start, start_anew, wait_for_step, write_run
 from thinwire.errors import LinkError, RankLost
 from thinwire.train.launch import FailureReport, describe, root_cause
 from two_networks import two_networks
@@ -63,7 +63,7 @@ def test_the_launcher_names_a_rank_that_is_stuck_or_has_left(
     corpus: Path, tmp_path: Path, act: str, sentence: str
 ) -> None:
     path = _run_file(tmp_path, corpus, "node", 20)
-    process = start("train", path, **_poisoned(tmp_path, act, _LAUNCHED))
+    process = start_anew("train", path, **_poisoned(tmp_path, act, _LAUNCHED))
     wait_for_step(tmp_path / "run", 4)
     start_s = time.monotonic()
     output, _ = process.communicate(timeout=100)
@@ -74,7 +74,6 @@ def test_the_launcher_names_a_rank_that_is_stuck_or_has_left(
     assert not _OTHERS_WORDS.search(output + (tmp_path / "run" / "logs" / "rank-1.log").read_text())
 
 
-@pytest.mark.slow
 def test_the_launcher_names_a_rank_that_is_stopped(corpus: Path, tmp_path: Path) -> None:
     path = _run_file(tmp_path, corpus, "node", 100_000)
     process = start("train", path)

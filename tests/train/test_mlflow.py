@@ -51,7 +51,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
-@pytest.fixture(params=["folder", "server"])
+@pytest.fixture(params=["folder", pytest.param("server", marks=pytest.mark.slow)])
 def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "server":
         return str(request.getfixturevalue("server"))
@@ -73,6 +73,7 @@ def test_a_second_start_goes_on_with_the_curves_of_the_first(uri: str, tmp_path:
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")] == [(1, 3.0), (2, 1.5)]
 
 
+@pytest.mark.slow
 def test_a_run_s_losses_are_on_the_server(server: str, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 

@@ -1,11 +1,10 @@
 """Every rank of a world has the same run, or none begins: one sentence on all of them, with what differs."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from runs import command, environment, make_corpus, make_text, write_run
+from runs import environment, make_corpus, make_text, warm, write_run
 from thinwire.data.prepare import Options, prepare
 from thinwire.files.events import read_events
 from thinwire.train.folder import EVENTS_FILE
@@ -29,16 +28,15 @@ def started(run: Path, *settings: list[str]) -> list[tuple[int, str]]:
     """(status, what it said) of one process a rank, each with settings of its own."""
     port = free_port()
     ranks = [
-        subprocess.Popen(
-            command("train", run, *[word for setting in own for word in ("--set", setting)]),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        warm(
+            "train", run, *[word for setting in own for word in ("--set", setting)], merged=True,
             env={**environment(), "RANK": str(rank), "WORLD_SIZE": str(len(settings)), "LOCAL_RANK": str(rank),
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         )
         for rank, own in enumerate(settings)
     ]  # fmt: skip
     said = [process.communicate(timeout=120)[0] for process in ranks]
-    return [(process.returncode, text) for process, text in zip(ranks, said, strict=True)]
+    return [(process.wait(), text) for process, text in zip(ranks, said, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from runs import command, environment, make_corpus, thinwire, write_run
+from runs import command, ended, environment, make_corpus, thinwire, warm, write_run
 from thinwire.files.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
+from warm import Started
 
 ENDLESS = {"steps": 100_000, "eval_every": 0, "sample_tokens": 0, "eval_sequences": 4}
 EXTERNAL = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
@@ -32,14 +33,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running(*arguments: str | Path, more: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def running(*arguments: str | Path, more: Mapping[str, str]) -> Iterator[Started | subprocess.Popen[bytes]]:
     """A start that is killed in the end; what it says goes to a file."""
-    process = subprocess.Popen(
-        command("train", *arguments),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**environment(), **more},
-    )
+    env = {**environment(), **more}
+    process: Started | subprocess.Popen[bytes]
+    if "PYTHONPATH" in more:  # of what only an interpreter that is started anew reads
+        none = subprocess.DEVNULL
+        process = subprocess.Popen(command("train", *arguments), stdout=none, stderr=none, env=env)
+    else:
+        process = warm("train", *arguments, env=env)
     try:
         yield process
     finally:
@@ -48,10 +50,10 @@ def running(*arguments: str | Path, more: Mapping[str, str]) -> Iterator[subproc
 
 
 def again(*arguments: str | Path, more: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command("train", *arguments), capture_output=True, text=True, timeout=120, check=False,
-        env={**environment(), **more},
-    )  # fmt: skip
+    env, words = {**environment(), **more}, ["train", *arguments]
+    if "PYTHONPATH" in more:
+        return subprocess.run(command(*words), capture_output=True, text=True, timeout=120, check=False, env=env)
+    return ended(warm(*words, env=env))
 
 
 def wait_until(holds: Callable[[], bool], what: str) -> None:
@@ -83,7 +85,9 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("start", list(STARTS))
+@pytest.mark.parametrize(
+    "start", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("without locks")) for name in STARTS]
+)
 def test_a_second_start_is_refused_and_after_a_kill_it_is_not(corpus: Path, tmp_path: Path, start: str) -> None:
     levels, options, more = STARTS[start]
     if start.endswith("without locks"):

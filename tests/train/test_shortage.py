@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from runs import command, environment, make_corpus, make_text, write_run
+from runs import command, environment, make_corpus, make_text, thinwire, write_run
 from thinwire.cli.shortage import advice, milder, predicted_bytes
 from thinwire.config import load
 from thinwire.data.prepare import Options, prepare
@@ -71,10 +71,11 @@ def test_a_rank_that_runs_out_of_memory_says_what_fits_and_what_it_says_fits(cor
     assert sizes[chosen] <= 1.01 * capacity < sizes[2 * chosen]
 
 
+@pytest.mark.slow
 def test_a_limited_eval_says_so_too(corpus: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path, corpus, run={"steps": 1, "eval_sequences": 1}, schedule={"warmup_steps": 0},
                     model=WIDE, batch={"sequences": 2, "tokens": 64, "micro_batch": 2})  # fmt: skip
-    assert subprocess.run(command("train", run), env=environment(), capture_output=True, check=False).returncode == 0
+    assert thinwire("train", run).returncode == 0
     prepare(Options((str(make_text(tmp_path / "long", 1000)),), "bytes", heldout_fraction=0.1), tmp_path / "more")
     done = _limited("eval", tmp_path / "run", "--data", tmp_path / "more", "--batch", "4096", "--device", "cpu")
     assert done.returncode == 1, done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import command, environment, make_corpus, ranks_of, start, thinwire, wait_for_step, write_run
+from runs import command, environment, make_corpus, ranks_of, start, start_anew, thinwire, wait_for_step, write_run
 from thinwire.files.events import read_events, steps
 from thinwire.train.folder import EVENTS_FILE
 
@@ -106,7 +106,7 @@ def test_a_first_signal_finishes_the_step_saves_and_exits_0(
 def test_a_signal_before_the_ranks_can_listen_is_kept(corpus: Path, tmp_path: Path) -> None:
     """As Slurm may send it while they still import; a rank of its own session does not see what only the launcher gets."""
     path = write_run(tmp_path, corpus, cluster=CLUSTER, run={**RUN, "steps": 100000})
-    process = start("train", path)
+    process = start_anew("train", path)
     told: set[int] = set()
     end_s = time.monotonic() + 60
     while len(told) < 2 and time.monotonic() < end_s:
@@ -119,11 +119,11 @@ def test_a_signal_before_the_ranks_can_listen_is_kept(corpus: Path, tmp_path: Pa
     assert max(losses(tmp_path / "run")) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_before_its_ranks_have_met_ends_at_once_with_status_0(
     corpus: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = start("train", write_run(tmp_path, corpus, cluster=CLUSTER, run={**RUN, "steps": 100000}))
+    process = start_anew("train", write_run(tmp_path, corpus, cluster=CLUSTER, run={**RUN, "steps": 100000}))
     end_s = time.monotonic() + 60
     while len(ranks_of(process)) < 2 and time.monotonic() < end_s:
         time.sleep(0.01)
@@ -153,6 +153,7 @@ def test_a_second_ctrl_c_leaves_at_once(corpus: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_is_named_first_without_the_others_echo(corpus: Path, tmp_path: Path) -> None:
     path = write_run(tmp_path, corpus, cluster=CLUSTER, run=RUN)
     poison = tmp_path / "sitecustomize.py"
@@ -201,13 +202,17 @@ def test_training_goes_on_over_a_full_disk_and_says_so(corpus: Path, tmp_path: P
         subprocess.run(["umount", disk], check=True)
 
 
+def _torchrun(folder: Path, ranks: int) -> list[str]:
+    """The command line on so many ranks, as torchrun starts a script."""
+    script = folder / "main.py"
+    script.write_text("from thinwire.cli import main\nmain()\n")
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(script)]
+
+
 def test_torchrun_starts_the_same_run(corpus: Path, tmp_path: Path, uninterrupted: dict[int, float]) -> None:
     path = write_run(tmp_path, corpus, cluster=CLUSTER, run=RUN)
-    script = tmp_path / "main.py"
-    script.write_text("from thinwire.cli import main\nmain()\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(
-        [*torchrun, "2", str(script), "train", str(path)],
+        [*_torchrun(tmp_path, 2), "train", str(path)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -216,8 +221,13 @@ def test_torchrun_starts_the_same_run(corpus: Path, tmp_path: Path, uninterrupte
     )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == uninterrupted
+
+
+@pytest.mark.slow
+def test_torchrun_of_another_size_is_refused(corpus: Path, tmp_path: Path) -> None:
+    path = write_run(tmp_path, corpus, cluster=CLUSTER, run=RUN)
     wrong = subprocess.run(
-        [*torchrun, "3", str(script), "train", str(path), "--fresh"], capture_output=True, text=True, timeout=120,
+        [*_torchrun(tmp_path, 3), "train", str(path)], capture_output=True, text=True, timeout=120,
         check=False, env=environment(),
     )  # fmt: skip
     assert wrong.returncode != 0

@@ -59,6 +59,7 @@ def test_a_verb_ends_quietly(shell: str, status: int, says: str) -> None:
     assert len(done.stderr.splitlines()) == (1 if says else 0)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_its_reader_and_closed_streams_become_no_files(tmp_path: Path) -> None:
     sections = {"cluster": {"levels": [2]}, "run": {"steps": 6, "log_every": 1}, "checkpoint": {"every_steps": 2}}
     run_file = write_run(tmp_path, make_corpus(tmp_path), **sections)

@@ -174,6 +174,7 @@ def test_i20_four_bit_outer_gradients_end_where_fp32_ones_do(corpus: Path, tmp_p
     assert abs(ends["e3m0"] / ends["fp32"] - 1) < 0.01, ends
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_i20_streaming_in_four_bits_ends_within_one_per_cent_of_data_parallel(corpus: Path, tmp_path: Path) -> None:
     """M = 2, H = 30, both trained until the made-up text holds little more to learn: 20 rounds of each fragment.
