@@ -68,11 +68,11 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a[number].view(torch.uint8), b[number].view(torch.uint8))
 
 
-def check(x: Tensor, form: BlockFormat, salt: int, device: torch.device, out: torch.dtype = torch.float32) -> None:
-    coded = blocks.encode(x, form, salt)
+def check(x: Tensor, form: BlockFormat, seed: int, device: torch.device, out: torch.dtype = torch.float32) -> None:
+    coded = blocks.encode(x, form, seed)
     with np.errstate(all="ignore"):
-        assert torch.equal(kernels.encode(x.to(device), form, salt).cpu(), coded)
-    rows = torch.stack([coded, blocks.encode(x.flip(0), form, salt + 1), blocks.encode(x * 0.3, form, salt + 2)])
+        assert torch.equal(kernels.encode(x.to(device), form, seed).cpu(), coded)
+    rows = torch.stack([coded, blocks.encode(x.flip(0), form, seed + 1), blocks.encode(x * 0.3, form, seed + 2)])
     for received in (rows[:1], rows):
         expected, made = torch.empty(len(x), dtype=out), torch.empty(len(x), dtype=out, device=device)
         for add in (False, True):
@@ -105,8 +105,8 @@ def test_kernels_agree_on_every_kind_of_number(device: torch.device, name: str, 
 def test_powers_by_chance_are_right_where_noise_and_number_nearly_meet(device: torch.device, beside: int) -> None:
     """Numbers that lie at, just below and just above their own noise, which has one bit more than they can: of random
     numbers only one in ten million does."""
-    form, n, salt = form_of("e3m0", "stochastic"), 128 * 300, 9
-    noise = uniform(n, salt, torch.device("cpu")).double()
+    form, n, seed = form_of("e3m0", "stochastic"), 128 * 300, 9
+    noise = uniform(n, seed, torch.device("cpu")).double()
     low = 2.0 ** torch.randint(-6, 0, (n,), generator=torch.Generator().manual_seed(0)).double()
     whole = (noise * 2**23).ceil() + beside
     x = torch.where((whole >= 0) & (whole < 2**23), low * (1 + whole * 2.0**-23), low)
@@ -114,9 +114,9 @@ def test_powers_by_chance_are_right_where_noise_and_number_nearly_meet(device: t
     below = x.log2().floor()
     expected = 7 + below + (x - 2.0**below > noise * 2.0**below).double()
     expected[::128] = 7  # there is nothing above
-    codes = blocks.encode(x.float(), form, salt)[: n // 2]
+    codes = blocks.encode(x.float(), form, seed)[: n // 2]
     assert torch.equal(blocks.unpack(codes, n).double(), expected)
-    check(x.float(), form, salt, device)
+    check(x.float(), form, seed, device)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from sync_toy import Group
+from thinwire.comm.codecs.codec import Codec, Raw
 from thinwire.comm.codecs.registry import make_codec
 from thinwire.comm.codecs.topk import TopK
 from thinwire.comm.world import World
 from thinwire.plan.sync import Aggregate
 from thinwire.sync import outer_step as applying
-from thinwire.sync.message import Coder, Raw, aggregate, aggregate_coded
+from thinwire.sync.message import aggregate, aggregate_coded
 from worlds import run_world
 
 WEIGHTS = [[1.0] * 4, [1.0, 0.0, 1.0, 1.0], [2.0, 0.0, 0.0, 3.0], [3.0, 3.0, 0.0, 3.0], [0.0] * 4]
@@ -33,7 +34,7 @@ def test_coded_contributions_aggregate_as_decoded_ones(name: str, how: Aggregate
 
 
 def test_what_is_left_out_does_not_count_whatever_it_is() -> None:
-    coder: Coder = make_codec("e3m0")
+    coder: Codec = make_codec("e3m0")
     coded = torch.stack([coder.encode(torch.full((256,), value)) for value in (1.0, torch.nan)])
     made = torch.empty(256)
     aggregate_coded(coded, made, [1.0, 0.0], "mean", coder)

@@ -38,6 +38,7 @@ def all_gather(
     level: int,
     purpose: str,
     codec: Codec = IDENTITY,
+    seed: int = 0,
     add: bool = False,
     tag: int = 0,
     lasting: bool = False,
@@ -45,7 +46,8 @@ def all_gather(
     """`out_kn` becomes the chunks of all ranks of the group in order; this rank's is `shard_n`.
 
     `shard_n` may be the right part of `out_kn` itself. With a codec every rank, the owner too, decodes what was sent,
-    so that all hold the same bits; with `add` too, it is added to what `out_kn` holds.
+    so that all hold the same bits (stochastic rounding draws
+    from `seed`); with `add` too, it is added to what `out_kn` holds.
 
     A `lasting` shard is left with the others until `World.settle`: it must not be written to before. If other ranks mean
     another `tag` (0: none), waiting raises OtherExchangeError, except on accelerators.
@@ -63,7 +65,7 @@ def all_gather(
         with world.outstanding.issuing():
             works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), **to)
         return Handle(world.outstanding, entry, works, keep=(out_kn, shard_n), beside=beside)
-    coded = codec.encode(shard_n.reshape(-1))
+    coded = codec.encode(shard_n.reshape(-1), seed=seed)
     received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
     entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, coded.nbytes * (k - 1), codec)
     with world.outstanding.issuing():
@@ -108,6 +110,7 @@ def reduce_scatter(
     level: int,
     purpose: str,
     codec: Codec = IDENTITY,
+    seed: int = 0,
     tag: int = 0,
 ) -> Handle:
     """`out_n` becomes the sum over the group of everybody's chunk number (this rank's coordinate) of `full_kn`.
@@ -135,7 +138,7 @@ def reduce_scatter(
         entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, full.nbytes // k * (k - 1), codec)
         work = reduce_scatter_single(out_n.view(-1), full.reshape(-1), group=group)
         return Handle(world.outstanding, entry, [work], keep=(out_n, full))
-    sent = full if codec is IDENTITY else torch.stack([codec.encode(chunk) for chunk in full])
+    sent = full if codec is IDENTITY else torch.stack([codec.encode(chunk, seed=seed) for chunk in full])
     received = torch.empty_like(sent)
     entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, sent.nbytes // k * (k - 1), codec)
     sent = sent.contiguous()

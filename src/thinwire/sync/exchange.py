@@ -25,13 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from thinwire.comm.codecs.codec import Codec, Raw
 from thinwire.comm.collectives import all_gather, reduce_scatter
 from thinwire.comm.handle import Handle, Waitable
 from thinwire.comm.transport import duplex
 from thinwire.comm.world import World
 from thinwire.plan.sync import Aggregate
 from thinwire.plan.traffic import BEAT_BYTES, HEADER_BYTES, chunk_elements, inside_elements, swaps
-from thinwire.sync.message import Coder, Outcome, Raw, aggregate, aggregate_coded, head
+from thinwire.sync.message import Outcome, aggregate, aggregate_coded, head
 
 SEND, RETURN, BEAT = "outer-send", "outer-return", "outer-beat"
 
@@ -81,8 +82,9 @@ def exchange(
     *,
     heads: Tensor,
     clique: Clique,
-    codec: Coder,
-    back: Coder,
+    codec: Codec,
+    back: Codec,
+    seed: int,
     block: int,
     how: Aggregate,
     world: World,
@@ -91,12 +93,12 @@ def exchange(
     hop = _Hop(world, clique, codec)
     n, members = change.numel(), clique.size
     if members == 1:
-        decoded = codec.decode(codec.encode(change), n, change.dtype)
+        decoded = codec.decode(codec.encode(change, seed=seed), n, change.dtype)
         outcome.change.copy_(aggregate([decoded], outcome.count(heads, clique.members), how))
         if outcome.own is not None:
             outcome.own.copy_(decoded)
     elif swaps(members, codec.name):
-        coded = codec.encode(change)
+        coded = codec.encode(change, seed=seed)
         if outcome.own is not None:
             outcome.own.copy_(codec.decode(coded, n, change.dtype))
         yield from hop.gather(torch.cat([heads, coded]), SEND, change.nbytes)
@@ -104,14 +106,14 @@ def exchange(
     else:
         chunk = chunk_elements(n, members, block)
         chunks = torch.nn.functional.pad(change, (0, members * chunk - n)).view(members, chunk)
-        coded_chunks = [codec.encode(part) for part in chunks]
+        coded_chunks = [codec.encode(part, seed=seed) for part in chunks]
         if outcome.own is not None:
             _join(outcome.own, (codec.decode(part, chunk, change.dtype) for part in coded_chunks))
         yield from hop.scatter(torch.stack([torch.cat([heads, part]) for part in coded_chunks]), change.nbytes)
         mine = change.new_empty(chunk)
         hop.combine(mine, hop.count(outcome), how)
         hop = _Hop(world, clique, back)
-        yield from hop.gather(torch.cat([heads, back.encode(mine)]), RETURN, change.nbytes)
+        yield from hop.gather(torch.cat([heads, back.encode(mine, seed=seed)]), RETURN, change.nbytes)
         hop.count(outcome)
         _join(outcome.change, hop.read(chunk, change.dtype))
 
@@ -134,7 +136,7 @@ def beat(*, clique: Clique, world: World) -> Iterator[Handle]:
 class _Hop:
     """Messages to and from all members."""
 
-    def __init__(self, world: World, clique: Clique, codec: Coder) -> None:
+    def __init__(self, world: World, clique: Clique, codec: Codec) -> None:
         self._world, self._clique, self._codec = world, clique, codec
         self._received = torch.empty(0)
 

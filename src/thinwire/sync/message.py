@@ -10,49 +10,14 @@ them one at a time, so that decoded ones need not all be in memory.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from thinwire.comm.codecs.codec import sum_decoded
+from thinwire.comm.codecs.codec import Codec
 from thinwire.plan.sync import Aggregate
 from thinwire.plan.traffic import HEADER_BYTES
 from thinwire.sync.peers import strays
-
-
-class Coder(Protocol):
-    """What of a codec is needed here: the aggregate has to see every contribution by itself."""
-
-    salt: int
-
-    @property
-    def name(self) -> str: ...
-
-    def encode(self, x_n: Tensor) -> Tensor: ...
-
-    def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor: ...
-
-    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
-        """`out_n` becomes the sum of what the rows decode to, in their order."""
-
-
-class Raw:
-    """Numbers as they are, as bytes."""
-
-    name, salt = "fp32", 0
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-    def encode(self, x_n: Tensor) -> Tensor:
-        return x_n.to(self._dtype).contiguous().view(torch.uint8)
-
-    def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-        return coded.clone().view(self._dtype)[:n].to(dtype)
-
-    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
-        sum_decoded(self.decode, coded_rc, out_n)
 
 
 def head(weight: float, digest: int, device: torch.device) -> Tensor:
@@ -107,7 +72,7 @@ def aggregate(parts_n: Iterable[Tensor], weights: Sequence[float], how: Aggregat
     return _mean(parts_n, [float(weight > 0) if alike else max(0.0, weight) for weight in weights])
 
 
-def aggregate_coded(coded_rc: Tensor, out_n: Tensor, weights: Sequence[float], how: Aggregate, codec: Coder) -> None:
+def aggregate_coded(coded_rc: Tensor, out_n: Tensor, weights: Sequence[float], how: Aggregate, codec: Codec) -> None:
     """`out_n` becomes the aggregate of what the rows decode to; rows that count alike are added up as they are decoded."""
     counting = [row for row, weight in enumerate(weights) if weight > 0]
     if counting and _count_alike(weights, how):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinwire.comm.codecs.codec import Codec, Raw
 from thinwire.comm.codecs.registry import make_codec
 from thinwire.comm.codecs.topk import TopK
 from thinwire.comm.handle import Flight, Handle
@@ -25,7 +26,7 @@ from thinwire.plan.traffic import exchange_bytes, inside_bytes, swaps
 from thinwire.sync.exchange import Clique, beat, check, exchange, exchange_sums
 from thinwire.sync.fragment import Fragment
 from thinwire.sync.meeting import Meeting, places_in
-from thinwire.sync.message import Coder, Outcome, Raw, head
+from thinwire.sync.message import Outcome, head
 from thinwire.sync.peers import digest
 from thinwire.sync.pending import Part, Pending, fill, gathered, landing
 
@@ -101,8 +102,9 @@ class Links:
         """The hops of what one clique exchanges: of sums, while all whose sums they are take part."""
         sync = self._sync
         how: dict[str, Any] = {
-            "codec": self._codec(sync.codec, key, part.dtype),
-            "back": self._codec(returned_as(sync.codec), key, part.dtype),
+            "codec": self._codec(sync.codec, part.dtype),
+            "back": self._codec(returned_as(sync.codec), part.dtype),
+            "seed": (key.round * len(self.places) + key.fragment) * self._world.size + self._world.rank,
             "block": sync.block,
             "how": sync.aggregate,
             "world": self._world,
@@ -151,15 +153,12 @@ class Links:
         self.groups -= set(astray)
         self._cliques = [clique.without(astray) for clique in self._cliques]
 
-    def _codec(self, name: str, key: Exchange, dtype: torch.dtype) -> Coder:
-        """A codec for one exchange, with a salt of its own."""
+    def _codec(self, name: str, dtype: torch.dtype) -> Codec:
         if name == "topk":
             return TopK()
         if name == "fp32":
             return Raw(dtype)
-        codec = make_codec(name, block=self._sync.block, rounding=self._sync.rounding)
-        codec.salt = (key.round * len(self.places) + key.fragment) * self._world.size + self._world.rank
-        return codec
+        return make_codec(name, block=self._sync.block, rounding=self._sync.rounding)
 
 
 class Pace:

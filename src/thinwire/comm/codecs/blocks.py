@@ -24,7 +24,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from thinwire.comm.codecs.rng import BITS, Chance
+from thinwire.comm.codecs.rng import BITS, CounterRng
 from thinwire.plan.compression import wire_bytes
 
 
@@ -95,7 +95,7 @@ class BlockFormat:
         return torch.stack([value[byte & 15], value[byte >> 4]], dim=1).view(torch.int64).view(-1)
 
 
-def encode(x_n: Tensor, form: BlockFormat, salt: int) -> Tensor:
+def encode(x_n: Tensor, form: BlockFormat, seed: int) -> Tensor:
     """(n,) floating point -> (wire_bytes(n),) uint8."""
     n = x_n.numel()
     coded = torch.empty(form.wire_bytes(n), dtype=torch.uint8, device=x_n.device)
@@ -106,7 +106,7 @@ def encode(x_n: Tensor, form: BlockFormat, salt: int) -> Tensor:
         x_bk = _rotated(x_bk, most)
     scale_b = _scales(x_bk, most, form)
     scales_c.copy_(scale_b.view(torch.uint8))
-    _fill_codes(codes_c, x_bk, scale_b, most, form, salt)
+    _fill_codes(codes_c, x_bk, scale_b, most, form, seed)
     if form.nibbles and n % 2:
         codes_c[-1] &= 0xF
     return coded
@@ -185,7 +185,7 @@ def _scales(x_bk: Tensor, most: int, form: BlockFormat) -> Tensor:
     return round_up_bf16(largest_b.div_(torch.full((), float(form.largest), device=x_bk.device)))
 
 
-def _fill_codes(codes_c: Tensor, x_bk: Tensor, scale_b: Tensor, most: int, form: BlockFormat, salt: int) -> None:
+def _fill_codes(codes_c: Tensor, x_bk: Tensor, scale_b: Tensor, most: int, form: BlockFormat, seed: int) -> None:
     """The packed codes of all blocks."""
     finite_b = scale_b.isfinite()
     divisor_b1 = torch.where(finite_b & (scale_b > 0), scale_b, 1.0).float()[:, None]
@@ -195,7 +195,7 @@ def _fill_codes(codes_c: Tensor, x_bk: Tensor, scale_b: Tensor, most: int, form:
     targets = torch.split(codes_c, form.code_bytes(most * form.block))
     for x, divisor, target in zip(torch.split(x_bk, most), torch.split(divisor_b1, most), targets, strict=True):
         if quantise is None or len(quantise.units_bk) != len(x):
-            quantise = _Quantiser(form, salt, len(x), x.device)
+            quantise = _Quantiser(form, seed, len(x), x.device)
         torch.div(x, divisor, out=quantise.units_bk)
         if broken_b1 is not None:
             quantise.units_bk.masked_fill_(broken_b1[first : first + len(x)], 0.0)
@@ -206,9 +206,9 @@ def _fill_codes(codes_c: Tensor, x_bk: Tensor, scale_b: Tensor, most: int, form:
 class _Quantiser:
     """Turns numbers in units of their block's scale into packed codes, in memory that is used again."""
 
-    def __init__(self, form: BlockFormat, salt: int, b: int, device: torch.device) -> None:
+    def __init__(self, form: BlockFormat, seed: int, b: int, device: torch.device) -> None:
         self._form, n = form, b * form.block
-        self._chance = Chance(salt, n, device) if form.stochastic else None
+        self._rng = CounterRng(seed, n, device) if form.stochastic else None
         self.units_bk = torch.empty(b, form.block, device=device)
         """Where the numbers are to be put before a call."""
         self._units = self.units_bk.view(-1)
@@ -220,7 +220,7 @@ class _Quantiser:
 
     def __call__(self, start: int, target_c: Tensor) -> None:
         """Fill `target_c` with the codes of the numbers, of which the first has position `start`."""
-        noise = None if self._chance is None else self._chance.whole(start, self._units.numel())
+        noise = None if self._rng is None else self._rng.whole(start, self._units.numel())
         codes = self._powers(noise) if self._form.powers else self._linear(noise)
         if self._form.nibbles:
             target_c.copy_(pack(self._codes.copy_(codes), self._halves)[: len(target_c)])
@@ -228,14 +228,14 @@ class _Quantiser:
             target_c.view(torch.int8).copy_(codes[: len(target_c)])
 
     def _linear(self, noise: Tensor | None) -> Tensor:
-        """Whole numbers: the nearest (none is beyond the largest), or by chance the one below or above."""
+        """Whole numbers: the nearest (none is beyond the largest), or at random the one below or above."""
         if noise is None:
             return self._units.round_()
         whole = self._units.add_(noise, alpha=2.0**-BITS).floor_()
         return whole.clamp_(-self._form.largest, self._form.largest)
 
     def _powers(self, noise: Tensor | None) -> Tensor:
-        """0, or the sign and 1 + the exponent above 2^-6. Between two values the nearer one, or by chance."""
+        """0, or the sign and 1 + the exponent above 2^-6. Between two values the nearer one, or at random."""
         code, sign, bits = self._code, self._sign, self._scratch.view(torch.int32)
         if noise is None:
             # the sign, the exponent and the highest bit of the mantissa decide; from 239 up they count codes in halves
@@ -243,12 +243,12 @@ class _Quantiser:
             torch.bitwise_and(sign, 0x1FF, out=code).clamp_(239, 255).sub_(239)
             torch.maximum(code >> 1, code.clamp_(max=1), out=code)
         else:
-            self._up_by_chance(noise, bits)
+            self._up_at_random(noise, bits)
             sign.copy_(torch.bitwise_right_shift(self._unit_bits, 31, out=bits))
         sign.bitwise_right_shift_(15)
         return code.bitwise_xor_(sign).sub_(sign)
 
-    def _up_by_chance(self, noise: Tensor, bits: Tensor) -> None:
+    def _up_at_random(self, noise: Tensor, bits: Tensor) -> None:
         """The code below, and one more where noise x (distance of the values) < number - value below.
 
         Both sides are exact (the right one by Sterbenz' lemma), and so is the sign of their difference. Nothing else is:

@@ -28,14 +28,14 @@ OPTIONS = {"enable_fp_fusion": False}
 """For the compiler: no contraction of products and sums."""
 
 
-def encode(x_n: Tensor, form: BlockFormat, salt: int) -> Tensor:
+def encode(x_n: Tensor, form: BlockFormat, seed: int) -> Tensor:
     """(n,) floating point -> (wire_bytes(n),) uint8."""
     x_n, n = x_n.contiguous(), x_n.numel()
     coded = torch.empty(form.wire_bytes(n), dtype=torch.uint8, device=x_n.device)
     if n:
         with torch.cuda.device_of(x_n):  # type: ignore[no-untyped-call]
             encode_blocks[_grid(n)](
-                x_n, coded, n, -(-n // form.block), form.code_bytes(n), signed(salt * SPREAD), math.sqrt(form.block),
+                x_n, coded, n, -(-n // form.block), form.code_bytes(n), signed(seed * SPREAD), math.sqrt(form.block),
                 **constants(form), LARGEST=form.largest, STOCHASTIC=form.stochastic, **OPTIONS,
             )  # fmt: skip
     return coded

@@ -29,9 +29,9 @@ class Cast:
     """Numbers as bf16 or fp16, rounded to nearest."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
-        self.name, self.definition, self.salt, self._dtype = name, name, 0, dtype
+        self.name, self.definition, self._dtype = name, name, dtype
 
-    def encode(self, x_n: Tensor) -> Tensor:
+    def encode(self, x_n: Tensor, *, seed: int = 0) -> Tensor:
         return x_n.to(self._dtype).contiguous().view(torch.uint8)
 
     def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
@@ -50,7 +50,7 @@ class Cast:
 class Arithmetic(Protocol):
     """How a block format is computed: `blocks` and `kernels` are such modules."""
 
-    def encode(self, x_n: Tensor, form: BlockFormat, salt: int) -> Tensor: ...
+    def encode(self, x_n: Tensor, form: BlockFormat, seed: int) -> Tensor: ...
 
     def sum_into(self, coded_rc: Tensor, out_n: Tensor, form: BlockFormat, *, add: bool = False) -> None: ...
 
@@ -59,17 +59,17 @@ class Blocks:
     """A block codec."""
 
     def __init__(self, form: BlockFormat) -> None:
-        self.name, self.definition, self.salt, self.form = form.name, str(form), 0, form
+        self.name, self.definition, self.form = form.name, str(form), form
         self._arithmetic: dict[torch.device, Arithmetic] = {}
 
     def wire_bytes(self, n: int) -> int:
         return self.form.wire_bytes(n)
 
-    def encode(self, x_n: Tensor) -> Tensor:
+    def encode(self, x_n: Tensor, *, seed: int = 0) -> Tensor:
         """(n,) floating point -> (wire_bytes(n),) uint8. Raises TypeError for integers."""
         if not x_n.is_floating_point():
             raise TypeError(f"{self.name} codes floating point numbers, not {x_n.dtype}")
-        return self._on(x_n.device).encode(x_n.detach(), self.form, self.salt)
+        return self._on(x_n.device).encode(x_n.detach(), self.form, seed)
 
     def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
         """(wire_bytes(n),) uint8 -> (n,) of `dtype`."""
@@ -96,13 +96,13 @@ def arithmetic(device: torch.device) -> Arithmetic:
 
 def make_codec(name: str, *, block: int = 128, rounding: Rounding = "nearest") -> Codec:
     """The codec called `name`. Raises PlanError if there is none."""
-    by_chance = rounding == "stochastic"
+    stochastic = rounding == "stochastic"
     if name in ("bf16", "fp16"):
         return Cast(name, torch.bfloat16 if name == "bf16" else torch.float16)
     if name == "int8":
-        return Blocks(BlockFormat(name, block, by_chance, largest=127, nibbles=False))
+        return Blocks(BlockFormat(name, block, stochastic, largest=127, nibbles=False))
     if name in ("int4", "int4-hadamard"):
-        return Blocks(BlockFormat(name, block, by_chance, largest=7, rotate=name == "int4-hadamard"))
+        return Blocks(BlockFormat(name, block, stochastic, largest=7, rotate=name == "int4-hadamard"))
     if name == "e3m0":
-        return Blocks(BlockFormat(name, block, by_chance, largest=1, powers=True))
+        return Blocks(BlockFormat(name, block, stochastic, largest=1, powers=True))
     raise PlanError(f"there is no codec {name!r}; there are bf16, fp16, int8, int4, int4-hadamard, e3m0")

@@ -1,6 +1,6 @@
-"""Counter-based random numbers: the same on every device, a function of salt and position alone, 24 bits each.
+"""Counter-based random numbers: the same on every device, a function of seed and position alone, 24 bits each.
 
-The numbers are the top 24 bits of splitmix64 (Steele et al. 2014) of salt x 1,000,003 + position. Its last step, an xor
+The numbers are the top 24 bits of splitmix64 (Steele et al. 2014) of seed x 1,000,003 + position. Its last step, an xor
 with itself shifted right by 31, cannot reach those bits and is left out.
 """
 
@@ -11,11 +11,11 @@ SPREAD, GOLDEN, MIX1, MIX2 = 1_000_003, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 
 BITS = 24
 
 
-class Chance:
+class CounterRng:
     """Draws for positions in chunks of at most `most`, in memory that is used again for each chunk."""
 
-    def __init__(self, salt: int, most: int, device: torch.device) -> None:
-        self._first = salt * SPREAD
+    def __init__(self, seed: int, most: int, device: torch.device) -> None:
+        self._first = seed * SPREAD
         self._strides = torch.arange(most, device=device).mul_(signed(GOLDEN))
         self._x, self._y = (torch.empty(most, dtype=torch.int64, device=device) for _ in range(2))
         self._bits = torch.empty(most, dtype=torch.int32, device=device)
@@ -34,9 +34,9 @@ class Chance:
         return noise
 
 
-def uniform(n: int, salt: int, device: torch.device) -> Tensor:
+def uniform(n: int, seed: int, device: torch.device) -> Tensor:
     """n numbers in [0, 1) for the positions 0 .. n - 1."""
-    return Chance(salt, n, device).whole(0, n) * 2.0**-BITS
+    return CounterRng(seed, n, device).whole(0, n) * 2.0**-BITS
 
 
 def signed(x: int) -> int:

@@ -16,9 +16,9 @@ from thinwire.plan.compression import TOPK_CHUNK, topk_kept, wire_bytes
 class TopK:
     """Flat tensors to the places and rough sizes of their largest elements, and back."""
 
-    name, salt = "topk", 0
+    name = definition = "topk"
 
-    def encode(self, x_n: Tensor) -> Tensor:
+    def encode(self, x_n: Tensor, *, seed: int = 0) -> Tensor:
         """(n,) floating point -> (wire_bytes(n),) uint8."""
         n = x_n.numel()
         chunks, kept, rest = topk_kept(n)
@@ -37,9 +37,9 @@ class TopK:
             parts.append(_decode(coded[end:], 1, n - chunks * TOPK_CHUNK, rest))
         return torch.cat(parts).to(dtype)
 
-    def sum_into(self, coded_rc: Tensor, out_n: Tensor) -> None:
+    def sum_into(self, coded_rc: Tensor, out_n: Tensor, *, add: bool = False) -> None:
         """`out_n` becomes the sum of what the rows of (r, wire_bytes(n)) decode to, in their order."""
-        sum_decoded(self.decode, coded_rc, out_n)
+        sum_decoded(self.decode, coded_rc, out_n, add=add)
 
     def wire_bytes(self, n: int) -> int:
         """Bytes that n elements take on the wire."""

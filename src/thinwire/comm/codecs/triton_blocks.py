@@ -6,9 +6,9 @@ Shapes: R blocks that one program treats, K numbers of a block
 import triton
 import triton.language as tl
 
-from thinwire.comm.codecs import rng as chance
+from thinwire.comm.codecs import rng
 
-_SPLITMIX = tuple(tl.constexpr(x) for x in (chance.GOLDEN, chance.MIX1, chance.MIX2))
+_SPLITMIX = tuple(tl.constexpr(x) for x in (rng.GOLDEN, rng.MIX1, rng.MIX2))
 _GOLDEN, _MIX1, _MIX2 = _SPLITMIX
 _INFINITY = tl.constexpr(0x7F800000)
 _NAN_SCALE = tl.constexpr(0x7FC0)
@@ -34,7 +34,7 @@ def rotated(x_RK, length, R: tl.constexpr, K: tl.constexpr, LOG2_K: tl.constexpr
 
 @triton.jit
 def noise(at, first):
-    """Numbers in [0, 1) for the positions `at`: what `chance` draws, 24 bits of splitmix64."""
+    """Numbers in [0, 1) for the positions `at`: what `rng` draws, 24 bits of splitmix64."""
     x = (at + first).to(tl.uint64, bitcast=True) * _GOLDEN
     x = (x ^ (x >> 30)) * _MIX1
     x = (x ^ (x >> 27)) * _MIX2
@@ -43,7 +43,7 @@ def noise(at, first):
 
 @triton.jit
 def linear_codes(units, at, first, LARGEST: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Whole numbers: the nearest, or by chance the one below or above."""
+    """Whole numbers: the nearest, or at random the one below or above."""
     if STOCHASTIC:
         drawn = units + noise(at, first)
         cut = drawn.to(tl.int32)  # towards zero; `tl.floor` would take denormals for zeros
@@ -55,7 +55,7 @@ def linear_codes(units, at, first, LARGEST: tl.constexpr, STOCHASTIC: tl.constex
 
 @triton.jit
 def power_codes(units, at, first, STOCHASTIC: tl.constexpr):
-    """0, or the sign and 1 + the exponent above 2^-6: the nearer value, or by chance the one below or above."""
+    """0, or the sign and 1 + the exponent above 2^-6: the nearer value, or at random the one below or above."""
     bits = units.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if STOCHASTIC:
         exponent = bits >> 23
@@ -73,7 +73,7 @@ def encode_blocks(
     x_ptr, coded_ptr, n, blocks, codes_c, first, length, R: tl.constexpr, K: tl.constexpr, LOG2_K: tl.constexpr,
     LARGEST: tl.constexpr, NIBBLES: tl.constexpr, POWERS: tl.constexpr, ROTATE: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """n numbers to codes_c bytes of codes and 2 bytes of scale for each of the blocks; `first` is the salt's position."""
+    """n numbers to codes_c bytes of codes and 2 bytes of scale for each of the blocks; `first` is the seed's position."""
     row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     at_RK = row_R[:, None] * K + tl.arange(0, K)[None, :]
     x_RK = tl.load(x_ptr + at_RK, mask=at_RK < n, other=0.0).to(tl.float32)

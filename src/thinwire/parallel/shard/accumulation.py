@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thinwire.comm.codecs.codec import Codec
 from thinwire.comm.collectives import all_gather, reduce_scatter
 from thinwire.comm.handle import Handle
 from thinwire.comm.lowrank import LowRank, Matrix, Residual
 from thinwire.errors import UseError
 from thinwire.parallel.shard.dtypes import Kind, sum_of_squares
 from thinwire.parallel.shard.layout import matrices_in
-from thinwire.parallel.shard.shard_spec import Draw, Place
+from thinwire.parallel.shard.shard_spec import Coding, Draw, Place
 from thinwire.plan.traffic import G_GATHER, G_REDUCE
 
 
@@ -236,29 +235,30 @@ class Sums:
             yield from low_rank.reduce(held[-1], held[-1], slice(None))
         for level in reversed(levels if low_rank is None else levels[:-1]):
             inner = held.pop()
-            codec = place.coding(self._cut.grads, level, level, G_GATHER, draw)
+            coding = place.coding(self._cut.grads, level, level, G_GATHER, draw)
             # A row lasts if what comes after writes the same bits over it: decoded ones are others.
             lasting = not any(inside in self._cut.grads for inside in levels if inside < level)
             yield all_gather(
-                held[-1], inner, world=place.world, level=level, purpose=G_GATHER, codec=codec, lasting=lasting
+                held[-1], inner, world=place.world, level=level, purpose=G_GATHER, **coding, lasting=lasting
             )
 
     def _reduce(self, out: Tensor, part: Tensor | list[Tensor], level: int, draw: Draw) -> Handle:
         place = self.place
-        codec = place.coding(self._cut.grads, level, place.outermost, G_REDUCE, draw)
+        coding = place.coding(self._cut.grads, level, place.outermost, G_REDUCE, draw)
         if level == self._cut.feedback_level:
-            part = self._with_residual(_whole(part), codec, place.world.fanout(level))
-        to: dict[str, Any] = {"world": place.world, "level": level, "purpose": G_REDUCE, "codec": codec}
+            part = self._with_residual(_whole(part), coding, place.world.fanout(level))
+        to: dict[str, Any] = {"world": place.world, "level": level, "purpose": G_REDUCE, **coding}
         handle = reduce_scatter(out, part, **to, tag=self._tag)
         if isinstance(part, list):
             part.clear()  # the handle keeps what is still needed, and no longer than that
         return handle
 
-    def _with_residual(self, part: Tensor, codec: Codec, chunks: int) -> Tensor:
+    def _with_residual(self, part: Tensor, coding: Coding, chunks: int) -> Tensor:
         """Add what earlier steps lost to coding; what this one loses counts once the step is applied."""
         compensated = self.residual.plus(part)
-        n = compensated.numel() // chunks
-        sent = torch.cat([codec.decode(codec.encode(chunk), n, chunk.dtype) for chunk in compensated.view(chunks, n)])
+        n, codec = compensated.numel() // chunks, coding["codec"]
+        coded = [codec.encode(chunk, seed=coding["seed"]) for chunk in compensated.view(chunks, n)]
+        sent = torch.cat([codec.decode(chunk, n, compensated.dtype) for chunk in coded])
         lost = compensated - sent
         assert self._cut.feedback_level is not None
         lost[self.place.padding(self._cut.feedback_level - 1)] = 0.0  # noise that stands for no parameter

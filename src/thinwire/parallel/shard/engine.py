@@ -281,7 +281,7 @@ class Sharded:
         self._step = step
         flats = (flat for unit in self.units for flat in unit.flats)
         for number, flat in enumerate(flats):
-            flat.place.salt(step, number)
+            flat.place.at_step(step, number)
 
     def loaded(self) -> None:
         """The masters were written from outside: everything derived from them is stale, and is made anew.

@@ -25,7 +25,7 @@ from thinwire.parallel.shard.dtypes import Kind
 from thinwire.parallel.shard.layout import Interval, Layout, Piece, Slot
 from thinwire.parallel.shard.optimizer import Owned
 from thinwire.parallel.shard.received import EXACT, Received
-from thinwire.parallel.shard.shard_spec import Cut, Draw, Place
+from thinwire.parallel.shard.shard_spec import PLAIN, Cut, Draw, Place
 from thinwire.plan.traffic import P_GATHER, P_REFRESH, SPREAD, Flow
 
 
@@ -92,9 +92,9 @@ class Flat:
         draw = Draw(place.step, 1)  # the same for all gathers of a step: a recomputed forward sees the same weights
         for level in reversed(place.levels(0, self.cut.lp)):
             out = place.empty(level - 1, part.dtype)
-            codec = place.coding(self.cut.weights, level, level, P_GATHER, draw)
+            coding = place.coding(self.cut.weights, level, level, P_GATHER, draw)
             yield all_gather(
-                out, part, world=place.world, level=level, purpose=P_GATHER, codec=codec, tag=tag, lasting=True
+                out, part, world=place.world, level=level, purpose=P_GATHER, **coding, tag=tag, lasting=True
             )
             part = out
         self._hold(part)
@@ -122,18 +122,18 @@ class Flat:
             return
         levels, coded = place.levels(self.cut.lp + 1, self.cut.lo), draw != EXACT
         for level in reversed(levels):
-            codec = place.coding(self.cut.weights, level, level, P_REFRESH, draw) if coded else IDENTITY
+            coding = place.coding(self.cut.weights, level, level, P_REFRESH, draw) if coded else PLAIN
             there = held[place.within(level - 1, self.cut.lp)]
             if level in self.cut.delta_levels and coded:
                 change = part - held[place.within(level, self.cut.lp)]
                 # In place at the last hop alone: the others' references are what is held before this refresh.
                 part = there.to(part.dtype, copy=level != levels[0])
-                yield all_gather(part, change, world=place.world, level=level, purpose=P_REFRESH, codec=codec, add=True)
+                yield all_gather(part, change, world=place.world, level=level, purpose=P_REFRESH, **coding, add=True)
             else:
-                sent = part.to(self.kind.compute) if codec is IDENTITY else part
+                sent = part.to(self.kind.compute) if coding["codec"] is IDENTITY else part
                 in_place = sent.dtype == held.dtype and not self.cut.delta_levels
                 part = there if in_place else place.empty(level - 1, sent.dtype)
-                yield all_gather(part, sent, world=place.world, level=level, purpose=P_REFRESH, codec=codec)
+                yield all_gather(part, sent, world=place.world, level=level, purpose=P_REFRESH, **coding)
         if part.data_ptr() != held.data_ptr():
             held.copy_(part)
         held[place.padding(self.cut.lp)] = 0.0  # what codecs that rotate blocks have left there

@@ -6,6 +6,7 @@ The codecs of a plan, per level index and direction.
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -80,6 +81,16 @@ class Cut:
     low_rank: LowRankHop | None = None
 
 
+class Coding(TypedDict):
+    """How a collective codes: its arguments of these names."""
+
+    codec: Codec
+    seed: int
+
+
+PLAIN: Coding = {"codec": IDENTITY, "seed": 0}
+
+
 @dataclass(frozen=True)
 class Draw:
     """Which random numbers a chain draws: it is the `number`-th of its kind since `step` steps were taken."""
@@ -135,7 +146,7 @@ class Place:
             if len(met):
                 yield slot.name, slot.shape, met.start - slot.offset, met.inside(mine)
 
-    def salt(self, step: int, number: int) -> None:
+    def at_step(self, step: int, number: int) -> None:
         """What stochastic rounding draws from: steps taken so far, and the number of this buffer among all."""
         self.step, self.number = step, number
         self._draws.clear()
@@ -145,12 +156,12 @@ class Place:
         self._draws[purpose] += 1
         return Draw(self.step, self._draws[purpose])
 
-    def coding(self, codecs: Mapping[int, Codec], level: int, depth: int, purpose: str, draw: Draw) -> Codec:
-        """The codec of a level, about to code. Ranks that hold the same interval at `depth` draw the same numbers."""
+    def coding(self, codecs: Mapping[int, Codec], level: int, depth: int, purpose: str, draw: Draw) -> Coding:
+        """The codec of a level and its seed. Ranks that hold the same interval at `depth` draw the same numbers."""
         codec, part = codecs.get(level, IDENTITY), self.at(depth)
-        if codec is not IDENTITY:
-            levels = len(self.world.cluster.levels)
-            hop = (draw.number * levels + level) * len(_DRAWING) + _DRAWING.index(purpose)
-            who = part.start // len(part)
-            codec.salt = (((draw.step << 20) + self.number << 16) + hop) * self.world.size + who
-        return codec
+        if codec is IDENTITY:
+            return PLAIN
+        levels = len(self.world.cluster.levels)
+        hop = (draw.number * levels + level) * len(_DRAWING) + _DRAWING.index(purpose)
+        who = part.start // len(part)
+        return {"codec": codec, "seed": (((draw.step << 20) + self.number << 16) + hop) * self.world.size + who}
