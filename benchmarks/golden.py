@@ -1,6 +1,6 @@
 """Losses and bytes of every kind of plan, number by number: is a checkout bit-identical to another?
 
-    python benchmarks/golden.py OUT.json [--source CHECKOUT/src] [--only TEXT]   # run, write
+    python benchmarks/golden.py OUT.json [--source CHECKOUT/src] [--only EXPRESSION]   # run, write
     python benchmarks/golden.py OUT.json --against BEFORE.json                   # run, write, compare
 
 Each plan trains a small model for STEPS steps on 2, 2x2 and 2x2x2 ranks, started as a user starts it, and leaves what
@@ -11,6 +11,7 @@ Numbers of two machines may differ; those of two checkouts on one machine may no
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -117,7 +118,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--source", type=Path, default=ROOT / "src", help="the src folder that runs")
     parser.add_argument("--against", type=Path, help="what an earlier run wrote")
-    parser.add_argument("--only", default="", help="plans and worlds whose name has this in it")
+    parser.add_argument("--only", default="", help="a regular expression: plans on worlds whose name it finds")
     asked = parser.parse_args()
     environment = {**os.environ, "PYTHONPATH": str(asked.source.resolve()), "OMP_NUM_THREADS": "1"}
     results: dict[str, Any] = {}
@@ -127,7 +128,7 @@ def main() -> int:
             world = "x".join(map(str, levels.values()))
             for name, plan in plans(list(levels)).items():
                 title = f"{world} {name}"
-                if asked.only in title:
+                if re.search(asked.only, title):
                     folder = Path(scratch) / title.replace(" ", "-")
                     results[title] = trained(folder, text, plan, levels, environment)
                     print(f"{title:28s} {results[title][-1]['loss']!r}", flush=True)

@@ -164,6 +164,7 @@ def test_kernels_are_used_on_gpus_and_only_where_triton_is(monkeypatch: pytest.M
     assert arithmetic(torch.device("cuda", 0)) is blocks
 
 
+@pytest.mark.slow
 def test_compiled_for_gpus_no_kernel_approximates_contracts_or_flushes_denormals(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "compile_kernels.py"

@@ -58,9 +58,9 @@ def _train_and_go_on(world: World, run_file: Path, elsewhere: bool) -> tuple[lis
 @pytest.mark.parametrize(
     ("ranks", "plan"),
     [
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
         (2, {"wire": {"grads": {"node": "int8"}}}),
-        (2, {"partition": "ddp", "sync": {"inner_steps": 1, "level": "node"}}),
+        pytest.param(2, {"partition": "ddp", "sync": {"inner_steps": 1, "level": "node"}}, marks=pytest.mark.slow),
     ],
     ids=["one rank", "two ranks", "two groups"],
 )
