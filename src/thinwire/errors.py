@@ -1,6 +1,24 @@
-"""The error tree, drawn once. Each message is a sentence with the numbers in it and a way out.
+"""The error tree. Each message is a sentence with the numbers in it and a way out.
 
-`exit_status` is what the command line returns: 2 when the user's input is wrong, 1 when the run itself failed.
+    ThinwireError             exit status
+        ConfigError           2
+            HeldError         2
+        DataError             2
+        PlanError             2
+        CheckpointError       2
+            UnreadableError   2
+        SaveError             1
+        LinkError             1
+            RankLost          1
+        StopAsked             0
+        LabError              1
+        ShortOfMemory         1
+        ProbeError            1
+        DivergenceError       1
+        SyncError             1
+        UseError              1
+
+The exit status is what the command line returns: 2 when the user's input is wrong, 1 when the run itself failed.
 """
 
 
