@@ -1,10 +1,10 @@
 """Outer synchronisation: worker groups train on their own and agree on one fragment after the other, behind the steps.
 
-Four separate parts: when (`rounds.schedule`, a pure function of the step), how precisely (`comm.codecs`), with whom and
-how (`cliques`, `exchange`, `links`), and what is made of it (`outer`, `applying`). Any partition inside the groups: each
+Four separate parts: when (`plan.rounds`, a pure function of the step), how precisely (`comm.codecs`), with whom and
+how (`peers`, `exchange`, `rounds_in_flight`), and what is made of it (`outer_step`). Any partition inside the groups: each
 rank exchanges the elements it stands for directly with the ranks of the other groups that stand for the same ones, K flows
 side by side, and what it gets goes to its group's replicas over the fast links. Groups that a fast level joins may add up
-what they send first (`summed`).
+what they send first (`exchange`).
 
 Work is keyed by (epoch of membership, round, fragment). A contribution of weight 0 is left out of the aggregate; nothing
 a group did locally depends on the others' answers until a round is applied.
