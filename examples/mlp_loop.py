@@ -11,7 +11,7 @@ from torch import nn
 
 from thinwire import Cluster, Partition, Plan, ShardedOptimizer, World, shard
 from thinwire.cluster.cluster import Level
-from thinwire.plan.plan import Wire
+from thinwire.plan.compression import Wire
 
 STEPS, MICRO_BATCHES = 50, 2
 

@@ -8,10 +8,8 @@ import os
 import torch
 from torch import nn
 
-from thinwire import Cluster, OuterSync, ShardedOptimizer, World, shard
+from thinwire import Cluster, OuterSync, PlanConfig, ShardedOptimizer, SyncConfig, World, shard
 from thinwire.cluster.cluster import Level
-from thinwire.plan.plan import PlanConfig
-from thinwire.plan.sync import SyncConfig
 
 STEPS = 60
 

@@ -12,7 +12,8 @@ from replicated import Replicated
 from thinwire.comm.world import World
 from thinwire.parallel.shard.engine import Sharded
 from thinwire.parallel.shard.optimizer import ShardedOptimizer
-from thinwire.plan.plan import Partition, Plan
+from thinwire.plan.partition import Partition
+from thinwire.plan.plan import Plan
 
 STEPS = 3
 

@@ -10,7 +10,8 @@ from thinwire.comm.world import World
 from thinwire.errors import SyncError
 from thinwire.parallel.shard.engine import Sharded, shard
 from thinwire.parallel.shard.optimizer import ShardedOptimizer
-from thinwire.plan.plan import Partition, Plan
+from thinwire.plan.partition import Partition
+from thinwire.plan.plan import Plan
 from thinwire.plan.rounds import Exchange
 from thinwire.plan.sync import SyncConfig
 from thinwire.sync.outer_sync import OuterSync

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from thinwire.comm.world import World
     from thinwire.parallel.shard.engine import Sharded, shard
     from thinwire.parallel.shard.optimizer import ShardedOptimizer
-    from thinwire.plan.plan import Partition, Plan
+    from thinwire.plan.partition import Partition
+    from thinwire.plan.plan import Plan, PlanConfig
     from thinwire.plan.sync import Sync, SyncConfig
     from thinwire.planner.library import plan_for, simulate_plan
     from thinwire.sync.outer_sync import OuterSync
@@ -23,6 +24,7 @@ __all__ = [
     "OuterSync",
     "Partition",
     "Plan",
+    "PlanConfig",
     "Sharded",
     "ShardedOptimizer",
     "Sync",
@@ -36,8 +38,9 @@ __all__ = [
 _HOMES = {
     "Cluster": "thinwire.cluster.cluster",
     "OuterSync": "thinwire.sync.outer_sync",
-    "Partition": "thinwire.plan.plan",
+    "Partition": "thinwire.plan.partition",
     "Plan": "thinwire.plan.plan",
+    "PlanConfig": "thinwire.plan.plan",
     "Sharded": "thinwire.parallel.shard.engine",
     "ShardedOptimizer": "thinwire.parallel.shard.optimizer",
     "Sync": "thinwire.plan.sync",

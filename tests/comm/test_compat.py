@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.comm.collectives import all_gather, all_reduce_small, reduce_scatter
-from thinwire.comm.device import all_gather_single, reduce_scatter_single
+from thinwire.comm.compat import all_gather_single, reduce_scatter_single
 from thinwire.comm.world import World
 from worlds import run_world
 

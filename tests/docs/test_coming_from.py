@@ -26,7 +26,7 @@ import thinwire
 from thinwire.cli import app
 from thinwire.config import build
 from thinwire.errors import ThinwireError
-from thinwire.plan.plan import NAMES
+from thinwire.plan.partition import NAMES
 from thinwire.train.config import RunConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from.md"

@@ -15,7 +15,7 @@ from labs import PEER, SOURCE, as_ordinary_user, eventually, marked, need_lab, n
 from thinwire.errors import ConfigError, LabError
 from thinwire.lab.config import Fault, LabConfig
 from thinwire.lab.lab import Lab
-from thinwire.lab.show import Outcome
+from thinwire.lab.outcome import Outcome
 
 MBIT = 1e6 / 8
 SIZE = 2_000_000

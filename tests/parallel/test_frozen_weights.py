@@ -12,7 +12,8 @@ from partition_toy import adamw, batches, weights
 from replicated import Replicated, replicate
 from thinwire.comm.world import World
 from thinwire.parallel.shard.engine import Sharded, shard
-from thinwire.plan.plan import Partition, Plan
+from thinwire.plan.partition import Partition
+from thinwire.plan.plan import Plan
 from worlds import run_world
 
 CUTS = list(cuts_of(2, frozen_weights=True))

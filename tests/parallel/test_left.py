@@ -9,7 +9,8 @@ from torch import nn
 from thinwire.comm.world import World
 from thinwire.parallel.shard.engine import Sharded, shard
 from thinwire.parallel.shard.optimizer import ShardedOptimizer
-from thinwire.plan.plan import Partition, Plan
+from thinwire.plan.partition import Partition
+from thinwire.plan.plan import Plan
 from worlds import cluster_of
 
 

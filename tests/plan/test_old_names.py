@@ -10,8 +10,10 @@ import thinwire.plan
 
 
 def test_what_was_in_the_plan_file_is_found_and_told() -> None:
-    with pytest.warns(FutureWarning, match=r"thinwire\.plan\.Plan is thinwire\.plan\.plan\.Plan now"):
+    with pytest.warns(FutureWarning, match=r"thinwire\.plan\.Plan is thinwire\.Plan now"):
         assert thinwire.plan.Plan is thinwire.Plan
+    with pytest.warns(FutureWarning, match=r"thinwire\.plan\.Wire is thinwire\.plan\.compression\.Wire now"):
+        thinwire.plan.Wire  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'Plane'"):
         thinwire.plan.Plane  # noqa: B018
 

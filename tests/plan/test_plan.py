@@ -7,7 +7,8 @@ import pytest
 from thinwire.cluster.cluster import Cluster, Level
 from thinwire.config import build
 from thinwire.errors import ConfigError, PlanError
-from thinwire.plan.plan import Partition, Plan, PlanConfig, resolve_partition
+from thinwire.plan.partition import Partition, resolve_partition
+from thinwire.plan.plan import Plan, PlanConfig
 
 LEVELS = ("pair", "node", "cluster")
 CLUSTER = Cluster(levels=tuple(Level(name=name, fanout=2) for name in LEVELS))

@@ -13,7 +13,8 @@ from own_runs import clean
 
 from runs import make_corpus, thinwire, write_run
 from thinwire.files.events import steps
-from thinwire.plan.plan import Plan, Wire
+from thinwire.plan.compression import Wire
+from thinwire.plan.plan import Plan
 from thinwire.train.folder import EVENTS_FILE
 
 CLUSTER = {

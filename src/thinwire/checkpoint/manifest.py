@@ -2,8 +2,6 @@
 
 It is JSON with a digest of its own. Format 1, from before, has none, and leaves where elements lie to a `.metadata` of
 torch.distributed.checkpoint.
-
-`[checkpoint]` of a run file. No torch.
 """
 
 import hashlib
@@ -15,23 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from thinwire.config import Frozen, explain, parse_json
+from thinwire.config import explain, parse_json
 from thinwire.errors import CheckpointError, UnreadableError
-
-
-class CheckpointConfig(Frozen):
-    """When a run saves and what it keeps."""
-
-    every_steps: int = Field(default=100, ge=0, le=10**12)
-    """0: only at the end and when a stop is asked for."""
-    keep_last: int = Field(default=2, ge=1, le=10**6)
-    keep_every: int = Field(default=0, ge=0, le=10**12)
-    """Also keep every checkpoint whose step is a multiple of this; 0: none."""
-    verify: bool = True
-    """Compare digests, not only sizes, before a checkpoint is used."""
-
 
 MANIFEST, FORMAT, OLD_FORMAT = "manifest.json", 2, 1
 OLD_METADATA = ".metadata"

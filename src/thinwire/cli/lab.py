@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from thinwire.cluster.cluster import Cluster
     from thinwire.lab.config import LabConfig
     from thinwire.lab.lab import Lab
-    from thinwire.lab.show import Outcome
+    from thinwire.lab.outcome import Outcome
     from thinwire.train.job import Job
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from thinwire.cluster.hardware import calibration_of
 from thinwire.errors import PlanError
 from thinwire.model.spec import ModelSpec
-from thinwire.plan.plan import Plan, resolve_partition
+from thinwire.plan.partition import resolve_partition
+from thinwire.plan.plan import Plan
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.predict.placement import place

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.codecs.codec import IDENTITY, Codec
-from thinwire.comm.device import all_gather_single, reduce_scatter_single
+from thinwire.comm.compat import all_gather_single, reduce_scatter_single
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
 from thinwire.comm.transport import duplex

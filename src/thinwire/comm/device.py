@@ -1,10 +1,5 @@
 """What a rank computes on: its own accelerator, or one that ranks of its host share because the run says so.
 
-torch 2.10 to 2.13 under one name each: GPU images lag behind, and torch renames.
-
-torch 2.13 calls `all_gather_into_tensor` and `reduce_scatter_tensor` by the names below and warns of the old ones; releases
-before it have the old ones alone. They are looked up at each call, so that a test can take the new names away.
-
 A rank's heap keeps what it has.
 
 glibc gives the top of the heap back to the kernel as soon as a few MB of it are free. A step frees its activations and
@@ -15,14 +10,11 @@ micro-batches a sixth of a CPU's backward.
 import ctypes
 import os
 import socket
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from thinwire.cluster.cluster import Cluster
-from thinwire.comm.handle import Waitable
 from thinwire.errors import ConfigError
 
 _KIND, _TAKEN = "thinwire/device/kind", "thinwire/device/taken/"
@@ -88,20 +80,3 @@ def keep_heap() -> bool:
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, _NEVER))
-
-
-_TORCH: Any = dist  # its stubs know the names of one release
-
-
-def all_gather_single(out: Tensor, own: Tensor, *, group: dist.ProcessGroup) -> Waitable:
-    """(k n,) `out` becomes everybody's (n,) `own` in the order of the ranks, once what comes back has been waited for."""
-    call = getattr(_TORCH, "all_gather_single", None) or _TORCH.all_gather_into_tensor
-    work: Waitable = call(out, own, group=group, async_op=True)
-    return work
-
-
-def reduce_scatter_single(out: Tensor, full: Tensor, *, group: dist.ProcessGroup) -> Waitable:
-    """(n,) `out` becomes the sum of everybody's chunk of (k n,) `full` for this rank, once it has been waited for."""
-    call = getattr(_TORCH, "reduce_scatter_single", None) or _TORCH.reduce_scatter_tensor
-    work: Waitable = call(out, full, group=group, async_op=True)
-    return work

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from thinwire.checkpoint.manifest import CheckpointConfig
+from thinwire.checkpoint.config import CheckpointConfig
 from thinwire.checkpoint.pieces import newest_whole, read_tensors
 from thinwire.config import build, read_toml
 from thinwire.data.config import DataConfig

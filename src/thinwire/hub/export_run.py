@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.checkpoint.manifest import CheckpointConfig
+from thinwire.checkpoint.config import CheckpointConfig
 from thinwire.checkpoint.pieces import TensorReader, newest_whole
 from thinwire.config import build, read_toml
 from thinwire.data.config import DataConfig

@@ -15,8 +15,8 @@ from thinwire.lab.config import Fault
 from thinwire.lab.counters import Counters
 from thinwire.lab.host import Inside
 from thinwire.lab.network import show_limit
+from thinwire.lab.outcome import Outcome, RankEnd
 from thinwire.lab.ranks_env import Member
-from thinwire.lab.show import Outcome, RankEnd
 
 
 class StepWatch:

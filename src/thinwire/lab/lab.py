@@ -20,8 +20,8 @@ from thinwire.lab.config import Fault, LabConfig, available_memory_bytes, check_
 from thinwire.lab.counters import Counters, Traffic
 from thinwire.lab.host import Inside, new_name
 from thinwire.lab.network import Command
+from thinwire.lab.outcome import Outcome
 from thinwire.lab.ranks_env import FIRST_PORT, members
-from thinwire.lab.show import Outcome
 from thinwire.lab.tools import check_machine, search_path, why_command_failed
 
 _AVAILABLE = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")

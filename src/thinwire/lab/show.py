@@ -1,73 +1,18 @@
 """A lab in words and tables: what it will be, what crossed its links, how its command ended.
 
-How a command ended on the lab: exit status of every rank, who failed first, what crossed the links.
-
 Show what a file gains, as `tail -f` does, without waiting.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from thinwire.lab import network
 from thinwire.lab.config import LabConfig
-from thinwire.lab.counters import Counters, Traffic
+from thinwire.lab.counters import Traffic
 from thinwire.lab.network import show_limit
+from thinwire.lab.outcome import Outcome, RankEnd
 from thinwire.units import show_seconds
-
-_TAIL_BYTES, _TAIL_LINES = 20_000, 15
-
-
-@dataclass(frozen=True)
-class RankEnd:
-    """The end of one process. `rank` None: the launcher of a host."""
-
-    host: int
-    rank: int | None
-    exit_status: int
-    """What it returned; minus the signal's number if a signal ended it."""
-    by: str
-    """`itself`, `fault` (an injected one ended it), or `lab` (stopped because another failed or on request)."""
-    log: Path
-
-    @property
-    def who(self) -> str:
-        return f"host {self.host}" if self.rank is None else f"rank {self.rank} (host {self.host})"
-
-    def tail(self) -> str:
-        """The last lines of its log."""
-        with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-        return "\n".join(lines[-_TAIL_LINES:])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The end of a command."""
-
-    ends: tuple[RankEnd, ...]
-    first_failure: RankEnd | None
-    """The process that failed of itself before any other did."""
-    wall_s: float
-    traffic: Counters
-    """From start to end."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether nobody failed of itself and nobody had to be stopped."""
-        return self.first_failure is None and all(end.by == "fault" or end.exit_status == 0 for end in self.ends)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "ok": self.ok,
-            "wall_s": round(self.wall_s, 6),
-            "ends": [{**asdict(end), "log": str(end.log)} for end in self.ends],
-            "first_failure": None if self.first_failure is None else self.first_failure.who,
-            "traffic": self.traffic.as_dict(),
-        }
 
 
 class Follow:

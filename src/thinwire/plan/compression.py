@@ -1,6 +1,11 @@
-"""What codecs there are, and how many bytes numbers take on a wire. No torch: plans and codecs both read it."""
+"""The compression: which codec numbers travel with at each level, and how many bytes they take then. No torch."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from thinwire.config import Frozen
 
 CodecName = Literal[
     "fp32", "bf16", "fp16", "int8", "int4", "int4-hadamard", "e3m0", "delta-int8", "delta-int4", "lowrank"
@@ -10,6 +15,56 @@ OuterCodecName = Literal["fp32", "bf16", "fp16", "int8", "int4", "int4-hadamard"
 BLOCK_CODECS = ("int8", "int4", "int4-hadamard", "e3m0")
 """Codecs with a scale for each block of numbers; `block` and `rounding` are theirs."""
 Rounding = Literal["nearest", "stochastic"]
+
+
+Direction = Literal["weights", "grads"]
+
+
+class Wire(Frozen):
+    """How numbers travel: a codec per level and direction; what is not named travels as it is."""
+
+    weights: Mapping[str, CodecName] = Field(default_factory=dict)
+    grads: Mapping[str, CodecName] = Field(default_factory=dict)
+    block: Literal[64, 128, 256] = 128
+    """Numbers that share a scale."""
+    rank: int = Field(default=4, ge=1, le=10**5)
+    """Columns of the two matrices that `lowrank` sends for each one."""
+    rank_from: int = Field(default=2, ge=0, le=10**12)
+    """Steps at the start whose gradients are summed whole before `lowrank` begins (PyTorch: `start_powerSGD_iter`)."""
+    rounding: Rounding = "nearest"
+    error_feedback: bool = False
+    """Carry what the outermost coded gradient hop loses over to the next step."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        for level, codec in self.weights.items():
+            if codec == "lowrank":
+                raise ValueError(
+                    f"weights.{level} = 'lowrank': it sums gradients, it cannot carry weights; use it in grads"
+                )
+        for level, codec in self.grads.items():
+            if codec.startswith("delta-"):
+                raise ValueError(
+                    f"grads.{level} = {codec!r}: a delta needs something the receiver holds; use it for weights"
+                )
+        return self
+
+    @property
+    def coded(self) -> bool:
+        """Whether any level has a codec that needs whole blocks."""
+        return any(
+            codec not in ("fp32", "bf16", "fp16", "lowrank") for codec in (*self.weights.values(), *self.grads.values())
+        )
+
+    @property
+    def whole_steps(self) -> int:
+        """Steps at the start that send more than those after them."""
+        return self.rank_from if "lowrank" in self.grads.values() else 0
+
+    def over(self, named: "Wire") -> "Wire":
+        """This, and at levels that it does not name the codecs of `named`."""
+        weights, grads = {**named.weights, **self.weights}, {**named.grads, **self.grads}
+        return self.model_copy(update={"weights": weights, "grads": grads})
 
 
 def returned_as(codec: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from thinwire.errors import PlanError
-from thinwire.plan.plan import Partition, resolve_partition
+from thinwire.plan.partition import Partition, resolve_partition
 from thinwire.predict.candidate import Candidate, Recompute, Setting
 from thinwire.units import divisors, whole_number
 

@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 
 from thinwire.cluster.cluster import Calibration, Cluster
 from thinwire.model.spec import ModelSpec
-from thinwire.plan.compression import CodecName, OuterCodecName, Rounding
-from thinwire.plan.plan import ComputeDtype, Partition, Plan, Wire
+from thinwire.plan.compression import CodecName, OuterCodecName, Rounding, Wire
+from thinwire.plan.partition import Partition
+from thinwire.plan.plan import ComputeDtype, Plan
 from thinwire.plan.rounds import fragment_count
 from thinwire.plan.sync import Sync as Rounds
 from thinwire.plan.sync import SyncConfig

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from thinwire.checkpoint.manifest import CheckpointConfig
+from thinwire.checkpoint.config import CheckpointConfig
 from thinwire.cluster.config import ClusterConfig
 from thinwire.config import Frozen
 from thinwire.data.config import DataConfig

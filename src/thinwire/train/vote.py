@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from thinwire.comm.device import all_gather_single
+from thinwire.comm.compat import all_gather_single
 from thinwire.comm.handle import Handle
 from thinwire.train.assemble import Parts
 

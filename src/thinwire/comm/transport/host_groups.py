@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from thinwire.comm.device import all_gather_single
+from thinwire.comm.compat import all_gather_single
 from thinwire.comm.transport.local_socket import Line
 from thinwire.comm.transport.same_host import Exchanges, Neighbours
 from thinwire.comm.transport.shared_memory import permit_siblings, read_memory
