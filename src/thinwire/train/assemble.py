@@ -21,9 +21,10 @@ from thinwire.parallel.shard.engine import Sharded
 from thinwire.parallel.shard.optimizer import ShardedOptimizer
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.announce import held_bytes, idle_codecs, plan_table, predicted_bytes, rounds_table, uncoded
+from thinwire.train.clock import Lap
 from thinwire.train.folder import CHECKPOINTS, TRACE_FILE
 from thinwire.train.job import Job
-from thinwire.train.progress import Lap, Telemetry, Totals, peak_flops_per_s
+from thinwire.train.progress import Telemetry, Totals, peak_flops_per_s
 from thinwire.train.tracing import Tracer
 from thinwire.train.trackers import open_trackers
 

@@ -18,9 +18,10 @@ from thinwire.data.loader import Batch
 from thinwire.errors import DivergenceError
 from thinwire.train.announce import held_bytes
 from thinwire.train.assemble import Parts, assemble
+from thinwire.train.clock import StepClock
 from thinwire.train.finish import finish
 from thinwire.train.job import Job
-from thinwire.train.progress import StepClock, mfu
+from thinwire.train.progress import mfu
 from thinwire.train.saving import Saver
 from thinwire.train.schedule import lr_at
 from thinwire.train.shortage import shortage_explained

@@ -10,7 +10,7 @@ from pathlib import Path
 from thinwire.comm.ledger import Entry
 from thinwire.files.folders import write_whole
 from thinwire.files.trace import COMPUTE, STEPS, Span, trace_text
-from thinwire.train.progress import Lap
+from thinwire.train.clock import Lap
 from thinwire.units import show_bytes
 
 _WORDS = {"P-gather": "gather", "P-refresh": "refresh", "G-reduce": "reduce", "G-gather": "gather sums"}

@@ -24,6 +24,7 @@ from thinwire.comm.world import World
 from thinwire.errors import PlanError, ThinwireError
 from thinwire.parallel.shard import carried
 from thinwire.parallel.shard.accumulation import Sums
+from thinwire.parallel.shard.backward import Backwards, running
 from thinwire.parallel.shard.deferred import FirstValues, Initial
 from thinwire.parallel.shard.dtypes import norm_of
 from thinwire.parallel.shard.guard import (
@@ -42,7 +43,7 @@ from thinwire.parallel.shard.layout import Piece, Share
 from thinwire.parallel.shard.optimizer import Owned
 from thinwire.parallel.shard.order import Course, Tags
 from thinwire.parallel.shard.reductions import Reductions
-from thinwire.parallel.shard.saved import Backwards, SavedWeights, running
+from thinwire.parallel.shard.saved import SavedWeights
 from thinwire.parallel.shard.unit import Unit, find_units, unit_of
 from thinwire.parallel.shard.weights import Weights
 from thinwire.plan.plan import Plan

@@ -4,22 +4,14 @@ A weight that a unit's forward uses is saved by autograd as a view of the gather
 is gathered anew for backward, saving such a view keeps its place alone, and reading it back gathers the unit if it is not
 here. Nothing depends on this but memory: what is saved elsewhere (by checkpointing's own hooks, in a second-order graph)
 keeps the buffer that it is a view of.
-
-Which backward is running, and which trained parameters it will give a gradient.
-
-torch's engine numbers the runs of backward, and knows of each node of the graph whether a run will come to it
-(`torch.autograd.graph.register_multi_grad_hook` asks it the same). So the end of a unit's gradients is known from the
-beginning, also where an expert had no token; a gradient with respect to inputs (a penalty, forces) is told from a backward
-that trains; and the backward of a forward that is recomputed is told from the one around it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch import Tensor
 
 from thinwire.parallel.shard.flat import Flat
 from thinwire.parallel.shard.unit import Unit
@@ -87,53 +79,3 @@ class SavedWeights:
             return saved  # type: ignore[no-any-return]
         self._use(saved.unit)
         return saved.read()
-
-
-_engine: Any = torch.autograd.Variable._execution_engine
-
-
-def running() -> bool:
-    """Whether this thread is in a backward."""
-    return torch._C._current_graph_task_id() >= 0
-
-
-class Backwards:
-    """`begins(counts, nested)` is called when a backward is first heard of: gradients to come, by unit."""
-
-    def __init__(self, units: Sequence[Unit], begins: Callable[[list[int], bool], None]) -> None:
-        self._units, self._begins = units, begins
-        self._running: list[int] = []
-        self._again: set[Unit] = set()
-
-    def recomputed(self, unit: Unit) -> None:
-        """A forward of the unit was run again: a nested backward may follow."""
-        self._again.add(unit)
-
-    def forget(self) -> None:
-        """Nothing is running: one that failed does not end."""
-        self._running, self._again = [], set()
-
-    def heard(self, unit: Unit | None = None) -> None:
-        """Something (a gradient of `unit`) comes in a backward: call it first in every hook."""
-        task = torch._C._current_graph_task_id()
-        if task in self._running:
-            return
-        nested = bool(self._running)
-        self._running.append(task)
-        _engine.queue_callback(lambda: self._over(task))
-        asked = self._again | {unit} if nested else set(self._units)
-        self._again = set()
-        self._begins([sum(map(_comes, unit.trained)) if unit in asked else 0 for unit in self._units], nested)
-
-    def _over(self, task: int) -> None:
-        if task in self._running:
-            self._running.remove(task)
-
-
-def _comes(parameter: nn.Parameter) -> bool:
-    with torch._C.DisableTorchFunctionSubclass():
-        node = get_gradient_edge(parameter).node
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # its gradient was asked for itself (autograd.grad): nothing is accumulated
-        return False
