@@ -143,9 +143,9 @@ def _sums(world: World) -> list[float]:
     return [
         number
         for unit in engine.units
-        for flat in unit.flats
-        if flat.sums.complete
-        for number in flat.sums.reduced.tolist()
+        for grads in unit.grads.values()
+        if grads.complete
+        for number in grads.reduced.tolist()
     ]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from thinwire.comm.handle import Flight
 from thinwire.comm.world import World
-from thinwire.parallel.shard.order import Course, GatherOrder, Tags, of_rank_0
+from thinwire.parallel.shard.order import CallOrder, GatherOrder, Tags, of_rank_0
 from thinwire.parallel.shard.unit import Unit
 
 
@@ -92,10 +92,10 @@ class Weights:
         if not following.gathered and following.gathering is None:
             self._start_gather(following)
 
-    def release_over(self, course: Course) -> None:
+    def release_over(self, calls: CallOrder[Unit]) -> None:
         """Give up the units that backward has come through, unless they are used in several places."""
         for unit in list(self._here):
-            if course.is_over(unit) and not (unit.resident or unit.loose or self._kept(unit)):
+            if calls.is_over(unit) and not (unit.resident or unit.loose or self._kept(unit)):
                 self.release(unit)
 
     def release_all(self, *, unless_kept: bool) -> None:
