@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sync_toy import SITES, Group, gone_astray
+from sync_toy import SITES, Group, diverging
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.plan.sync import SyncConfig
@@ -123,17 +123,17 @@ def test_ranks_that_stand_for_parts_of_several_others_hear_of_all_of_them() -> N
         assert torch.equal(weights, expected)
 
 
-def _gone_astray(world: World) -> tuple[str, list[int], list[int]]:
+def _diverging(world: World) -> tuple[str, list[int], list[int]]:
     group = Group(world, {**STREAMING, "inner_steps": 4, "fragments": 2, "delay": 2, "lead": 2})
-    said = gone_astray(group, 1)
+    said = diverging(group, 1)
     if not said:
         group.train(4)
         group.sync.settle()
     return said, group.state(), sorted(group.sync.present)
 
 
-def test_a_group_astray_is_named_and_the_others_keep_pace_without_it() -> None:
-    named, *others = (run_world([("site", 3)], _gone_astray)[rank] for rank in (1, 0, 2))
+def test_a_diverged_group_is_named_and_the_others_keep_pace_without_it() -> None:
+    named, *others = (run_world([("site", 3)], _diverging)[rank] for rank in (1, 0, 2))
     assert named[0].startswith("group 1: its outer weights or momentum of fragment 0 are not those of the other")
     assert [present for _, _, present in others] == [[0, 2], [0, 2]]
     assert others[0] == others[1]

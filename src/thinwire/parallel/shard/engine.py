@@ -40,7 +40,7 @@ from thinwire.parallel.shard.guard import (
     tensors_in,
 )
 from thinwire.parallel.shard.hooks import ALIASES, GET_GRAD, Hook, hook_state_dict
-from thinwire.parallel.shard.layout import Piece, Share
+from thinwire.parallel.shard.layout import BufferInfo, Piece, Share
 from thinwire.parallel.shard.optimizer import Owned
 from thinwire.parallel.shard.order import CallOrder, Tags
 from thinwire.parallel.shard.reductions import Reductions
@@ -385,6 +385,25 @@ class Sharded:
                 found.append(Share(index, unit.label, base + first, view, named))
                 base += flat.layout.used
         return found
+
+    def buffers(self) -> list[BufferInfo]:
+        """All flat buffers, in the model's canonical order."""
+        return [
+            BufferInfo(index, flat.layout, flat.master.dtype, flat.trained)
+            for index, unit in enumerate(self.units)
+            for flat in unit.flats
+        ]
+
+    def as_received(self) -> Callable[[], None]:
+        """To be called once the masters are again what they are now, and before they set out: weights that had been sent
+        compressed then come back with the bits that they have now."""
+        now = [(flat.received, *flat.received.kept()) for unit in self.units for flat in unit.flats]
+
+        def bring_back() -> None:
+            for received, sent, weights in now:
+                received.bring_back(sent, weights)
+
+        return bring_back
 
     def saves(self, owned: Owned) -> bool:
         """Whether this rank writes what it owns: of equal replicas only the first does."""

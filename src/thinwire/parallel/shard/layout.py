@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -97,6 +98,16 @@ def interval(numel: int, fanouts: Sequence[int], coordinates: Sequence[int], dep
         size //= fanout
         start += coordinate * size
     return Interval(start, start + size)
+
+
+@dataclass(frozen=True)
+class BufferInfo:
+    """A flat buffer of the `unit`-th unit, its precision on masters, and whether it is trained."""
+
+    unit: int
+    layout: Layout
+    master: torch.dtype
+    trained: bool
 
 
 @dataclass(frozen=True)
