@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 
 import published
 from calibration_fit import FITTED, fit, predict
-from published import Row
+from published import INTERNEVO, Row, layered_rate
 
 from thinwire.cluster.cluster import Calibration, Cluster
 from thinwire.cluster.hardware import calibration_of
 from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.model.spec import ModelSpec
-from thinwire.predict.candidate import Candidate, Setting, Sync
-from thinwire.predict.framework import INTERNEVO, Framework
-from thinwire.predict.outer_cost import layered_rate
+from thinwire.predict.candidate import Candidate, Framework, Setting, Sync
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.predict.placement import place
 from thinwire.predict.step import step_time

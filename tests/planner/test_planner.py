@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from calibration_fit import Measured, fit, predict
+from published import layered_rate
 from typer.testing import CliRunner
 
 from thinwire.cli import app, main
@@ -16,13 +17,12 @@ from thinwire.model.presets import preset
 from thinwire.plan.plan import Plan
 from thinwire.planner.choose import choose
 from thinwire.planner.explain import mfu
-from thinwire.planner.named import parse
 from thinwire.planner.search import cost, search
 from thinwire.planner.sensitivity import SHARES, flips, needed, with_rate
 from thinwire.planner.space import Space, cores, partitions
-from thinwire.planner.whynot import why_not
+from thinwire.planner.whynot import parse, why_not
 from thinwire.predict.candidate import Candidate, Setting, Sync
-from thinwire.predict.outer_cost import layered_rate, rate_for_utilisation
+from thinwire.predict.outer_cost import rate_for_utilisation
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.predict.placement import place, touch_s
 from thinwire.predict.step import step_time

@@ -25,9 +25,8 @@ from thinwire.predict.peak_memory import peak_memory, stage_memory
 from thinwire.predict.perturbation import Failures, goodput
 from thinwire.predict.pipeline import Kind, in_flight, kinds, parameters_of, pipeline_time
 from thinwire.predict.placement import Axes, axis_hops, check_device, efficiency, matmul_s, place, rate_of
-from thinwire.predict.sent import Sent, data_bytes, sent_bytes
+from thinwire.predict.sent import Sent, data_bytes, sent_bytes, unit_moves
 from thinwire.predict.simulate import simulate_step
-from thinwire.predict.states import unit_moves
 from thinwire.predict.step import StepTime, core_of, optimizer_s, step_time
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.announce import predicted_bytes

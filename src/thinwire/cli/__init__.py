@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from thinwire import __version__
 from thinwire.config import nearest
 from thinwire.errors import ConfigError, ThinwireError
 from thinwire.train.console import forgive, refused
@@ -72,8 +73,6 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from thinwire import __version__
-
         typer.echo(f"thinwire {__version__}")
         raise typer.Exit
 

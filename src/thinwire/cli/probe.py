@@ -2,12 +2,21 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from thinwire.cluster.cluster import Cluster
+from thinwire.cli.train import called, leave
+from thinwire.cluster.cluster import Cluster, check_size, read_cluster
+from thinwire.cluster.config import ClusterConfig
+from thinwire.cluster.found import check_ranks, described, found_gpus
+from thinwire.comm.place import Place
+from thinwire.config import build
+from thinwire.errors import ConfigError
+from thinwire.files.folders import check_writable, scratch_folder
+from thinwire.probe.probe_worker import probe_rank
+from thinwire.train.launch import Share, launch
+from thinwire.units import show_count, show_rate, show_seconds, whole_number
 
 
 def run(
@@ -27,12 +36,6 @@ def run(
 
     Example: thinwire probe --levels node=2 -o cluster.toml
     """
-    from thinwire.cli.train import called
-    from thinwire.cluster.cluster import check_size
-    from thinwire.cluster.found import check_ranks, described, found_gpus
-    from thinwire.comm.place import Place
-    from thinwire.files.folders import check_writable
-
     place, seen = Place.from_environment(os.environ, command=called()), found_gpus(os.environ)
     on_cpu = device == "cpu" or not seen
     cluster = _cluster(levels or f"node={place.size if place else 2 if on_cpu else len(seen)}", device)
@@ -43,21 +46,14 @@ def run(
         check_ranks(cluster, cluster.ranks, seen)
         _probe_here(cluster, out, quick=quick)
     else:
-        from thinwire.probe.probe_worker import probe_rank
-
         check_size(cluster, place.size)
         probe_rank(cluster, place, out, quick=quick)
     if place is None or place.rank == 0:
         _tell(out)
 
 
-def _cluster(levels: str, device: str | None) -> "Cluster":
+def _cluster(levels: str, device: str | None) -> Cluster:
     """Raises ConfigError for what is no list of levels."""
-    from thinwire.cluster.config import ClusterConfig
-    from thinwire.config import build
-    from thinwire.errors import ConfigError
-    from thinwire.units import whole_number
-
     found: list[dict[str, Any]] = []
     for part in levels.split(","):
         name, equals, fanout = part.partition("=")
@@ -67,11 +63,7 @@ def _cluster(levels: str, device: str | None) -> "Cluster":
     return build(ClusterConfig, {"device": device, "levels": found}, "--levels").resolve()
 
 
-def _probe_here(cluster: "Cluster", out: Path, *, quick: bool) -> None:
-    from thinwire.cli.train import leave
-    from thinwire.files.folders import scratch_folder
-    from thinwire.train.launch import Share, launch
-
+def _probe_here(cluster: Cluster, out: Path, *, quick: bool) -> None:
     arguments = [cluster.model_dump_json(), str(out.absolute()), "quick" if quick else "full"]
     with scratch_folder() as folder:
         share = Share.whole(cluster.ranks)
@@ -81,9 +73,6 @@ def _probe_here(cluster: "Cluster", out: Path, *, quick: bool) -> None:
 
 
 def _tell(out: Path) -> None:
-    from thinwire.cluster.cluster import read_cluster
-    from thinwire.units import show_count, show_rate, show_seconds
-
     cluster = read_cluster(out)
     device = cluster.device
     typer.echo(

@@ -5,9 +5,9 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from thinwire.planner.choose import Answer, busy
-from thinwire.planner.named import show_axes, show_states, show_sync
 from thinwire.planner.search import Ranked
 from thinwire.planner.sensitivity import SHARES, Flip, Needed, shape_of
+from thinwire.planner.space import show_axes, show_states, show_sync
 from thinwire.predict.candidate import Setting
 from thinwire.predict.peak_memory import Memory
 from thinwire.predict.sent import sent_bytes

@@ -12,10 +12,11 @@ from thinwire.errors import PlanError
 from thinwire.planner.space import WIRE, Space, coded, cores, partitions
 from thinwire.predict.block import Passes
 from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.overlap import Chain, UnitMoves
 from thinwire.predict.peak_memory import Memory, peak_memory
 from thinwire.predict.pipeline import Kind, parameters_of
 from thinwire.predict.placement import Axes, check_device, place
-from thinwire.predict.states import Chain, UnitMoves, unit_moves
+from thinwire.predict.sent import unit_moves
 from thinwire.predict.step import Core, StepTime, all_passes, core_of, pipeline_alone, step_time
 
 

@@ -1,7 +1,9 @@
-"""A point of the planner's space: the data-parallel core that a `Plan` can say, and the axes that it cannot say yet.
+"""What is planned for, and a point of the planner's space.
 
-Axes lie on ranks from inner to outer: tensor, context, then data and pipeline (in either order), then the groups that
-synchronise rarely. `data` is what is left of the ranks. Depths of the partition are indices of cluster levels.
+`Setting` is what is given, the runtime (`Framework`) included. A `Candidate` is the data-parallel core that a `Plan` can
+say, and the axes that it cannot say yet. Axes lie on ranks from inner to outer: tensor, context, then data and pipeline
+(in either order), then the groups that synchronise rarely. `data` is what is left of the ranks. Depths of the partition
+are indices of cluster levels.
 """
 
 from dataclasses import dataclass, field
@@ -17,11 +19,58 @@ from thinwire.plan.plan import ComputeDtype, Plan
 from thinwire.plan.rounds import fragment_count
 from thinwire.plan.sync import Sync as Rounds
 from thinwire.plan.sync import SyncConfig
-from thinwire.predict.framework import THINWIRE, Framework
 
 Recompute = Literal["none", "selective", "per-op", "full"]
 """Selective: attention's scores. Per-op, torchtitan's: all but attention's output and every second matmul's."""
 COMPUTE_BYTES: dict[str, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Framework:
+    """Habits of a runtime. Bytes are per parameter."""
+
+    name: str
+    grad_bytes: float = 4.0
+    """Gradient sums in memory."""
+    grad_wire_bytes: float = 4.0
+    """Gradients on the wire where no codec is named."""
+    optimizer_bytes: float = 12.0
+    """Master weights and AdamW's two moments."""
+    flash_attention: bool = True
+    """Attention scores are never stored, and a causal kernel does half of the square."""
+    dropout: bool = False
+    """Masks of a block's two dropouts are kept."""
+    sequence_parallel: bool = True
+    """Outside its matmuls a tensor-parallel block is cut along the sequence (arXiv 2205.05198)."""
+    overlap_reduce: bool = True
+    """Gradients are reduced behind backward."""
+    overlap_refresh: bool = True
+    """New weights are gathered behind the next forward."""
+    broadcast_refresh: bool = False
+    """New weights come by one broadcast from each owner, not by one gather."""
+    prefetch: bool = True
+    """The next unit's weights are gathered behind this unit's compute."""
+    fused_elementwise: bool = False
+    """Chains of element-wise operations run as one kernel (torch.compile)."""
+    whole_table_grad: bool = False
+    """Each micro-batch makes the embedding's gradient as a whole table, not only the rows of its tokens."""
+    tied_units: bool = False
+    """A tied table stays whole from forward to backward, and the final norm is then a unit of its own."""
+    logits_bytes: float = 12.0
+    """Per logit at the peak: fp32 log-softmax, the gradient that comes and the one that is made of it."""
+    fused_loss: bool = False
+    """Head and loss are one function over chunks of tokens, which makes the gradients in forward (`model/loss.py`)."""
+    cut_logits_bytes: float = 12.0
+    """The same where tensor-parallel ranks each hold a part of the vocabulary."""
+    casts_on_gather: bool = False
+    """Weights in the compute precision exist only where they are gathered; sharded ones are the fp32 masters."""
+    packed_qkv: bool = False
+    """Queries, keys and values are made in one buffer, which the values keep alive whole."""
+    keeps_gathered_inputs: bool = False
+    """Inputs that sequence parallelism gathers for a matmul are kept whole for backward, not gathered again."""
+
+
+THINWIRE = Framework("thinwire", whole_table_grad=True, tied_units=True, packed_qkv=True, fused_loss=True)
 
 
 @dataclass(frozen=True, eq=False)

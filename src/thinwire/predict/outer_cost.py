@@ -5,7 +5,6 @@ fragments every H / F steps, behind the next `overlap_steps` steps. An all-reduc
 fragment through each group's link.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thinwire.plan.compression import wire_bytes
@@ -73,54 +72,6 @@ def stall_s(travel_s: float, step_s: float, sync: Sync) -> float:
 def utilisation(*, step_s: float, inner_steps: float, stall: float) -> float:
     """Share of the time that is compute when `inner_steps` steps are followed by a stall of `stall` seconds."""
     return inner_steps * step_s / (inner_steps * step_s + stall)
-
-
-def layered_stall_s(
-    sent: Sequence[int],
-    *,
-    layers: int,
-    layer_travel_s: float,
-    step_s: float,
-    overlap_steps: int,
-    forward_share: float = 1 / 3,
-) -> float:
-    """Stall of one round when every layer travels by itself, as in the simulation of arXiv 2501.18512, section 4.
-
-    A layer of `sent` sets out when its backward ends, they share one lane, and each is needed when its own forward begins
-    `overlap_steps` steps later than the next. Data parallelism is the case of all layers in every step.
-    """
-    forward, backward = step_s * forward_share / layers, step_s * (1 - forward_share) / layers
-    lane, arrive = 0.0, {}
-    for layer in sorted(sent, reverse=True):
-        lane = arrive[layer] = max(lane, (layers - layer) * backward) + layer_travel_s
-    start = now = layers * backward + overlap_steps * step_s
-    for layer in range(layers):
-        now = max(now, arrive.get(layer, 0.0)) + forward
-    return now - start - layers * forward
-
-
-def layered_rate(
-    wanted: float, *, parameters: float, layers: int, groups: int, step_s: float, sync: Sync | None
-) -> float:
-    """Like `rate_for_utilisation`, for layers that travel by themselves; found by halving."""
-    plain = sync or Sync(level=0, inner_steps=1)
-    each = 2 * (groups - 1) / groups * fragment_bytes(parameters / layers, Sync(0, 1, codec=plain.codec))
-    fragments = [range(first, layers, plain.fragments) for first in range(plain.fragments)]  # strided over the layers
-
-    def share(rate: float) -> float:
-        stalls = [
-            layered_stall_s(
-                sent, layers=layers, layer_travel_s=each / rate, step_s=step_s, overlap_steps=plain.overlap_steps
-            )
-            for sent in fragments
-        ]
-        return utilisation(step_s=step_s, inner_steps=plain.inner_steps, stall=sum(stalls))
-
-    low, high = 1.0, 1e15
-    while high / low > 1.0001:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if share(middle) >= wanted else (middle, high)
-    return high
 
 
 def rate_for_utilisation(

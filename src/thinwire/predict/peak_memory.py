@@ -27,8 +27,7 @@ from thinwire.predict.activations import (
 )
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.pipeline import Counted, Kind, in_flight, kinds, parameters_of
-from thinwire.predict.placement import Axes, Hop
-from thinwire.predict.states import hop_depths
+from thinwire.predict.placement import Axes, Hop, cuts, hop_depths
 
 MARGIN = 1.05
 """A plan is said to fit only if this many times the predicted memory would still fit."""
@@ -147,15 +146,6 @@ def least_state_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> flo
     framework = setting.framework
     weights = _weights_bytes(setting, candidate, axes.states, total)
     return weights + total * (framework.grad_bytes / cut_g + framework.optimizer_bytes / cut_o)
-
-
-def cuts(candidate: Candidate, hops: tuple[Hop, ...]) -> tuple[int, int, int]:
-    """Into how many parts parameters, gradients and optimizer states are cut."""
-    cumulative = [1]
-    for hop in hops:
-        cumulative.append(cumulative[-1] * hop.fanout)
-    lp, lg, lo = hop_depths(candidate, hops)
-    return cumulative[lp + 1], cumulative[lg + 1], cumulative[lo + 1]
 
 
 _SUMS_BYTES = 4.0

@@ -20,7 +20,7 @@ from thinwire.planner.explain import report, rests_on
 from thinwire.planner.space import Codecs, Space
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.peak_memory import Memory, peak_memory
-from thinwire.predict.placement import place
+from thinwire.predict.placement import check_device, place
 from thinwire.predict.simulate import simulate_step
 from thinwire.predict.step import StepTime, step_time
 from thinwire.report.read import Run
@@ -61,7 +61,6 @@ def setting_of(run: Run, cluster: Cluster) -> Setting:
     if [(level.name, level.fanout) for level in cluster.levels] != [(n, k) for n, k in run.plan.levels]:
         levels = " x ".join(f"{name}={fanout}" for name, fanout in run.plan.levels)
         raise ConfigError(f"the cluster has other levels than the run {run.name} ({levels})")
-    from thinwire.predict.placement import check_device
 
     check_device(cluster.device)
     tree = read_toml(run.folder / "run.toml")
