@@ -15,8 +15,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.comm.world import World
 from thinwire.model.presets import preset
-from thinwire.model.spec import ModelSpec
-from thinwire.model.work import every_second_matmul
+from thinwire.model.spec import ModelSpec, every_second_matmul
 from thinwire.predict.activations import block_bytes, block_elements, head_bytes
 from thinwire.predict.candidate import THINWIRE, Candidate, Framework, Recompute, Setting
 from thinwire.predict.peak_memory import peak_memory

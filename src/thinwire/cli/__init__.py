@@ -17,6 +17,8 @@ from thinwire.config import nearest
 from thinwire.errors import ConfigError, ThinwireError
 from thinwire.train.console import forgive, refused
 
+SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the run file; may be repeated.")
+"""Of every verb that reads a run file."""
 _ENDLESS = re.compile(r"\S{400,}")
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 """Of the copy of click that typer carries, which it does not export."""

@@ -14,8 +14,8 @@ import typer
 
 from thinwire.cluster.cluster import Cluster
 from thinwire.errors import ConfigError
-from thinwire.lab.clean import find, remove
 from thinwire.lab.config import LabConfig, read_lab
+from thinwire.lab.host import find, remove
 from thinwire.lab.lab import Lab
 from thinwire.lab.outcome import Outcome
 from thinwire.lab.show import Follow, commands, failure, in_a_line, plan, summary

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from thinwire.cli import SET
 from thinwire.errors import ConfigError
 from thinwire.operate.allocation import Allocation, allocate, job_name, memory, one_line, variables, volume_claim
 from thinwire.operate.kubernetes import KubernetesRequest, check_paths, gpu_resource_of, manifest, off_claim
@@ -19,7 +20,6 @@ from thinwire.units import parse_seconds
 app = typer.Typer(help="Start a run under a scheduler.", no_args_is_help=True, rich_markup_mode=None)
 
 RUN = typer.Argument(metavar="RUN.toml", help="The run file.")
-SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the run file; may be repeated.")
 NODES = typer.Option(help="Nodes, or a range such as 2-4: the run's levels become [ranks per node, nodes].")
 PER_NODE = typer.Option(help="Default: the ranks inside the run's level called node.", min=1)
 INTERFACE = typer.Option(

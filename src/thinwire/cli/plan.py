@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.cli.train import SET
+from thinwire.cli import SET
 from thinwire.cluster.cluster import Cluster
 from thinwire.cluster.hardware import calibration_of
 from thinwire.config import load

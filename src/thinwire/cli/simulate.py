@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from thinwire.cli import SET
 from thinwire.cli.plan import space_of, task, tell_notes
-from thinwire.cli.train import SET
 from thinwire.errors import ConfigError
 from thinwire.files.folders import write_asked
 from thinwire.files.trace import Span, trace_text

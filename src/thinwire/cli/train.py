@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from thinwire.cli import SET
 from thinwire.cluster.cluster import Cluster, check_size
 from thinwire.cluster.found import check_ranks, described, found_gpus
 from thinwire.cluster.hardware import calibration_of
@@ -31,8 +32,6 @@ from thinwire.train.launch import Ending, Share, launch, refuse_taken
 from thinwire.train.stop import listening
 from thinwire.train.worker import run_external
 from thinwire.units import show_bytes, show_count
-
-SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the run file; may be repeated.")
 
 
 def run(

@@ -15,14 +15,11 @@ from pathlib import Path
 
 from thinwire.errors import ConfigError, LabError
 from thinwire.lab import network
-from thinwire.lab.command import Running
+from thinwire.lab.command import FIRST_PORT, Running, members
 from thinwire.lab.config import Fault, LabConfig, available_memory_bytes, check_memory, checked_rate, choose_congestion
-from thinwire.lab.counters import Counters, Traffic
-from thinwire.lab.host import Inside, new_name
+from thinwire.lab.host import Inside, check_machine, new_name, search_path, why_command_failed
 from thinwire.lab.network import Command
-from thinwire.lab.outcome import Outcome
-from thinwire.lab.ranks_env import FIRST_PORT, members
-from thinwire.lab.tools import check_machine, search_path, why_command_failed
+from thinwire.lab.outcome import Counters, Outcome, Traffic
 
 _AVAILABLE = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 

@@ -9,9 +9,8 @@ from typing import IO
 
 from thinwire.lab import network
 from thinwire.lab.config import LabConfig
-from thinwire.lab.counters import Traffic
 from thinwire.lab.network import show_limit
-from thinwire.lab.outcome import Outcome, RankEnd
+from thinwire.lab.outcome import Outcome, RankEnd, Traffic
 from thinwire.units import show_seconds
 
 
