@@ -14,7 +14,7 @@ from thinwire.cluster.cluster import Cluster, Level
 from thinwire.cluster.hardware import device_preset
 from thinwire.model.presets import preset
 from thinwire.model.spec import ModelSpec
-from thinwire.predict.candidate import Candidate, Framework, Setting, Sync
+from thinwire.predict.candidate import Candidate, CandidateSync, Framework, Setting
 from thinwire.predict.outer_cost import fragment_bytes, utilisation
 
 FOLDER = Path(__file__).parent / "validation"
@@ -255,11 +255,11 @@ def layered_stall_s(
 
 
 def layered_rate(
-    wanted: float, *, parameters: float, layers: int, groups: int, step_s: float, sync: Sync | None
+    wanted: float, *, parameters: float, layers: int, groups: int, step_s: float, sync: CandidateSync | None
 ) -> float:
     """Like `rate_for_utilisation`, for layers that travel by themselves; found by halving."""
-    plain = sync or Sync(level=0, inner_steps=1)
-    each = 2 * (groups - 1) / groups * fragment_bytes(parameters / layers, Sync(0, 1, codec=plain.codec))
+    plain = sync or CandidateSync(level=0, inner_steps=1)
+    each = 2 * (groups - 1) / groups * fragment_bytes(parameters / layers, CandidateSync(0, 1, codec=plain.codec))
     fragments = [range(first, layers, plain.fragments) for first in range(plain.fragments)]  # strided over the layers
 
     def share(rate: float) -> float:

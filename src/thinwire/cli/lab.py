@@ -17,7 +17,7 @@ from thinwire.errors import ConfigError
 from thinwire.lab.config import LabConfig, read_lab
 from thinwire.lab.host import find, remove
 from thinwire.lab.lab import Lab
-from thinwire.lab.outcome import Outcome
+from thinwire.lab.outcome import LabOutcome
 from thinwire.lab.show import Follow, commands, failure, in_a_line, plan, summary
 from thinwire.train.folder import EVENTS_FILE, open_folder
 from thinwire.train.job import Job, read_config, resolve
@@ -195,7 +195,7 @@ class _Stops:
         self.asked += 1
 
 
-def _watch(lab: Lab, *, timeout_s: float | None, keep_going: bool, echo: bool) -> tuple[Outcome, bool]:
+def _watch(lab: Lab, *, timeout_s: float | None, keep_going: bool, echo: bool) -> tuple[LabOutcome, bool]:
     """Wait for the end, show the first process's output meanwhile, pass stops on. The outcome, and if it was stopped."""
     running, passed_on = lab.running, 0
     follow = Follow(running.first_log, sys.stdout.buffer) if echo else None
@@ -216,7 +216,7 @@ def _watch(lab: Lab, *, timeout_s: float | None, keep_going: bool, echo: bool) -
         return running.wait(timeout_s=timeout_s, keep_going=keep_going, each_look=each_look), stops.asked > 0
 
 
-def _report(outcome: Outcome, *, as_json: bool) -> None:
+def _report(outcome: LabOutcome, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(outcome.as_dict()))
     else:

@@ -22,12 +22,12 @@ from thinwire.hub.stand_in import stand_in
 from thinwire.model.config import check_vocabulary
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.plan import Plan, read_plan
-from thinwire.planner.choose import Answer, choose
+from thinwire.planner.choose import Choice, choose
 from thinwire.planner.explain import document, report, show_flips, show_needed
 from thinwire.planner.sensitivity import flips, needed
 from thinwire.planner.space import WIRE, Space
 from thinwire.planner.whynot import why_not
-from thinwire.predict.candidate import Candidate, Setting, Sync
+from thinwire.predict.candidate import Candidate, CandidateSync, Setting
 from thinwire.train.config import RunFile
 from thinwire.train.job import default_folder, expected_vocabulary
 
@@ -73,17 +73,17 @@ def run(
         typer.echo("\n" + "\n".join(show_flips(flips(found.setting, space, every), found.setting)))
 
 
-def _print(found: "Task", answer: Answer, top: int) -> None:
+def _print(found: "Task", answer: Choice, top: int) -> None:
     lines = report(answer, found.setting, top=top)
     lines += ["", *show_needed(needed(found.setting, answer.every_step.best[0]), found.setting)]
     typer.echo("\n".join(lines).rstrip())
 
 
-def _print_json(found: "Task", answer: Answer, top: int) -> None:
+def _print_json(found: "Task", answer: Choice, top: int) -> None:
     typer.echo(json.dumps(document(answer, found.setting, top=top), indent=1))
 
 
-def _write(out: Path, found: "Task", answer: Answer, codecs: str, outer: str) -> None:
+def _write(out: Path, found: "Task", answer: Choice, codecs: str, outer: str) -> None:
     """The best plan that the trainer runs, searched for again if the best of all is not one. Raises PlanError."""
     best = answer.best
     if not best.candidate.runnable:
@@ -101,7 +101,7 @@ class Task:
     setting: Setting
     fixed: dict[str, object]
     """What `[plan]` and `[batch]` decide."""
-    sync: Sync | None
+    sync: CandidateSync | None
     """Rounds of worker groups, if `[plan]` decides them."""
     notes: tuple[str, ...] = ()
     """What is planned in place of what the formulas do not know, in sentences."""

@@ -17,7 +17,7 @@ from thinwire.lab import network
 from thinwire.lab.config import Fault, LabConfig
 from thinwire.lab.host import Inside
 from thinwire.lab.network import show_limit
-from thinwire.lab.outcome import Counters, Outcome, RankEnd
+from thinwire.lab.outcome import Counters, LabOutcome, RankEnd
 
 FIRST_PORT = 29_500
 _DROPPED = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "TORCHELASTIC_RUN_ID", "HOSTNAME")
@@ -224,7 +224,7 @@ class Running:
         timeout_s: float | None = None,
         keep_going: bool = False,
         each_look: Callable[[], None] = lambda: None,
-    ) -> Outcome:
+    ) -> LabOutcome:
         """See `Lab.wait`; `each_look` is called every few hundredths of a second."""
         while not self.look():
             each_look()
@@ -293,11 +293,11 @@ class Running:
             if status is None:
                 self._blamed.setdefault(number, by)
 
-    def _outcome(self) -> Outcome:
+    def _outcome(self) -> LabOutcome:
         ends = tuple(
             RankEnd(member.host, member.rank, status or 0, self._blamed.get(number, "itself"), self.log(member))
             for number, (member, status) in enumerate(zip(self._members, self._statuses, strict=True))
         )
         wall_s = (self._ended_s or time.monotonic()) - self._started_s
         first = None if self._first is None else ends[self._first]
-        return Outcome(ends, first, wall_s, self._stage.counters() - self._before)
+        return LabOutcome(ends, first, wall_s, self._stage.counters() - self._before)

@@ -205,7 +205,7 @@ def why_command_failed(said: str) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundLab:
     """A lab of this user on this machine. `pid`: the process that holds it; None: only `folder` is left."""
 
     name: str
@@ -215,15 +215,15 @@ class Found:
     folder: Path | None
 
 
-def find() -> list[Found]:
+def find() -> list[FoundLab]:
     """All labs of this user, those in use too."""
     holders = dict(_holders())
     folders = {path.name: path for path in Path(tempfile.gettempdir()).iterdir() if is_name(path.name) and _ours(path)}
     names = sorted({*holders, *folders})
-    return [Found(name, owner_lives(name), holders.get(name), folders.get(name)) for name in names]
+    return [FoundLab(name, owner_lives(name), holders.get(name), folders.get(name)) for name in names]
 
 
-def remove(lab: Found) -> None:
+def remove(lab: FoundLab) -> None:
     """End its processes, and with them its namespaces; delete its folder."""
     if lab.pid is not None:
         with suppress(ProcessLookupError):

@@ -78,7 +78,7 @@ class RankEnd:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LabOutcome:
     """The end of a command."""
 
     ends: tuple[RankEnd, ...]

@@ -29,7 +29,7 @@ class RopeScaling(Frozen):
     original_max_tokens: int = 8192
 
 
-class Unit(NamedTuple):
+class UnitSpec(NamedTuple):
     """A block of the model whose states move together: its name prefix and the names of its parameters."""
 
     name: str
@@ -121,11 +121,11 @@ class ModelSpec(Frozen):
     def parameters_per_block(self) -> int:
         return sum(math.prod(shape) for _, shape in self._block_shapes())
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[UnitSpec]:
         """Embedding, each block, final norm, head; a tied head is part of the embedding."""
         names = list(self.parameter_shapes())
         prefixes = ["embedding", "positions", *(f"blocks.{i}" for i in range(self.layers)), "norm", "head"]
-        grouped = [Unit(p, tuple(n for n in names if n.startswith(p + "."))) for p in prefixes]
+        grouped = [UnitSpec(p, tuple(n for n in names if n.startswith(p + "."))) for p in prefixes]
         return [unit for unit in grouped if unit.parameters]
 
     @property

@@ -15,9 +15,9 @@ from thinwire.model import presets as models
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.plan import ComputeDtype, Plan
 from thinwire.plan.sync import least_delay
-from thinwire.planner.search import Found, Ranked, search
+from thinwire.planner.search import Ranked, SearchResult, search
 from thinwire.planner.space import Codecs, Space, show_axes, show_states
-from thinwire.predict.candidate import Candidate, Setting, Sync
+from thinwire.predict.candidate import Candidate, CandidateSync, Setting
 from thinwire.predict.outer_cost import outer_round
 from thinwire.predict.perturbation import Trouble
 from thinwire.predict.placement import check_device, place
@@ -34,11 +34,11 @@ INTERVALS = (16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Choice:
     """What was found; `outer` has plans with outer synchronisation, if they were looked for."""
 
-    every_step: Found
-    outer: Found | None
+    every_step: SearchResult
+    outer: SearchResult | None
 
     @property
     def best(self) -> Ranked:
@@ -51,7 +51,7 @@ def busy(ranked: Ranked) -> float:
     return ranked.time.compute_s / ranked.time.total
 
 
-def choose(setting: Setting, space: Space, *, keep: int = 20, outer: Outer = "auto") -> Answer:
+def choose(setting: Setting, space: Space, *, keep: int = 20, outer: Outer = "auto") -> Choice:
     """The best plans. Raises PlanError with the smallest change if nothing fits, ConfigError if figures are missing."""
     found = search(setting, space, keep=keep)
     if not found.best:
@@ -62,7 +62,7 @@ def choose(setting: Setting, space: Space, *, keep: int = 20, outer: Outer = "au
     for each in (found, rare):
         if each is not None:
             each.best[:FINALISTS] = play(setting, each.best[:FINALISTS])
-    return Answer(found, rare)
+    return Choice(found, rare)
 
 
 def play(setting: Setting, finalists: list[Ranked]) -> list[Ranked]:
@@ -74,7 +74,7 @@ def play(setting: Setting, finalists: list[Ranked]) -> list[Ranked]:
     return sorted(played, key=lambda ranked: ranked.step_s)
 
 
-def rarely(setting: Setting, space: Space, keep: int) -> Found | None:
+def rarely(setting: Setting, space: Space, keep: int) -> SearchResult | None:
     """Plans whose groups, the members of the outermost level, agree as often as costs at most a twentieth of the time.
 
     The steps inside a group do not depend on how often groups agree, so one search finds them and another one ranks.
@@ -89,13 +89,13 @@ def rarely(setting: Setting, space: Space, keep: int) -> Found | None:
         return None
 
 
-def _sync(setting: Setting, inner_steps: int) -> Sync:
+def _sync(setting: Setting, inner_steps: int) -> CandidateSync:
     fragments = max(1, min(setting.spec.layers // 3, inner_steps // 2))
     delay = least_delay(setting.cluster.levels[-1].fanout)
-    return Sync(len(setting.cluster.levels) - 1, inner_steps, fragments, overlap_steps=delay, codec="e3m0")
+    return CandidateSync(len(setting.cluster.levels) - 1, inner_steps, fragments, overlap_steps=delay, codec="e3m0")
 
 
-def _least_often(setting: Setting, inner_s: float) -> Sync:
+def _least_often(setting: Setting, inner_s: float) -> CandidateSync:
     """The shortest interval whose stalls are small beside the steps."""
     every = [_sync(setting, inner_steps) for inner_steps in INTERVALS]
     fine = [sync for sync in every if outer_round(setting, sync, inner_s).stall_per_step_s <= STALL_ALLOWED * inner_s]
@@ -155,7 +155,7 @@ def _setting(
     return Setting(spec, known, sequences, tokens, calibration=calibration, compute_dtype=precision)
 
 
-def fits_nowhere(setting: Setting, space: Space, found: Found) -> str:
+def fits_nowhere(setting: Setting, space: Space, found: SearchResult) -> str:
     """What to change when no plan fits: a larger device, more of the outermost level, or shorter sequences."""
     capacity = setting.cluster.device.memory_bytes
     assert capacity and found.closest is not None

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from thinwire.plan.compression import CodecName
 from thinwire.plan.partition import Partition
 from thinwire.plan.plan import Plan
-from thinwire.predict.candidate import Candidate, Recompute, Setting, Sync
+from thinwire.predict.candidate import Candidate, CandidateSync, Recompute, Setting
 from thinwire.predict.placement import Axes
 from thinwire.units import divisors
 
@@ -31,7 +31,7 @@ class Space:
     """Only what `thinwire train` runs today."""
     codecs: Codecs = "all"
     """Which codecs gradients and weights may travel under outside the innermost level."""
-    sync: Sync | None = None
+    sync: CandidateSync | None = None
     """Outer synchronisation, if the plans are to have it."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields of a candidate that are decided already."""

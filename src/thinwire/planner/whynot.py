@@ -10,7 +10,7 @@ from typing import get_args
 
 from thinwire.errors import PlanError
 from thinwire.plan.partition import resolve_partition
-from thinwire.planner.search import Found, Ranked, search
+from thinwire.planner.search import Ranked, SearchResult, search
 from thinwire.planner.space import Space, show_axes, show_states
 from thinwire.predict.candidate import Recompute, Setting
 from thinwire.units import divisors, whole_number
@@ -68,7 +68,7 @@ def _main_cause(named: Ranked, best: Ranked, setting: Setting) -> str:
     return f"{more[name]:+.3g} s of {_SLOW[name]}{where}"
 
 
-def _too_large(setting: Setting, space: Space, found: Found) -> str:
+def _too_large(setting: Setting, space: Space, found: SearchResult) -> str:
     capacity = setting.cluster.device.memory_bytes
     assert capacity and found.closest is not None
     memory = found.closest.memory

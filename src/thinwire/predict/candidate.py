@@ -17,8 +17,7 @@ from thinwire.plan.compression import CodecName, OuterCodecName, Rounding, Wire
 from thinwire.plan.partition import Partition
 from thinwire.plan.plan import ComputeDtype, Plan
 from thinwire.plan.rounds import fragment_count
-from thinwire.plan.sync import Sync as Rounds
-from thinwire.plan.sync import SyncConfig
+from thinwire.plan.sync import Sync, SyncConfig
 
 Recompute = Literal["none", "selective", "per-op", "full"]
 """Selective: attention's scores. Per-op, torchtitan's: all but attention's output and every second matmul's."""
@@ -101,7 +100,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Sync:
+class CandidateSync:
     """Groups that agree once in `inner_steps` (DiLoCo, arXiv 2311.08105; Streaming DiLoCo, 2501.18512).
 
     The groups are the members of level `level` and of all levels outside it.
@@ -114,18 +113,18 @@ class Sync:
     """Steps during which a fragment may travel behind compute."""
     codec: OuterCodecName = "bf16"
     error_feedback: bool = False
-    said: Rounds | None = None
+    said: Sync | None = None
     """All of it, where a run file or a plan decides it."""
 
     @staticmethod
-    def of(rounds: Rounds, level: int, blocks: int) -> "Sync":
+    def of(rounds: Sync, level: int, blocks: int) -> "CandidateSync":
         """What costs depend on, of `rounds` across `level` for a model of so many blocks."""
         fragments = fragment_count(rounds.fragments, blocks)
-        return Sync(
+        return CandidateSync(
             level, rounds.inner_steps, fragments, rounds.delay, rounds.codec, rounds.error_feedback, said=rounds
         )
 
-    def rounds(self, levels: tuple[tuple[str, int], ...]) -> Rounds:
+    def rounds(self, levels: tuple[tuple[str, int], ...]) -> Sync:
         """What the trainer is told, on these levels."""
         if self.said is not None:
             return self.said
@@ -167,7 +166,7 @@ class Sync:
         return [more - fewer for fewer, more in pairwise(reached)]
 
 
-class Coding(NamedTuple):
+class CodecOptions(NamedTuple):
     """What else a plan decides of codecs that have a scale for each block of numbers."""
 
     block: Literal[64, 128, 256] = 128
@@ -175,7 +174,7 @@ class Coding(NamedTuple):
     error_feedback: bool = False
 
 
-_PLAIN = Coding()
+_PLAIN = CodecOptions()
 
 
 @dataclass(frozen=True)
@@ -198,8 +197,8 @@ class Candidate:
     weights: tuple[CodecName | None, ...] = ()
     """Codec of weights at each level, none: as they are."""
     grads: tuple[CodecName | None, ...] = ()
-    coding: Coding = _PLAIN
-    sync: Sync | None = None
+    coding: CodecOptions = _PLAIN
+    sync: CandidateSync | None = None
 
     @staticmethod
     def of_plan(plan: Plan, blocks: int) -> "Candidate":
@@ -212,8 +211,8 @@ class Candidate:
             keep_gathered=plan.partition.keep_gathered,
             weights=tuple(weights.get(name) for name in plan.level_names) if weights else (),
             grads=tuple(grads.get(name) for name in plan.level_names) if grads else (),
-            coding=Coding(plan.wire.block, plan.wire.rounding, plan.wire.error_feedback),
-            sync=None if plan.sync is None else Sync.of(plan.sync, plan.levels_in_group, blocks),
+            coding=CodecOptions(plan.wire.block, plan.wire.rounding, plan.wire.error_feedback),
+            sync=None if plan.sync is None else CandidateSync.of(plan.sync, plan.levels_in_group, blocks),
         )
 
     def groups(self, cluster: Cluster) -> int:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from thinwire.predict.candidate import Candidate, Setting
 
 
-class Kind(NamedTuple):
+class StageKind(NamedTuple):
     """A stage's content."""
 
     blocks: int
@@ -29,7 +29,7 @@ class Kind(NamedTuple):
 class Counted(NamedTuple):
     """A kind of stage, how many of it there are, and the index of the first of them."""
 
-    kind: Kind
+    kind: StageKind
     count: int  # type: ignore[assignment]
     index: int  # type: ignore[assignment]
 
@@ -40,13 +40,13 @@ def kinds(layers: int, stages: int) -> tuple[Counted, ...]:
     more, extra = divmod(layers, stages)
     found: list[Counted] = []
     for index in sorted({0, min(1, stages - 1), min(extra, stages - 1), stages - 1}):
-        kind = Kind(more + (index < extra), index == 0, index == stages - 1)
+        kind = StageKind(more + (index < extra), index == 0, index == stages - 1)
         found.append(Counted(kind, 1, index))
     ends = [item.index for item in found[1:]] + [stages]
     return tuple(Counted(item.kind, end - item.index, item.index) for item, end in zip(found, ends, strict=True))
 
 
-def parameters_of(setting: Setting, kind: Kind, tensor: int) -> dict[str, float]:
+def parameters_of(setting: Setting, kind: StageKind, tensor: int) -> dict[str, float]:
     """Unit -> parameters on one of `tensor` ranks of a stage of this kind; `block` is that of one block."""
     spec = setting.spec
     table = spec.vocab_size * spec.hidden

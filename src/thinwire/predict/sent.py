@@ -26,7 +26,7 @@ from thinwire.plan.traffic import (
     swaps,
     total,
 )
-from thinwire.predict.candidate import Candidate, Setting, Sync
+from thinwire.predict.candidate import Candidate, CandidateSync, Setting
 from thinwire.predict.overlap import Chain, UnitMoves
 from thinwire.predict.pipeline import kinds, message_bytes, parameters_of
 from thinwire.predict.placement import Axes, Hop, hop_depths, touch_s
@@ -206,7 +206,9 @@ def sent_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> Sent:
     return found
 
 
-def _rounds_bytes(setting: Setting, candidate: Candidate, axes: Axes, sync: Sync) -> Iterator[tuple[int, str, float]]:
+def _rounds_bytes(
+    setting: Setting, candidate: Candidate, axes: Axes, sync: CandidateSync
+) -> Iterator[tuple[int, str, float]]:
     """(level, purpose, bytes per step) of the first rank of a group, which stands for an equal part of every unit.
 
     Every sender, a group or a place where groups add up, sends to every other one as much, over the links of the outermost

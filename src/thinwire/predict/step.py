@@ -11,7 +11,15 @@ from thinwire.predict.block import Causes, Passes, all_reduce_s, block_passes, e
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
 from thinwire.predict.overlap import Habit, Rhythm, StageUnits, UnitMoves, UnitWork, rhythm
-from thinwire.predict.pipeline import Counted, Kind, PipelineTime, kinds, message_bytes, parameters_of, pipeline_time
+from thinwire.predict.pipeline import (
+    Counted,
+    PipelineTime,
+    StageKind,
+    kinds,
+    message_bytes,
+    parameters_of,
+    pipeline_time,
+)
 from thinwire.predict.placement import Axes, cuts, touch_s
 from thinwire.predict.sent import unit_moves
 
@@ -228,7 +236,7 @@ def _named(
     )
 
 
-def pass_causes(kind: Kind, block: Passes, embedding: Passes, head: Passes) -> Passes:
+def pass_causes(kind: StageKind, block: Passes, embedding: Passes, head: Passes) -> Passes:
     """Forward and backward of a whole stage for one micro-batch, communication of the data axis left out."""
     forward, backward = Causes(), Causes()
     forward, backward = forward.plus(block.forward, kind.blocks), backward.plus(block.backward, kind.blocks)

@@ -98,39 +98,39 @@ class Run:
         return float(record["step_s"])
 
 
-class _Record(BaseModel):
+class _EventRecord(BaseModel):
     """What a report reads of a record; more may stand there."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     step: int = Field(ge=0)
 
 
-Figure = float | Literal["nan", "inf", "-inf"]
+EventFloat = float | Literal["nan", "inf", "-inf"]
 """As `events.jsonl` writes floats."""
 
 
-class _Start(_Record):
+class _Start(_EventRecord):
     parameters: int = Field(ge=0)
     held: dict[str, float] = {}
     wire_predicted: dict[str, dict[str, float]] = {}
 
 
-class _Step(_Record):
-    loss: Figure | None
+class _Step(_EventRecord):
+    loss: EventFloat | None
     """None of a step without a scored token."""
     tokens: int = Field(ge=0)
     step_s: float = Field(gt=0)
     tokens_per_s: float = Field(ge=0)
-    mfu: Figure | None
+    mfu: EventFloat | None
     seconds: dict[str, float] = Field(min_length=1)
     wire: dict[str, dict[str, float]]
 
 
-class _Eval(_Record):
-    loss: Figure | None
+class _Eval(_EventRecord):
+    loss: EventFloat | None
 
 
-def _checked(record: dict[str, Any], model: type[_Record]) -> dict[str, Any]:
+def _checked(record: dict[str, Any], model: type[_EventRecord]) -> dict[str, Any]:
     """Raises ValueError with the field that lacks or is wrong."""
     try:
         model.model_validate(record)
