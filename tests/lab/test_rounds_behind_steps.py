@@ -11,7 +11,7 @@ import pytest
 from labs import need_lab
 from thinwire.lab.config import LabConfig
 from thinwire.lab.lab import Lab
-from thinwire.predict.candidate import Sync
+from thinwire.predict.candidate import CandidateSync
 from thinwire.predict.outer_cost import stall_s, utilisation
 
 PROGRAM = str(Path(__file__).parents[1] / "lab_rounds.py")
@@ -37,7 +37,7 @@ def test_i15_the_time_of_h_steps_is_the_formulas(measured: dict[int, dict[str, A
     """Compute utilisation with the stall of what the delay does not hide, from this run's own steps; within 10 %."""
     seen = measured[delay]
     step_s = statistics.median(seen["seconds"])
-    sync = Sync(level=0, inner_steps=INNER_STEPS, fragments=FRAGMENTS, overlap_steps=delay, codec="fp32")
+    sync = CandidateSync(level=0, inner_steps=INNER_STEPS, fragments=FRAGMENTS, overlap_steps=delay, codec="fp32")
     stall = FRAGMENTS * stall_s(HEADERS * seen["sent_bytes"] / RATE, step_s, sync)
     foreseen_s = INNER_STEPS * step_s / utilisation(step_s=step_s, inner_steps=INNER_STEPS, stall=stall)
     assert sum(seen["seconds"]) / PERIODS == pytest.approx(foreseen_s, rel=0.1)

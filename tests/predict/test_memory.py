@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from published import TORCHTITAN
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -14,11 +15,9 @@ from torch.distributed.tensor.parallel import loss_parallel
 from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.comm.world import World
 from thinwire.model.presets import preset
-from thinwire.model.spec import ModelSpec
-from thinwire.model.work import every_second_matmul
+from thinwire.model.spec import ModelSpec, every_second_matmul
 from thinwire.predict.activations import block_bytes, block_elements, head_bytes
-from thinwire.predict.candidate import Candidate, Recompute, Setting
-from thinwire.predict.framework import THINWIRE, TORCHTITAN, Framework
+from thinwire.predict.candidate import THINWIRE, Candidate, Framework, Recompute, Setting
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.predict.placement import place
 from worlds import run_world

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from thinwire.cli import app, main
+from thinwire.cli.simulate import timeline, write_trace
 from thinwire.cluster.cluster import Cluster, Level
 from thinwire.cluster.hardware import device_preset
 from thinwire.cluster.hardware import preset as cluster_preset
@@ -20,7 +21,6 @@ from thinwire.predict.placement import place
 from thinwire.predict.queue import Clock, Lane, Message, Signal, Worker, before, chain, passes
 from thinwire.predict.sent import data_bytes
 from thinwire.predict.simulate import Simulated, simulate_step
-from thinwire.predict.simulated_trace import timeline, write_trace
 from thinwire.predict.step import step_time
 
 SPEC = preset("llama-2-7b")

@@ -12,10 +12,13 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from thinwire import __version__
 from thinwire.config import nearest
 from thinwire.errors import ConfigError, ThinwireError
 from thinwire.train.console import forgive, refused
 
+SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the run file; may be repeated.")
+"""Of every verb that reads a run file."""
 _ENDLESS = re.compile(r"\S{400,}")
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 """Of the copy of click that typer carries, which it does not export."""
@@ -72,8 +75,6 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from thinwire import __version__
-
         typer.echo(f"thinwire {__version__}")
         raise typer.Exit
 

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from thinwire.data.loader import evaluation_batches
+from thinwire.errors import DataError
+
 
 def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
@@ -20,8 +23,6 @@ def run(
 
     Example: thinwire eval runs/stdlib --data corpora/stdlib
     """
-    from thinwire.data.loader import evaluation_batches
-    from thinwire.errors import DataError
     from thinwire.evaluate.load import device_for, load_run
     from thinwire.evaluate.scoring import score
     from thinwire.train.shortage import shortage_explained

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from thinwire.planner.choose import Answer, busy
-from thinwire.planner.named import show_axes, show_states, show_sync
+from thinwire.planner.choose import Choice, busy
 from thinwire.planner.search import Ranked
 from thinwire.planner.sensitivity import SHARES, Flip, Needed, shape_of
+from thinwire.planner.space import show_axes, show_states, show_sync
 from thinwire.predict.candidate import Setting
 from thinwire.predict.peak_memory import Memory
 from thinwire.predict.sent import sent_bytes
@@ -44,7 +44,7 @@ def mfu(setting: Setting, seconds: float) -> float:
     return flops / seconds / setting.cluster.ranks / setting.cluster.device.peak_flops_per_s
 
 
-def report(answer: Answer, setting: Setting, *, top: int) -> list[str]:
+def report(answer: Choice, setting: Setting, *, top: int) -> list[str]:
     """Lines for a person."""
     best = answer.best
     spec, cluster = setting.spec, setting.cluster
@@ -173,7 +173,7 @@ def show_flips(flips: Sequence[Flip], setting: Setting) -> list[str]:
     return lines
 
 
-def document(answer: Answer, setting: Setting, *, top: int) -> dict[str, Any]:
+def document(answer: Choice, setting: Setting, *, top: int) -> dict[str, Any]:
     """The answer for programs."""
     found = answer.outer if answer.outer is not None and answer.outer.best else answer.every_step
     return {

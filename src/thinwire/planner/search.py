@@ -12,10 +12,11 @@ from thinwire.errors import PlanError
 from thinwire.planner.space import WIRE, Space, coded, cores, partitions
 from thinwire.predict.block import Passes
 from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.overlap import Chain, UnitMoves
 from thinwire.predict.peak_memory import Memory, peak_memory
-from thinwire.predict.pipeline import Kind, parameters_of
+from thinwire.predict.pipeline import StageKind, parameters_of
 from thinwire.predict.placement import Axes, check_device, place
-from thinwire.predict.states import Chain, UnitMoves, unit_moves
+from thinwire.predict.sent import unit_moves
 from thinwire.predict.step import Core, StepTime, all_passes, core_of, pipeline_alone, step_time
 
 
@@ -37,7 +38,7 @@ class Ranked:
 
 
 @dataclass
-class Found:
+class SearchResult:
     """What a search came to."""
 
     best: list[Ranked] = field(default_factory=list)
@@ -72,10 +73,10 @@ class Passing:
         return self._known[key]
 
 
-def search(setting: Setting, space: Space, *, keep: int = 20) -> Found:
+def search(setting: Setting, space: Space, *, keep: int = 20) -> SearchResult:
     """The `keep` fastest candidates that fit. Raises ConfigError if figures are missing, PlanError if nothing divides."""
     check_device(setting.cluster.device)
-    found = Found()
+    found = SearchResult()
     waiting = sorted(_bounded(setting, space, found), key=lambda item: item[0])
     if not waiting:
         raise PlanError(_nothing_divides(setting, space))
@@ -97,7 +98,7 @@ def search(setting: Setting, space: Space, *, keep: int = 20) -> Found:
 
 
 def _bounded(
-    setting: Setting, space: Space, found: Found
+    setting: Setting, space: Space, found: SearchResult
 ) -> Iterator[tuple[float, Candidate, Axes, tuple[Passes, Passes, Passes]]]:
     """Cores with their lower bounds."""
     passing = Passing(setting)
@@ -148,7 +149,7 @@ def _closest(setting: Setting, too_large: list[tuple[Candidate, Axes]]) -> Ranke
 class _Cuts:
     """Cuts and codecs of one core after another. What a cut's units send is counted once, however many cores have it."""
 
-    def __init__(self, setting: Setting, space: Space, found: Found, keep: int) -> None:
+    def __init__(self, setting: Setting, space: Space, found: SearchResult, keep: int) -> None:
         self._setting, self._space, self._found, self._keep = setting, space, found, keep
         self._moves: dict[tuple[object, ...], UnitMoves] = {}
 
@@ -230,7 +231,7 @@ def _slowest(chain: Chain) -> float:
     return max(lanes.values(), default=0.0)
 
 
-def _alone(kind: Kind, seconds: list[float]) -> float:
+def _alone(kind: StageKind, seconds: list[float]) -> float:
     """Seconds of a pass through a stage of this kind, from those of a block, the embedding and the head."""
     block, embedding, head = seconds
     return kind.blocks * block + kind.first * embedding + kind.last * head

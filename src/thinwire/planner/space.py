@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from thinwire.plan.compression import CodecName
+from thinwire.plan.partition import Partition
 from thinwire.plan.plan import Plan
-from thinwire.predict.candidate import Candidate, Recompute, Setting, Sync
+from thinwire.predict.candidate import Candidate, CandidateSync, Recompute, Setting
 from thinwire.predict.placement import Axes
 from thinwire.units import divisors
 
@@ -30,7 +31,7 @@ class Space:
     """Only what `thinwire train` runs today."""
     codecs: Codecs = "all"
     """Which codecs gradients and weights may travel under outside the innermost level."""
-    sync: Sync | None = None
+    sync: CandidateSync | None = None
     """Outer synchronisation, if the plans are to have it."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields of a candidate that are decided already."""
@@ -145,3 +146,32 @@ def _carries(chosen: Candidate, setting: Setting) -> bool:
 
 def _per_level(setting: Setting, levels: set[int], codec: CodecName) -> tuple[CodecName | None, ...]:
     return tuple(codec if index in levels else None for index in range(len(setting.cluster.levels)))
+
+
+def show_axes(candidate: Candidate, setting: Setting) -> str:
+    """`tensor=8 pipeline=4x2 data=16`, ones left out."""
+    parts = [f"{name}={getattr(candidate, name)}" for name in ("tensor", "context") if getattr(candidate, name) > 1]
+    if candidate.pipeline > 1:
+        chunks = f"x{candidate.chunks}" if candidate.chunks > 1 else ""
+        parts.append(f"pipeline={candidate.pipeline}{chunks}{'' if candidate.pipeline_outside else ' (inside data)'}")
+    parts.append(f"data={candidate.data(setting.cluster)}")
+    if candidate.sync:
+        parts.append(f"groups={candidate.groups(setting.cluster)}")
+    return " ".join(parts)
+
+
+def show_states(candidate: Candidate, setting: Setting) -> str:
+    """The cut, and the codecs on the wire."""
+    cut: Partition = candidate.partition(setting.cluster)
+    text = str(cut) + (" kept" if candidate.keep_gathered else "")
+    codecs = sorted({codec for codec in (*candidate.weights, *candidate.grads) if codec})
+    return text + (f" {'+'.join(codecs)}" if codecs else "")
+
+
+def show_sync(candidate: Candidate) -> str:
+    sync = candidate.sync
+    if sync is None:
+        return ""
+    fragments = "" if sync.fragments == 1 else f" in {sync.fragments} fragments"
+    behind = f", behind {sync.overlap_steps} of them" if sync.overlap_steps else ""
+    return f"groups agree every {sync.inner_steps} steps{fragments}, {sync.codec}{behind}"

@@ -8,7 +8,7 @@ the activation.
 Scores that are stored add 5 a s / h bytes (scores, softmax, dropout mask).
 """
 
-from thinwire.model.work import every_second_matmul, kept_inside, kept_outside, loss_chunk
+from thinwire.model.spec import every_second_matmul, kept_inside, kept_outside, loss_chunk
 from thinwire.predict.candidate import Candidate, Setting
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thinwire.model.work import KERNELS, causal_core_flops, every_second_matmul, linear_shapes, linear_weights
+from thinwire.model.spec import KERNELS, causal_core_flops, every_second_matmul, linear_shapes, linear_weights
 from thinwire.predict.activations import block_elements, chunk_tokens, fused_loss
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.placement import Axes, Hop, matmul_s, touch_s

@@ -26,9 +26,8 @@ from thinwire.predict.activations import (
     whole_block_bytes,
 )
 from thinwire.predict.candidate import Candidate, Setting
-from thinwire.predict.pipeline import Counted, Kind, in_flight, kinds, parameters_of
-from thinwire.predict.placement import Axes, Hop
-from thinwire.predict.states import hop_depths
+from thinwire.predict.pipeline import Counted, StageKind, in_flight, kinds, parameters_of
+from thinwire.predict.placement import Axes, Hop, cuts, hop_depths
 
 MARGIN = 1.05
 """A plan is said to fit only if this many times the predicted memory would still fit."""
@@ -149,19 +148,10 @@ def least_state_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> flo
     return weights + total * (framework.grad_bytes / cut_g + framework.optimizer_bytes / cut_o)
 
 
-def cuts(candidate: Candidate, hops: tuple[Hop, ...]) -> tuple[int, int, int]:
-    """Into how many parts parameters, gradients and optimizer states are cut."""
-    cumulative = [1]
-    for hop in hops:
-        cumulative.append(cumulative[-1] * hop.fanout)
-    lp, lg, lo = hop_depths(candidate, hops)
-    return cumulative[lp + 1], cumulative[lg + 1], cumulative[lo + 1]
-
-
 _SUMS_BYTES = 4.0
 
 
-class Held(NamedTuple):
+class PeakBytes(NamedTuple):
     """Bytes on a rank."""
 
     gathered: float
@@ -174,14 +164,14 @@ class Held(NamedTuple):
 def fullest(
     setting: Setting,
     candidate: Candidate,
-    kind: Kind,
+    kind: StageKind,
     units: dict[str, float],
     *,
     flying: float,
     cuts: tuple[int, int],
     hops: tuple[Hop, ...],
     lost: float,
-) -> Held:
+) -> PeakBytes:
     """The moment that needs most.
 
     `units`: parameters by unit; `flying`: micro-batches whose activations are kept; `cuts`: into how many parts
@@ -209,18 +199,18 @@ def fullest(
     stage = block * kind.blocks + embedding + head
     sent = head + max(0, kind.blocks - 2) * block  # of the first block's backward: the block before is on its way
     return max(
-        Held(weights * at_loss + before, kept, _loss(setting, candidate, kind)),
-        Held(weights * at_head + before, kept, _head_gradients(setting, candidate, kind, weights * table)),
-        Held(begun + weights * block + each * max(head, embedding if carried and alone else 0.0), kept, inside),
-        Held(begun + each * block, (1.0 - done) * kept, inside),
-        Held(begun + (each + older) * block, max(0.0, 1.0 - 2 * done) * kept, inside),
-        Held(begun + (each + older) * block + lost * sent / stage, done * kept, inside),
-        Held(each * embedding + lost, 0.0, 0.0),
+        PeakBytes(weights * at_loss + before, kept, _loss(setting, candidate, kind)),
+        PeakBytes(weights * at_head + before, kept, _head_gradients(setting, candidate, kind, weights * table)),
+        PeakBytes(begun + weights * block + each * max(head, embedding if carried and alone else 0.0), kept, inside),
+        PeakBytes(begun + each * block, (1.0 - done) * kept, inside),
+        PeakBytes(begun + (each + older) * block, max(0.0, 1.0 - 2 * done) * kept, inside),
+        PeakBytes(begun + (each + older) * block + lost * sent / stage, done * kept, inside),
+        PeakBytes(each * embedding + lost, 0.0, 0.0),
         key=sum,
     )
 
 
-def _whole(candidate: Candidate, units: dict[str, float], kind: Kind, table: float) -> tuple[float, float, float]:
+def _whole(candidate: Candidate, units: dict[str, float], kind: StageKind, table: float) -> tuple[float, float, float]:
     """Parameters that are whole at the loss, in the head's backward and in a block's, while the next unit's come."""
     block, head = units["block"], units.get("head", 0.0)
     stage = block * kind.blocks + units.get("embedding", 0.0) + head
@@ -243,14 +233,14 @@ def _reduced_bytes(setting: Setting, cut_g: int, hops: list[Hop], *, carried: bo
     return sent + came + (_SUMS_BYTES / hops[0].fanout if carried else 0.0)
 
 
-def _head_gradients(setting: Setting, candidate: Candidate, kind: Kind, table: float) -> float:
+def _head_gradients(setting: Setting, candidate: Candidate, kind: StageKind, table: float) -> float:
     """What the head's backward has: the gradient of a tied table, or all that a loss makes which is fused with it."""
     if kind.last and fused_loss(setting, candidate):
         return fused_loss_bytes(setting, candidate)[1]
     return table
 
 
-def _loss(setting: Setting, candidate: Candidate, kind: Kind) -> float:
+def _loss(setting: Setting, candidate: Candidate, kind: StageKind) -> float:
     """What the loss needs of one micro-batch, and what the head keeps for backward."""
     if not kind.last:
         return 0.0

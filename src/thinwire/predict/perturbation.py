@@ -75,7 +75,7 @@ class Jitter:
 
 
 @dataclass(frozen=True)
-class Run:
+class LongRun:
     """A long run with failures."""
 
     wall_s: float
@@ -89,7 +89,7 @@ class Run:
 
 def run_with_failures(
     step_s: float, steps: int, failures: Failures, ranks: int, *, interval_s: float | None = None, seed: int = 0
-) -> Run:
+) -> LongRun:
     """Play `steps` steps with checkpoints and failures: what was done since the last checkpoint is done again.
 
     `interval_s` is the time between checkpoints; the default is the best of `goodput`. Raises PlanError where failures come
@@ -111,7 +111,7 @@ def run_with_failures(
             done = saved
         else:
             now, done, saved = end, target, target
-    return Run(now, failed, steps * step_s)
+    return LongRun(now, failed, steps * step_s)
 
 
 def _refuse_endless(reach_s: float, mtbf_s: float, ranks: int) -> None:

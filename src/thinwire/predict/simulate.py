@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from thinwire.files.trace import Span
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
-from thinwire.predict.overlap import Habit, UnitWork
+from thinwire.predict.overlap import Chain, Habit, StageUnits, UnitWork
 from thinwire.predict.perturbation import Jitter, Trouble
 from thinwire.predict.placement import Axes
 from thinwire.predict.queue import Clock, Lane, Message, Pass, Signal, Worker, before, chain, passes
-from thinwire.predict.states import Chain
-from thinwire.predict.steady_state import StageUnits
 from thinwire.predict.step import core_of, habit_of, optimizer_s, own_once_s, stage_work
 
 Program = Iterator[Signal]

@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from thinwire.predict.block import Causes, Passes, all_reduce_s, block_passes, embedding_passes, head_passes, send_s
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
-from thinwire.predict.overlap import Habit, UnitWork
-from thinwire.predict.peak_memory import cuts
-from thinwire.predict.pipeline import Counted, PipelineTime, kinds, parameters_of, pass_causes, pipeline_time
-from thinwire.predict.placement import Axes, touch_s
-from thinwire.predict.states import UnitMoves, unit_moves
-from thinwire.predict.steady_state import Rhythm, StageUnits, rhythm
+from thinwire.predict.overlap import Habit, Rhythm, StageUnits, UnitMoves, UnitWork, rhythm
+from thinwire.predict.pipeline import (
+    Counted,
+    PipelineTime,
+    StageKind,
+    kinds,
+    message_bytes,
+    parameters_of,
+    pipeline_time,
+)
+from thinwire.predict.placement import Axes, cuts, touch_s
+from thinwire.predict.sent import unit_moves
 
 OPTIMIZER_BYTES = 30.0
 """Read and written per owned parameter: gradient, master, two moments; master, moments and the new weight."""
@@ -116,13 +122,6 @@ def pipeline_alone(
     ]
     message = send_s(message_bytes(setting, candidate), axes.pipeline)
     return pipeline_time(totals, micro_batches=micro_batches, chunks=candidate.chunks, send_s=message)
-
-
-def message_bytes(setting: Setting, candidate: Candidate) -> float:
-    """What a rank sends to the next stage for one micro-batch; with sequence parallelism it has only its part of it."""
-    cut = candidate.tensor if setting.framework.sequence_parallel else 1
-    tokens = candidate.micro_batch * setting.tokens / candidate.context
-    return tokens * setting.spec.hidden * setting.compute_bytes / cut
 
 
 def habit_of(setting: Setting, candidate: Candidate) -> Habit:
@@ -235,3 +234,14 @@ def _named(
         outer_s=outer,
         hidden_s=max(0.0, beat.sent_s - (data - beat.stretched_s)),
     )
+
+
+def pass_causes(kind: StageKind, block: Passes, embedding: Passes, head: Passes) -> Passes:
+    """Forward and backward of a whole stage for one micro-batch, communication of the data axis left out."""
+    forward, backward = Causes(), Causes()
+    forward, backward = forward.plus(block.forward, kind.blocks), backward.plus(block.backward, kind.blocks)
+    if kind.first:
+        forward, backward = forward.plus(embedding.forward), backward.plus(embedding.backward)
+    if kind.last:
+        forward, backward = forward.plus(head.forward), backward.plus(head.backward)
+    return Passes(forward, backward)

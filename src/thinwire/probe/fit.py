@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thinwire.cluster.cluster import Calibration, Cluster, Level, Measurement
-from thinwire.model.work import KERNELS, causal_core_flops, kept_inside, kept_outside, linear_shapes, linear_weights
+from thinwire.model.spec import KERNELS, causal_core_flops, kept_inside, kept_outside, linear_shapes, linear_weights
 from thinwire.probe.effort import BlockShape, Shape
 
 Samples = Sequence[float]

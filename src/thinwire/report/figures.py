@@ -9,8 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from thinwire.files.trace import COMPUTE, STEPS, Span
-from thinwire.report.predict import Predicted
-from thinwire.report.read import Run, number
+from thinwire.report.read import Predicted, Run, number
 
 Trace = dict[str, Any]
 POINTS = 1500

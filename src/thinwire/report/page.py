@@ -13,8 +13,7 @@ from thinwire.cluster.cluster import Cluster
 from thinwire.files.folders import write_asked
 from thinwire.report import figures
 from thinwire.report.figures import Figure, course_of_a_step
-from thinwire.report.predict import Predicted, predict
-from thinwire.report.read import Run, number, read_runs
+from thinwire.report.read import Predicted, Run, number, predict, read_runs
 from thinwire.units import show_bytes, show_count, show_seconds
 
 _STYLE = """
