@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from partition_toy import Toy, plan_of, train, weights
-from thinwire.comm.handle import Handle, Waitable
+from thinwire.comm.compat import Waitable
+from thinwire.comm.handle import Handle
 from thinwire.comm.transport import duplex
 from thinwire.comm.transport.same_host import GRADS, Row
 from thinwire.comm.world import World

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from thinwire.comm.codecs.codec import Codec, Raw
 from thinwire.comm.collectives import all_gather, reduce_scatter
-from thinwire.comm.handle import Handle, Waitable
+from thinwire.comm.compat import Waitable
+from thinwire.comm.handle import Handle
 from thinwire.comm.transport import duplex
 from thinwire.comm.world import World
 from thinwire.plan.sync import Aggregate
