@@ -18,18 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.handle import Flight
 from thinwire.comm.world import World
 from thinwire.errors import PlanError, ThinwireError
 from thinwire.parallel.shard import carried
-from thinwire.parallel.shard.accumulation import GradAccumulation
 from thinwire.parallel.shard.backward import Backwards, running
 from thinwire.parallel.shard.deferred import FirstValues, Initial
-from thinwire.parallel.shard.dtypes import norm_of
 from thinwire.parallel.shard.find_units import find_units
 from thinwire.parallel.shard.guard import (
-    NoGradients,
     check_flat,
     check_parameters,
     refuse_backward,
@@ -40,17 +36,17 @@ from thinwire.parallel.shard.guard import (
     tensors_in,
 )
 from thinwire.parallel.shard.hooks import ALIASES, GET_GRAD, Hook, hook_state_dict
-from thinwire.parallel.shard.layout import BufferInfo, Piece, Share
-from thinwire.parallel.shard.optimizer import Owned
+from thinwire.parallel.shard.layout import Piece
 from thinwire.parallel.shard.order import CallOrder, Tags
 from thinwire.parallel.shard.reductions import Reductions
 from thinwire.parallel.shard.saved import SavedWeights
+from thinwire.parallel.shard.states import ShardedStates
 from thinwire.parallel.shard.unit import Unit, unit_of
 from thinwire.parallel.shard.weights import Weights
 from thinwire.plan.plan import Plan
 
 
-class Sharded:
+class Sharded(ShardedStates):
     """A module whose states are cut as a plan says. Make it with `shard`."""
 
     def __init__(
@@ -62,12 +58,14 @@ class Sharded:
         *,
         initial: Initial | None = None,
     ) -> None:
-        self.module, self.plan, self.world = module, plan, world
+        self.module = module
         self.timeline: list[str] = []
         """What was issued in the latest micro-batch and step, in order."""
         check_parameters(module)
         first = FirstValues(module, initial, world.device)
-        self.units = [unit_of(found, plan, world, first, self._asked) for found in find_units(module, units)]
+        super().__init__(
+            [unit_of(found, plan, world, first, self._asked) for found in find_units(module, units)], plan, world
+        )
         tags = Tags(world, [unit.label for unit in self.units])
         self._weights = Weights(self.units, world, tags, depth=plan.depths[0], note=self._note)
         self._reductions = Reductions(self.units, world, tags, note=self._note, before=self._weights.land_refreshes)
@@ -83,9 +81,6 @@ class Sharded:
         module.register_forward_hook(Hook(lambda module, args, out: self._after_root()))
         for index, unit in enumerate(self.units):
             self._hook(index, unit)
-        self._grads = [grads for unit in self.units for grads in unit.grads.values()]
-        """The gradient accumulation buffers of all trained flat buffers."""
-        self._no_gradients = NoGradients(self._grads, world)
         self._telling: Flight | None = None
         self._full = False
         """Whether `full_parameters` is entered."""
@@ -342,16 +337,6 @@ class Sharded:
                 flat.absorb_edits()
         self._finished = True
 
-    def grad_norm(self) -> float:
-        """Global 2-norm of the summed gradient, every logical element counted once; the same on all ranks.
-
-        Rounded to the gradients' precision, so that it does not depend on how the sum was cut.
-        """
-        own = sum(grads.squares() for grads in self._grads)
-        total = torch.tensor([own], dtype=torch.float64)
-        all_reduce_small(total, world=self.world, op="sum", levels=range(self.plan.depths[2] + 1))
-        return norm_of(total.item(), {grads.dtype for grads in self._grads})
-
     def dropped(self) -> None:
         """Forget the gradients of a step that is not taken, those still on their way too."""
         if not self._failed:
@@ -360,64 +345,6 @@ class Sharded:
             grads.dropped()
         self._finished = True
         self._begin_step()
-
-    # -- state ---------------------------------------------------------------------------------------------------------
-
-    def owned(self) -> list[Owned]:
-        """This rank's trained masters, for the optimizer."""
-        return [
-            Owned(name, shape, offset, flat.master[where], partial(self._grad_of, grads, name, where))
-            for unit in self.units
-            for flat, grads in unit.grads.items()
-            for name, shape, offset, where in flat.spec.parts(flat.sharding.lo)
-        ]
-
-    def _grad_of(self, grads: GradAccumulation, name: str, where: slice) -> Tensor | None:
-        return None if name in self._no_gradients.names else grads.reduced_at(where)
-
-    def shares(self, *, trained: bool = True) -> list[Share]:
-        """What this rank alone stands for of every trained (or every frozen) flat buffer, in the model's canonical order."""
-        found, base = [], 0
-        for index, unit in enumerate(self.units):
-            for flat in (flat for flat in unit.flats if flat.trained == trained):
-                first, view = flat.share()
-                named = tuple(flat.spec.parts(flat.spec.outermost))
-                found.append(Share(index, unit.label, base + first, view, named))
-                base += flat.layout.used
-        return found
-
-    def buffers(self) -> list[BufferInfo]:
-        """All flat buffers, in the model's canonical order."""
-        return [
-            BufferInfo(index, flat.layout, flat.master.dtype, flat.trained)
-            for index, unit in enumerate(self.units)
-            for flat in unit.flats
-        ]
-
-    def as_received(self) -> Callable[[], None]:
-        """To be called once the masters are again what they are now, and before they set out: weights that had been sent
-        compressed then come back with the bits that they have now."""
-        now = [(flat.received, *flat.received.kept()) for unit in self.units for flat in unit.flats]
-
-        def bring_back() -> None:
-            for received, sent, weights in now:
-                received.bring_back(sent, weights)
-
-        return bring_back
-
-    def saves(self, owned: Owned) -> bool:
-        """Whether this rank writes what it owns: of equal replicas only the first does."""
-        return self._first_replica()
-
-    def for_save(self, *, trained_only: bool = False) -> list[Piece]:
-        """The pieces of the model's (or only its trained) parameters that this rank is to write. Lands what is in flight."""
-        self.drain()
-        return self.for_load(trained_only=trained_only) if self._first_replica() else []
-
-    def for_load(self, *, trained_only: bool = False) -> list[Piece]:
-        """Every piece that this rank holds; fill them, then call `loaded`."""
-        flats = [flat for unit in self.units for flat in unit.flats]
-        return [piece for flat in flats if flat.trained or not trained_only for piece in flat.pieces()]
 
     def carried_for_save(self) -> list[Piece]:
         """What this rank is to write of what else a step takes over from the one before. Lands what is in flight."""
@@ -432,9 +359,7 @@ class Sharded:
         """Whether the tensors named in `saved` do not give compressed weights the bits that they had."""
         return carried.starts_afresh((flat for unit in self.units for flat in unit.flats), saved)
 
-    def _first_replica(self) -> bool:
-        outer = self.world.cluster.coordinates(self.world.rank)[self.plan.depths[2] + 1 :]
-        return not any(outer)
+    # -- full parameters --------------------------------------------------------------------------------------------------
 
     @contextmanager
     def full_parameters(self) -> Iterator[None]:
