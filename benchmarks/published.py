@@ -15,7 +15,7 @@ from thinwire.cluster.hardware import device_preset
 from thinwire.model.presets import preset
 from thinwire.model.spec import ModelSpec
 from thinwire.predict.candidate import Candidate, CandidateSync, Framework, Setting
-from thinwire.predict.outer_cost import fragment_bytes, utilisation
+from thinwire.predict.outer_cost import fragment_bytes
 
 FOLDER = Path(__file__).parent / "validation"
 GBIT = 1e9 / 8
@@ -269,10 +269,24 @@ def layered_rate(
             )
             for sent in fragments
         ]
-        return utilisation(step_s=step_s, inner_steps=plain.inner_steps, stall=sum(stalls))
+        computing = plain.inner_steps * step_s
+        return computing / (computing + sum(stalls))
 
     low, high = 1.0, 1e15
     while high / low > 1.0001:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if share(middle) >= wanted else (middle, high)
     return high
+
+
+def hardware_flops_per_token(spec: ModelSpec, tokens: int, *, recompute: str) -> float:
+    """FLOPs really done per token: the numerator of HFU (Korthikanti et al., arXiv 2205.05198, section 5).
+
+    Full recompute repeats each block's forward (not the head); selective repeats the attention core.
+    """
+    model, forward = spec.model_flops_per_token(tokens), spec.forward_flops_per_token(tokens)
+    if recompute == "full":
+        return model + forward - 2.0 * spec.vocab_size * spec.hidden
+    if recompute == "selective":
+        return model + forward - 2.0 * spec.matmul_parameters
+    return model

@@ -58,5 +58,5 @@ def test_wrong_input_is_a_sentence(model: str, cluster: str | Cluster, error: ty
 
 
 def test_a_plan_for_other_levels_is_refused(plan: Plan) -> None:
-    with pytest.raises(PlanError, match="the plan is for levels"):
+    with pytest.raises(PlanError, match="the plan is for the levels"):
         simulate_plan(MODEL, "h100-400g-2048", plan, tokens=TOKENS)

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from thinwire.cli import SET
-from thinwire.cluster.cluster import Cluster, check_size
+from thinwire.cluster.cluster import Cluster, check_size, show_levels
 from thinwire.cluster.found import check_ranks, described, found_gpus
 from thinwire.cluster.hardware import calibration_of
 from thinwire.comm.interfaces import addresses, asked
@@ -141,7 +141,7 @@ def _tell_device(cluster: Cluster, ranks: int) -> None:
 
 def _greet(job: Job, opened: Opened) -> None:
     resuming = opened.resuming
-    levels = " x ".join(f"{level.name}={level.fanout}" for level in job.cluster.levels)
+    levels = show_levels(job.cluster.shape)
     typer.echo(
         f"{'going on with' if resuming else 'starting'} {job.folder}: {show_count(job.spec.parameters)} parameters, "
         f"{levels} = {job.cluster.ranks} ranks, {job.config.batch.sequences} x {job.config.batch.tokens} tokens a step "

@@ -17,9 +17,6 @@ BLOCK_CODECS = ("int8", "int4", "int4-hadamard", "e3m0")
 Rounding = Literal["nearest", "stochastic"]
 
 
-Direction = Literal["weights", "grads"]
-
-
 class Wire(Frozen):
     """How numbers travel: a codec per level and direction; what is not named travels as it is."""
 

@@ -14,7 +14,6 @@ from thinwire.errors import PlanError
 from thinwire.plan.compression import Wire
 
 REPLICA, ALL = "replica", "all"
-NAMES = ("auto", "ddp", "zero1", "zero2", "zero3", "hsdp", "mics", "zero++", "frontier")
 
 
 class Partition(Frozen):

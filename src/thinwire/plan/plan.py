@@ -13,7 +13,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from thinwire.cluster.cluster import Cluster
+from thinwire.cluster.cluster import Cluster, show_levels
 from thinwire.config import Frozen, explain, read_document
 from thinwire.errors import PlanError
 from thinwire.plan.compression import Wire
@@ -141,6 +141,12 @@ class Plan(Frozen):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def check_levels(self, cluster: Cluster, *, called: str = "the plan") -> None:
+        """Raise PlanError unless the plan was made for the levels of `cluster`."""
+        if self.levels != cluster.shape:
+            made, there = show_levels(self.levels), show_levels(cluster.shape)
+            raise PlanError(f"{called} is for the levels {made}, the cluster has {there}; make the plan anew")
+
 
 class PlanConfig(Frozen):
     """`[plan]` of a run file: what the user decides about it."""
@@ -173,7 +179,7 @@ class PlanConfig(Frozen):
         """The plan for `cluster`. Raises PlanError with one sentence."""
         if self.file is not None:
             return read_plan(self.file, cluster, sequences=micro_batch * accumulate)
-        named, levels = self.partition, tuple((level.name, level.fanout) for level in cluster.levels)
+        named, levels = self.partition, cluster.shape
         sync = None if self.sync is None else self.sync.resolve(levels)
         inner = cluster.level_names if sync is None else cluster.level_names[: cluster.index(sync.level)]
         partition, wire = resolve_partition(named, inner) if isinstance(named, str) else (named, Wire())
@@ -201,10 +207,7 @@ def read_plan(path: Path, cluster: Cluster, *, sequences: int) -> Plan:
     """The plan document at `path`, for `cluster` and `sequences` sequences a rank and step. Raises PlanError."""
     way_out = "write a plan with thinwire plan RUN.toml -o PLAN.json"
     plan = read_document(path, Plan, what="plan of version 1", error=PlanError, way_out=way_out)
-    levels = tuple((level.name, level.fanout) for level in cluster.levels)
-    if plan.levels != levels:
-        told = (" x ".join(f"{name}={fanout}" for name, fanout in pairs) for pairs in (plan.levels, levels))
-        raise PlanError("{} is for the levels {}, the cluster has {}; make the plan anew".format(path, *told))
+    plan.check_levels(cluster, called=str(path))
     if plan.micro_batch * plan.accumulate != sequences:
         raise PlanError(
             f"{path} gives a rank {plan.micro_batch} x {plan.accumulate} sequences a step, batch.sequences gives it "

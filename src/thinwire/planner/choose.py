@@ -134,9 +134,7 @@ def simulate_plan(
     The batch is the plan's own. Raises PlanError if the plan is for other levels, ConfigError as `plan_for` does.
     """
     known = clusters.preset(cluster) if isinstance(cluster, str) else cluster
-    levels = tuple((level.name, level.fanout) for level in known.levels)
-    if plan.levels != levels:
-        raise PlanError(f"the plan is for levels {plan.levels}, the cluster has {levels}; make the plan anew")
+    plan.check_levels(known)
     sequences = plan.micro_batch * plan.accumulate * known.ranks
     setting = _setting(model, known, sequences, tokens, plan.compute_dtype)
     candidate = Candidate.of_plan(plan, setting.spec.layers)

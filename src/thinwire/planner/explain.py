@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+from thinwire.cluster.cluster import show_levels
 from thinwire.planner.choose import Choice, busy
 from thinwire.planner.search import Ranked
 from thinwire.planner.sensitivity import SHARES, Flip, Needed, shape_of
@@ -48,7 +49,7 @@ def report(answer: Choice, setting: Setting, *, top: int) -> list[str]:
     """Lines for a person."""
     best = answer.best
     spec, cluster = setting.spec, setting.cluster
-    levels = " x ".join(f"{level.name}={level.fanout}" for level in cluster.levels)
+    levels = show_levels(cluster.shape)
     lines = [
         f"{show_count(setting.parameters)} parameters on {cluster.ranks} {cluster.device.name} ({levels}), "
         f"{setting.sequences} x {setting.tokens} tokens a step, {spec.layers} blocks",

@@ -12,7 +12,7 @@ from thinwire.errors import PlanError
 from thinwire.planner.space import WIRE, Space, coded, cores, partitions
 from thinwire.predict.block import Passes
 from thinwire.predict.candidate import Candidate, Setting
-from thinwire.predict.overlap import Chain, UnitMoves
+from thinwire.predict.overlap import Chain, UnitMoves, added
 from thinwire.predict.peak_memory import Memory, peak_memory
 from thinwire.predict.pipeline import StageKind, parameters_of
 from thinwire.predict.placement import Axes, check_device, place
@@ -201,19 +201,17 @@ class _Cuts:
         elements = parameters_of(self._setting, first, candidate.tensor)["block"] * first.blocks
         moves = self._moves_of(elements, candidate, axes)
         gathers = 0 if not moves.gather else core.micro_batches * (1 if candidate.keep_gathered else 2)
-        lanes: dict[int, float] = {}
-        for chain, times in (
+        chains = (
             (moves.gather, gathers),
             (moves.reduce_each, core.micro_batches - 1),
             (moves.reduce_last, 1),
             (moves.refresh, 1),
-        ):
-            for level, seconds in chain:
-                lanes[level] = lanes.get(level, 0.0) + times * seconds
+        )
+        sent = added([tuple((level, times * seconds) for level, seconds in chain) for chain, times in chains])
         passes = (core.block, core.embedding, core.head)
         ends = max(0.0, _slowest(moves.reduce_last) - _alone(first, [each.backward.total for each in passes]))
         ends += max(0.0, _slowest(moves.refresh) - _alone(first, [each.forward.total for each in passes]))
-        return max(max(lanes.values(), default=0.0), core.least_s + ends)
+        return max(max((seconds for _, seconds in sent), default=0.0), core.least_s + ends)
 
     def _moves_of(self, elements: float, candidate: Candidate, axes: Axes) -> UnitMoves:
         cut = (candidate.depths, candidate.keep_gathered, candidate.weights, candidate.grads)
@@ -225,10 +223,7 @@ class _Cuts:
 
 def _slowest(chain: Chain) -> float:
     """Seconds of the level that a chain occupies longest."""
-    lanes: dict[int, float] = {}
-    for level, seconds in chain:
-        lanes[level] = lanes.get(level, 0.0) + seconds
-    return max(lanes.values(), default=0.0)
+    return max((seconds for _, seconds in added([chain])), default=0.0)
 
 
 def _alone(kind: StageKind, seconds: list[float]) -> float:

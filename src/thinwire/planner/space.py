@@ -136,7 +136,7 @@ def coded(setting: Setting, space: Space, cut: Candidate, axes: Axes) -> Iterato
 def _carries(chosen: Candidate, setting: Setting) -> bool:
     """Whether codecs that a user decided go with the cut: deltas and error feedback do not with every one."""
     cluster = setting.cluster
-    levels = tuple((level.name, level.fanout) for level in cluster.levels)
+    levels = cluster.shape
     try:
         Plan(levels=levels, partition=chosen.partition(cluster), wire=chosen.wire(cluster))
     except ValidationError:

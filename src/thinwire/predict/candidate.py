@@ -251,7 +251,7 @@ class Candidate:
     def to_plan(self, setting: Setting) -> Plan:
         """The document that the trainer runs. Only for `runnable` candidates that divide the batch."""
         assert self.runnable and self.accumulate(setting) > 0
-        levels = tuple((level.name, level.fanout) for level in setting.cluster.levels)
+        levels = setting.cluster.shape
         return Plan(
             levels=levels,
             partition=self.partition(setting.cluster),

@@ -69,11 +69,6 @@ def stall_s(travel_s: float, step_s: float, sync: CandidateSync) -> float:
     return max(0.0, travel_s - sync.overlap_steps * step_s)
 
 
-def utilisation(*, step_s: float, inner_steps: float, stall: float) -> float:
-    """Share of the time that is compute when `inner_steps` steps are followed by a stall of `stall` seconds."""
-    return inner_steps * step_s / (inner_steps * step_s + stall)
-
-
 def rate_for_utilisation(
     wanted: float, *, parameters: float, groups: int, step_s: float, sync: CandidateSync | None, latency_s: float = 0.0
 ) -> float:

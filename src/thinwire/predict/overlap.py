@@ -183,7 +183,7 @@ def backward(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *,
         else:
             late.append(sent)
     if any(late):
-        landed = lanes.send(now, _added(late))
+        landed = lanes.send(now, added(late))
         now = now if last else landed  # nothing comes after the last one but the optimizer
     return now, max(now, landed)
 
@@ -191,7 +191,7 @@ def backward(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *,
 def refresh(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit) -> list[float]:
     """Send the new weights in forward order; when each unit's arrive."""
     if not habit.overlap_refresh:
-        end = lanes.send(start, _added([unit.moves.refresh for unit in units]))
+        end = lanes.send(start, added([unit.moves.refresh for unit in units]))
         return [end] * len(units)
     return [lanes.send(start, unit.moves.refresh) for unit in units]
 
@@ -200,7 +200,7 @@ def _gather(lanes: Lanes, ready: float, unit: UnitWork) -> float:
     return lanes.send(ready, unit.moves.gather)
 
 
-def _added(chains: list[Chain]) -> Chain:
+def added(chains: list[Chain]) -> Chain:
     """Many chains as one: the seconds of each level added up."""
     sums: dict[int, float] = {}
     for level, seconds in chain.from_iterable(chains):

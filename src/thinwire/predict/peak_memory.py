@@ -139,15 +139,6 @@ def peak_memory(setting: Setting, candidate: Candidate, axes: Axes) -> Memory:
     return max((stage_memory(setting, candidate, axes, each) for each in stages), key=lambda memory: memory.total)
 
 
-def least_state_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> float:
-    """A lower bound of memory that needs neither activations nor logits: states alone."""
-    total = setting.parameters / (candidate.tensor * candidate.pipeline)
-    _, cut_g, cut_o = cuts(candidate, axes.states)
-    framework = setting.framework
-    weights = _weights_bytes(setting, candidate, axes.states, total)
-    return weights + total * (framework.grad_bytes / cut_g + framework.optimizer_bytes / cut_o)
-
-
 _SUMS_BYTES = 4.0
 
 

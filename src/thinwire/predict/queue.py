@@ -167,7 +167,7 @@ class Worker:
         then()
 
 
-def chain(clock: Clock, messages: Sequence[Message], lanes: Sequence["Lane"], done: Signal) -> None:
+def chain(messages: Sequence[Message], lanes: Sequence["Lane"], done: Signal) -> None:
     """This rank's part in hops that follow one another; `done` fires after the last."""
 
     def go(index: int) -> None:

@@ -5,13 +5,13 @@ are folded into one simulated rank, and only replicas that are slow by name are 
 states axis join all simulated replicas of a stage; messages between stages stay inside a replica.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from thinwire.files.trace import Span
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
-from thinwire.predict.overlap import Chain, Habit, StageUnits, UnitWork
+from thinwire.predict.overlap import Chain, Habit, StageUnits, UnitWork, added
 from thinwire.predict.perturbation import Jitter, Trouble
 from thinwire.predict.placement import Axes
 from thinwire.predict.queue import Clock, Lane, Message, Pass, Signal, Worker, before, chain, passes
@@ -162,7 +162,7 @@ class Actor:
                 if unit.moves.refresh:
                     self.refreshed[index] = self._collective(("refresh", index), unit.moves.refresh)
             return
-        together = _added([unit.moves.refresh for unit in units])
+        together = added([unit.moves.refresh for unit in units])
         if together:
             signal = self._collective(("refresh",), together)
             self.refreshed = dict.fromkeys(range(len(units)), signal)
@@ -209,9 +209,9 @@ class Actor:
             elif sent:
                 late.append(sent)
         if late and last:
-            reduced.append(self._collective(("reduce", *each), _added(late)))
+            reduced.append(self._collective(("reduce", *each), added(late)))
         elif late:
-            yield self._collective(("reduce", *each), _added(late))
+            yield self._collective(("reduce", *each), added(late))
 
     def _sent(self, unit: UnitWork, last: bool) -> Chain:
         return unit.moves.reduce_last if last else unit.moves.reduce_each
@@ -230,7 +230,7 @@ class Actor:
         lanes = [self.lanes[level] for level, _ in hops]
 
         def come() -> None:
-            chain(self.step.clock, messages, lanes, done)
+            chain(messages, lanes, done)
 
         if after is None:
             come()
@@ -271,14 +271,6 @@ def _after(each: Pass, stage: int, stages: int, chunks: int) -> tuple[int, Pass]
     return neighbour, Pass(each.forward, each.micro_batch, chunk)
 
 
-def _added(chains: list[Chain]) -> Chain:
-    sums: dict[int, float] = {}
-    for hops in chains:
-        for level, seconds in hops:
-            sums[level] = sums.get(level, 0.0) + seconds
-    return tuple(sums.items())
-
-
 def _name(each: Pass) -> str:
     chunk = f".{each.chunk}" if each.chunk else ""
     return f"{'forward' if each.forward else 'backward'} {each.micro_batch}{chunk}"
@@ -295,9 +287,6 @@ def simulate_step(
         f"stage {actor.stage}" + ("" if actor.replica < 0 else f", replica {actor.replica}") for actor in step.actors
     )
     return Simulated(seconds + outer, outer, tuple(step.spans), names, step.clock.events, step.busy)
-
-
-Simulator = Callable[[Setting, Candidate, Axes], float]
 
 
 def step_s(setting: Setting, candidate: Candidate, axes: Axes) -> float:
