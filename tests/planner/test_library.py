@@ -10,7 +10,7 @@ from thinwire import Cluster, Plan, plan_for, simulate_plan
 from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.errors import ConfigError, PlanError, ThinwireError
 from thinwire.model.presets import preset
-from thinwire.predict.perturbation import Trouble
+from thinwire.predict.perturbation import Perturbation
 
 MODEL, CLUSTER, SEQUENCES, TOKENS = "llama-2-7b", "dgx-a100-4", 64, 2048
 
@@ -39,7 +39,7 @@ def test_names_and_what_they_stand_for_are_the_same(plan: Plan) -> None:
 def test_a_plan_is_played_and_trouble_makes_it_slower(plan: Plan) -> None:
     played = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS)
     assert max(span.end_s for span in played.spans) == pytest.approx(played.step_s)
-    slow = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS, trouble=Trouble(slow_ranks={(0, 0): 1.5}))
+    slow = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS, trouble=Perturbation(slow_ranks={(0, 0): 1.5}))
     assert 1.2 * played.step_s < slow.step_s < 1.6 * played.step_s
 
 

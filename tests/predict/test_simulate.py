@@ -16,7 +16,7 @@ from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.files.trace import Span, read_trace
 from thinwire.model.presets import preset
 from thinwire.predict.candidate import Candidate, Setting
-from thinwire.predict.perturbation import Failures, Trouble, goodput, run_with_failures
+from thinwire.predict.perturbation import Failures, Perturbation, goodput, run_with_failures
 from thinwire.predict.placement import place
 from thinwire.predict.queue import Clock, Lane, Message, Signal, Worker, before, chain, passes
 from thinwire.predict.sent import data_bytes
@@ -32,8 +32,8 @@ def setting(*fanouts: int, sequences: int = 64, rate: float = 2e11, latency: flo
     return Setting(SPEC, Cluster(device=device_preset("a100-80g"), levels=tuple(levels)), sequences, 2048)
 
 
-def play(given: Setting, candidate: Candidate, trouble: Trouble | None = None) -> Simulated:
-    return simulate_step(given, candidate, place(candidate, given.cluster, given.calibration), trouble)
+def play(given: Setting, candidate: Candidate, perturbation: Perturbation | None = None) -> Simulated:
+    return simulate_step(given, candidate, place(candidate, given.cluster, given.calibration), perturbation)
 
 
 def closed(given: Setting, candidate: Candidate) -> float:
@@ -157,16 +157,16 @@ def test_a_slow_rank_holds_everyone_up_and_a_slow_level_too() -> None:
     given = setting(8, 4)
     for candidate in (Candidate(depths=(0, 0, 1)), Candidate(tensor=2, pipeline=4, depths=(-1, -1, 1))):
         plain = play(given, candidate).step_s
-        slow = play(given, candidate, Trouble(slow_ranks={(3, 0): 1.5})).step_s
+        slow = play(given, candidate, Perturbation(slow_ranks={(3, 0): 1.5})).step_s
         assert 1.1 * plain < slow < 1.55 * plain
-        assert play(given, candidate, Trouble(slow_ranks={(3, 0): 1.0})).step_s == pytest.approx(plain, rel=1e-9)
-        assert play(given, candidate, Trouble(slow_levels={1: 30.0})).step_s > plain
+        assert play(given, candidate, Perturbation(slow_ranks={(3, 0): 1.0})).step_s == pytest.approx(plain, rel=1e-9)
+        assert play(given, candidate, Perturbation(slow_levels={1: 30.0})).step_s > plain
 
 
 def test_jitter_comes_from_its_seed_and_many_ranks_wait_longer_for_the_slowest() -> None:
     def step(seed: int, nodes: int) -> float:
         given = setting(8, nodes, sequences=8 * nodes * 2)
-        return play(given, Candidate(depths=(-1, -1, 1)), Trouble(jitter=0.05, seed=seed)).step_s
+        return play(given, Candidate(depths=(-1, -1, 1)), Perturbation(jitter=0.05, seed=seed)).step_s
 
     assert step(1, 4) == step(1, 4) != step(2, 4)
     assert step(1, 4) < step(1, 64)

@@ -17,7 +17,7 @@ from thinwire.planner.search import Ranked
 from thinwire.planner.space import Space, show_axes, show_states
 from thinwire.planner.whynot import check, parse
 from thinwire.predict.candidate import Setting
-from thinwire.predict.perturbation import Trouble, default_failures, goodput, run_with_failures
+from thinwire.predict.perturbation import Perturbation, default_failures, goodput, run_with_failures
 from thinwire.predict.simulate import Simulated, simulate_step
 from thinwire.units import show_seconds
 
@@ -56,8 +56,8 @@ def run(
     found = task(run_file, settings or [])
     tell_notes(found)
     ranked = _ranked(found.setting, space_of(found, runnable=runnable, codecs=codecs), plan)
-    trouble = _trouble(found.setting, ranked, slow_rank or [], slow_level or [], jitter, seed)
-    simulated = simulate_step(found.setting, ranked.candidate, ranked.axes, trouble)
+    perturbation = _perturbation(found.setting, ranked, slow_rank or [], slow_level or [], jitter, seed)
+    simulated = simulate_step(found.setting, ranked.candidate, ranked.axes, perturbation)
     if trace is not None:
         write_trace(simulated, trace)
     if as_json:
@@ -77,9 +77,9 @@ def _ranked(setting: Setting, space: Space, plan: str | None) -> Ranked:
     return choose(setting, space, keep=1, outer="never").best
 
 
-def _trouble(
+def _perturbation(
     setting: Setting, ranked: Ranked, ranks: list[str], levels: list[str], jitter: float, seed: int
-) -> Trouble:
+) -> Perturbation:
     candidate = ranked.candidate
     slow_ranks = {}
     for text in ranks:
@@ -92,7 +92,7 @@ def _trouble(
         name, _, factor_text = text.partition(":")
         (factor,) = _numbers(factor_text, 1, "--slow-level", "LEVEL:FACTOR, for example node:2")
         slow_levels[setting.cluster.index(name)] = factor
-    return Trouble(slow_ranks, slow_levels, jitter, seed)
+    return Perturbation(slow_ranks, slow_levels, jitter, seed)
 
 
 def _within(what: str, number: float, count: int) -> None:
@@ -126,7 +126,7 @@ def _print(simulated: Simulated, ranked: Ranked, setting: Setting, width: int) -
     typer.echo(f"{show_axes(chosen, setting)}, micro-batch {chosen.micro_batch}, {show_states(chosen, setting)}")
     closed = ranked.time.total
     typer.echo(
-        f"one step played: {show_seconds(simulated.step_s)} ({simulated.events} events); closed form without trouble "
+        f"one step played: {show_seconds(simulated.step_s)} ({simulated.events} events); closed form without perturbations "
         f"{show_seconds(closed)} ({simulated.step_s / closed - 1:+.2%})"
     )
     typer.echo("\n".join(timeline(simulated, width=width)))

@@ -19,7 +19,7 @@ from thinwire.planner.search import Ranked, SearchResult, search
 from thinwire.planner.space import Codecs, Space, show_axes, show_states
 from thinwire.predict.candidate import Candidate, CandidateSync, Setting
 from thinwire.predict.outer_cost import outer_round
-from thinwire.predict.perturbation import Trouble
+from thinwire.predict.perturbation import Perturbation
 from thinwire.predict.placement import check_device, place
 from thinwire.predict.simulate import Simulated, simulate_step, step_s
 
@@ -127,7 +127,7 @@ def plan_for(
 
 
 def simulate_plan(
-    model: ModelSpec | str, cluster: Cluster | str, plan: Plan, *, tokens: int, trouble: Trouble | None = None
+    model: ModelSpec | str, cluster: Cluster | str, plan: Plan, *, tokens: int, trouble: Perturbation | None = None
 ) -> Simulated:
     """Play one step of `plan`: its seconds, a step's share of the stalls of rounds among them; what each lane did when.
 

@@ -12,7 +12,7 @@ from thinwire.files.trace import Span
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
 from thinwire.predict.overlap import Chain, Habit, StageUnits, UnitWork, added
-from thinwire.predict.perturbation import Jitter, Trouble
+from thinwire.predict.perturbation import Jitter, Perturbation
 from thinwire.predict.placement import Axes
 from thinwire.predict.queue import Clock, Lane, Message, Pass, Signal, Worker, before, chain, passes
 from thinwire.predict.step import core_of, habit_of, optimizer_s, own_once_s, stage_work
@@ -39,9 +39,9 @@ class Step:
     """The world of one step."""
 
     def __init__(
-        self, setting: Setting, candidate: Candidate, axes: Axes, trouble: Trouble, *, keep_spans: bool
+        self, setting: Setting, candidate: Candidate, axes: Axes, perturbation: Perturbation, *, keep_spans: bool
     ) -> None:
-        self.setting, self.candidate, self.axes, self.trouble = setting, candidate, axes, trouble
+        self.setting, self.candidate, self.axes, self.perturbation = setting, candidate, axes, perturbation
         self.clock = Clock()
         self.spans: list[Span] = []
         self.busy: dict[str, float] = {}
@@ -52,7 +52,7 @@ class Step:
             for work in stage_work(setting, candidate, axes, self.core)
             for index in range(work.counted.index, work.counted.index + work.counted.count)
         }
-        self.replicas = sorted({-1, *(replica for replica, _ in trouble.slow_ranks)})
+        self.replicas = sorted({-1, *(replica for replica, _ in perturbation.slow_ranks)})
         """Replica -1 stands for all that are as computed."""
         self._meetings: dict[tuple[object, ...], list[Message]] = {}
         self._arrivals: dict[tuple[object, ...], Signal] = {}
@@ -70,7 +70,7 @@ class Step:
         """The messages of a collective that every replica of `stage` comes to."""
         name = (stage, *key)
         if name not in self._meetings:
-            slow = self.trouble.slow_levels
+            slow = self.perturbation.slow_levels
             label = " ".join(str(part) for part in key)
             self._meetings[name] = [
                 Message(label, seconds * slow.get(level, 1.0), [], len(self.replicas)) for level, seconds in hops
@@ -109,8 +109,8 @@ class Actor:
         many = (
             1 if replica >= 0 else max(1, candidate.data(step.setting.cluster) * candidate.tensor * candidate.context)
         )
-        self.jitter = Jitter(step.trouble, self.rank, many)
-        self.slow = step.trouble.slow_ranks.get((replica, stage), 1.0)
+        self.jitter = Jitter(step.perturbation, self.rank, many)
+        self.slow = step.perturbation.slow_ranks.get((replica, stage), 1.0)
         self.refreshed: dict[int, Signal] = {}
         self._program = self._story()
 
@@ -250,7 +250,7 @@ class Actor:
             signal.fire()
             return
         level = step.axes.pipeline[-1].level
-        seconds = step.core.send_s * step.trouble.slow_levels.get(level, 1.0)
+        seconds = step.core.send_s * step.perturbation.slow_levels.get(level, 1.0)
         message = Message(f"send {_name(each)}", seconds, [], 1)
         message.done.then(signal.fire)
         self.pipe[level].join(message)
@@ -277,10 +277,15 @@ def _name(each: Pass) -> str:
 
 
 def simulate_step(
-    setting: Setting, candidate: Candidate, axes: Axes, trouble: Trouble | None = None, *, keep_spans: bool = True
+    setting: Setting,
+    candidate: Candidate,
+    axes: Axes,
+    perturbation: Perturbation | None = None,
+    *,
+    keep_spans: bool = True,
 ) -> Simulated:
     """Play one step."""
-    step = Step(setting, candidate, axes, trouble or Trouble(), keep_spans=keep_spans)
+    step = Step(setting, candidate, axes, perturbation or Perturbation(), keep_spans=keep_spans)
     seconds = step.run()
     outer = outer_round(setting, candidate.sync, seconds).stall_per_step_s if candidate.sync else 0.0
     names = tuple(
