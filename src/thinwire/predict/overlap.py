@@ -214,7 +214,7 @@ gathers and reductions share a lane, blocks take turns in waiting)."""
 
 
 @dataclass(frozen=True)
-class Rhythm:
+class SteadyState:
     """Seconds of a stage's micro-batches, from the arrival of their input; compute and exposed communication."""
 
     first_s: float
@@ -254,13 +254,13 @@ class StageUnits:
         return not any((unit.moves.gather or unit.moves.reduce_last or unit.moves.refresh) for unit in self.listed(1))
 
 
-def rhythm(units: StageUnits, habit: Habit, *, micro_batches: int, slowdown: float) -> Rhythm:
+def steady_state(units: StageUnits, habit: Habit, *, micro_batches: int, slowdown: float) -> SteadyState:
     """Play the kinds of micro-batches through, and extend them to the number of blocks there is."""
     if units.silent:
         listed = units.listed(1)
         ahead = sum(unit.forward_s for unit in listed) + (units.blocks - 1) * units.block.forward_s
         back = sum(unit.backward_s for unit in listed) + (units.blocks - 1) * units.block.backward_s
-        return Rhythm(ahead + back, ahead + back, ahead + back, ahead / (ahead + back), 0.0, 0.0, 0.0)
+        return SteadyState(ahead + back, ahead + back, ahead + back, ahead / (ahead + back), 0.0, 0.0, 0.0)
     if units.blocks <= PLAYED:
         return _play(units.listed(units.blocks), habit, micro_batches, slowdown)
     more = _play(units.listed(PLAYED), habit, micro_batches, slowdown)
@@ -268,17 +268,17 @@ def rhythm(units: StageUnits, habit: Habit, *, micro_batches: int, slowdown: flo
     return _extend(more, less, (units.blocks - PLAYED) / PERIOD)
 
 
-def _extend(more: Rhythm, less: Rhythm, times: float) -> Rhythm:
+def _extend(more: SteadyState, less: SteadyState, times: float) -> SteadyState:
     def grown(name: str) -> float:
         value = float(getattr(more, name))
         return value + times * (value - float(getattr(less, name)))
 
     names = ("first_s", "middle_s", "last_s", "tail_s", "sent_s", "stretched_s")
     first, middle, last, tail, sent, stretched = (grown(name) for name in names)
-    return Rhythm(first, middle, last, more.forward_share, max(0.0, tail), sent, max(0.0, stretched))
+    return SteadyState(first, middle, last, more.forward_share, max(0.0, tail), sent, max(0.0, stretched))
 
 
-def _play(listed: list[UnitWork], habit: Habit, micro_batches: int, slowdown: float) -> Rhythm:
+def _play(listed: list[UnitWork], habit: Habit, micro_batches: int, slowdown: float) -> SteadyState:
     lanes = Lanes(slowdown)
     arrive = refresh(lanes, 0.0, listed, habit)
     landed = [0.0] * len(listed)
@@ -287,7 +287,7 @@ def _play(listed: list[UnitWork], habit: Habit, micro_batches: int, slowdown: fl
     first, tail_end = backward(lanes, ahead, listed, habit, last=single)
     if single:
         share = ahead / first
-        return Rhythm(first, first, first, share, tail_end - first, lanes.sent_s, lanes.stretched_s)
+        return SteadyState(first, first, first, share, tail_end - first, lanes.sent_s, lanes.stretched_s)
     sent, stretched, queued = lanes.sent_s, lanes.stretched_s, lanes.queued(first)
     ahead = forward(lanes, first, listed, habit, refreshing=landed, first=False)
     middle, _ = backward(lanes, ahead, listed, habit, last=False)
@@ -297,7 +297,7 @@ def _play(listed: list[UnitWork], habit: Habit, micro_batches: int, slowdown: fl
     ahead = forward(lanes, middle, listed, habit, refreshing=landed, first=False)
     last, tail_end = backward(lanes, ahead, listed, habit, last=True)
     times = micro_batches - 3
-    return Rhythm(
+    return SteadyState(
         first,
         middle - first,
         last - middle,

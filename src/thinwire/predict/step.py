@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from thinwire.predict.block import Causes, Passes, all_reduce_s, block_passes, embedding_passes, head_passes, send_s
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
-from thinwire.predict.overlap import Habit, Rhythm, StageUnits, UnitMoves, UnitWork, rhythm
+from thinwire.predict.overlap import Habit, StageUnits, SteadyState, UnitMoves, UnitWork, steady_state
 from thinwire.predict.pipeline import (
     Counted,
     PipelineTime,
@@ -84,7 +84,7 @@ class StageWork:
     counted: Counted
     passes: Passes
     units: StageUnits
-    rhythm: Rhythm
+    steady: SteadyState
     owned: float
     """Parameters whose optimizer states one rank has."""
 
@@ -148,7 +148,7 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
             blocks=counted.kind.blocks,
             after=(_unit(core.head, moves.get("head", UnitMoves())),) if counted.kind.last else (),
         )
-        beat = rhythm(
+        steady = steady_state(
             units,
             habit_of(setting, candidate),
             micro_batches=core.micro_batches,
@@ -156,7 +156,7 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
         )
         whole = held["block"] * counted.kind.blocks + held.get("embedding", 0.0) + held.get("head", 0.0)
         passes = pass_causes(counted.kind, core.block, core.embedding, core.head)
-        found.append(StageWork(counted, passes, units, beat, whole / cuts(candidate, axes.states)[2]))
+        found.append(StageWork(counted, passes, units, steady, whole / cuts(candidate, axes.states)[2]))
     return tuple(found)
 
 
@@ -183,9 +183,9 @@ def step_time(setting: Setting, candidate: Candidate, axes: Axes, core: Core | N
     """Seconds of one step by cause."""
     core = core or core_of(setting, candidate, axes)
     works = stage_work(setting, candidate, axes, core)
-    busiest = max(works, key=lambda work: work.rhythm.middle_s)
+    busiest = max(works, key=lambda work: work.steady.middle_s)
     pipeline = pipeline_time(
-        [(work.rhythm.middle_s, work.counted.count) for work in works],
+        [(work.steady.middle_s, work.counted.count) for work in works],
         micro_batches=core.micro_batches,
         chunks=candidate.chunks,
         send_s=core.send_s,
@@ -198,7 +198,7 @@ def step_time(setting: Setting, candidate: Candidate, axes: Axes, core: Core | N
     data = pipeline.busiest_s - work_s + ends
     inner = pipeline.total + ends + optimizer
     outer = outer_round(setting, candidate.sync, inner).stall_per_step_s if candidate.sync else 0.0
-    return _named(once, core.micro_batches, pipeline, data, optimizer, outer, busiest.rhythm)
+    return _named(once, core.micro_batches, pipeline, data, optimizer, outer, busiest.steady)
 
 
 def ends_s(works: Sequence[StageWork], micro_batches: int) -> float:
@@ -207,19 +207,19 @@ def ends_s(works: Sequence[StageWork], micro_batches: int) -> float:
     The last backward goes through every stage, one after another, and is longer in each. The first forward is longer in
     the first stage only: new weights reach the others while they wait for it.
     """
-    tail, lead = 0.0, 0.0
+    tail, ahead = 0.0, 0.0
     for work in works:  # a later stage ends its backward before the earlier ones begin theirs
-        tail = max(tail, work.rhythm.tail_s - lead)
-        lead += work.counted.count * work.rhythm.middle_s * (1 - work.rhythm.forward_share)
+        tail = max(tail, work.steady.tail_s - ahead)
+        ahead += work.counted.count * work.steady.middle_s * (1 - work.steady.forward_share)
     if micro_batches == 1:
         return tail
-    first = max(work.rhythm.first_s - work.rhythm.middle_s for work in works)
-    last = sum(work.counted.count * (work.rhythm.last_s - work.rhythm.middle_s) for work in works)
+    first = max(work.steady.first_s - work.steady.middle_s for work in works)
+    last = sum(work.counted.count * (work.steady.last_s - work.steady.middle_s) for work in works)
     return first + last + tail
 
 
 def _named(
-    once: Causes, times: int, pipeline: PipelineTime, data: float, optimizer: float, outer: float, beat: Rhythm
+    once: Causes, times: int, pipeline: PipelineTime, data: float, optimizer: float, outer: float, steady: SteadyState
 ) -> StepTime:
     return StepTime(
         matmul_s=once.matmul_s * times,
@@ -232,7 +232,7 @@ def _named(
         send_s=pipeline.send_s,
         optimizer_s=optimizer,
         outer_s=outer,
-        hidden_s=max(0.0, beat.sent_s - (data - beat.stretched_s)),
+        hidden_s=max(0.0, steady.sent_s - (data - steady.stretched_s)),
     )
 
 
