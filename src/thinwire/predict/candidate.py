@@ -26,7 +26,7 @@ COMPUTE_BYTES: dict[str, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class Framework:
-    """Habits of a runtime. Bytes are per parameter."""
+    """What a runtime does, as far as costs depend on it. Bytes are per parameter."""
 
     name: str
     grad_bytes: float = 4.0

@@ -131,7 +131,7 @@ def _union(spans: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Habit:
+class OverlapPolicy:
     """Which of a unit's moves run behind compute."""
 
     prefetch: bool
@@ -141,14 +141,14 @@ class Habit:
 
 
 def forward(
-    lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *, refreshing: list[float], first: bool
+    lanes: Lanes, start: float, units: list[UnitWork], policy: OverlapPolicy, *, refreshing: list[float], first: bool
 ) -> float:
     """One forward through `units`; `refreshing` is when each unit's new weights arrive. Returns its end.
 
     Kept weights are gathered in the `first` forward of a step alone.
     """
     now = start
-    if habit.keep_gathered and not first:
+    if policy.keep_gathered and not first:
         for unit in units:
             now = lanes.compute(now, unit.forward_s)
         return now
@@ -156,29 +156,31 @@ def forward(
     for index, unit in enumerate(units):
         begin = max(now, arrive, refreshing[index])
         following = index + 1 < len(units)
-        if following and habit.prefetch:
+        if following and policy.prefetch:
             arrive = _gather(lanes, max(begin, refreshing[index + 1]), units[index + 1])
         now = lanes.compute(begin, unit.forward_s)
-        if following and not habit.prefetch:
+        if following and not policy.prefetch:
             arrive = _gather(lanes, max(now, refreshing[index + 1]), units[index + 1])
     return now
 
 
-def backward(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *, last: bool) -> tuple[float, float]:
+def backward(
+    lanes: Lanes, start: float, units: list[UnitWork], policy: OverlapPolicy, *, last: bool
+) -> tuple[float, float]:
     """One backward; returns its end, and when the last of its reductions arrives."""
     now, landed, backwards = start, start, units[::-1]
-    arrive = start if habit.keep_gathered else lanes.send(start, backwards[0].moves.again)
+    arrive = start if policy.keep_gathered else lanes.send(start, backwards[0].moves.again)
     late: list[Chain] = []
     for index, unit in enumerate(backwards):
         begin = max(now, arrive)
-        gathers = index + 1 < len(backwards) and not habit.keep_gathered
-        if gathers and habit.prefetch:
+        gathers = index + 1 < len(backwards) and not policy.keep_gathered
+        if gathers and policy.prefetch:
             arrive = lanes.send(begin, backwards[index + 1].moves.again)
         now = lanes.compute(begin, unit.backward_s)
-        if gathers and not habit.prefetch:
+        if gathers and not policy.prefetch:
             arrive = lanes.send(now, backwards[index + 1].moves.again)
         sent = unit.moves.reduce_last if last else unit.moves.reduce_each
-        if habit.overlap_reduce:
+        if policy.overlap_reduce:
             landed = max(landed, lanes.send(now, sent))
         else:
             late.append(sent)
@@ -188,9 +190,9 @@ def backward(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *,
     return now, max(now, landed)
 
 
-def refresh(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit) -> list[float]:
+def refresh(lanes: Lanes, start: float, units: list[UnitWork], policy: OverlapPolicy) -> list[float]:
     """Send the new weights in forward order; when each unit's arrive."""
-    if not habit.overlap_refresh:
+    if not policy.overlap_refresh:
         end = lanes.send(start, added([unit.moves.refresh for unit in units]))
         return [end] * len(units)
     return [lanes.send(start, unit.moves.refresh) for unit in units]
@@ -254,7 +256,7 @@ class StageUnits:
         return not any((unit.moves.gather or unit.moves.reduce_last or unit.moves.refresh) for unit in self.listed(1))
 
 
-def steady_state(units: StageUnits, habit: Habit, *, micro_batches: int, slowdown: float) -> SteadyState:
+def steady_state(units: StageUnits, policy: OverlapPolicy, *, micro_batches: int, slowdown: float) -> SteadyState:
     """Play the kinds of micro-batches through, and extend them to the number of blocks there is."""
     if units.silent:
         listed = units.listed(1)
@@ -262,9 +264,9 @@ def steady_state(units: StageUnits, habit: Habit, *, micro_batches: int, slowdow
         back = sum(unit.backward_s for unit in listed) + (units.blocks - 1) * units.block.backward_s
         return SteadyState(ahead + back, ahead + back, ahead + back, ahead / (ahead + back), 0.0, 0.0, 0.0)
     if units.blocks <= PLAYED:
-        return _play(units.listed(units.blocks), habit, micro_batches, slowdown)
-    more = _play(units.listed(PLAYED), habit, micro_batches, slowdown)
-    less = _play(units.listed(PLAYED - PERIOD), habit, micro_batches, slowdown)
+        return _play(units.listed(units.blocks), policy, micro_batches, slowdown)
+    more = _play(units.listed(PLAYED), policy, micro_batches, slowdown)
+    less = _play(units.listed(PLAYED - PERIOD), policy, micro_batches, slowdown)
     return _extend(more, less, (units.blocks - PLAYED) / PERIOD)
 
 
@@ -278,24 +280,24 @@ def _extend(more: SteadyState, less: SteadyState, times: float) -> SteadyState:
     return SteadyState(first, middle, last, more.forward_share, max(0.0, tail), sent, max(0.0, stretched))
 
 
-def _play(listed: list[UnitWork], habit: Habit, micro_batches: int, slowdown: float) -> SteadyState:
+def _play(listed: list[UnitWork], policy: OverlapPolicy, micro_batches: int, slowdown: float) -> SteadyState:
     lanes = Lanes(slowdown)
-    arrive = refresh(lanes, 0.0, listed, habit)
+    arrive = refresh(lanes, 0.0, listed, policy)
     landed = [0.0] * len(listed)
     single = micro_batches == 1
-    ahead = forward(lanes, 0.0, listed, habit, refreshing=arrive, first=True)
-    first, tail_end = backward(lanes, ahead, listed, habit, last=single)
+    ahead = forward(lanes, 0.0, listed, policy, refreshing=arrive, first=True)
+    first, tail_end = backward(lanes, ahead, listed, policy, last=single)
     if single:
         share = ahead / first
         return SteadyState(first, first, first, share, tail_end - first, lanes.sent_s, lanes.stretched_s)
     sent, stretched, queued = lanes.sent_s, lanes.stretched_s, lanes.queued(first)
-    ahead = forward(lanes, first, listed, habit, refreshing=landed, first=False)
-    middle, _ = backward(lanes, ahead, listed, habit, last=False)
+    ahead = forward(lanes, first, listed, policy, refreshing=landed, first=False)
+    middle, _ = backward(lanes, ahead, listed, policy, last=False)
     share = (ahead - first) / (middle - first)
     middle_sent, middle_stretched = lanes.sent_s - sent, lanes.stretched_s - stretched
     lanes.pile_up(middle, queued, times=micro_batches - 3)
-    ahead = forward(lanes, middle, listed, habit, refreshing=landed, first=False)
-    last, tail_end = backward(lanes, ahead, listed, habit, last=True)
+    ahead = forward(lanes, middle, listed, policy, refreshing=landed, first=False)
+    last, tail_end = backward(lanes, ahead, listed, policy, last=True)
     times = micro_batches - 3
     return SteadyState(
         first,

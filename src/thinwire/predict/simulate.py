@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from thinwire.files.trace import Span
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
-from thinwire.predict.overlap import Chain, Habit, StageUnits, UnitWork, added
+from thinwire.predict.overlap import Chain, OverlapPolicy, StageUnits, UnitWork, added
 from thinwire.predict.perturbation import Jitter, Perturbation
 from thinwire.predict.placement import Axes
 from thinwire.predict.queue import Clock, Lane, Message, Pass, Signal, Worker, before, chain, passes
-from thinwire.predict.step import core_of, habit_of, optimizer_s, own_once_s, stage_work
+from thinwire.predict.step import core_of, optimizer_s, overlap_policy, own_once_s, stage_work
 
 Program = Iterator[Signal]
 
@@ -101,7 +101,7 @@ class Actor:
         candidate = step.candidate
         self.rank = step.replicas.index(replica) * candidate.pipeline + stage
         self.work = step.works[stage]
-        self.habit: Habit = habit_of(step.setting, candidate)
+        self.policy: OverlapPolicy = overlap_policy(step.setting, candidate)
         self.worker = Worker(step.clock, self.rank, step.setting.calibration.overlap_slowdown, step.log)
         names = step.setting.cluster.level_names
         self.lanes = [Lane(step.clock, self.rank, name, self.worker, step.log) for name in names]
@@ -157,7 +157,7 @@ class Actor:
 
     def _refresh(self, units: list[UnitWork]) -> None:
         """New weights set out at the start, in forward order."""
-        if self.habit.overlap_refresh:
+        if self.policy.overlap_refresh:
             for index, unit in enumerate(units):
                 if unit.moves.refresh:
                     self.refreshed[index] = self._collective(("refresh", index), unit.moves.refresh)
@@ -169,7 +169,7 @@ class Actor:
 
     def _forward(self, each: Pass, units: list[UnitWork], *, offset: int) -> Program:
         first = each.micro_batch == 0
-        gathers = first or not self.habit.keep_gathered
+        gathers = first or not self.policy.keep_gathered
         if not first and not (gathers and any(unit.moves.gather for unit in units)):
             yield self._compute(_name(each), sum(unit.forward_s for unit in units))
             return
@@ -183,12 +183,12 @@ class Actor:
             arrive = None
             following = index + 1 < len(units) and bool(units[index + 1].moves.gather)
             pending = self.refreshed.get(offset + index + 1) if first else None
-            if following and self.habit.prefetch:
+            if following and self.policy.prefetch:
                 arrive = self._collective(("gather", *each, index + 1), units[index + 1].moves.gather, after=pending)
             yield self._compute(f"{_name(each)} unit {index}", unit.forward_s)
 
     def _backward(self, each: Pass, units: list[UnitWork], last: bool, reduced: list[Signal]) -> Program:
-        gathers = not self.habit.keep_gathered and any(unit.moves.again for unit in units)
+        gathers = not self.policy.keep_gathered and any(unit.moves.again for unit in units)
         quiet = not gathers and not any(self._sent(unit, last) for unit in units)
         if quiet:
             yield self._compute(_name(each), sum(unit.backward_s for unit in units))
@@ -200,11 +200,11 @@ class Actor:
             if gathers and unit.moves.again:
                 yield arrive or self._collective(("gather", *each, index), unit.moves.again)
             arrive = None
-            if gathers and self.habit.prefetch and index > 0 and units[index - 1].moves.again:
+            if gathers and self.policy.prefetch and index > 0 and units[index - 1].moves.again:
                 arrive = self._collective(("gather", *each, index - 1), units[index - 1].moves.again)
             yield self._compute(f"{_name(each)} unit {index}", unit.backward_s)
             sent = self._sent(unit, last)
-            if sent and self.habit.overlap_reduce:
+            if sent and self.policy.overlap_reduce:
                 reduced.append(self._collective(("reduce", *each, index), sent))
             elif sent:
                 late.append(sent)

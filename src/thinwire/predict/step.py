@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from thinwire.predict.block import Causes, Passes, all_reduce_s, block_passes, embedding_passes, head_passes, send_s
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
-from thinwire.predict.overlap import Habit, StageUnits, SteadyState, UnitMoves, UnitWork, steady_state
+from thinwire.predict.overlap import OverlapPolicy, StageUnits, SteadyState, UnitMoves, UnitWork, steady_state
 from thinwire.predict.pipeline import (
     Counted,
     PipelineTime,
@@ -124,9 +124,11 @@ def pipeline_alone(
     return pipeline_time(totals, micro_batches=micro_batches, chunks=candidate.chunks, send_s=message)
 
 
-def habit_of(setting: Setting, candidate: Candidate) -> Habit:
+def overlap_policy(setting: Setting, candidate: Candidate) -> OverlapPolicy:
     framework = setting.framework
-    return Habit(framework.prefetch, framework.overlap_reduce, framework.overlap_refresh, candidate.keep_gathered)
+    return OverlapPolicy(
+        framework.prefetch, framework.overlap_reduce, framework.overlap_refresh, candidate.keep_gathered
+    )
 
 
 def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> tuple[StageWork, ...]:
@@ -150,7 +152,7 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
         )
         steady = steady_state(
             units,
-            habit_of(setting, candidate),
+            overlap_policy(setting, candidate),
             micro_batches=core.micro_batches,
             slowdown=setting.calibration.overlap_slowdown,
         )
