@@ -241,13 +241,13 @@ def layered_stall_s(
 ) -> float:
     """Stall of one round when every layer travels by itself, as in the simulation of arXiv 2501.18512, section 4.
 
-    A layer of `sent` sets out when its backward ends, they share one lane, and each is needed when its own forward begins
+    A layer of `sent` sets out when its backward ends, they share one stream, and each is needed when its own forward begins
     `overlap_steps` steps later than the next. Data parallelism is the case of all layers in every step.
     """
     forward, backward = step_s * forward_share / layers, step_s * (1 - forward_share) / layers
-    lane, arrive = 0.0, {}
+    stream, arrive = 0.0, {}
     for layer in sorted(sent, reverse=True):
-        lane = arrive[layer] = max(lane, (layers - layer) * backward) + layer_travel_s
+        stream = arrive[layer] = max(stream, (layers - layer) * backward) + layer_travel_s
     start = now = layers * backward + overlap_steps * step_s
     for layer in range(layers):
         now = max(now, arrive.get(layer, 0.0)) + forward

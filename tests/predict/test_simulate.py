@@ -18,7 +18,7 @@ from thinwire.model.presets import preset
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.perturbation import Failures, Perturbation, goodput, run_with_failures
 from thinwire.predict.placement import place
-from thinwire.predict.queue import Clock, Lane, Message, Signal, Worker, before, chain, passes
+from thinwire.predict.queue import Clock, Message, SendStream, Signal, Worker, before, chain, passes
 from thinwire.predict.sent import data_bytes
 from thinwire.predict.simulate import Simulated, simulate_step
 from thinwire.predict.step import step_time
@@ -78,7 +78,7 @@ def slower_outside(times: float, sequences: int) -> Setting:
 
 
 def test_the_closed_form_is_near_where_cuts_contend_for_lanes() -> None:
-    """Every cut over two levels, with 1, 2 and 8 micro-batches: ZeRO-3's gathers and reductions share lanes."""
+    """Every cut over two levels, with 1, 2 and 8 micro-batches: ZeRO-3's gathers and reductions share streams."""
     cuts = [
         Candidate(depths=depths, keep_gathered=keep)
         for depths in combinations_with_replacement((-1, 0, 1), 3)
@@ -116,12 +116,12 @@ def test_every_stage_passes_every_micro_batch_forward_then_backward(
 
 def test_lanes_carry_one_message_at_a_time_and_collectives_wait_for_all() -> None:
     clock, spans = Clock(), list[Span]()
-    lanes = [Lane(clock, rank, "node", None, spans.append) for rank in range(2)]
+    streams = [SendStream(clock, rank, "node", None, spans.append) for rank in range(2)]
     both, alone = Message("both", 2.0, [], 2), Message("alone", 1.0, [], 1)
     done = Signal()
-    chain(clock, [alone], [lanes[0]], Signal())
-    chain(clock, [both], [lanes[0]], done)
-    clock.at(5.0, lambda: chain(clock, [both], [lanes[1]], Signal()))
+    chain([alone], [streams[0]], Signal())
+    chain([both], [streams[0]], done)
+    clock.at(5.0, lambda: chain([both], [streams[1]], Signal()))
     assert clock.run() == 7.0
     assert done.done
     assert [(s.rank, s.name, s.start_s, s.end_s) for s in spans] == [
@@ -132,9 +132,9 @@ def test_lanes_carry_one_message_at_a_time_and_collectives_wait_for_all() -> Non
 def test_compute_is_slower_only_while_messages_are_under_way() -> None:
     clock, spans = Clock(), list[Span]()
     worker = Worker(clock, 0, 1.0, spans.append)
-    lane = Lane(clock, 0, "node", worker, spans.append)
+    stream = SendStream(clock, 0, "node", worker, spans.append)
     worker.compute("work", 3.0, lambda: None)
-    clock.at(1.0, lambda: lane.join(Message("m", 2.0, [], 1)))
+    clock.at(1.0, lambda: stream.join(Message("m", 2.0, [], 1)))
     clock.run()
     work = next(span for span in spans if span.name == "work")
     assert work.end_s == pytest.approx(4.0)  # 1 alone, 2 at half speed, 1 alone
@@ -202,11 +202,11 @@ def test_the_trace_is_what_took_place(tmp_path: Path) -> None:
     assert max(event["ts"] + event["dur"] for event in complete) == pytest.approx(played.step_s * 1e6)
     named = {(event["pid"], event["tid"]) for event in events if event["name"] == "thread_name"}
     assert {(event["pid"], event["tid"]) for event in complete} == named
-    by_lane: dict[tuple[int, int], float] = {}
+    by_stream: dict[tuple[int, int], float] = {}
     for event in sorted(complete, key=lambda event: event["ts"]):
-        lane = (event["pid"], event["tid"])
-        assert event["ts"] >= by_lane.get(lane, 0.0) - 1e-3  # nothing overlaps in a lane
-        by_lane[lane] = event["ts"] + event["dur"]
+        stream = (event["pid"], event["tid"])
+        assert event["ts"] >= by_stream.get(stream, 0.0) - 1e-3  # nothing overlaps in a stream
+        by_stream[stream] = event["ts"] + event["dur"]
     lines = timeline(played, width=60)
     assert lines[0].startswith("stage 0 compute")
     assert "F" in lines[0]

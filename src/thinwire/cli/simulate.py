@@ -157,23 +157,23 @@ _SIGNS = {"forward": "F", "backward": "B", "optimizer": "O", "gather": "g", "red
 
 
 def timeline(simulated: Simulated, *, width: int = 100, rows: int = 24) -> list[str]:
-    """A line for each lane that was used: the sign of what filled most of each column, or a dot."""
+    """A line for each stream that was used: the sign of what filled most of each column, or a dot."""
     end = max((span.end_s for span in simulated.spans), default=0.0)
     if end == 0:
         return []
-    by_lane: dict[tuple[int, str], list[Span]] = {}
+    by_stream: dict[tuple[int, str], list[Span]] = {}
     for span in simulated.spans:
-        by_lane.setdefault((span.rank, span.lane), []).append(span)
+        by_stream.setdefault((span.rank, span.lane), []).append(span)
     names = {
         key: f"{simulated.ranks[key[0]]} {key[1]}"
-        for key in sorted(by_lane, key=lambda key: (key[0], key[1] != "compute"))
+        for key in sorted(by_stream, key=lambda key: (key[0], key[1] != "compute"))
     }
-    drawn = {key: _row(by_lane[key], end, width) for key in names}
+    drawn = {key: _row(by_stream[key], end, width) for key in names}
     used = [key for key in names if drawn[key].strip(".")]
     indent = max(len(names[key]) for key in used)
     lines = [f"{names[key]:<{indent}} |{drawn[key]}|" for key in used[:rows]]
     if len(used) > rows:
-        lines.append(f"({len(used) - rows} more lanes)")
+        lines.append(f"({len(used) - rows} more streams)")
     return [
         *lines,
         "F forward  B backward  O optimizer  g gather  r reduce  w new weights  s send between stages  . idle",

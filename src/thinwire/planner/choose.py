@@ -129,7 +129,7 @@ def plan_for(
 def simulate_plan(
     model: ModelSpec | str, cluster: Cluster | str, plan: Plan, *, tokens: int, trouble: Perturbation | None = None
 ) -> Simulated:
-    """Play one step of `plan`: its seconds, a step's share of the stalls of rounds among them; what each lane did when.
+    """Play one step of `plan`: its seconds, a step's share of the stalls of rounds among them; what each stream did when.
 
     The batch is the plan's own. Raises PlanError if the plan is for other levels, ConfigError as `plan_for` does.
     """

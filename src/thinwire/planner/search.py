@@ -194,7 +194,7 @@ class _Cuts:
     def _least_on_links(self, candidate: Candidate, axes: Axes, core: Core) -> float:
         """A lower bound from what the first stage's blocks send; no stage has more of them.
 
-        No lane is done sooner than its bytes take. The last reduction hides behind one backward at most, and new weights
+        No stream is done sooner than its bytes take. The last reduction hides behind one backward at most, and new weights
         behind one forward: the first stage is the last to end and the first to begin.
         """
         first = core.stages[0].kind

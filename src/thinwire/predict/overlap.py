@@ -1,8 +1,8 @@
-"""What hides behind what: one rank with a compute lane and a send lane for each level, through the micro-batches of a step.
+"""What hides behind what: a rank with a compute stream and a send stream per level, through the micro-batches of a step.
 
-The rules are the engine's: a chain's hops follow one another, each takes its lane as soon as that is free for it; the
+The rules are the engine's: a chain's hops follow one another, each takes its stream as soon as that is free for it; the
 next unit's weights set out when this unit's compute begins; gradients set out when their unit's backward ends. While
-any lane sends, compute is slower by the calibrated factor. Everything that can overlap a piece of compute has been
+any stream sends, compute is slower by the calibrated factor. Everything that can overlap a piece of compute has been
 issued when it begins, so its end is known at once and no event queue is needed; the simulator plays the same rules
 with one.
 
@@ -52,13 +52,13 @@ class UnitWork:
     moves: UnitMoves
 
 
-class Lanes:
-    """When lanes are free, and how much compute was stretched by communication beside it."""
+class Streams:
+    """When streams are free, and how much compute was stretched by communication beside it."""
 
     def __init__(self, slowdown: float) -> None:
         self.rate = 1.0 / (1.0 + slowdown)
         self.gaps: dict[int, list[tuple[float, float]]] = {}
-        """Of each lane, in order; the last never closes."""
+        """Of each stream, in order; the last never closes."""
         self.busy: list[tuple[float, float]] = []
         self.sent_s = 0.0
         self.stretched_s = 0.0
@@ -73,7 +73,7 @@ class Lanes:
         return ready
 
     def _slot(self, level: int, ready: float, seconds: float) -> float:
-        """Take the first time from `ready` on in which the lane is free for so long."""
+        """Take the first time from `ready` on in which the stream is free for so long."""
         gaps = self.gaps.setdefault(level, [(0.0, math.inf)])
         for index, (opens, closes) in enumerate(gaps):
             begin = max(ready, opens)
@@ -83,11 +83,11 @@ class Lanes:
         raise AssertionError("the last gap never closes")
 
     def queued(self, now: float) -> dict[int, float]:
-        """Seconds that each lane still sends after `now`."""
+        """Seconds that each stream still sends after `now`."""
         return {level: max(0.0, gaps[-1][0] - now) for level, gaps in self.gaps.items()}
 
     def pile_up(self, now: float, before: dict[int, float], *, times: int) -> None:
-        """Let what has come to wait in each lane since it was as `before` come `times` more (-1: not at all)."""
+        """Let what has come to wait in each stream since it was as `before` come `times` more (-1: not at all)."""
         if times < 0:
             self.busy.clear()  # with spans that are none
         for level, waiting in self.queued(now).items():
@@ -141,7 +141,13 @@ class OverlapPolicy:
 
 
 def forward(
-    lanes: Lanes, start: float, units: list[UnitWork], policy: OverlapPolicy, *, refreshing: list[float], first: bool
+    streams: Streams,
+    start: float,
+    units: list[UnitWork],
+    policy: OverlapPolicy,
+    *,
+    refreshing: list[float],
+    first: bool,
 ) -> float:
     """One forward through `units`; `refreshing` is when each unit's new weights arrive. Returns its end.
 
@@ -150,56 +156,56 @@ def forward(
     now = start
     if policy.keep_gathered and not first:
         for unit in units:
-            now = lanes.compute(now, unit.forward_s)
+            now = streams.compute(now, unit.forward_s)
         return now
-    arrive = _gather(lanes, max(now, refreshing[0]), units[0])
+    arrive = _gather(streams, max(now, refreshing[0]), units[0])
     for index, unit in enumerate(units):
         begin = max(now, arrive, refreshing[index])
         following = index + 1 < len(units)
         if following and policy.prefetch:
-            arrive = _gather(lanes, max(begin, refreshing[index + 1]), units[index + 1])
-        now = lanes.compute(begin, unit.forward_s)
+            arrive = _gather(streams, max(begin, refreshing[index + 1]), units[index + 1])
+        now = streams.compute(begin, unit.forward_s)
         if following and not policy.prefetch:
-            arrive = _gather(lanes, max(now, refreshing[index + 1]), units[index + 1])
+            arrive = _gather(streams, max(now, refreshing[index + 1]), units[index + 1])
     return now
 
 
 def backward(
-    lanes: Lanes, start: float, units: list[UnitWork], policy: OverlapPolicy, *, last: bool
+    streams: Streams, start: float, units: list[UnitWork], policy: OverlapPolicy, *, last: bool
 ) -> tuple[float, float]:
     """One backward; returns its end, and when the last of its reductions arrives."""
     now, landed, backwards = start, start, units[::-1]
-    arrive = start if policy.keep_gathered else lanes.send(start, backwards[0].moves.again)
+    arrive = start if policy.keep_gathered else streams.send(start, backwards[0].moves.again)
     late: list[Chain] = []
     for index, unit in enumerate(backwards):
         begin = max(now, arrive)
         gathers = index + 1 < len(backwards) and not policy.keep_gathered
         if gathers and policy.prefetch:
-            arrive = lanes.send(begin, backwards[index + 1].moves.again)
-        now = lanes.compute(begin, unit.backward_s)
+            arrive = streams.send(begin, backwards[index + 1].moves.again)
+        now = streams.compute(begin, unit.backward_s)
         if gathers and not policy.prefetch:
-            arrive = lanes.send(now, backwards[index + 1].moves.again)
+            arrive = streams.send(now, backwards[index + 1].moves.again)
         sent = unit.moves.reduce_last if last else unit.moves.reduce_each
         if policy.overlap_reduce:
-            landed = max(landed, lanes.send(now, sent))
+            landed = max(landed, streams.send(now, sent))
         else:
             late.append(sent)
     if any(late):
-        landed = lanes.send(now, added(late))
+        landed = streams.send(now, added(late))
         now = now if last else landed  # nothing comes after the last one but the optimizer
     return now, max(now, landed)
 
 
-def refresh(lanes: Lanes, start: float, units: list[UnitWork], policy: OverlapPolicy) -> list[float]:
+def refresh(streams: Streams, start: float, units: list[UnitWork], policy: OverlapPolicy) -> list[float]:
     """Send the new weights in forward order; when each unit's arrive."""
     if not policy.overlap_refresh:
-        end = lanes.send(start, added([unit.moves.refresh for unit in units]))
+        end = streams.send(start, added([unit.moves.refresh for unit in units]))
         return [end] * len(units)
-    return [lanes.send(start, unit.moves.refresh) for unit in units]
+    return [streams.send(start, unit.moves.refresh) for unit in units]
 
 
-def _gather(lanes: Lanes, ready: float, unit: UnitWork) -> float:
-    return lanes.send(ready, unit.moves.gather)
+def _gather(streams: Streams, ready: float, unit: UnitWork) -> float:
+    return streams.send(ready, unit.moves.gather)
 
 
 def added(chains: list[Chain]) -> Chain:
@@ -212,7 +218,7 @@ def added(chains: list[Chain]) -> Chain:
 
 PLAYED, PERIOD = 4, 2
 """Blocks played through one by one; more of them add the difference that the last `PERIOD` made (not only the last: where
-gathers and reductions share a lane, blocks take turns in waiting)."""
+gathers and reductions share a stream, blocks take turns in waiting)."""
 
 
 @dataclass(frozen=True)
@@ -281,23 +287,23 @@ def _extend(more: SteadyState, less: SteadyState, times: float) -> SteadyState:
 
 
 def _play(listed: list[UnitWork], policy: OverlapPolicy, micro_batches: int, slowdown: float) -> SteadyState:
-    lanes = Lanes(slowdown)
-    arrive = refresh(lanes, 0.0, listed, policy)
+    streams = Streams(slowdown)
+    arrive = refresh(streams, 0.0, listed, policy)
     landed = [0.0] * len(listed)
     single = micro_batches == 1
-    ahead = forward(lanes, 0.0, listed, policy, refreshing=arrive, first=True)
-    first, tail_end = backward(lanes, ahead, listed, policy, last=single)
+    ahead = forward(streams, 0.0, listed, policy, refreshing=arrive, first=True)
+    first, tail_end = backward(streams, ahead, listed, policy, last=single)
     if single:
         share = ahead / first
-        return SteadyState(first, first, first, share, tail_end - first, lanes.sent_s, lanes.stretched_s)
-    sent, stretched, queued = lanes.sent_s, lanes.stretched_s, lanes.queued(first)
-    ahead = forward(lanes, first, listed, policy, refreshing=landed, first=False)
-    middle, _ = backward(lanes, ahead, listed, policy, last=False)
+        return SteadyState(first, first, first, share, tail_end - first, streams.sent_s, streams.stretched_s)
+    sent, stretched, queued = streams.sent_s, streams.stretched_s, streams.queued(first)
+    ahead = forward(streams, first, listed, policy, refreshing=landed, first=False)
+    middle, _ = backward(streams, ahead, listed, policy, last=False)
     share = (ahead - first) / (middle - first)
-    middle_sent, middle_stretched = lanes.sent_s - sent, lanes.stretched_s - stretched
-    lanes.pile_up(middle, queued, times=micro_batches - 3)
-    ahead = forward(lanes, middle, listed, policy, refreshing=landed, first=False)
-    last, tail_end = backward(lanes, ahead, listed, policy, last=True)
+    middle_sent, middle_stretched = streams.sent_s - sent, streams.stretched_s - stretched
+    streams.pile_up(middle, queued, times=micro_batches - 3)
+    ahead = forward(streams, middle, listed, policy, refreshing=landed, first=False)
+    last, tail_end = backward(streams, ahead, listed, policy, last=True)
     times = micro_batches - 3
     return SteadyState(
         first,
@@ -305,6 +311,6 @@ def _play(listed: list[UnitWork], policy: OverlapPolicy, micro_batches: int, slo
         last - middle,
         share,
         tail_end - last,
-        lanes.sent_s + times * middle_sent,
-        lanes.stretched_s + times * middle_stretched,
+        streams.sent_s + times * middle_sent,
+        streams.stretched_s + times * middle_stretched,
     )

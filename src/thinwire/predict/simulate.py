@@ -1,6 +1,6 @@
 """One optimizer step played through with an event queue, from the same costs as the closed form.
 
-Every rank has a compute lane and a send lane for each level. Ranks that do the same are one: a pipeline stage's replicas
+Every rank has a compute stream and a send stream for each level. Ranks that do the same are one: a pipeline stage's replicas
 are folded into one simulated rank, and only replicas that are slow by name are simulated beside it. Collectives of the
 states axis join all simulated replicas of a stage; messages between stages stay inside a replica.
 """
@@ -14,7 +14,7 @@ from thinwire.predict.outer_cost import outer_round
 from thinwire.predict.overlap import Chain, OverlapPolicy, StageUnits, UnitWork, added
 from thinwire.predict.perturbation import Jitter, Perturbation
 from thinwire.predict.placement import Axes
-from thinwire.predict.queue import Clock, Lane, Message, Pass, Signal, Worker, before, chain, passes
+from thinwire.predict.queue import Clock, Message, Pass, SendStream, Signal, Worker, before, chain, passes
 from thinwire.predict.step import core_of, optimizer_s, overlap_policy, own_once_s, stage_work
 
 Program = Iterator[Signal]
@@ -32,7 +32,7 @@ class Simulated:
     """Names of the simulated ranks."""
     events: int
     busy_s: dict[str, float]
-    """Seconds that each lane was busy, over all simulated ranks."""
+    """Seconds that each stream was busy, over all simulated ranks."""
 
 
 class Step:
@@ -61,8 +61,8 @@ class Step:
         self.all_landed = Signal()
 
     def log(self, span: Span) -> None:
-        lane = f"{span.rank}:{span.lane}"
-        self.busy[lane] = self.busy.get(lane, 0.0) + span.end_s - span.start_s
+        stream = f"{span.rank}:{span.lane}"
+        self.busy[stream] = self.busy.get(stream, 0.0) + span.end_s - span.start_s
         if self._keep:
             self.spans.append(span)
 
@@ -104,8 +104,8 @@ class Actor:
         self.policy: OverlapPolicy = overlap_policy(step.setting, candidate)
         self.worker = Worker(step.clock, self.rank, step.setting.calibration.overlap_slowdown, step.log)
         names = step.setting.cluster.level_names
-        self.lanes = [Lane(step.clock, self.rank, name, self.worker, step.log) for name in names]
-        self.pipe = [Lane(step.clock, self.rank, f"{name} pipeline", None, step.log) for name in names]
+        self.streams = [SendStream(step.clock, self.rank, name, self.worker, step.log) for name in names]
+        self.pipe = [SendStream(step.clock, self.rank, f"{name} pipeline", None, step.log) for name in names]
         many = (
             1 if replica >= 0 else max(1, candidate.data(step.setting.cluster) * candidate.tensor * candidate.context)
         )
@@ -227,10 +227,10 @@ class Actor:
         """Come to a collective now, or once `after` has fired."""
         done = Signal()
         messages = self.step.meeting(self.stage, key, hops)
-        lanes = [self.lanes[level] for level, _ in hops]
+        streams = [self.streams[level] for level, _ in hops]
 
         def come() -> None:
-            chain(messages, lanes, done)
+            chain(messages, streams, done)
 
         if after is None:
             come()

@@ -163,7 +163,7 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
 
 
 def _unit(passes: Passes, moves: UnitMoves) -> UnitWork:
-    """Its own work of moving is compute: nothing else goes on in its lane meanwhile."""
+    """Its own work of moving is compute: nothing else goes on in its stream meanwhile."""
     forward_s = passes.forward.total + moves.own_forward_s
     return UnitWork(forward_s, passes.backward.total + moves.own_backward_s, moves)
 
