@@ -1,4 +1,4 @@
-"""Planning from Python: the same plans as the command's, steps that can be played, and sentences for wrong input."""
+"""Planning from Python: the same plans as the command's, steps that can be simulated, and sentences for wrong input."""
 
 import json
 from pathlib import Path
@@ -36,11 +36,11 @@ def test_names_and_what_they_stand_for_are_the_same(plan: Plan) -> None:
     assert plan.micro_batch * plan.accumulate * cluster_preset(CLUSTER).ranks == SEQUENCES
 
 
-def test_a_plan_is_played_and_trouble_makes_it_slower(plan: Plan) -> None:
-    played = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS)
-    assert max(span.end_s for span in played.spans) == pytest.approx(played.step_s)
+def test_a_plan_is_simulated_and_perturbations_make_it_slower(plan: Plan) -> None:
+    simulated = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS)
+    assert max(span.end_s for span in simulated.spans) == pytest.approx(simulated.step_s)
     slow = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS, trouble=Perturbation(slow_ranks={(0, 0): 1.5}))
-    assert 1.2 * played.step_s < slow.step_s < 1.6 * played.step_s
+    assert 1.2 * simulated.step_s < slow.step_s < 1.6 * simulated.step_s
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`thinwire simulate RUN.toml`: one step of a plan played through with an event queue, as a timeline and as a trace file."""
+"""`thinwire simulate RUN.toml`: one step of a plan, simulated with an event queue, as a timeline and as a trace file."""
 
 import json
 from dataclasses import replace
@@ -43,7 +43,7 @@ def run(
     jitter: Annotated[float, typer.Option(min=0, max=1, help="Spread of compute times, 0.05 is five percent.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of jitter and failures.")] = 0,
     mtbf_hours: Annotated[
-        float | None, typer.Option(max=1e6, help="Mean hours between failures of one rank: plays a long run too.")
+        float | None, typer.Option(max=1e6, help="Mean hours between failures of one rank: simulates a long run too.")
     ] = None,
     width: Annotated[int, typer.Option(min=20, max=400, help="Columns of the timeline.")] = 100,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing.")] = None,
@@ -126,8 +126,8 @@ def _print(simulated: Simulated, ranked: Ranked, setting: Setting, width: int) -
     typer.echo(f"{show_axes(chosen, setting)}, micro-batch {chosen.micro_batch}, {show_states(chosen, setting)}")
     closed = ranked.time.total
     typer.echo(
-        f"one step played: {show_seconds(simulated.step_s)} ({simulated.events} events); closed form without perturbations "
-        f"{show_seconds(closed)} ({simulated.step_s / closed - 1:+.2%})"
+        f"one step simulated: {show_seconds(simulated.step_s)} ({simulated.events} events); closed form without "
+        f"perturbations {show_seconds(closed)} ({simulated.step_s / closed - 1:+.2%})"
     )
     typer.echo("\n".join(timeline(simulated, width=width)))
 
@@ -140,11 +140,11 @@ def _print_failures(simulated: Simulated, setting: Setting, mtbf_hours: float, s
     ranks = setting.cluster.ranks
     best = goodput(failures, ranks)
     steps = max(100, round(200 * best.mtbf_s / simulated.step_s))
-    played = run_with_failures(simulated.step_s, steps, failures, ranks, seed=seed)
+    long_run = run_with_failures(simulated.step_s, steps, failures, ranks, seed=seed)
     typer.echo(
         f"a failure every {show_seconds(best.mtbf_s)}; checkpoints of {show_seconds(failures.checkpoint_s)} every "
         f"{show_seconds(best.interval_s)}, restarts of {show_seconds(failures.restart_s)}: {best.share:.1%} of the time is "
-        f"progress, {played.goodput:.1%} in a played run of {steps} steps with {played.failures} failures"
+        f"progress, {long_run.goodput:.1%} in a simulated run of {steps} steps with {long_run.failures} failures"
     )
 
 

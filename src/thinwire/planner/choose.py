@@ -27,8 +27,8 @@ Outer = Literal["auto", "never", "always"]
 BUSY_ENOUGH = 0.5
 """Share of compute under which agreeing every step is called too often."""
 FINALISTS = 5
-PLAYED_UNITS = 60_000
-"""Micro-batches times blocks, over all finalists, up to which they are played through: about a second."""
+MOST_UNITS = 60_000
+"""Micro-batches times blocks, over all finalists, up to which they are simulated: about a second."""
 STALL_ALLOWED = 0.05
 INTERVALS = (16, 32, 64, 128, 256, 512)
 
@@ -61,17 +61,17 @@ def choose(setting: Setting, space: Space, *, keep: int = 20, outer: Outer = "au
     rare = rarely(setting, space, keep) if possible and wanted else None
     for each in (found, rare):
         if each is not None:
-            each.best[:FINALISTS] = play(setting, each.best[:FINALISTS])
+            each.best[:FINALISTS] = simulate_finalists(setting, each.best[:FINALISTS])
     return Choice(found, rare)
 
 
-def play(setting: Setting, finalists: list[Ranked]) -> list[Ranked]:
+def simulate_finalists(setting: Setting, finalists: list[Ranked]) -> list[Ranked]:
     """Simulate the finalists and put them in the order that contention and the course of the pipeline give."""
     units = sum(ranked.candidate.accumulate(setting) * setting.spec.layers for ranked in finalists)
-    if units > PLAYED_UNITS:
+    if units > MOST_UNITS:
         return finalists
-    played = [replace(r, simulated_s=step_s(setting, r.candidate, r.axes)) for r in finalists]
-    return sorted(played, key=lambda ranked: ranked.step_s)
+    simulated = [replace(r, simulated_s=step_s(setting, r.candidate, r.axes)) for r in finalists]
+    return sorted(simulated, key=lambda ranked: ranked.step_s)
 
 
 def rarely(setting: Setting, space: Space, keep: int) -> SearchResult | None:
@@ -129,7 +129,7 @@ def plan_for(
 def simulate_plan(
     model: ModelSpec | str, cluster: Cluster | str, plan: Plan, *, tokens: int, trouble: Perturbation | None = None
 ) -> Simulated:
-    """Play one step of `plan`: its seconds, a step's share of the stalls of rounds among them; what each stream did when.
+    """Simulate one step of `plan`: its seconds, a step's share of the rounds' stalls among them; what each stream did when.
 
     The batch is the plan's own. Raises PlanError if the plan is for other levels, ConfigError as `plan_for` does.
     """

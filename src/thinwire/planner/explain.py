@@ -84,7 +84,7 @@ def distinct(best: Sequence[Ranked], top: int) -> list[Ranked]:
 
 
 def _table(best: Sequence[Ranked], setting: Setting, top: int) -> list[str]:
-    rows = [("", "seconds", "played", "MFU", "GiB", "axes", "mb", "recompute", "states (P; G; O) and codecs")]
+    rows = [("", "seconds", "simulated", "MFU", "GiB", "axes", "mb", "recompute", "states (P; G; O) and codecs")]
     for place, ranked in enumerate(distinct(best, top), 1):
         candidate = ranked.candidate
         mark = "" if candidate.runnable else "*"

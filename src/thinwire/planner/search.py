@@ -29,7 +29,7 @@ class Ranked:
     time: StepTime
     memory: Memory
     simulated_s: float | None = None
-    """The step played through with an event queue, for finalists."""
+    """The step simulated with an event queue, for finalists."""
 
     @property
     def step_s(self) -> float:

@@ -3,11 +3,11 @@
 The rules are the engine's: a chain's hops follow one another, each takes its stream as soon as that is free for it; the
 next unit's weights set out when this unit's compute begins; gradients set out when their unit's backward ends. While
 any stream sends, compute is slower by the calibrated factor. Everything that can overlap a piece of compute has been
-issued when it begins, so its end is known at once and no event queue is needed; the simulator plays the same rules
+issued when it begins, so its end is known at once and no event queue is needed; the simulator follows the same rules
 with one.
 
 Three kinds of micro-batches differ: the first (new weights still arrive), those in the middle, and the last (gradients go
-all the way). They are played through once with a few blocks; blocks are equal, so the rest of them repeats the last
+all the way). They are simulated once with a few blocks; blocks are equal, so the rest of them repeats the last
 one's time.
 """
 
@@ -216,8 +216,8 @@ def added(chains: list[Chain]) -> Chain:
     return tuple(sums.items())
 
 
-PLAYED, PERIOD = 4, 2
-"""Blocks played through one by one; more of them add the difference that the last `PERIOD` made (not only the last: where
+SIMULATED, PERIOD = 4, 2
+"""Blocks simulated one by one; more of them add the difference that the last `PERIOD` made (not only the last: where
 gathers and reductions share a stream, blocks take turns in waiting)."""
 
 
@@ -263,17 +263,17 @@ class StageUnits:
 
 
 def steady_state(units: StageUnits, policy: OverlapPolicy, *, micro_batches: int, slowdown: float) -> SteadyState:
-    """Play the kinds of micro-batches through, and extend them to the number of blocks there is."""
+    """Simulate the kinds of micro-batches, and extend them to the number of blocks there is."""
     if units.silent:
         listed = units.listed(1)
         ahead = sum(unit.forward_s for unit in listed) + (units.blocks - 1) * units.block.forward_s
         back = sum(unit.backward_s for unit in listed) + (units.blocks - 1) * units.block.backward_s
         return SteadyState(ahead + back, ahead + back, ahead + back, ahead / (ahead + back), 0.0, 0.0, 0.0)
-    if units.blocks <= PLAYED:
-        return _play(units.listed(units.blocks), policy, micro_batches, slowdown)
-    more = _play(units.listed(PLAYED), policy, micro_batches, slowdown)
-    less = _play(units.listed(PLAYED - PERIOD), policy, micro_batches, slowdown)
-    return _extend(more, less, (units.blocks - PLAYED) / PERIOD)
+    if units.blocks <= SIMULATED:
+        return _simulate(units.listed(units.blocks), policy, micro_batches, slowdown)
+    more = _simulate(units.listed(SIMULATED), policy, micro_batches, slowdown)
+    less = _simulate(units.listed(SIMULATED - PERIOD), policy, micro_batches, slowdown)
+    return _extend(more, less, (units.blocks - SIMULATED) / PERIOD)
 
 
 def _extend(more: SteadyState, less: SteadyState, times: float) -> SteadyState:
@@ -286,7 +286,7 @@ def _extend(more: SteadyState, less: SteadyState, times: float) -> SteadyState:
     return SteadyState(first, middle, last, more.forward_share, max(0.0, tail), sent, max(0.0, stretched))
 
 
-def _play(listed: list[UnitWork], policy: OverlapPolicy, micro_batches: int, slowdown: float) -> SteadyState:
+def _simulate(listed: list[UnitWork], policy: OverlapPolicy, micro_batches: int, slowdown: float) -> SteadyState:
     streams = Streams(slowdown)
     arrive = refresh(streams, 0.0, listed, policy)
     landed = [0.0] * len(listed)

@@ -90,7 +90,7 @@ class LongRun:
 def run_with_failures(
     step_s: float, steps: int, failures: Failures, ranks: int, *, interval_s: float | None = None, seed: int = 0
 ) -> LongRun:
-    """Play `steps` steps with checkpoints and failures: what was done since the last checkpoint is done again.
+    """Simulate `steps` steps with checkpoints and failures: what was done since the last checkpoint is done again.
 
     `interval_s` is the time between checkpoints; the default is the best of `goodput`. Raises PlanError where failures come
     so often that hardly any checkpoint is ever reached.

@@ -1,4 +1,4 @@
-"""One optimizer step played through with an event queue, from the same costs as the closed form.
+"""One optimizer step simulated with an event queue, from the same costs as the closed form.
 
 Every rank has a compute stream and a send stream for each level. Ranks that do the same are one: a pipeline stage's replicas
 are folded into one simulated rank, and only replicas that are slow by name are simulated beside it. Collectives of the
@@ -284,7 +284,7 @@ def simulate_step(
     *,
     keep_spans: bool = True,
 ) -> Simulated:
-    """Play one step."""
+    """Simulate one step."""
     step = Step(setting, candidate, axes, perturbation or Perturbation(), keep_spans=keep_spans)
     seconds = step.run()
     outer = outer_round(setting, candidate.sync, seconds).stall_per_step_s if candidate.sync else 0.0
@@ -295,5 +295,5 @@ def simulate_step(
 
 
 def step_s(setting: Setting, candidate: Candidate, axes: Axes) -> float:
-    """Seconds of a step as played; what finalists are ranked with."""
+    """Seconds of a simulated step: what finalists are ranked with."""
     return simulate_step(setting, candidate, axes, keep_spans=False).step_s

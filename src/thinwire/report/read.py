@@ -211,7 +211,7 @@ class Predicted:
     advice: tuple[str, ...]
     """Lines: the best runnable plans for this model, batch and cluster."""
     spans: tuple[Span, ...]
-    """The step as the simulator plays it, on the rank that stands for all."""
+    """The simulated step, on the rank that stands for all."""
 
 
 def predict(run: Run, cluster: Cluster | None = None) -> Predicted | str:
