@@ -1,4 +1,4 @@
-"""The frozen decision: where every state lives, how often and how precisely replicas agree. Both wings read it.
+"""The frozen decision: where every state lives, how often and how precisely replicas synchronise. Both wings read it.
 
 A plan is the same on every rank: its digest is compared when a world forms. Names such as `zero3` or `hsdp` resolve to
 points of one space; there is no code path of its own for any of them.
@@ -32,7 +32,7 @@ class Plan(Frozen):
     partition: Partition = Partition()
     wire: Wire = Wire()
     sync: Sync | None = None
-    """How worker groups agree across a level and those outside it; without it they agree every step."""
+    """How replicas synchronise across a level and those outside it; without it they synchronise every step."""
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
     micro_batch: int = Field(default=1, ge=1, le=10**9)
@@ -97,8 +97,8 @@ class Plan(Frozen):
             self._sums_fit(sync, sync.sum_inside)
         if max(self.depths) >= inside:
             raise ValueError(
-                f"partition {self.partition} reaches across {sync.level}, where groups agree once a round; cut states over "
-                f"{names[inside - 1] if inside else REPLICA} at most"
+                f"partition {self.partition} reaches across {sync.level}, where groups synchronise once a round; shard "
+                f"states over {names[inside - 1] if inside else REPLICA} at most"
             )
         for direction in ("weights", "grads"):
             for level in names[inside:]:
@@ -157,7 +157,7 @@ class PlanConfig(Frozen):
     wire: Wire | None = None
     """Where the partition's name brings codecs of its own (zero++), those given here count, level by level."""
     sync: SyncConfig | None = None
-    """`[plan.sync]`: groups agree once a round across a level and those outside it, instead of every step."""
+    """`[plan.sync]`: groups synchronise once a round across a level and those outside it, instead of every step."""
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
     file: Path | None = None

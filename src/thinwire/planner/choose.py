@@ -1,7 +1,7 @@
 """The planner's whole answer: the best plans, and outer synchronisation where every step is too often.
 
-Groups that agree rarely train differently, so speed alone never chooses them: they are offered beside the best plan that
-agrees every step, when that one computes for less than half of its time (or when the user asks). `plan_for` and
+Groups that synchronise rarely train differently, so speed alone never chooses them: they are offered beside the best plan
+that synchronises every step, when that one computes for less than half of its time (or when the user asks). `plan_for` and
 `simulate_plan` ask from one's own Python, without files. No torch.
 """
 
@@ -25,7 +25,7 @@ from thinwire.predict.simulate import Simulated, simulate_step, step_s
 
 Outer = Literal["auto", "never", "always"]
 BUSY_ENOUGH = 0.5
-"""Share of compute under which agreeing every step is called too often."""
+"""Share of compute under which synchronising every step is called too often."""
 FINALISTS = 5
 MOST_UNITS = 60_000
 """Micro-batches times blocks, over all finalists, up to which they are simulated: about a second."""
@@ -75,9 +75,9 @@ def simulate_finalists(setting: Setting, finalists: list[Ranked]) -> list[Ranked
 
 
 def rarely(setting: Setting, space: Space, keep: int) -> SearchResult | None:
-    """Plans whose groups, the members of the outermost level, agree as often as costs at most a twentieth of the time.
+    """Plans whose groups, the members of the outermost level, synchronise as often as costs at most a twentieth of the time.
 
-    The steps inside a group do not depend on how often groups agree, so one search finds them and another one ranks.
+    The steps inside a group do not depend on how often groups synchronise, so one search finds them and another one ranks.
     """
     try:
         found = search(setting, replace(space, sync=_sync(setting, INTERVALS[-1])), keep=1)
@@ -116,10 +116,10 @@ def plan_for(
 
     `model` and `cluster` are what a preset's name stands for, or your own; a step has `sequences` of so many `tokens` over
     all ranks. `codecs` says what states may travel as outside the innermost level: as they are, in bf16, or any. With
-    `outer`, members of the outermost level may agree once in a while, which trains differently: always, or (auto) where
-    the best plan that agrees every step computes for less than half of its time. The default precision is bf16, on CPUs
-    fp32. Raises ConfigError for an unknown name or a missing figure of the cluster, PlanError with the smallest change that
-    would help if nothing fits.
+    `outer`, members of the outermost level may synchronise once in a while, which trains differently: always, or (auto)
+    where the best plan that synchronises every step computes for less than half of its time. The default precision is bf16,
+    on CPUs fp32. Raises ConfigError for an unknown name or a missing figure of the cluster, PlanError with the smallest
+    change that would help if nothing fits.
     """
     setting = _setting(model, cluster, sequences, tokens, compute_dtype)
     best = choose(setting, Space(runnable=True, codecs=codecs), keep=20, outer=outer).best

@@ -57,18 +57,18 @@ def report(answer: Choice, setting: Setting, *, top: int) -> list[str]:
         "",
     ]
     every = answer.every_step.best[0]
-    slow = (
-        f"agreeing every step, the best plan computes for {busy(every):.0%} of its {show_seconds(every.time.total)}; "
-    )
+    computes = f"{busy(every):.0%} of its {show_seconds(every.time.total)}"
+    slow = f"synchronising every step, the best plan computes for {computes}; "
     if answer.outer is not None and answer.outer.best:
-        lines += [slow + "plans whose outermost groups agree rarely come first, and train differently:"]
+        lines += [slow + "plans whose outermost groups synchronise rarely come first, and train differently:"]
         lines += _table(answer.outer.best, setting, top)
-        lines += ["", "agreeing every step:", *_table(answer.every_step.best, setting, min(top, 3))]
+        lines += ["", "synchronising every step:", *_table(answer.every_step.best, setting, min(top, 3))]
     else:
         if answer.outer is not None:
             groups = cluster.levels[-1].name
             lines += [
-                slow + f"groups that agree rarely would help, but the model does not fit into one member of {groups!r}:"
+                slow
+                + f"groups that synchronise rarely would help, but the model does not fit into one member of {groups!r}:"
             ]
         lines += _table(answer.every_step.best, setting, top)
     lines += ["", *_causes(best, setting), "", *_memory(best.memory, setting), "", *_traffic(best, setting)]
@@ -76,7 +76,7 @@ def report(answer: Choice, setting: Setting, *, top: int) -> list[str]:
 
 
 def distinct(best: Sequence[Ranked], top: int) -> list[Ranked]:
-    """The fastest of each shape, so that neighbours of one plan do not fill the table."""
+    """The fastest of each shape, so that variants of one plan do not fill the table."""
     found: dict[tuple[object, ...], Ranked] = {}
     for ranked in best:
         found.setdefault(shape_of(ranked.candidate), ranked)

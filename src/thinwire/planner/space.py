@@ -174,4 +174,4 @@ def show_sync(candidate: Candidate) -> str:
         return ""
     fragments = "" if sync.fragments == 1 else f" in {sync.fragments} fragments"
     behind = f", behind {sync.overlap_steps} of them" if sync.overlap_steps else ""
-    return f"groups agree every {sync.inner_steps} steps{fragments}, {sync.codec}{behind}"
+    return f"groups synchronise every {sync.inner_steps} steps{fragments}, {sync.codec}{behind}"

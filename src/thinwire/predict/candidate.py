@@ -101,7 +101,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class CandidateSync:
-    """Groups that agree once in `inner_steps` (DiLoCo, arXiv 2311.08105; Streaming DiLoCo, 2501.18512).
+    """Groups that synchronise once in `inner_steps` (DiLoCo, arXiv 2311.08105; Streaming DiLoCo, 2501.18512).
 
     The groups are the members of level `level` and of all levels outside it.
     """

@@ -215,9 +215,9 @@ def _pass(forward: bool, k: int, stages: int, chunks: int) -> Pass:
 def before(each: Pass, stage: int, stages: int, chunks: int) -> tuple[int, Pass] | None:
     """The (stage, pass) whose output `each` needs from another stage or chunk; none for what begins or turns round."""
     step = -1 if each.forward else 1
-    neighbour, chunk = stage + step, each.chunk
-    if not 0 <= neighbour < stages:
-        chunk, neighbour = chunk + step, neighbour % stages
+    adjacent, chunk = stage + step, each.chunk
+    if not 0 <= adjacent < stages:
+        chunk, adjacent = chunk + step, adjacent % stages
     if not 0 <= chunk < chunks:
         return None
-    return neighbour, Pass(each.forward, each.micro_batch, chunk)
+    return adjacent, Pass(each.forward, each.micro_batch, chunk)

@@ -263,12 +263,12 @@ class Actor:
 def _after(each: Pass, stage: int, stages: int, chunks: int) -> tuple[int, Pass] | None:
     """The (stage, pass) that needs the output of `each`: the mirror of `before`."""
     step = 1 if each.forward else -1
-    neighbour, chunk = stage + step, each.chunk
-    if not 0 <= neighbour < stages:
-        chunk, neighbour = chunk + step, neighbour % stages
+    adjacent, chunk = stage + step, each.chunk
+    if not 0 <= adjacent < stages:
+        chunk, adjacent = chunk + step, adjacent % stages
     if not 0 <= chunk < chunks:
         return None
-    return neighbour, Pass(each.forward, each.micro_batch, chunk)
+    return adjacent, Pass(each.forward, each.micro_batch, chunk)
 
 
 def _name(each: Pass) -> str:
