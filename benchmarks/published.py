@@ -42,7 +42,7 @@ TORCHTITAN = Framework(
     "torchtitan, 2024",
     fused_elementwise=True,
     logits_bytes=14.0,
-    cut_logits_bytes=18.0,
+    split_logits_bytes=18.0,
     casts_on_gather=True,
     keeps_gathered_inputs=True,
 )

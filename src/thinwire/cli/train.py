@@ -170,7 +170,7 @@ def _any(plan: Plan) -> str:
     levels = plan.levels_in_group
     ways = ["a smaller batch.micro_batch"] if plan.micro_batch > 1 else []
     ways += ["plan.recompute = 'full'"] if plan.recompute != "full" else []
-    ways += ["a partition cut further (zero2, zero3)"] if levels and min(plan.depths) < levels - 1 else []
+    ways += ["a partition sharded further (zero2, zero3)"] if levels and min(plan.depths) < levels - 1 else []
     return f"{' or '.join(ways)} needs less" if ways else "take more ranks, or shorter batch.tokens"
 
 
@@ -180,11 +180,11 @@ def milder(plan: Plan) -> Iterator[tuple[str, Plan]]:
     for name in ("zero1", "zero2", "zero3"):
         levels = plan.level_names if plan.sync is None else plan.level_names[: plan.levels_in_group]
         partition, _ = resolve_partition(name, levels)
-        cut = plan.model_copy(update={"partition": partition})
-        if any(new > old for new, old in zip(cut.depths, plan.depths, strict=True)):
-            partitions.append((f"plan.partition = '{name}'", cut))
+        sharded = plan.model_copy(update={"partition": partition})
+        if any(new > old for new, old in zip(sharded.depths, plan.depths, strict=True)):
+            partitions.append((f"plan.partition = '{name}'", sharded))
     sizes = [size for size in range(plan.micro_batch, 0, -1) if share % size == 0]
-    for named, cut in partitions:
+    for named, sharded in partitions:
         for recompute in dict.fromkeys((plan.recompute, "full")):
             for size in sizes:
                 words = [f"batch.micro_batch = {size}"] if size != plan.micro_batch else []
@@ -192,7 +192,7 @@ def milder(plan: Plan) -> Iterator[tuple[str, Plan]]:
                 words += [named] if named else []
                 if words:
                     changed = {"micro_batch": size, "accumulate": share // size, "recompute": recompute}
-                    yield " with ".join(words), cut.model_copy(update=changed)
+                    yield " with ".join(words), sharded.model_copy(update=changed)
 
 
 def predicted_bytes(job: Job, spec: ModelSpec, plan: Plan) -> float:

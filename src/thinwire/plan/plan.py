@@ -69,8 +69,8 @@ class Plan(Frozen):
                 )
             if codec == "lowrank" and not lg < names.index(level) == len(names) - 1:
                 raise ValueError(
-                    f"wire.grads.{level} = 'lowrank' needs the outermost level ({names[-1]}) and gradients cut inside it, "
-                    f"so that it runs once a step; partition is {self.partition}"
+                    f"wire.grads.{level} = 'lowrank' needs the outermost level ({names[-1]}) and gradients sharded inside "
+                    f"it, so that it runs once a step; partition is {self.partition}"
                 )
         if self.wire.error_feedback and "lowrank" in self.wire.grads.values():
             raise ValueError(

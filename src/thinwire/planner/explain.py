@@ -23,7 +23,7 @@ TIME_NAMES = {
 }  # fmt: skip
 MEMORY_NAMES = {
     "params": "parameters", "grads": "gradients", "optimizer": "optimizer states", "residual": "error feedback",
-    "gathered": "whole units, gradients in flight", "activations": "activations", "live": "loss or live block",
+    "gathered": "unsharded units, gradients in flight", "activations": "activations", "live": "loss or live block",
     "outer": "outer states", "framework": "runtime",
 }  # fmt: skip
 
@@ -39,7 +39,7 @@ def rests_on(setting: Setting) -> str:
 
 
 def mfu(setting: Setting, seconds: float) -> float:
-    """Model FLOPs utilisation, attention's whole square counted, recomputation not (arXiv 2204.02311, appendix B)."""
+    """Model FLOPs utilisation, attention's full square counted, recomputation not (arXiv 2204.02311, appendix B)."""
     assert setting.cluster.device.peak_flops_per_s
     flops = setting.spec.model_flops_per_token(setting.tokens) * setting.tokens * setting.sequences
     return flops / seconds / setting.cluster.ranks / setting.cluster.device.peak_flops_per_s

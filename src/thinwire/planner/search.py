@@ -1,7 +1,7 @@
 """Branch and bound: cores in the order of their lower bounds, partitions only of those that may still win.
 
 A core's lower bound is its step without any communication of the data axis; a partition's is also that no link can carry
-its bytes in less time. States cut over everything are the lower bound of memory. Nothing that could be among the best
+its bytes in less time. States sharded over everything are the lower bound of memory. Nothing that could be among the best
 `keep` is ever left out; a test compares with plain enumeration.
 """
 
@@ -80,7 +80,7 @@ def search(setting: Setting, space: Space, *, keep: int = 20) -> SearchResult:
     waiting = sorted(_bounded(setting, space, found), key=lambda item: item[0])
     if not waiting:
         raise PlanError(_nothing_divides(setting, space))
-    cuts = _Cuts(setting, space, found, keep)
+    tried = _Partitions(setting, space, found, keep)
     too_large: list[tuple[Candidate, Axes]] = []
     for least, candidate, axes, passes in waiting:
         limit = found.limit(keep)
@@ -90,8 +90,8 @@ def search(setting: Setting, space: Space, *, keep: int = 20) -> SearchResult:
             too_large.append((candidate, axes))
             continue
         core = core_of(setting, candidate, axes, passes)
-        if cuts.least_traffic(candidate, axes, core) < limit:
-            cuts.expand(candidate, axes, core)
+        if tried.least_traffic(candidate, axes, core) < limit:
+            tried.expand(candidate, axes, core)
     if not found.best:
         found.closest = _closest(setting, too_large)
     return found
@@ -126,7 +126,8 @@ def _place(setting: Setting, candidate: Candidate) -> Axes | None:
 
 
 def _sparsest(candidate: Candidate, axes: Axes) -> list[Candidate]:
-    """Cuts of which one needs least memory: everything cut, or parameters and gradients whole (no units besides)."""
+    """Partitions of which one needs least memory: everything sharded, or parameters and gradients unsharded (no units
+    besides)."""
     outermost = max((hop.level for hop in axes.states), default=-1)
     return [replace(candidate, depths=(lp, lp, outermost)) for lp in (outermost, -1)]
 
@@ -146,8 +147,9 @@ def _closest(setting: Setting, too_large: list[tuple[Candidate, Axes]]) -> Ranke
     return Ranked(candidate, axes, step_time(setting, candidate, axes), peak_memory(setting, candidate, axes))
 
 
-class _Cuts:
-    """Cuts and codecs of one core after another. What a cut's units send is counted once, however many cores have it."""
+class _Partitions:
+    """Partitions and codecs of one core after another. What the units of one send is counted once, however many cores have
+    it."""
 
     def __init__(self, setting: Setting, space: Space, found: SearchResult, keep: int) -> None:
         self._setting, self._space, self._found, self._keep = setting, space, found, keep
@@ -156,8 +158,8 @@ class _Cuts:
     def least_traffic(self, candidate: Candidate, axes: Axes, core: Core) -> float:
         """No partition sends less than one reduction and one gather at every level, under the smallest codec there is."""
         outermost = max((hop.level for hop in axes.states), default=-1)
-        cut = replace(candidate, depths=(-1, -1, outermost))
-        every = [cut, *coded(self._setting, self._space, cut, axes)]
+        partition = replace(candidate, depths=(-1, -1, outermost))
+        every = [partition, *coded(self._setting, self._space, partition, axes)]
         return min(self._least_on_links(each, axes, core) for each in every)
 
     def expand(self, core_candidate: Candidate, axes: Axes, core: Core) -> None:
@@ -178,10 +180,10 @@ class _Cuts:
             limit = found.limit(keep)
             if least >= limit:
                 break
-            cut = (candidate.depths, candidate.keep_gathered)
-            if cut not in memories:
-                memories[cut] = peak_memory(setting, candidate, axes)
-            memory = memories[cut]
+            partition = (candidate.depths, candidate.keep_gathered)
+            if partition not in memories:
+                memories[partition] = peak_memory(setting, candidate, axes)
+            memory = memories[partition]
             if not memory.fits(capacity):
                 continue
             time = step_time(setting, candidate, axes, core)
@@ -214,8 +216,8 @@ class _Cuts:
         return max(max((seconds for _, seconds in sent), default=0.0), core.least_s + ends)
 
     def _moves_of(self, elements: float, candidate: Candidate, axes: Axes) -> UnitMoves:
-        cut = (candidate.depths, candidate.keep_gathered, candidate.weights, candidate.grads)
-        key = (elements, axes.states, *cut)
+        partition = (candidate.depths, candidate.keep_gathered, candidate.weights, candidate.grads)
+        key = (elements, axes.states, *partition)
         if key not in self._moves:
             self._moves[key] = unit_moves(elements, self._setting, candidate, axes.states)
         return self._moves[key]

@@ -1,6 +1,6 @@
 """Outer synchronisation: what a round sends, how long the groups stall for it, and what rate would hide it.
 
-DiLoCo (arXiv 2311.08105) sends the whole pseudo-gradient once in H steps; Streaming DiLoCo (2501.18512) one of F
+DiLoCo (arXiv 2311.08105) sends the full pseudo-gradient once in H steps; Streaming DiLoCo (2501.18512) one of F
 fragments every H / F steps, behind the next `overlap_steps` steps. An all-reduce among M groups moves 2 (M - 1) / M of a
 fragment through each group's link.
 """

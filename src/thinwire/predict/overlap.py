@@ -28,9 +28,9 @@ class UnitMoves:
     """
 
     gather: Chain = ()
-    """Weights become whole: each micro-batch, outermost hop first."""
+    """Weights are gathered: each micro-batch, outermost hop first."""
     again: Chain = ()
-    """The same in backward; none if the unit stays whole from forward on."""
+    """The same in backward; none if the unit stays unsharded from forward on."""
     reduce_each: Chain = ()
     """Gradients of a micro-batch reach their level."""
     reduce_last: Chain = ()

@@ -20,7 +20,7 @@ from thinwire.predict.pipeline import (
     parameters_of,
     pipeline_time,
 )
-from thinwire.predict.placement import Axes, cuts, touch_s
+from thinwire.predict.placement import Axes, shard_counts, touch_s
 from thinwire.predict.sent import unit_moves
 
 OPTIMIZER_BYTES = 30.0
@@ -156,9 +156,9 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
             micro_batches=core.micro_batches,
             slowdown=setting.calibration.overlap_slowdown,
         )
-        whole = held["block"] * counted.kind.blocks + held.get("embedding", 0.0) + held.get("head", 0.0)
+        full = held["block"] * counted.kind.blocks + held.get("embedding", 0.0) + held.get("head", 0.0)
         passes = pass_causes(counted.kind, core.block, core.embedding, core.head)
-        found.append(StageWork(counted, passes, units, steady, whole / cuts(candidate, axes.states)[2]))
+        found.append(StageWork(counted, passes, units, steady, full / shard_counts(candidate, axes.states)[2]))
     return tuple(found)
 
 
@@ -239,7 +239,7 @@ def _named(
 
 
 def pass_causes(kind: StageKind, block: Passes, embedding: Passes, head: Passes) -> Passes:
-    """Forward and backward of a whole stage for one micro-batch, communication of the data axis left out."""
+    """Forward and backward of a stage for one micro-batch, communication of the data axis left out."""
     forward, backward = Causes(), Causes()
     forward, backward = forward.plus(block.forward, kind.blocks), backward.plus(block.backward, kind.blocks)
     if kind.first:

@@ -220,7 +220,7 @@ def course_of_a_step(run: Run, predicted: Predicted | str) -> Figure | None:
 
 
 def last_step(spans: Iterable[Span]) -> list[Span]:
-    """The latest recorded step's spans, cut to it; times count from its beginning."""
+    """The latest recorded step's spans, clipped to it; times count from its beginning."""
     known = list(spans)
     steps = [span for span in known if span.lane == STEPS]
     if not steps:

@@ -197,11 +197,11 @@ def _beside(told: float | None, measured: float, show: Callable[[float], str]) -
 
 
 def _plan(run: Run, predicted: Predicted | str) -> str:
-    plan, cut = run.plan, run.plan.partition
+    plan, partition = run.plan, run.plan.partition
     rows = [
-        ["parameters are cut over", cut.params],
-        ["gradients are cut over", cut.grads],
-        ["optimizer states are cut over", cut.optimizer],
+        ["parameters are sharded over", partition.params],
+        ["gradients are sharded over", partition.grads],
+        ["optimizer states are sharded over", partition.optimizer],
         [
             "weights travel as",
             ", ".join(f"{level}: {codec}" for level, codec in plan.wire.weights.items()) or "they are",
