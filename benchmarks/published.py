@@ -15,7 +15,7 @@ from thinwire.cluster.hardware import device_preset
 from thinwire.model.presets import preset
 from thinwire.model.spec import ModelSpec
 from thinwire.predict.candidate import Candidate, CandidateSync, Framework, Setting
-from thinwire.predict.outer_cost import fragment_bytes, utilisation
+from thinwire.predict.outer_cost import fragment_bytes
 
 FOLDER = Path(__file__).parent / "validation"
 GBIT = 1e9 / 8
@@ -42,7 +42,7 @@ TORCHTITAN = Framework(
     "torchtitan, 2024",
     fused_elementwise=True,
     logits_bytes=14.0,
-    cut_logits_bytes=18.0,
+    split_logits_bytes=18.0,
     casts_on_gather=True,
     keeps_gathered_inputs=True,
 )
@@ -241,13 +241,13 @@ def layered_stall_s(
 ) -> float:
     """Stall of one round when every layer travels by itself, as in the simulation of arXiv 2501.18512, section 4.
 
-    A layer of `sent` sets out when its backward ends, they share one lane, and each is needed when its own forward begins
+    A layer of `sent` sets out when its backward ends, they share one stream, and each is needed when its own forward begins
     `overlap_steps` steps later than the next. Data parallelism is the case of all layers in every step.
     """
     forward, backward = step_s * forward_share / layers, step_s * (1 - forward_share) / layers
-    lane, arrive = 0.0, {}
+    stream, arrive = 0.0, {}
     for layer in sorted(sent, reverse=True):
-        lane = arrive[layer] = max(lane, (layers - layer) * backward) + layer_travel_s
+        stream = arrive[layer] = max(stream, (layers - layer) * backward) + layer_travel_s
     start = now = layers * backward + overlap_steps * step_s
     for layer in range(layers):
         now = max(now, arrive.get(layer, 0.0)) + forward
@@ -269,10 +269,24 @@ def layered_rate(
             )
             for sent in fragments
         ]
-        return utilisation(step_s=step_s, inner_steps=plain.inner_steps, stall=sum(stalls))
+        computing = plain.inner_steps * step_s
+        return computing / (computing + sum(stalls))
 
     low, high = 1.0, 1e15
     while high / low > 1.0001:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if share(middle) >= wanted else (middle, high)
     return high
+
+
+def hardware_flops_per_token(spec: ModelSpec, tokens: int, *, recompute: str) -> float:
+    """FLOPs really done per token: the numerator of HFU (Korthikanti et al., arXiv 2205.05198, section 5).
+
+    Full recompute repeats each block's forward (not the head); selective repeats the attention core.
+    """
+    model, forward = spec.model_flops_per_token(tokens), spec.forward_flops_per_token(tokens)
+    if recompute == "full":
+        return model + forward - 2.0 * spec.vocab_size * spec.hidden
+    if recompute == "selective":
+        return model + forward - 2.0 * spec.matmul_parameters
+    return model

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import published
 from calibration_fit import FITTED, fit, predict
-from published import INTERNEVO, Row, layered_rate
+from published import INTERNEVO, Row, hardware_flops_per_token, layered_rate
 
 from thinwire.cluster.cluster import Calibration, Cluster
 from thinwire.cluster.hardware import calibration_of
@@ -52,7 +52,7 @@ def score(rows: Sequence[Row], predictor: Predictor) -> Score:
 def hardware_flops(row: Row) -> float:
     """FLOPs of a step, recomputation counted."""
     given = row.measured.setting
-    each = given.spec.hardware_flops_per_token(given.tokens, recompute=row.measured.candidate.recompute)
+    each = hardware_flops_per_token(given.spec, given.tokens, recompute=row.measured.candidate.recompute)
     return each * given.tokens * given.sequences
 
 

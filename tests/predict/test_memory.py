@@ -68,7 +68,7 @@ def _per_logit(world: World, cut: bool) -> float:
 def test_the_loss_holds_as_many_bytes_a_logit_as_is_counted(cut: bool, expected: float) -> None:
     """torchtitan's figures have 2 more: its log reports what is reserved, and bf16 logits leave a block too small."""
     assert run_world(2 if cut else 1, _per_logit, cut) == pytest.approx([expected] * (2 if cut else 1), rel=0.03)
-    reported = TORCHTITAN.cut_logits_bytes if cut else TORCHTITAN.logits_bytes
+    reported = TORCHTITAN.split_logits_bytes if cut else TORCHTITAN.logits_bytes
     assert reported == expected + 2
     assert THINWIRE.logits_bytes == 12.0
 

@@ -28,7 +28,7 @@ _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 _VERBS = {
     "train": "Train what a run file describes; resumes a run that was stopped or killed.",
     "plan": "Find the fastest plan for a model on a cluster, and explain it.",
-    "simulate": "Play one step of a plan through: timeline, trace file, slow ranks, failures.",
+    "simulate": "Simulate one step of a plan: timeline, trace file, slow ranks, failures.",
     "probe": "Measure this cluster: matmuls, memory, every level's links; writes a cluster file for planning.",
     "report": "One page about runs: loss, step time, bytes and memory, predicted beside measured.",
     "data": "Prepare token files from text, and look at them.",

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from thinwire.cluster.cluster import Cluster
+from thinwire.cluster.cluster import Cluster, show_levels
 from thinwire.errors import ConfigError
 from thinwire.lab.config import LabConfig, read_lab
 from thinwire.lab.host import find, remove
@@ -63,7 +63,7 @@ def check_levels(cluster: Cluster, config: LabConfig) -> None:
         edges["site"] = config.hosts_per_site * config.ranks_per_host
     if cluster.ranks == config.ranks and all(edge in ends for edge in edges.values()):
         return
-    levels = " x ".join(f"{level.name}={level.fanout}" for level in cluster.levels)
+    levels = show_levels(cluster.shape)
     inner = [config.ranks_per_host, config.hosts_per_site or config.hosts]
     fitting = [*inner, config.sites] if config.sites else inner
     named = ", ".join(

@@ -43,7 +43,7 @@ def run(
     ] = None,
     runnable: Annotated[bool, typer.Option(help="Only plans that `thinwire train` runs today.")] = False,
     codecs: Annotated[str, typer.Option(help="Codecs between nodes: none, bf16 or all.")] = "all",
-    outer: Annotated[str, typer.Option(help="Groups that agree rarely: auto, never or always.")] = "auto",
+    outer: Annotated[str, typer.Option(help="Groups that synchronise rarely: auto, never or always.")] = "auto",
     sensitivity: Annotated[bool, typer.Option(help="Also: at which link rates another plan is best. Slower.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
     out: Annotated[

@@ -1,4 +1,4 @@
-"""`thinwire simulate RUN.toml`: one step of a plan played through with an event queue, as a timeline and as a trace file."""
+"""`thinwire simulate RUN.toml`: one step of a plan, simulated with an event queue, as a timeline and as a trace file."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ from thinwire.planner.search import Ranked
 from thinwire.planner.space import Space, show_axes, show_states
 from thinwire.planner.whynot import check, parse
 from thinwire.predict.candidate import Setting
-from thinwire.predict.perturbation import Trouble, default_failures, goodput, run_with_failures
+from thinwire.predict.perturbation import Perturbation, default_failures, goodput, run_with_failures
 from thinwire.predict.simulate import Simulated, simulate_step
 from thinwire.units import show_seconds
 
@@ -43,7 +43,7 @@ def run(
     jitter: Annotated[float, typer.Option(min=0, max=1, help="Spread of compute times, 0.05 is five percent.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of jitter and failures.")] = 0,
     mtbf_hours: Annotated[
-        float | None, typer.Option(max=1e6, help="Mean hours between failures of one rank: plays a long run too.")
+        float | None, typer.Option(max=1e6, help="Mean hours between failures of one rank: simulates a long run too.")
     ] = None,
     width: Annotated[int, typer.Option(min=20, max=400, help="Columns of the timeline.")] = 100,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing.")] = None,
@@ -56,8 +56,8 @@ def run(
     found = task(run_file, settings or [])
     tell_notes(found)
     ranked = _ranked(found.setting, space_of(found, runnable=runnable, codecs=codecs), plan)
-    trouble = _trouble(found.setting, ranked, slow_rank or [], slow_level or [], jitter, seed)
-    simulated = simulate_step(found.setting, ranked.candidate, ranked.axes, trouble)
+    perturbation = _perturbation(found.setting, ranked, slow_rank or [], slow_level or [], jitter, seed)
+    simulated = simulate_step(found.setting, ranked.candidate, ranked.axes, perturbation)
     if trace is not None:
         write_trace(simulated, trace)
     if as_json:
@@ -77,9 +77,9 @@ def _ranked(setting: Setting, space: Space, plan: str | None) -> Ranked:
     return choose(setting, space, keep=1, outer="never").best
 
 
-def _trouble(
+def _perturbation(
     setting: Setting, ranked: Ranked, ranks: list[str], levels: list[str], jitter: float, seed: int
-) -> Trouble:
+) -> Perturbation:
     candidate = ranked.candidate
     slow_ranks = {}
     for text in ranks:
@@ -92,7 +92,7 @@ def _trouble(
         name, _, factor_text = text.partition(":")
         (factor,) = _numbers(factor_text, 1, "--slow-level", "LEVEL:FACTOR, for example node:2")
         slow_levels[setting.cluster.index(name)] = factor
-    return Trouble(slow_ranks, slow_levels, jitter, seed)
+    return Perturbation(slow_ranks, slow_levels, jitter, seed)
 
 
 def _within(what: str, number: float, count: int) -> None:
@@ -126,8 +126,8 @@ def _print(simulated: Simulated, ranked: Ranked, setting: Setting, width: int) -
     typer.echo(f"{show_axes(chosen, setting)}, micro-batch {chosen.micro_batch}, {show_states(chosen, setting)}")
     closed = ranked.time.total
     typer.echo(
-        f"one step played: {show_seconds(simulated.step_s)} ({simulated.events} events); closed form without trouble "
-        f"{show_seconds(closed)} ({simulated.step_s / closed - 1:+.2%})"
+        f"one step simulated: {show_seconds(simulated.step_s)} ({simulated.events} events); closed form without "
+        f"perturbations {show_seconds(closed)} ({simulated.step_s / closed - 1:+.2%})"
     )
     typer.echo("\n".join(timeline(simulated, width=width)))
 
@@ -140,11 +140,11 @@ def _print_failures(simulated: Simulated, setting: Setting, mtbf_hours: float, s
     ranks = setting.cluster.ranks
     best = goodput(failures, ranks)
     steps = max(100, round(200 * best.mtbf_s / simulated.step_s))
-    played = run_with_failures(simulated.step_s, steps, failures, ranks, seed=seed)
+    long_run = run_with_failures(simulated.step_s, steps, failures, ranks, seed=seed)
     typer.echo(
         f"a failure every {show_seconds(best.mtbf_s)}; checkpoints of {show_seconds(failures.checkpoint_s)} every "
         f"{show_seconds(best.interval_s)}, restarts of {show_seconds(failures.restart_s)}: {best.share:.1%} of the time is "
-        f"progress, {played.goodput:.1%} in a played run of {steps} steps with {played.failures} failures"
+        f"progress, {long_run.goodput:.1%} in a simulated run of {steps} steps with {long_run.failures} failures"
     )
 
 
@@ -157,23 +157,23 @@ _SIGNS = {"forward": "F", "backward": "B", "optimizer": "O", "gather": "g", "red
 
 
 def timeline(simulated: Simulated, *, width: int = 100, rows: int = 24) -> list[str]:
-    """A line for each lane that was used: the sign of what filled most of each column, or a dot."""
+    """A line for each stream that was used: the sign of what filled most of each column, or a dot."""
     end = max((span.end_s for span in simulated.spans), default=0.0)
     if end == 0:
         return []
-    by_lane: dict[tuple[int, str], list[Span]] = {}
+    by_stream: dict[tuple[int, str], list[Span]] = {}
     for span in simulated.spans:
-        by_lane.setdefault((span.rank, span.lane), []).append(span)
+        by_stream.setdefault((span.rank, span.lane), []).append(span)
     names = {
         key: f"{simulated.ranks[key[0]]} {key[1]}"
-        for key in sorted(by_lane, key=lambda key: (key[0], key[1] != "compute"))
+        for key in sorted(by_stream, key=lambda key: (key[0], key[1] != "compute"))
     }
-    drawn = {key: _row(by_lane[key], end, width) for key in names}
+    drawn = {key: _row(by_stream[key], end, width) for key in names}
     used = [key for key in names if drawn[key].strip(".")]
     indent = max(len(names[key]) for key in used)
     lines = [f"{names[key]:<{indent}} |{drawn[key]}|" for key in used[:rows]]
     if len(used) > rows:
-        lines.append(f"({len(used) - rows} more lanes)")
+        lines.append(f"({len(used) - rows} more streams)")
     return [
         *lines,
         "F forward  B backward  O optimizer  g gather  r reduce  w new weights  s send between stages  . idle",

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from thinwire.cli import SET
-from thinwire.cluster.cluster import Cluster, check_size
+from thinwire.cluster.cluster import Cluster, check_size, show_levels
 from thinwire.cluster.found import check_ranks, described, found_gpus
 from thinwire.cluster.hardware import calibration_of
 from thinwire.comm.interfaces import addresses, asked
@@ -144,7 +144,7 @@ def _tell_device(cluster: Cluster, ranks: int) -> None:
 
 def _greet(job: Job, opened: Opened) -> None:
     resuming = opened.resuming
-    levels = " x ".join(f"{level.name}={level.fanout}" for level in job.cluster.levels)
+    levels = show_levels(job.cluster.shape)
     typer.echo(
         f"{'going on with' if resuming else 'starting'} {job.folder}: {show_count(job.spec.parameters)} parameters, "
         f"{levels} = {job.cluster.ranks} ranks, {job.config.batch.sequences} x {job.config.batch.tokens} tokens a step "
@@ -173,7 +173,7 @@ def _any(plan: Plan) -> str:
     levels = plan.levels_in_group
     ways = ["a smaller batch.micro_batch"] if plan.micro_batch > 1 else []
     ways += ["plan.recompute = 'full'"] if plan.recompute != "full" else []
-    ways += ["a partition cut further (zero2, zero3)"] if levels and min(plan.depths) < levels - 1 else []
+    ways += ["a partition sharded further (zero2, zero3)"] if levels and min(plan.depths) < levels - 1 else []
     return f"{' or '.join(ways)} needs less" if ways else "take more ranks, or shorter batch.tokens"
 
 
@@ -183,11 +183,11 @@ def milder(plan: Plan) -> Iterator[tuple[str, Plan]]:
     for name in ("zero1", "zero2", "zero3"):
         levels = plan.level_names if plan.sync is None else plan.level_names[: plan.levels_in_group]
         partition, _ = resolve_partition(name, levels)
-        cut = plan.model_copy(update={"partition": partition})
-        if any(new > old for new, old in zip(cut.depths, plan.depths, strict=True)):
-            partitions.append((f"plan.partition = '{name}'", cut))
+        sharded = plan.model_copy(update={"partition": partition})
+        if any(new > old for new, old in zip(sharded.depths, plan.depths, strict=True)):
+            partitions.append((f"plan.partition = '{name}'", sharded))
     sizes = [size for size in range(plan.micro_batch, 0, -1) if share % size == 0]
-    for named, cut in partitions:
+    for named, sharded in partitions:
         for recompute in dict.fromkeys((plan.recompute, "full")):
             for size in sizes:
                 words = [f"batch.micro_batch = {size}"] if size != plan.micro_batch else []
@@ -195,7 +195,7 @@ def milder(plan: Plan) -> Iterator[tuple[str, Plan]]:
                 words += [named] if named else []
                 if words:
                     changed = {"micro_batch": size, "accumulate": share // size, "recompute": recompute}
-                    yield " with ".join(words), cut.model_copy(update=changed)
+                    yield " with ".join(words), sharded.model_copy(update=changed)
 
 
 def predicted_bytes(job: Job, spec: ModelSpec, plan: Plan) -> float:

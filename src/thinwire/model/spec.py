@@ -148,21 +148,6 @@ class ModelSpec(Frozen):
         """FLOPs of forward and backward per token, recomputation not counted: the numerator of MFU. Three forwards."""
         return 3.0 * self.forward_flops_per_token(tokens, causal=causal)
 
-    def hardware_flops_per_token(
-        self, tokens: int, *, recompute: Literal["none", "selective", "full"], causal: bool = False
-    ) -> float:
-        """FLOPs really done per token: the numerator of HFU (Korthikanti et al., arXiv 2205.05198, section 5).
-
-        Full recompute repeats each block's forward (not the head); selective repeats the attention core.
-        """
-        model = self.model_flops_per_token(tokens, causal=causal)
-        forward = self.forward_flops_per_token(tokens, causal=causal)
-        if recompute == "full":
-            return model + forward - 2.0 * self.vocab_size * self.hidden
-        if recompute == "selective":
-            return model + forward - 2.0 * self.matmul_parameters
-        return model
-
 
 CPU_CHUNK, CHUNK = (128, 2**17), (4096, 2**27)
 """Of the loss: the fewest tokens of a chunk, and the logits that it has where a small vocabulary lets more tokens in.

@@ -1,7 +1,8 @@
-"""`[plan.sync]`: how worker groups that cannot exchange gradients every step agree now and then.
+"""`[plan.sync]`: how replicas that cannot exchange gradients every step synchronise once a round (DiLoCo).
 
-Groups inside `level` agree every step, as the partition says; across `level` they agree once a round. `SyncConfig` is
-what a user writes, `Sync` what it resolves to: every decision spelled out, one space for all kinds. No torch.
+Groups inside `level` synchronise every step, as the partition says; across `level` they synchronise once a round.
+`SyncConfig` is what a user writes, `Sync` what it resolves to: every decision spelled out, one space for all kinds. No
+torch.
 
 What the kinds of `[plan.sync]` set unless the user does, and defaults that depend on the number of groups. No torch.
 """
@@ -61,7 +62,7 @@ class SyncConfig(Frozen):
 
     kind: Kind = "diloco"
     level: str | None = None
-    """Groups inside it agree every step, across it and the levels outside it once a round. Default: the outermost."""
+    """Groups inside it synchronise every step, across it and the levels outside it once a round. Default: the outermost."""
     sum_inside: str | None = None
     """The groups inside a member of this level add up what they changed, uncoded, before one sum of them travels farther."""
     inner_steps: int = Field(default=30, ge=1, le=10**6)

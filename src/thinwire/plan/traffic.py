@@ -1,4 +1,4 @@
-"""Bytes that a rank sends per optimizer step, by level and purpose, from the cut alone. Pure, no torch.
+"""Bytes that a rank sends per optimizer step, by level and purpose, from the partition alone. Pure, no torch.
 
 With s the fanout of a level, S the product of the fanouts up to it and N elements (padding included), an all-gather or
 a reduce-scatter of the level sends b N (s-1)/S bytes from each rank, b bytes an element on the wire. Per step:
@@ -42,7 +42,7 @@ WireBytes = Callable[[int], int]
 
 @dataclass(frozen=True)
 class Flow:
-    """One flat buffer: its size, how its states are cut, and how often it is gathered in a step."""
+    """One flat buffer: its size, how its states are sharded, and how often it is gathered in a step."""
 
     numel: int
     lp: int

@@ -1,7 +1,7 @@
 """The planner's whole answer: the best plans, and outer synchronisation where every step is too often.
 
-Groups that agree rarely train differently, so speed alone never chooses them: they are offered beside the best plan that
-agrees every step, when that one computes for less than half of its time (or when the user asks). `plan_for` and
+Groups that synchronise rarely train differently, so speed alone never chooses them: they are offered beside the best plan
+that synchronises every step, when that one computes for less than half of its time (or when the user asks). `plan_for` and
 `simulate_plan` ask from one's own Python, without files. No torch.
 """
 
@@ -19,16 +19,16 @@ from thinwire.planner.search import Ranked, SearchResult, search
 from thinwire.planner.space import Codecs, Space, show_axes, show_states
 from thinwire.predict.candidate import Candidate, CandidateSync, Setting
 from thinwire.predict.outer_cost import outer_round
-from thinwire.predict.perturbation import Trouble
+from thinwire.predict.perturbation import Perturbation
 from thinwire.predict.placement import check_device, place
 from thinwire.predict.simulate import Simulated, simulate_step, step_s
 
 Outer = Literal["auto", "never", "always"]
 BUSY_ENOUGH = 0.5
-"""Share of compute under which agreeing every step is called too often."""
+"""Share of compute under which synchronising every step is called too often."""
 FINALISTS = 5
-PLAYED_UNITS = 60_000
-"""Micro-batches times blocks, over all finalists, up to which they are played through: about a second."""
+MOST_UNITS = 60_000
+"""Micro-batches times blocks, over all finalists, up to which they are simulated: about a second."""
 STALL_ALLOWED = 0.05
 INTERVALS = (16, 32, 64, 128, 256, 512)
 
@@ -61,23 +61,23 @@ def choose(setting: Setting, space: Space, *, keep: int = 20, outer: Outer = "au
     rare = rarely(setting, space, keep) if possible and wanted else None
     for each in (found, rare):
         if each is not None:
-            each.best[:FINALISTS] = play(setting, each.best[:FINALISTS])
+            each.best[:FINALISTS] = simulate_finalists(setting, each.best[:FINALISTS])
     return Choice(found, rare)
 
 
-def play(setting: Setting, finalists: list[Ranked]) -> list[Ranked]:
+def simulate_finalists(setting: Setting, finalists: list[Ranked]) -> list[Ranked]:
     """Simulate the finalists and put them in the order that contention and the course of the pipeline give."""
     units = sum(ranked.candidate.accumulate(setting) * setting.spec.layers for ranked in finalists)
-    if units > PLAYED_UNITS:
+    if units > MOST_UNITS:
         return finalists
-    played = [replace(r, simulated_s=step_s(setting, r.candidate, r.axes)) for r in finalists]
-    return sorted(played, key=lambda ranked: ranked.step_s)
+    simulated = [replace(r, simulated_s=step_s(setting, r.candidate, r.axes)) for r in finalists]
+    return sorted(simulated, key=lambda ranked: ranked.step_s)
 
 
 def rarely(setting: Setting, space: Space, keep: int) -> SearchResult | None:
-    """Plans whose groups, the members of the outermost level, agree as often as costs at most a twentieth of the time.
+    """Plans whose groups, the members of the outermost level, synchronise as often as costs at most a twentieth of the time.
 
-    The steps inside a group do not depend on how often groups agree, so one search finds them and another one ranks.
+    The steps inside a group do not depend on how often groups synchronise, so one search finds them and another one ranks.
     """
     try:
         found = search(setting, replace(space, sync=_sync(setting, INTERVALS[-1])), keep=1)
@@ -116,10 +116,10 @@ def plan_for(
 
     `model` and `cluster` are what a preset's name stands for, or your own; a step has `sequences` of so many `tokens` over
     all ranks. `codecs` says what states may travel as outside the innermost level: as they are, in bf16, or any. With
-    `outer`, members of the outermost level may agree once in a while, which trains differently: always, or (auto) where
-    the best plan that agrees every step computes for less than half of its time. The default precision is bf16, on CPUs
-    fp32. Raises ConfigError for an unknown name or a missing figure of the cluster, PlanError with the smallest change that
-    would help if nothing fits.
+    `outer`, members of the outermost level may synchronise once in a while, which trains differently: always, or (auto)
+    where the best plan that synchronises every step computes for less than half of its time. The default precision is bf16,
+    on CPUs fp32. Raises ConfigError for an unknown name or a missing figure of the cluster, PlanError with the smallest
+    change that would help if nothing fits.
     """
     setting = _setting(model, cluster, sequences, tokens, compute_dtype)
     best = choose(setting, Space(runnable=True, codecs=codecs), keep=20, outer=outer).best
@@ -127,16 +127,14 @@ def plan_for(
 
 
 def simulate_plan(
-    model: ModelSpec | str, cluster: Cluster | str, plan: Plan, *, tokens: int, trouble: Trouble | None = None
+    model: ModelSpec | str, cluster: Cluster | str, plan: Plan, *, tokens: int, trouble: Perturbation | None = None
 ) -> Simulated:
-    """Play one step of `plan`: its seconds, a step's share of the stalls of rounds among them; what each lane did when.
+    """Simulate one step of `plan`: its seconds, a step's share of the rounds' stalls among them; what each stream did when.
 
     The batch is the plan's own. Raises PlanError if the plan is for other levels, ConfigError as `plan_for` does.
     """
     known = clusters.preset(cluster) if isinstance(cluster, str) else cluster
-    levels = tuple((level.name, level.fanout) for level in known.levels)
-    if plan.levels != levels:
-        raise PlanError(f"the plan is for levels {plan.levels}, the cluster has {levels}; make the plan anew")
+    plan.check_levels(known)
     sequences = plan.micro_batch * plan.accumulate * known.ranks
     setting = _setting(model, known, sequences, tokens, plan.compute_dtype)
     candidate = Candidate.of_plan(plan, setting.spec.layers)

@@ -1,6 +1,6 @@
 """What a link is worth: the rate at which another plan becomes the best, and the rate that keeps the devices busy.
 
-Flips are looked for by a whole search at each rate; between two rates with different answers the place is found by
+Flips are looked for by a full search at each rate; between two rates with different answers the place is found by
 halving. Utilisation is the share of a step that is compute. Schemes across the outermost level: the plan as it is,
 DiLoCo, and Streaming DiLoCo with and without e3m0.
 """
@@ -48,7 +48,7 @@ def with_rate(setting: Setting, level: int, bytes_per_s: float) -> Setting:
 
 
 def shape_of(candidate: Candidate) -> Shape:
-    """What makes two plans different to a reader: axes, recomputation and cut; not codecs or the micro-batch."""
+    """What makes two plans different to a reader: axes, recomputation and partition; not codecs or the micro-batch."""
     return candidate.tensor, candidate.context, candidate.pipeline, candidate.recompute, candidate.depths
 
 

@@ -152,10 +152,10 @@ def check(fields: Mapping[str, object], setting: Setting) -> None:
         ("context", ranks, f"the cluster's {ranks} ranks"),
         ("pipeline", ranks, f"the cluster's {ranks} ranks"),
     ]
-    for key, whole, what in rules:
+    for key, total, what in rules:
         value = fields.get(key)
-        if isinstance(value, int) and whole % value:
-            nearest = min(divisors(whole), key=lambda n: abs(n - value))
+        if isinstance(value, int) and total % value:
+            nearest = min(divisors(total), key=lambda n: abs(n - value))
             raise PlanError(f"{key}={value} does not divide {what}; the nearest that does is {key}={nearest}")
     pipeline = fields.get("pipeline", 1)
     assert isinstance(pipeline, int)

@@ -26,7 +26,7 @@ COMPUTE_BYTES: dict[str, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class Framework:
-    """Habits of a runtime. Bytes are per parameter."""
+    """What a runtime does, as far as costs depend on it. Bytes are per parameter."""
 
     name: str
     grad_bytes: float = 4.0
@@ -40,7 +40,7 @@ class Framework:
     dropout: bool = False
     """Masks of a block's two dropouts are kept."""
     sequence_parallel: bool = True
-    """Outside its matmuls a tensor-parallel block is cut along the sequence (arXiv 2205.05198)."""
+    """Outside its matmuls a tensor-parallel block is split along the sequence (arXiv 2205.05198)."""
     overlap_reduce: bool = True
     """Gradients are reduced behind backward."""
     overlap_refresh: bool = True
@@ -51,25 +51,25 @@ class Framework:
     """The next unit's weights are gathered behind this unit's compute."""
     fused_elementwise: bool = False
     """Chains of element-wise operations run as one kernel (torch.compile)."""
-    whole_table_grad: bool = False
-    """Each micro-batch makes the embedding's gradient as a whole table, not only the rows of its tokens."""
+    full_table_grad: bool = False
+    """Each micro-batch makes the embedding's gradient as a full table, not only the rows of its tokens."""
     tied_units: bool = False
-    """A tied table stays whole from forward to backward, and the final norm is then a unit of its own."""
+    """A tied table stays unsharded from forward to backward, and the final norm is then a unit of its own."""
     logits_bytes: float = 12.0
     """Per logit at the peak: fp32 log-softmax, the gradient that comes and the one that is made of it."""
     fused_loss: bool = False
     """Head and loss are one function over chunks of tokens, which makes the gradients in forward (`model/loss.py`)."""
-    cut_logits_bytes: float = 12.0
+    split_logits_bytes: float = 12.0
     """The same where tensor-parallel ranks each hold a part of the vocabulary."""
     casts_on_gather: bool = False
     """Weights in the compute precision exist only where they are gathered; sharded ones are the fp32 masters."""
     packed_qkv: bool = False
-    """Queries, keys and values are made in one buffer, which the values keep alive whole."""
+    """Queries, keys and values are made in one buffer, which the values keep alive in full."""
     keeps_gathered_inputs: bool = False
-    """Inputs that sequence parallelism gathers for a matmul are kept whole for backward, not gathered again."""
+    """Inputs that sequence parallelism gathers for a matmul are kept in full for backward, not gathered again."""
 
 
-THINWIRE = Framework("thinwire", whole_table_grad=True, tied_units=True, packed_qkv=True, fused_loss=True)
+THINWIRE = Framework("thinwire", full_table_grad=True, tied_units=True, packed_qkv=True, fused_loss=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class CandidateSync:
-    """Groups that agree once in `inner_steps` (DiLoCo, arXiv 2311.08105; Streaming DiLoCo, 2501.18512).
+    """Groups that synchronise once in `inner_steps` (DiLoCo, arXiv 2311.08105; Streaming DiLoCo, 2501.18512).
 
     The groups are the members of level `level` and of all levels outside it.
     """
@@ -179,7 +179,7 @@ _PLAIN = CodecOptions()
 
 @dataclass(frozen=True)
 class Candidate:
-    """Every decision. Depths (lp, lg, lo): -1 is a replica, else the index of the level up to which a state is cut."""
+    """Every decision. Depths (lp, lg, lo): -1 is a replica, else the index of the level up to which a state is sharded."""
 
     tensor: int = 1
     context: int = 1
@@ -251,7 +251,7 @@ class Candidate:
     def to_plan(self, setting: Setting) -> Plan:
         """The document that the trainer runs. Only for `runnable` candidates that divide the batch."""
         assert self.runnable and self.accumulate(setting) > 0
-        levels = tuple((level.name, level.fanout) for level in setting.cluster.levels)
+        levels = setting.cluster.shape
         return Plan(
             levels=levels,
             partition=self.partition(setting.cluster),

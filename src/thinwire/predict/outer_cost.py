@@ -1,6 +1,6 @@
 """Outer synchronisation: what a round sends, how long the groups stall for it, and what rate would hide it.
 
-DiLoCo (arXiv 2311.08105) sends the whole pseudo-gradient once in H steps; Streaming DiLoCo (2501.18512) one of F
+DiLoCo (arXiv 2311.08105) sends the full pseudo-gradient once in H steps; Streaming DiLoCo (2501.18512) one of F
 fragments every H / F steps, behind the next `overlap_steps` steps. An all-reduce among M groups moves 2 (M - 1) / M of a
 fragment through each group's link.
 """
@@ -67,11 +67,6 @@ def _inside_s(setting: Setting, sync: CandidateSync) -> float:
 def stall_s(travel_s: float, step_s: float, sync: CandidateSync) -> float:
     """Seconds the groups wait for a fragment."""
     return max(0.0, travel_s - sync.overlap_steps * step_s)
-
-
-def utilisation(*, step_s: float, inner_steps: float, stall: float) -> float:
-    """Share of the time that is compute when `inner_steps` steps are followed by a stall of `stall` seconds."""
-    return inner_steps * step_s / (inner_steps * step_s + stall)
 
 
 def rate_for_utilisation(

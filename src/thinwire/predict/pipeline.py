@@ -103,6 +103,6 @@ def in_flight(stage: int, stages: int, micro_batches: int, chunks: int) -> float
 
 def message_bytes(setting: Setting, candidate: Candidate) -> float:
     """What a rank sends to the next stage for one micro-batch; with sequence parallelism it has only its part of it."""
-    cut = candidate.tensor if setting.framework.sequence_parallel else 1
+    parts = candidate.tensor if setting.framework.sequence_parallel else 1
     tokens = candidate.micro_batch * setting.tokens / candidate.context
-    return tokens * setting.spec.hidden * setting.compute_bytes / cut
+    return tokens * setting.spec.hidden * setting.compute_bytes / parts

@@ -43,7 +43,7 @@ class Axes:
     pipeline: tuple[Hop, ...]
     groups: tuple[Hop, ...]
     states: tuple[Hop, ...] = ()
-    """Context and data together: ranks that hold the same parameters, over which states are cut and gradients summed."""
+    """Context and data together: ranks that hold the same parameters, over which states are sharded and gradients summed."""
 
 
 def place(candidate: Candidate, cluster: Cluster, calibration: Calibration) -> Axes:
@@ -163,8 +163,8 @@ def hop_depths(candidate: Candidate, hops: Sequence[Hop]) -> tuple[int, int, int
     return lp, lg, lo
 
 
-def cuts(candidate: Candidate, hops: tuple[Hop, ...]) -> tuple[int, int, int]:
-    """Into how many parts parameters, gradients and optimizer states are cut."""
+def shard_counts(candidate: Candidate, hops: tuple[Hop, ...]) -> tuple[int, int, int]:
+    """How many shards parameters, gradients and optimizer states have."""
     cumulative = [1]
     for hop in hops:
         cumulative.append(cumulative[-1] * hop.fanout)

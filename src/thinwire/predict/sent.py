@@ -55,7 +55,7 @@ def unit_bytes(
 ) -> dict[int, dict[str, int]]:
     """level -> purpose -> bytes one rank sends in a step for a unit of so many elements.
 
-    A `resident` unit stays whole from forward to backward because no single module spans its uses.
+    A `resident` unit stays unsharded from forward to backward because no single module spans its uses.
     """
     lp, lg, lo = hop_depths(candidate, hops)
     gathers = 0 if lp < 0 else 1 if candidate.keep_gathered else (1 if resident else 2) * accumulate
@@ -148,19 +148,19 @@ def _read_in_place(setting: Setting, candidate: Candidate, first: Hop, lg: int) 
     return uncoded and (lg >= 0 or candidate.accumulate(setting) == 1)
 
 
-def _coding(setting: Setting, codec: str | None, whole: int, hop: Hop, purpose: str) -> tuple[float, float]:
+def _coding(setting: Setting, codec: str | None, full: int, hop: Hop, purpose: str) -> tuple[float, float]:
     """(seconds beside the hop, seconds of the rank's own) for coding what it sends and decoding what all send.
 
-    A reduce-scatter codes all of its `whole` numbers, a gather its own share of them. Not measured: as long as touching
+    A reduce-scatter codes all of its `full` numbers, a gather its own share of them. Not measured: as long as touching
     their bytes takes, between the hops.
     """
     if not codec:
         return 0.0, 0.0
     known = setting.calibration.coding_s.get(codec.removeprefix("delta-"))
     if known is None:
-        return touch_s(CODING_BYTES * 2 * whole, setting), 0.0
-    coded = whole if purpose == G_REDUCE else whole / hop.fanout
-    return 0.0, known[0] * coded + known[1] * whole
+        return touch_s(CODING_BYTES * 2 * full, setting), 0.0
+    coded = full if purpose == G_REDUCE else full / hop.fanout
+    return 0.0, known[0] * coded + known[1] * full
 
 
 def _codec(codecs: Sequence[str | None], hop: Hop) -> str | None:
@@ -250,7 +250,7 @@ def data_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> dict[int, 
 
 
 def _units(setting: Setting, candidate: Candidate) -> Iterator[tuple[float, bool]]:
-    """(elements, whether it stays whole from forward to backward) of each unit."""
+    """(elements, whether it stays unsharded from forward to backward) of each unit."""
     tied = setting.spec.tied and candidate.pipeline == 1
     for name, elements in _named_units(setting, candidate):
         yield elements, tied and name == "embedding"
@@ -286,12 +286,12 @@ def _axes_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> Iterator[
         yield axes.context[-1].level, "context", tokens * width * rounds
 
 
-def _reduced(hops: tuple[Hop, ...], purpose: str, whole: float) -> Iterator[tuple[int, str, float]]:
-    """An all-reduce of `whole` bytes over hops: a reduce-scatter and its mirror."""
+def _reduced(hops: tuple[Hop, ...], purpose: str, full: float) -> Iterator[tuple[int, str, float]]:
+    """An all-reduce of `full` bytes over hops: a reduce-scatter and its mirror."""
     cumulative = 1
     for hop in hops:
         cumulative *= hop.fanout
-        yield hop.level, purpose, 2 * whole * (hop.fanout - 1) / cumulative
+        yield hop.level, purpose, 2 * full * (hop.fanout - 1) / cumulative
 
 
 def _add(found: Sent, level: str, purpose: str, count: float) -> None:

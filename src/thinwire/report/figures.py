@@ -1,6 +1,6 @@
 """Figures as plotly documents (traces and layout): pure functions of runs and predictions. Colours suit dark and light.
 
-One step of a run, lane by lane: what rank 0 did, and below it the same step as the simulator plays it.
+One step of a run, stream by stream: what rank 0 did, and below it the same step simulated.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -220,7 +220,7 @@ def course_of_a_step(run: Run, predicted: Predicted | str) -> Figure | None:
 
 
 def last_step(spans: Iterable[Span]) -> list[Span]:
-    """The latest recorded step's spans, cut to it; times count from its beginning."""
+    """The latest recorded step's spans, clipped to it; times count from its beginning."""
     known = list(spans)
     steps = [span for span in known if span.lane == STEPS]
     if not steps:
@@ -242,7 +242,7 @@ def last_step(spans: Iterable[Span]) -> list[Span]:
 
 
 def _rows(kind: str, spans: list[Span]) -> list[tuple[str, str, Span]]:
-    """(row, what, span), the compute lane first."""
+    """(row, what, span), the compute stream first."""
     ordered = sorted(spans, key=lambda span: (span.lane != COMPUTE, span.lane, span.start_s))
     return [(f"{kind}<br>{span.lane}", span.name.split()[0], span) for span in ordered]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from thinwire.cluster.cluster import Cluster
+from thinwire.cluster.cluster import Cluster, show_levels
 from thinwire.files.folders import write_asked
 from thinwire.report import figures
 from thinwire.report.figures import Figure, course_of_a_step
@@ -144,7 +144,7 @@ def _overview(run: Run) -> list[str]:
     return [
         run.name,
         show_count(run.start["parameters"]),
-        " x ".join(f"{level.name}={level.fanout}" for level in run.cluster.levels),
+        show_levels(run.cluster.shape),
         str(run.plan.partition),
         f"{last['step']:,}",
         show_count(run.along("tokens")[-1]),
@@ -197,11 +197,11 @@ def _beside(told: float | None, measured: float, show: Callable[[float], str]) -
 
 
 def _plan(run: Run, predicted: Predicted | str) -> str:
-    plan, cut = run.plan, run.plan.partition
+    plan, partition = run.plan, run.plan.partition
     rows = [
-        ["parameters are cut over", cut.params],
-        ["gradients are cut over", cut.grads],
-        ["optimizer states are cut over", cut.optimizer],
+        ["parameters are sharded over", partition.params],
+        ["gradients are sharded over", partition.grads],
+        ["optimizer states are sharded over", partition.optimizer],
         [
             "weights travel as",
             ", ".join(f"{level}: {codec}" for level, codec in plan.wire.weights.items()) or "they are",

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from thinwire.cluster.cluster import Cluster
+from thinwire.cluster.cluster import Cluster, show_levels
 from thinwire.cluster.hardware import calibration_of
 from thinwire.config import build, explain, read_document, read_toml
 from thinwire.data.config import DataConfig
@@ -211,7 +211,7 @@ class Predicted:
     advice: tuple[str, ...]
     """Lines: the best runnable plans for this model, batch and cluster."""
     spans: tuple[Span, ...]
-    """The step as the simulator plays it, on the rank that stands for all."""
+    """The simulated step, on the rank that stands for all."""
 
 
 def predict(run: Run, cluster: Cluster | None = None) -> Predicted | str:
@@ -233,9 +233,8 @@ def predict(run: Run, cluster: Cluster | None = None) -> Predicted | str:
 
 def setting_of(run: Run, cluster: Cluster) -> Setting:
     """What was given to the run. Raises ConfigError if it cannot be known, or if planning lacks a figure."""
-    if [(level.name, level.fanout) for level in cluster.levels] != [(n, k) for n, k in run.plan.levels]:
-        levels = " x ".join(f"{name}={fanout}" for name, fanout in run.plan.levels)
-        raise ConfigError(f"the cluster has other levels than the run {run.name} ({levels})")
+    if cluster.shape != run.plan.levels:
+        raise ConfigError(f"the cluster has other levels than the run {run.name} ({show_levels(run.plan.levels)})")
 
     check_device(cluster.device)
     tree = read_toml(run.folder / "run.toml")
