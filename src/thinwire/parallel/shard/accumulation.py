@@ -1,7 +1,7 @@
 """The gradient accumulation buffer of one flat buffer: at depth lg over micro-batches, at depth lo after a step's last one.
 
 The sums of every partition nest in the same order (inner level first, ranks in order): all partitions give the same bits.
-Chains are as in `thinwire.parallel.shard.flat`.
+`..._hops` are as in `thinwire.parallel.shard.flat`.
 
 A rank that nobody adds to needs no buffer in a step of one micro-batch: gradients stay where backward has left them.
 """
@@ -65,14 +65,15 @@ class GradAccumulation:
         return self._sharding.feedback_level if self.low_rank is None else self.low_rank.level
 
     def low_rank_at(self, step: int) -> LowRank | None:
-        """What sums the gradients of a step at the hop of low rank; the first steps' are summed whole."""
+        """What sums the gradients of a step at the hop of low rank; the first steps' are summed unsharded and
+        uncompressed."""
         begun = self._sharding.low_rank is not None and step >= self._sharding.low_rank.first_step
         return self.low_rank if begun else None
 
     # -- from backward into the sums -----------------------------------------------------------------------------------
 
     def _add_grads(self, first: bool) -> None:
-        """Add the parameters' gradients to the sums, which are whole; the first ones of a step begin them."""
+        """Add the parameters' gradients to the buffer, which is unsharded; the first ones of a step begin them."""
         for slot, grad in zip(self.spec.layout.slots, self._grads(), strict=True):
             total = self.buffer[slot.offset : slot.offset + slot.numel]
             if grad is not None:
@@ -127,7 +128,7 @@ class GradAccumulation:
         self._begun = self.complete = False
         self._left = {}
 
-    def finish_chain(self) -> Iterator[Handle]:
+    def finish_hops(self) -> Iterator[Handle]:
         """The sums on to depth lo after all, where no micro-batch was the last; and with what was set aside."""
         if not self._begun:
             return
@@ -142,7 +143,7 @@ class GradAccumulation:
 
     # -- from rank to rank ---------------------------------------------------------------------------------------------
 
-    def reduce_chain(self, *, last: bool, tag: int) -> Iterator[Handle]:
+    def reduce_hops(self, *, last: bool, tag: int) -> Iterator[Handle]:
         """This micro-batch's gradients into the sum at depth lg; after the last one on to depth lo, replicas included.
 
         All ranks mean the same `tag`. More may come after the last one: complete sums are then added to those that follow.
@@ -178,7 +179,7 @@ class GradAccumulation:
             (self.buffer.copy_ if first else self.buffer.add_)(_whole(part))
 
     def _sent_in_pieces(self) -> bool:
-        """Whether the first hop of whole sums takes gradients from where backward has left them."""
+        """Whether the first hop of unsharded sums takes gradients from where backward has left them."""
         spec = self.spec
         hop = next(iter(spec.levels(0, spec.outermost)), None)
         if hop is None or spec.world.neighbours(hop) is None or hop in self._sharding.grads:
@@ -251,7 +252,7 @@ class GradAccumulation:
 
     @property
     def reduced(self) -> Tensor:
-        """The summed gradient of this rank's masters; complete after the last micro-batch's chain has landed."""
+        """The summed gradient of this rank's masters; complete after the last micro-batch's last hop has landed."""
         if not self.complete:
             raise UseError(
                 "there are no gradients: run forward and backward inside engine.micro_batch() before the step"

@@ -7,7 +7,7 @@
     carried/weights/KEY/NAME       compressed weights themselves, where masters and a seed do not give them again
 
 A saved member's residual goes to the member of the same number, or, where there are fewer now, to G modulo their number:
-what was put in is still sent, whole. A Q of rows that are cut otherwise now is not looked for: the sums start afresh.
+what was put in is still sent, whole. A Q of rows that are sharded otherwise now is not looked for: the sums start afresh.
 So do compressed weights, from their masters, where KEY is another (`thinwire.parallel.shard.flat`).
 
 Nothing is saved of a buffer's padding: what it has of a residual stands for no parameter, and is dropped every step.

@@ -6,8 +6,9 @@ reduction starts behind the rest of backward. `finish_reduce` lands what is stil
 the new weights set out over the outer levels in forward order, and are awaited by their first use.
 
 All collectives are issued from the thread that runs forward and backward, in an order that is the same on all ranks:
-gathers in the order of use, reductions and refreshes in orders recorded on rank 0 in the first micro-batch. `timeline`
-has it, and ranks that gathered in different orders are told so (`thinwire.parallel.shard.order`).
+gathers in the order of use, reductions and all-gathers after a step in orders recorded on rank 0 in the first
+micro-batch. `timeline` has it, and ranks that gathered in different orders get a sentence
+(`thinwire.parallel.shard.order`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -47,7 +48,7 @@ from thinwire.plan.plan import Plan
 
 
 class Sharded(ShardedStates):
-    """A module whose states are cut as a plan says. Make it with `shard`."""
+    """A module whose states are sharded as a plan says. Make it with `shard`."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class Sharded(ShardedStates):
         )
         tags = Tags(world, [unit.label for unit in self.units])
         self._weights = Weights(self.units, world, tags, depth=plan.depths[0], note=self._note)
-        self._reductions = Reductions(self.units, world, tags, note=self._note, before=self._weights.land_refreshes)
+        self._reductions = Reductions(self.units, world, tags, note=self._note, before=self._weights.land_regathers)
         self._calls, self._backwards = CallOrder[Unit](), Backwards(self.units, self._backward_begins)
         self._saved, self._saving = SavedWeights(self._weights.use), list[Unit]()
         self._inside = False
@@ -223,7 +224,7 @@ class Sharded(ShardedStates):
     def _tell_without(self) -> None:
         if self._telling is not None:
             self._telling.land()
-        self._telling = Flight(self._no_gradients.chain())
+        self._telling = Flight(self._no_gradients.hops())
 
     def _give_up(self) -> None:
         """The body of a micro-batch has raised: its gradients are forgotten, and the step if they were in its sums."""
@@ -262,7 +263,7 @@ class Sharded(ShardedStates):
         """The masters have changed: send the new weights out, outermost level first, in forward order."""
         for grads in self._grads:
             grads.applied()
-        self._weights.refresh_all(exact=False)
+        self._weights.regather_all(exact=False)
         self.at_step(self._step + 1)
         self._begin_step()
 
@@ -286,7 +287,7 @@ class Sharded(ShardedStates):
         """
         for unit in self.units:
             carried.arrived(unit)
-        self._weights.refresh_all(exact=True)
+        self._weights.regather_all(exact=True)
         self.drain()
 
     @contextmanager
@@ -297,16 +298,16 @@ class Sharded(ShardedStates):
         """
         chosen = [self.units[index] for index in units]
         for unit in chosen:
-            self._weights.land_refresh(unit)
+            self._weights.land_regather(unit)
         yield
         for unit in chosen:
-            Flight(*(flat.spread_chain() for flat in unit.flats if flat.trained)).land()
-            self._weights.refresh(unit, exact=exact)
+            Flight(*(flat.broadcast_hops() for flat in unit.flats if flat.trained)).land()
+            self._weights.regather(unit, exact=exact)
 
     def drain(self) -> None:
         """Land everything in flight; call it before reading state or evaluating."""
         self._reductions.land()
-        self._weights.land_refreshes()
+        self._weights.land_regathers()
         self.world.settle()
         for unit in self.units:
             for flat in unit.flats:
@@ -363,7 +364,7 @@ class Sharded(ShardedStates):
 
     @contextmanager
     def full_parameters(self) -> Iterator[None]:
-        """Inside, every parameter of the module is whole, to be read, or written alike on all ranks.
+        """Inside, every parameter of the module is full, to be read, or written alike on all ranks.
 
         All ranks enter together. Inside another one it does nothing.
         """
@@ -400,7 +401,7 @@ def shard(
     *,
     initial: Initial | None = None,
 ) -> Sharded:
-    """Cut the states of `module` as `plan` says. Its weights must be equal on all ranks; it is changed in place.
+    """Shard the states of `module` as `plan` says. Its weights must be equal on all ranks; it is changed in place.
 
     `units` names submodules whose states move together; the default is every ModuleList entry, and each other child.
     Parameters on the meta device get the values that `initial(name)` makes, on any device, the same on all ranks: asked

@@ -1,6 +1,6 @@
 """The weights of one flat buffer, sharded at depth lp, their masters at lo, and the collectives that move them.
 
-A chain is a generator: it issues a collective, yields its handle, and goes on when that has arrived. The engine decides
+`..._hops` are generators: each issues a collective, yields its handle, and goes on when that has arrived. The engine decides
 when; this file decides what becomes of the weights, `accumulation` what becomes of the gradients. All numbers
 are those of `layout`: N elements unsharded, N / S_d at depth d.
 
@@ -154,7 +154,7 @@ class Flat:
         self._away = [kind.nothing(slot.shape, self._device) for slot in self.layout.slots]
         """What parameters are while their weights are not here: of the right shape, and not a number wherever read."""
         self.unsharded: Tensor | None = None
-        """The gathered weights, of which parameters are views; the weights themselves where they are not cut."""
+        """The gathered weights, of which parameters are views; the weights themselves where they are not sharded."""
         self._views: list[Tensor] = self._away
         if sharding.lp < 0:
             self._hold(self.weights)
@@ -166,7 +166,7 @@ class Flat:
 
     @property
     def gathered(self) -> bool:
-        """Whether the parameters are whole and can be used."""
+        """Whether the parameters are full and can be used."""
         return self.unsharded is not None
 
     def _hold(self, unsharded: Tensor) -> None:
@@ -174,8 +174,8 @@ class Flat:
         self._views = [self.kind.view(unsharded[s.offset : s.offset + s.numel], s.shape) for s in self.layout.slots]
         self._point(self._views)
 
-    def gather_chain(self, tag: int) -> Iterator[Handle]:
-        """Weights from depth lp to whole; the parameters are views of them afterwards. All ranks mean the same `tag`."""
+    def gather_hops(self, tag: int) -> Iterator[Handle]:
+        """Weights from depth lp to full; the parameters are views of them afterwards. All ranks mean the same `tag`."""
         if self.gathered:
             return
         spec, part = self.spec, self.weights
@@ -190,7 +190,7 @@ class Flat:
         self._hold(part)
 
     def release(self) -> None:
-        """Let go of the whole weights; the parameters cannot be used until they are gathered again.
+        """Let go of the full weights; the parameters cannot be used until they are gathered again.
 
         What was written into them (a forward that clamps its own weights) is taken over into the states first.
         """
@@ -201,7 +201,7 @@ class Flat:
         self._views = self._away
         self._point(self._away)
 
-    def refresh_chain(self, *, exact: bool = False) -> Iterator[Handle]:
+    def regather_hops(self, *, exact: bool = False) -> Iterator[Handle]:
         """Weights at depth lp from the masters at lo: after a step, or (`exact`) after other writes, a load for one.
 
         Exactly means uncoded, unless `received` is to bring back what was held before.
@@ -216,7 +216,7 @@ class Flat:
             there = held[spec.within(level - 1, self.sharding.lp)]
             if level in self.sharding.delta_levels and coded:
                 change = part - held[spec.within(level, self.sharding.lp)]
-                # In place at the last hop alone: the others' references are what is held before this refresh.
+                # In place at the last hop alone: the others' references are what is held before this all-gather.
                 part = there.to(part.dtype, copy=level != levels[0])
                 yield all_gather(part, change, world=spec.world, level=level, purpose=P_REFRESH, **coding, add=True)
             else:
@@ -228,8 +228,8 @@ class Flat:
             held.copy_(part)
         held[spec.padding(self.sharding.lp)] = 0.0  # what codecs that rotate blocks have left there
 
-    def spread_chain(self) -> Iterator[Handle]:
-        """This rank's share of the masters to the replicas of these masters, outermost level first."""
+    def broadcast_hops(self) -> Iterator[Handle]:
+        """This rank's owned range of the masters to the replicas of these masters, outermost level first."""
         spec = self.spec
         for level in reversed(spec.levels(self.sharding.lo + 1, spec.outermost)):
             part, out = (self.master[spec.within(depth, self.sharding.lo)] for depth in (level, level - 1))
@@ -267,7 +267,7 @@ class Flat:
         return found
 
     def absorb_edits(self) -> None:
-        """Take writes into whole parameters (load_state_dict, `p.data = x`, a clamp) over into the states made from them.
+        """Take writes into full parameters (load_state_dict, `p.data = x`, a clamp) over into the states made from them.
 
         Every rank makes the same ones. Raises UseError, naming the parameter, for one that was moved or converted.
         """

@@ -1,4 +1,4 @@
-"""Uses of a cut module that would give wrong numbers are refused, each with the way out.
+"""Uses of a sharded module that would give wrong numbers are refused, each with the way out.
 
 Parameters that no rank has a gradient for in a step: the optimizer leaves them alone, as it does where `.grad` is None.
 
@@ -25,7 +25,7 @@ _PLAIN = (str, bytes, bool, int, float, complex, Iterator, torch.dtype, torch.de
 
 
 def check_parameters(root: nn.Module) -> None:
-    """Before anything is cut: every parameter can be. Raises UseError naming the first that cannot."""
+    """Before anything is sharded: every parameter can be. Raises UseError naming the first that cannot."""
     for name, parameter in root.named_parameters():
         if is_lazy(parameter):
             raise UseError(f"{name} has no shape yet; run one forward before shard()")
@@ -118,9 +118,9 @@ class NoGradients:
         self._grads, self._world = grads, world
         self._names = [name for of_buffer in grads for name in of_buffer.parameters]
         self.names: frozenset[str] = frozenset()
-        """Parameters that nobody has a gradient for, once the latest chain has come to its end."""
+        """Parameters that nobody has a gradient for, once the latest exchange has come to its end."""
 
-    def chain(self) -> Iterator[Handle]:
+    def hops(self) -> Iterator[Handle]:
         """Tell all ranks, level by level, which gradients have come here so far in this step."""
         world = self._world
         came = _packed([came for of_buffer in self._grads for came in of_buffer.came])

@@ -1,9 +1,9 @@
 """Orders that all ranks must share: a collective pairs what each of them issues first, second, third.
 
 A rank whose forward skips a unit would take the weights of one unit for those of another, without a sound. What can be
-agreed on (reductions, refreshes) is agreed on; what follows the forward itself (gathers) is compared: over sockets and
-inside a host each gather says which one it is, and so does the end of a step; on accelerators the step's are compared at
-its end.
+agreed on (reductions, all-gathers after a step) is agreed on; what follows the forward itself (gathers) is compared:
+over sockets and inside a host each gather says which one it is, and so does the end of a step; on accelerators the
+step's are compared at its end.
 
 The course of a micro-batch: which units its forward called, and how far backward has come back through them.
 
@@ -58,7 +58,7 @@ class Tags:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Inside, ranks that are in different exchanges are told so in words: raises UseError, on all ranks in the end."""
+        """Inside, ranks that are in different exchanges get a sentence: raises UseError, on all ranks in the end."""
         try:
             yield
         except OtherExchangeError as error:
@@ -70,7 +70,7 @@ class Tags:
 
 
 class GatherOrder:
-    """What a rank gathers in a step, compared among the ranks that its weights are cut over.
+    """What a rank gathers in a step, compared among the ranks that its weights are sharded over.
 
     `depth` is that of the weights; levels of one member do not count.
     """

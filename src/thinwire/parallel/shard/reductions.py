@@ -68,10 +68,11 @@ class Reductions:
     def expect(self, counts: Sequence[int], *, nested: bool) -> None:
         """A backward begins, in which so many trained parameters of each unit will get a gradient.
 
-        Of a cut unit that expects none, whatever other ranks' graphs have of it: its turn comes when backward passes it, as
-        where gradients do come, so that ranks gather and reduce in one order; that of a resident one comes at once. What a
-        forward has hidden from autograd comes in `nested` backwards of recomputed forwards; who knows how many there are
-        of a unit that was hidden more than once, or that is recomputed piece by piece (reversible layers).
+        Of a sharded unit that expects none, whatever other ranks' graphs have of it: its turn comes when backward
+        passes it, as where gradients do come, so that ranks gather and reduce in one order; that of a resident one
+        comes at once. What a forward has hidden from autograd comes in `nested` backwards of recomputed forwards; who
+        knows how many there are of a unit that was hidden more than once, or that is recomputed piece by piece
+        (reversible layers).
         """
         for index, (unit, count) in enumerate(zip(self._units, counts, strict=True)):
             if nested and count and self._take_back(index):
@@ -153,7 +154,7 @@ class Reductions:
         """The sums are those of the step when this returns, whether or not a micro-batch said that it was the last."""
         self.land()
         for index in self._order or ():
-            Flight(*(grads.finish_chain() for grads in self._units[index].grads.values())).land()
+            Flight(*(grads.finish_hops() for grads in self._units[index].grads.values())).land()
         self._world.settle()
 
     def land(self) -> None:
@@ -177,7 +178,7 @@ class Reductions:
             self._note("reduce", unit)
             tag = self._tags.reduction(self._order[self._issued - 1], self._number)
             self._flights.append(
-                Flight(*(grads.reduce_chain(last=self._last, tag=tag) for grads in unit.grads.values()))
+                Flight(*(grads.reduce_hops(last=self._last, tag=tag) for grads in unit.grads.values()))
             )
             unit.summed = True
             unit.watch()
@@ -185,7 +186,7 @@ class Reductions:
             self._drop_landed()
 
     def _advance_older(self) -> None:
-        """Earlier reductions go on by a hop; the latest is let be on the slowest links, which shall never run dry."""
+        """Earlier reductions go on by a hop; the latest stays on the slowest links, which must never run dry."""
         self.leave_host()
         for flight in self._flights:
             if flight is self._left:

@@ -32,7 +32,7 @@ PLAIN: Coding = {"codec": IDENTITY, "seed": 0}
 
 @dataclass(frozen=True)
 class Draw:
-    """Which random numbers a chain draws: it is the `number`-th of its kind since `step` steps were taken."""
+    """Which random numbers a collective draws: it is the `number`-th of its kind since `step` steps were taken."""
 
     step: int
     number: int
@@ -53,7 +53,7 @@ class ShardSpec:
         self._draws: Counter[str] = Counter()
 
     def at(self, depth: int) -> Interval:
-        """The interval that this rank holds of a state that is cut at `depth`, -1 (whole) to the outermost level."""
+        """The interval that this rank holds of a state that is sharded at `depth`, -1 (unsharded) to the outermost level."""
         return self._held[depth]
 
     def within(self, depth: int, outer: int) -> slice:
@@ -61,7 +61,7 @@ class ShardSpec:
         return self.at(depth).inside(self.at(outer))
 
     def first_replica(self, depth: int) -> bool:
-        """Whether this rank is the first of those that hold the same of a state that is cut at `depth`."""
+        """Whether this rank is the first of those that hold the same of a state that is sharded at `depth`."""
         return not any(self.world.cluster.coordinates(self.world.rank)[depth + 1 :])
 
     def levels(self, first: int, last: int) -> list[int]:
@@ -69,11 +69,11 @@ class ShardSpec:
         return [level for level in range(first, last + 1) if self.world.fanout(level) > 1]
 
     def empty(self, depth: int, dtype: torch.dtype) -> Tensor:
-        """Room for a state that is cut at `depth`."""
+        """Room for a state that is sharded at `depth`."""
         return torch.empty(len(self.at(depth)), dtype=dtype, device=self.device)
 
     def padding(self, depth: int) -> slice:
-        """What of a state that is cut at `depth` stands for no parameter: the end of it, on the last ranks."""
+        """What of a state that is sharded at `depth` stands for no parameter: the end of it, on the last ranks."""
         mine = self.at(depth)
         return slice(min(len(mine), max(0, self.layout.used - mine.start)), len(mine))
 
@@ -91,7 +91,8 @@ class ShardSpec:
         self._draws.clear()
 
     def draw(self, purpose: str) -> Draw:
-        """What a chain that begins now draws. Its later hops may be issued when the next step has begun: they keep it."""
+        """What a collective that begins now draws. Its later hops may be issued when the next step has begun: they keep
+        it."""
         self._draws[purpose] += 1
         return Draw(self.step, self._draws[purpose])
 

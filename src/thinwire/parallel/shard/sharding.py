@@ -52,7 +52,7 @@ def low_rank_of(plan: Plan) -> LowRankHop | None:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the states of a flat buffer are cut, and how they travel: depths lp, lg, lo and a codec per level."""
+    """How the states of a flat buffer are sharded, and how they travel: depths lp, lg, lo and a codec per level."""
 
     lp: int
     lg: int

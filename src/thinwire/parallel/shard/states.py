@@ -34,7 +34,7 @@ class ShardedStates(ABC):
     def grad_norm(self) -> float:
         """Global 2-norm of the summed gradient, every logical element counted once; the same on all ranks.
 
-        Rounded to the gradients' precision, so that it does not depend on how the sum was cut.
+        Rounded to the gradients' precision, so that it does not depend on how the sum was sharded.
         """
         own = sum(grads.squares() for grads in self._grads)
         total = torch.tensor([own], dtype=torch.float64)

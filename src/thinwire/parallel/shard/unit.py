@@ -27,7 +27,7 @@ class Unit:
         self.keep = keep
         """Gathered once a step: from its first use to the backward of the last micro-batch."""
         self.gathering: Flight | None = None
-        self.refreshing: Flight | None = None
+        self.regathering: Flight | None = None
         self.loose = False
         """Used outside its own forward in this micro-batch: it stays gathered to the end of it."""
         self.hidden = 0
@@ -53,7 +53,7 @@ class Unit:
     @property
     def ready(self) -> bool:
         """Whether its parameters hold their numbers, and the newest ones."""
-        return self.gathered and self.refreshing is None
+        return self.gathered and self.regathering is None
 
     def watch(self) -> None:
         """Let parameters that cannot be read as they are ask first; the others are plain ones (see `watched`)."""
@@ -107,5 +107,7 @@ def _flat(parameters: dict[str, nn.Parameter], plan: Plan, world: World, first: 
     )
     multiple = world.size * (plan.wire.block if plan.wire.coded else 1)
     if kind.seen is not None:
-        multiple *= kind.seen.itemsize  # a shard of it may begin in the middle of a number; the whole may not
+        multiple *= (
+            kind.seen.itemsize
+        )  # a shard of it may begin in the middle of a number; the unsharded buffer may not
     return Flat(parameters, kind=kind, multiple=multiple, sharding=sharding, world=world, first=first)
