@@ -313,7 +313,12 @@ def _of_sums(sums: Summed, fanouts: tuple[int, ...]) -> Candidate:
     given = _cpu_setting(fanouts)
     names = given.cluster.level_names
     config = SyncConfig(
-        level=names[level], sum_inside=names[inside], inner_steps=8, fragments=fragments, codec="int4", lead=2
+        level=names[level],
+        sum_inside=names[inside],
+        inner_steps=8,
+        fragments=fragments,
+        codec="int4",
+        staleness_bound=2,
     )
     rounds = config.resolve([(each.name, each.fanout) for each in given.cluster.levels])
     return Candidate(sync=CandidateSync.of(rounds, level, given.spec.layers))

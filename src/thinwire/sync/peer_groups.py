@@ -73,7 +73,10 @@ class PeerGroups:
 
     def _peer_group(self, ranks: tuple[int, ...], one_each: bool, sync: Sync) -> PeerGroup | None:
         """The peer group of one rank of each group, with its communicators; None if this rank is not in it."""
-        belongs, kinds = self._world.rank in ranks, (SEND, RETURN) if sync.lead is None else (SEND, RETURN, HEARTBEAT)
+        belongs, kinds = (
+            self._world.rank in ranks,
+            (SEND, RETURN) if sync.staleness_bound is None else (SEND, RETURN, HEARTBEAT),
+        )
         if one_each and not belongs:
             return None
         made = {

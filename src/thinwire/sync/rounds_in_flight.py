@@ -1,10 +1,10 @@
 """What crosses groups: this rank's peer groups, and the exchanges of fragments with them.
 
-No group goes more than `lead` steps ahead of the slowest one: bounded staleness (Ho et al., NeurIPS 2013).
+No group goes more than `staleness_bound` steps ahead of the slowest one: bounded staleness (Ho et al., NeurIPS 2013).
 
-After every step each rank tells those it exchanges with that the step is over, and waits for what they said `lead` steps
-before. Groups that are a little faster than others then wait a little in every step, where a round would have them wait
-for all of it in one.
+After every step each rank tells those it exchanges with that the step is over, and waits for what they said
+`staleness_bound` steps before. Groups that are a little faster than others then wait a little in every step, where a
+round would have them wait for all of it in one.
 """
 
 from collections import deque
@@ -46,7 +46,7 @@ class Links:
         self._peer_groups: list[PeerGroup] = [peers for peers, _ in met]
         self.places = [[places_in(fragment, ranges) for _, ranges in met] for fragment in fragments]
         """Of each fragment, the elements that it exchanges with each peer group."""
-        self.pace = Pace(sync.lead, world)
+        self.pace = Pace(sync.staleness_bound, world)
 
     def bytes_of(self, fragment: int) -> int:
         """Bytes that this rank sends to ranks of other groups in one exchange of `fragment`, by the formula."""
@@ -162,18 +162,19 @@ class Links:
 
 
 class Pace:
-    """What this rank has told and heard; nothing is told without a `lead`. Every rank calls `keep` after the same steps."""
+    """What this rank has told and heard; nothing is told without a `staleness_bound`. Every rank calls `keep` after the
+    same steps."""
 
-    def __init__(self, lead: int | None, world: World) -> None:
-        self._lead, self._world = lead, world
+    def __init__(self, staleness_bound: int | None, world: World) -> None:
+        self._staleness_bound, self._world = staleness_bound, world
         self._told: deque[Flight] = deque()
         self._waited_s = 0.0
 
     def keep(self, peer_groups: Collection[PeerGroup]) -> None:
-        """A step is over: say so to `peer groups`, and wait for those that are more than `lead` steps behind."""
-        if self._lead is not None:
+        """A step is over: say so to `peer groups`, and wait for those that are more than `staleness_bound` steps behind."""
+        if self._staleness_bound is not None:
             self._told.append(Flight(*(heartbeat(peers=peers, world=self._world) for peers in peer_groups)))
-            self._hear(self._lead)
+            self._hear(self._staleness_bound)
 
     def settle(self) -> None:
         """Wait until everybody has come as far as this rank."""
