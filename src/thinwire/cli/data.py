@@ -106,6 +106,6 @@ def _describe(folder: Path, manifest: dict[str, Any]) -> None:
         each = split["bytes"] / max(1, split["tokens"])
         typer.echo(
             f"  {name:8} {split['documents']:>10,} documents  {split['tokens']:>14,} tokens  {split['bytes']:>14,} bytes  "
-            f"({each:.2f} bytes a token)"
+            f"({each:.2f} bytes per token)"
             + (f"  {split['answer_tokens']:,} of them answers" if "answer_tokens" in split else "")
         )

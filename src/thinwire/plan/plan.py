@@ -204,13 +204,13 @@ _DEFAULTS: Mapping[str, object] = {name: field.default for name, field in PlanCo
 
 
 def read_plan(path: Path, cluster: Cluster, *, sequences: int) -> Plan:
-    """The plan document at `path`, for `cluster` and `sequences` sequences a rank and step. Raises PlanError."""
+    """The plan document at `path`, for `cluster` and `sequences` sequences per rank and step. Raises PlanError."""
     way_out = "write a plan with thinwire plan RUN.toml -o PLAN.json"
     plan = read_document(path, Plan, what="plan of version 1", error=PlanError, way_out=way_out)
     plan.check_levels(cluster, called=str(path))
     if plan.micro_batch * plan.accumulate != sequences:
         raise PlanError(
-            f"{path} gives a rank {plan.micro_batch} x {plan.accumulate} sequences a step, batch.sequences gives it "
+            f"{path} gives a rank {plan.micro_batch} x {plan.accumulate} sequences per step, batch.sequences gives it "
             f"{sequences}; make the plan anew, or set batch.sequences = {plan.micro_batch * plan.accumulate * cluster.ranks}"
         )
     return plan

@@ -131,7 +131,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 _OVERVIEW = (
     "run", "parameters", "levels", "states (P; G; O)", "steps", "tokens", "last loss", "held-out loss", "median step",
-    "tokens/s", "MFU", "exposed comm", "bytes a step",
+    "tokens/s", "MFU", "exposed comm", "bytes per step",
 )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def _plan(run: Run, predicted: Predicted | str) -> str:
             "gradients travel as",
             ", ".join(f"{level}: {codec}" for level, codec in plan.wire.grads.items()) or "they are",
         ],
-        ["micro-batches", f"{plan.accumulate} of {plan.micro_batch} sequences a rank"],
+        ["micro-batches", f"{plan.accumulate} of {plan.micro_batch} sequences per rank"],
         ["recompute", plan.recompute],
         ["compute precision", plan.compute_dtype],
         ["plan digest", plan.digest],
