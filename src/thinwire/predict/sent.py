@@ -71,13 +71,13 @@ class _Chain:
     def __init__(self) -> None:
         self.behind: Chain = ()
         self.own_s = 0.0
-        self.meeting_s = 0.0
+        self.sync_point_s = 0.0
         """Of the point at which compute stops for the chain, however many hops it has."""
 
     def plus(self, other: "_Chain") -> "_Chain":
         both = _Chain()
         both.behind, both.own_s = self.behind + other.behind, self.own_s + other.own_s
-        both.meeting_s = max(self.meeting_s, other.meeting_s)
+        both.sync_point_s = max(self.sync_point_s, other.sync_point_s)
         return both
 
 
@@ -110,7 +110,7 @@ def unit_moves(
             adding = setting.calibration.sum_s * held[index] if purpose == G_REDUCE else 0.0
             found.own_s += (1 - hop.behind) * moving + own + adding
             if hop.behind == 0:
-                found.meeting_s = setting.calibration.meeting_s
+                found.sync_point_s = setting.calibration.meeting_s
             if hop.behind > 0:
                 found.behind += ((hop.level, hop.behind * moving + coding),)
         return found
@@ -127,17 +127,17 @@ def unit_moves(
     kept = candidate.keep_gathered
     forward = _Chain() if kept else gather
     backward = each if kept or resident else each.plus(gather)
-    # Where a chain that comes once a step meets another one's ranks there anyway, they meet once.
-    first = max(refresh.meeting_s, gather.meeting_s) - forward.meeting_s
-    last = max(0.0, outside.meeting_s - backward.meeting_s)
+    # Where a chain that comes once a step waits at another one's synchronisation point anyway, they wait once.
+    first = max(refresh.sync_point_s, gather.sync_point_s) - forward.sync_point_s
+    last = max(0.0, outside.sync_point_s - backward.sync_point_s)
     return UnitMoves(
         gather=gather.behind,
         again=() if resident else gather.behind,
         reduce_each=each.behind,
         reduce_last=each.behind + outside.behind,
         refresh=refresh.behind,
-        own_forward_s=forward.own_s + forward.meeting_s,
-        own_backward_s=backward.own_s + backward.meeting_s + collect,
+        own_forward_s=forward.own_s + forward.sync_point_s,
+        own_backward_s=backward.own_s + backward.sync_point_s + collect,
         own_once_s=outside.own_s + refresh.own_s + (gather.own_s if kept else 0.0) + first + last,
     )
 
