@@ -15,8 +15,7 @@ import typer
 
 from thinwire.cli import SET
 from thinwire.cluster.cluster import Cluster, check_size, show_levels
-from thinwire.cluster.found import check_ranks, described, found_gpus
-from thinwire.cluster.hardware import calibration_of
+from thinwire.cluster.hardware import calibration_of, check_ranks, described, found_gpus
 from thinwire.comm.interfaces import addresses, asked
 from thinwire.comm.place import Place
 from thinwire.errors import PlanError
