@@ -32,7 +32,7 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Tokenise text into Megatron's indexed format, with a held-out split chosen by document hash.
+    """Tokenise text into Megatron's indexed format, with a validation split chosen by document hash.
 
     Example: thinwire data prepare stdlib -o corpora/stdlib --tokenizer bpe:4096
     """

@@ -226,9 +226,9 @@ def _nvidia(root: Path) -> list[str]:
     minors = sorted(int(path.name[6:]) for path in (root / "dev").glob("nvidia[0-9]*") if path.name[6:].isdigit())
     models: dict[int, str] = {}
     for path in (root / "proc/driver/nvidia/gpus").glob("*/information"):
-        told = dict(re.findall(r"^([\w ]+):\s*(.+?)\s*$", _text(path), re.MULTILINE))
-        if told.get("Device Minor", "").isdigit():
-            models[int(told["Device Minor"])] = told.get("Model", "NVIDIA GPU")
+        reported = dict(re.findall(r"^([\w ]+):\s*(.+?)\s*$", _text(path), re.MULTILINE))
+        if reported.get("Device Minor", "").isdigit():
+            models[int(reported["Device Minor"])] = reported.get("Model", "NVIDIA GPU")
     names = [models[minor] for minor in minors if minor in models]
     return names if len(names) == len(minors) > 0 else _asked(root) or ["NVIDIA GPU"] * len(minors)
 
@@ -251,9 +251,9 @@ def _amd(root: Path) -> list[str]:
         return []
     names = []
     for path in sorted((root / "sys/class/kfd/kfd/topology/nodes").glob("*/properties"), key=_number):
-        told = {key: int(value) for key, value in re.findall(r"^(\w+) (\d+)$", _text(path), re.MULTILINE)}
-        if told.get("simd_count"):
-            names.append(f"AMD {_gfx(told.get('gfx_target_version', 0))}")
+        reported = {key: int(value) for key, value in re.findall(r"^(\w+) (\d+)$", _text(path), re.MULTILINE)}
+        if reported.get("simd_count"):
+            names.append(f"AMD {_gfx(reported.get('gfx_target_version', 0))}")
     return names
 
 

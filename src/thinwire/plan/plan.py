@@ -77,11 +77,11 @@ class Plan(Frozen):
                 "wire.error_feedback: lowrank carries over what it loses without being asked, and only one hop can; leave "
                 "error_feedback out"
             )
-        coded = [level for level, codec in self.wire.grads.items() if codec != "fp32"]
-        if self.wire.error_feedback and not any(names.index(level) > lg for level in coded):
+        compressed = [level for level, codec in self.wire.grads.items() if codec != "fp32"]
+        if self.wire.error_feedback and not any(names.index(level) > lg for level in compressed):
             raise ValueError(
-                "wire.error_feedback needs a coded gradient hop that runs once a step, outside the gradients' level; "
-                f"partition is {self.partition}, coded gradient levels are {', '.join(coded) or 'none'}"
+                "wire.error_feedback needs a compressed gradient hop that runs once a step, outside the gradients' level; "
+                f"partition is {self.partition}, compressed gradient levels are {', '.join(compressed) or 'none'}"
             )
         return self
 

@@ -105,18 +105,20 @@ def _weights_bytes(setting: Setting, candidate: Candidate, hops: tuple[Hop, ...]
         return 0.0
     lp, _, lo = hop_depths(candidate, hops)
     refreshed = [hop.level for hop in hops[lp + 1 : lo + 1] if hop.fanout > 1]
-    coded = candidate.weights and any(candidate.weights[level] not in (None, "fp32") for level in refreshed)
-    inside = 4.0 * total / shards_o if setting.compute_dtype == "fp32" and not coded else 0.0
+    compressed = candidate.weights and any(candidate.weights[level] not in (None, "fp32") for level in refreshed)
+    inside = 4.0 * total / shards_o if setting.compute_dtype == "fp32" and not compressed else 0.0
     return setting.compute_bytes * total / shards_p - inside
 
 
 def residual_bytes(parameters: float, candidate: Candidate, hops: tuple[Hop, ...]) -> float:
     """fp32, of the sums that enter the outermost hop whose codec loses something (`comm/lowrank.py`)."""
     lg, carries = hop_depths(candidate, hops)[1], candidate.coding.error_feedback and candidate.grads
-    coded = [i for i, hop in enumerate(hops) if carries and i > lg and hop.fanout > 1 and candidate.grads[hop.level]]
-    if not coded:
+    compressed = [
+        i for i, hop in enumerate(hops) if carries and i > lg and hop.fanout > 1 and candidate.grads[hop.level]
+    ]
+    if not compressed:
         return 0.0
-    return 4.0 * parameters / prod(hop.fanout for hop in hops[: coded[-1]])
+    return 4.0 * parameters / prod(hop.fanout for hop in hops[: compressed[-1]])
 
 
 def outer_bytes(parameters: float, setting: Setting, candidate: Candidate) -> tuple[float, float]:
