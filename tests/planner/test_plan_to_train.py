@@ -48,7 +48,7 @@ def test_the_written_plan_is_run_unchanged(run_file: Path) -> None:
     ("change", "says"),
     [
         ({"levels": [["node", 4]]}, "is for the levels node=4, the cluster has node=2"),
-        ({"micro_batch": 64}, "sequences a step, batch.sequences gives it"),
+        ({"micro_batch": 64}, "sequences per step, batch.sequences gives it"),
         ({"version": 2}, "is no plan of version 1"),
     ],
 )

@@ -16,8 +16,7 @@ import typer
 
 from thinwire.cli import SET
 from thinwire.cluster.cluster import Cluster, check_size, show_levels
-from thinwire.cluster.found import check_ranks, described, found_gpus
-from thinwire.cluster.hardware import calibration_of
+from thinwire.cluster.hardware import calibration_of, check_ranks, described, found_gpus
 from thinwire.comm.interfaces import addresses, asked
 from thinwire.comm.place import Place
 from thinwire.errors import PlanError
@@ -147,8 +146,8 @@ def _greet(job: Job, opened: Opened) -> None:
     levels = show_levels(job.cluster.shape)
     typer.echo(
         f"{'going on with' if resuming else 'starting'} {job.folder}: {show_count(job.spec.parameters)} parameters, "
-        f"{levels} = {job.cluster.ranks} ranks, {job.config.batch.sequences} x {job.config.batch.tokens} tokens a step "
-        f"in {job.plan.accumulate} micro-batches of {job.plan.micro_batch} a rank"
+        f"{levels} = {job.cluster.ranks} ranks, {job.config.batch.sequences} x {job.config.batch.tokens} tokens per step "
+        f"in {job.plan.accumulate} micro-batches of {job.plan.micro_batch} per rank"
     )
     for sentence in opened.said:
         typer.echo(sentence)

@@ -30,7 +30,7 @@ class Wire(Frozen):
     """Steps at the start whose gradients are summed in full before `lowrank` begins (PyTorch: `start_powerSGD_iter`)."""
     rounding: Rounding = "nearest"
     error_feedback: bool = False
-    """Carry what the outermost coded gradient hop loses over to the next step."""
+    """Carry what the outermost compressed gradient hop loses over to the next step."""
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:

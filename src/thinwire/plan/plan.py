@@ -77,11 +77,11 @@ class Plan(Frozen):
                 "wire.error_feedback: lowrank carries over what it loses without being asked, and only one hop can; leave "
                 "error_feedback out"
             )
-        coded = [level for level, codec in self.wire.grads.items() if codec != "fp32"]
-        if self.wire.error_feedback and not any(names.index(level) > lg for level in coded):
+        compressed = [level for level, codec in self.wire.grads.items() if codec != "fp32"]
+        if self.wire.error_feedback and not any(names.index(level) > lg for level in compressed):
             raise ValueError(
-                "wire.error_feedback needs a coded gradient hop that runs once a step, outside the gradients' level; "
-                f"partition is {self.partition}, coded gradient levels are {', '.join(coded) or 'none'}"
+                "wire.error_feedback needs a compressed gradient hop that runs once a step, outside the gradients' level; "
+                f"partition is {self.partition}, compressed gradient levels are {', '.join(compressed) or 'none'}"
             )
         return self
 
@@ -204,13 +204,13 @@ _DEFAULTS: Mapping[str, object] = {name: field.default for name, field in PlanCo
 
 
 def read_plan(path: Path, cluster: Cluster, *, sequences: int) -> Plan:
-    """The plan document at `path`, for `cluster` and `sequences` sequences a rank and step. Raises PlanError."""
+    """The plan document at `path`, for `cluster` and `sequences` sequences per rank and step. Raises PlanError."""
     way_out = "write a plan with thinwire plan RUN.toml -o PLAN.json"
     plan = read_document(path, Plan, what="plan of version 1", error=PlanError, way_out=way_out)
     plan.check_levels(cluster, called=str(path))
     if plan.micro_batch * plan.accumulate != sequences:
         raise PlanError(
-            f"{path} gives a rank {plan.micro_batch} x {plan.accumulate} sequences a step, batch.sequences gives it "
+            f"{path} gives a rank {plan.micro_batch} x {plan.accumulate} sequences per step, batch.sequences gives it "
             f"{sequences}; make the plan anew, or set batch.sequences = {plan.micro_batch * plan.accumulate * cluster.ranks}"
         )
     return plan

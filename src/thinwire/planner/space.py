@@ -107,10 +107,10 @@ def partitions(setting: Setting, space: Space, core: Candidate, axes: Axes) -> I
         keeps = [False, True] if lp >= 0 else [False]
         for keep in keeps:
             candidate = replace(core, depths=(lp, lg, lo), keep_gathered=keep)
-            yield from coded(setting, space, candidate, axes)
+            yield from with_codecs(setting, space, candidate, axes)
 
 
-def coded(setting: Setting, space: Space, candidate: Candidate, axes: Axes) -> Iterator[Candidate]:
+def with_codecs(setting: Setting, space: Space, candidate: Candidate, axes: Axes) -> Iterator[Candidate]:
     """The candidate as it is and with codecs on every level but the innermost; or with those that are decided."""
     decided = {name: space.fixed[name] for name in WIRE if name in space.fixed}
     if decided:

@@ -125,7 +125,7 @@ class CandidateSync:
         )
 
     def rounds(self, levels: tuple[tuple[str, int], ...]) -> Sync:
-        """What the trainer is told, on these levels."""
+        """What the trainer gets, on these levels."""
         if self.said is not None:
             return self.said
         config = SyncConfig(
