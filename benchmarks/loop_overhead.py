@@ -54,7 +54,9 @@ class Ours:
         open_folder(job, fresh=False)
         world = World.join(job.cluster, rank=0, size=1, local_rank=0, host="", port=0)
         self.job, self.parts, self.stop = job, assemble(job, world), StopRequest()
-        self.saver, self.clock, self.done = Saver(job, self.parts), StepClock(world.device), 0
+        parts = self.parts
+        self.saver = Saver(job, parts.checkpoints, parts.sharded, parts.optimizer, parts.sync, parts.reporter)
+        self.clock, self.done = StepClock(world.device), 0
         self.parts.begin(0)
 
     def step(self) -> None:

@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "streaming": {"kind": "streaming_diloco", "inner_steps": 6, "fragments": 3, "delay": 3, "codec": "int8"},
     "summed": {
         "kind": "streaming_diloco", "inner_steps": 6, "fragments": 3, "delay": 4, "codec": "int8", "level": "node",
-        "sum_inside": "node", "lead": 2,
+        "sum_inside": "node", "staleness_bound": 2,
     },
     "feedback": {"kind": "diloco", "inner_steps": 4, "delay": 2, "codec": "int4", "error_feedback": True},
     "eager": {"kind": "eager", "inner_steps": 4},

@@ -7,6 +7,8 @@ import importlib
 import keyword
 import re
 import sys
+import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -89,6 +91,7 @@ def _root(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The console script: it leaves with the exit status of the verb."""
     forgive()
+    warnings.showwarning = _show_warning
     try:
         status = app(arguments, prog_name="thinwire", standalone_mode=False)
     except ThinwireError as error:
@@ -104,6 +107,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if why := refused():
         _leave(f"standard output takes no more ({why.strerror}), so it is not whole; make room, or give another", 1)
     sys.exit(0)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """What a user is to change before the next release is a line like any other; the rest says where it comes from."""
+    ours = issubclass(category, FutureWarning) and "thinwire" in Path(filename).parts
+    typer.echo(
+        f"thinwire: note: {message}" if ours else warnings.formatwarning(message, category, filename, lineno), err=True
+    )
 
 
 def _leave(sentence: str, status: int) -> NoReturn:

@@ -6,6 +6,7 @@ Of a run that ran out of memory it says which setting would have fitted, by the 
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -52,6 +53,8 @@ def run(
     """
     decided = [*(settings or []), *([f"plan.file={plan.resolve()}"] if plan is not None else [])]
     place = Place.from_environment(os.environ, nodes=ranks_per_node is not None, command=called())
+    if place is not None and place.rank > 0:
+        warnings.simplefilter("ignore", FutureWarning)  # rank 0 says it
     if place is None:
         _train_here(run_file, decided, fresh=fresh, port=port, ranks=ranks_per_node)
     elif ranks_per_node is not None:

@@ -8,8 +8,8 @@ What the kinds of `[plan.sync]` set unless the user does, and defaults that depe
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -60,6 +60,7 @@ Aggregate = Literal["mean", "tokens", "median", "trimmed"]
 class SyncConfig(Frozen):
     """What a user decides; what is left out, the kind's preset or the default decides."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"lead": "staleness_bound"}
     kind: Kind = "diloco"
     level: str | None = None
     """Groups inside it synchronise every step, across it and the levels outside it once a round. Default: the outermost."""
@@ -69,7 +70,7 @@ class SyncConfig(Frozen):
     fragments: int | str | None = None
     order: Order = "strided"
     delay: int | None = Field(default=None, ge=0)
-    lead: int | None = Field(default=None, ge=1)
+    staleness_bound: int | None = Field(default=None, ge=1)
     mix: float | None = Field(default=None, ge=0, le=1)
     outer_lr: float | None = Field(default=None, gt=0, le=1e6)
     outer_momentum: float | None = Field(default=None, ge=0, lt=1)
@@ -137,6 +138,7 @@ class SyncConfig(Frozen):
 class Sync(Frozen):
     """A point of the space. The defaults are plain DiLoCo's."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"lead": "staleness_bound"}
     kind: Kind
     level: str
     groups: int = Field(ge=1)
@@ -151,7 +153,7 @@ class Sync(Frozen):
     order: Order = "strided"
     delay: int = 0
     """Steps from sending to applying (tau)."""
-    lead: int | None = Field(default=None, ge=1)
+    staleness_bound: int | None = Field(default=None, ge=1)
     """How many steps a group may be ahead of the slowest one; None: as many as rounds let it."""
     late: bool = False
     """Applied one whole round later, after that round's own change was taken: CO2 and eager updates."""
@@ -216,9 +218,9 @@ class Sync(Frozen):
 
     def _meaningful(self) -> None:
         """Raises ValueError for a setting that would do nothing, or nothing sound, at this point."""
-        if self.lead is not None and (self.groups == 1 or self.lead >= self.inner_steps):
+        if self.staleness_bound is not None and (self.groups == 1 or self.staleness_bound >= self.inner_steps):
             why = "there is one group" if self.groups == 1 else f"rounds of inner_steps = {self.inner_steps} do as much"
-            raise ValueError(f"lead = {self.lead} keeps groups together, and {why}; leave it out")
+            raise ValueError(f"staleness_bound = {self.staleness_bound} keeps groups together, and {why}; leave it out")
         if self.groups == 1 and self.codec != "fp32":
             way_out = "use kind = 'diloco'" if "codec" in PRESETS[self.kind] else "leave codec out"
             raise ValueError(

@@ -228,7 +228,7 @@ def _rounds_bytes(
     for level, peers in enumerate(sync.peers(setting.cluster), sync.level):
         for hop in hops if peers else ():
             yield level, hop, sent / len(hops) / sync.inner_steps * peers / (senders - 1)
-    if sync.said is not None and sync.said.lead is not None:
+    if sync.said is not None and sync.said.staleness_bound is not None:
         for level, peers in enumerate(sync.group_peers(setting.cluster), sync.level):
             yield level, "outer-beat", BEAT_BYTES * peers
     if sync.said is not None and sync.said.sum_inside is not None:

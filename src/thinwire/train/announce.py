@@ -1,113 +1,49 @@
-"""What a cut costs, said before the first step: state -> level -> bytes per rank, level -> bytes sent per step.
+"""What a run says before its first step and after its last: tables, events, a sample of what the model writes.
 
-And what the plan's codecs do not do: numbers that travel uncoded, codecs that have nothing to code.
-
-The table before step 0: where each state lives, and what the plan will send; after the run, what it did send.
+Before: where each state lives and what the plan will send. After: what it did send, and how to go on.
 """
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict
 
 from rich.table import Table
 
-from thinwire.comm.codecs.codec import IDENTITY, Codec
+from thinwire.data.prompt import Prompt, chat_prompt, opening, text_prompt
+from thinwire.data.tokenizer import Tokenizer
+from thinwire.errors import DataError
+from thinwire.hub.init import HUB
+from thinwire.model.generate import LanguageModel, generate
 from thinwire.parallel.shard.engine import Sharded
-from thinwire.parallel.shard.flat import Flat
-from thinwire.parallel.shard.unit import Unit
-from thinwire.plan.traffic import step_bytes, total
 from thinwire.sync.outer_sync import OuterSync
+from thinwire.train.folder import EVENTS_FILE
+from thinwire.train.job import Job
+from thinwire.train.predicted import held_bytes, idle_codecs, predicted_bytes, predicted_total, uncoded
+from thinwire.train.progress import Reporter
 from thinwire.units import show_bytes
 
 
-def predicted_bytes(sharded: Sharded, step: int | None = None) -> dict[str, dict[str, int]]:
-    """level name -> purpose -> bytes this rank sends in an optimizer step, by the formula of `traffic`.
-
-    Steps are counted from 0; without one, it is any step after those that send more in the beginning.
-    """
-    names = sharded.world.cluster.level_names
-    step = sharded.plan.wire.whole_steps if step is None else step
-    flows = [
-        _flow_bytes(sharded, flat, _gathers(unit, sharded.plan.accumulate), step)
-        for unit in sharded.units
-        for flat in unit.flats
-    ]
-    return {names[level]: purposes for level, purposes in sorted(total(flows).items()) if purposes}
-
-
-def predicted_total(sharded: Sharded, first: int, steps: int) -> dict[str, dict[str, int]]:
-    """The same of `steps` steps from `first` on."""
-    whole = max(0, min(first + steps, sharded.plan.wire.whole_steps) - first)
-    sums: dict[str, dict[str, int]] = {}
-    for count, step in ((whole, 0), (steps - whole, None)):
-        for level, purposes in predicted_bytes(sharded, step).items() if count else ():
-            of_level = sums.setdefault(level, {})
-            for purpose, sent in purposes.items():
-                of_level[purpose] = of_level.get(purpose, 0) + count * sent
-    return sums
-
-
-def _gathers(unit: Unit, accumulate: int) -> int:
-    """How often a unit's weights are gathered in a step."""
-    if unit.keep:
-        return 1
-    return accumulate if unit.resident else 2 * accumulate
-
-
-def _flow_bytes(sharded: Sharded, flat: Flat, gathers: int, step: int) -> dict[int, dict[str, int]]:
-    fanouts = [level.fanout for level in sharded.world.cluster.levels]
-
-    def bytes_of(codec: Codec, element_bytes: int, n: int) -> int:
-        return element_bytes * n if codec is IDENTITY else codec.wire_bytes(n)
-
-    levels = range(len(fanouts))
-    weights = [partial(bytes_of, flat.cut.weights.get(level, IDENTITY), flat.compute_bytes) for level in levels]
-    grads = [partial(bytes_of, flat.cut.grads.get(level, IDENTITY), flat.master.element_size()) for level in levels]
-    return step_bytes(
-        flat.flow(gathers, step), fanouts, accumulate=sharded.plan.accumulate, weights=weights, grads=grads
+def announce(
+    job: Job, sharded: Sharded, sync: OuterSync | None, reporter: Reporter, *, step: int, peak: tuple[float, str]
+) -> None:
+    """Say that the run starts after `step`, under which plan. `peak`: FLOP per second of a rank, and how that is known."""
+    if not reporter.speaks:
+        return
+    reporter.event(
+        "run_start",
+        step=step,
+        ranks=sharded.world.size if sync is None else sync.world.size,
+        parameters=job.spec.parameters,
+        plan=job.plan.digest,
+        corpus=job.corpus.digest,
+        peak_flops_per_s=peak[0],
+        peak_origin=peak[1],
+        wire_predicted=predicted_bytes(sharded),
+        held={**held_bytes(sharded), **({"outer": sync.held_bytes()} if sync else {})},
+        uncoded={level: asdict(left) for level, left in uncoded(sharded).items()},
+        idle_codecs=idle_codecs(sharded),
     )
-
-
-@dataclass(frozen=True)
-class Uncoded:
-    """Of `of` numbers that this rank sums at a level per step, `numbers` travel without the codec that the plan names."""
-
-    codec: str
-    numbers: int
-    of: int
-
-
-def uncoded(sharded: Sharded) -> dict[str, Uncoded]:
-    """level name -> what `lowrank` sums as it is there: what is no matrix, or too small to gain, and padding."""
-    found: dict[str, Uncoded] = {}
-    for low_rank in (flat.sums.low_rank for unit in sharded.units for flat in unit.flats):
-        if low_rank is not None:
-            name = sharded.world.level_name(low_rank.level)
-            before = found.get(name, Uncoded("lowrank", 0, 0))
-            found[name] = Uncoded("lowrank", before.numbers + low_rank.uncoded, before.of + low_rank.numbers)
-    return {name: counted for name, counted in found.items() if counted.numbers}
-
-
-def idle_codecs(sharded: Sharded) -> dict[str, str]:
-    """`weights.LEVEL` or `grads.LEVEL` -> the codec that the plan names there, where nothing of the kind is sent."""
-    sent = predicted_bytes(sharded)
-    return {
-        f"{direction}.{level}": codec
-        for direction, kind in (("weights", "P-"), ("grads", "G-"))
-        for level, codec in getattr(sharded.plan.wire, direction).items()
-        if codec != "fp32" and not any(purpose.startswith(kind) for purpose in sent.get(level, {}))
-    }
-
-
-def held_bytes(sharded: Sharded) -> dict[str, int]:
-    """state -> bytes on this rank, AdamW's two moments counted with the masters as optimizer states."""
-    sums = {"params": 0, "grads": 0, "master": 0}
-    trained = 0
-    for unit in sharded.units:
-        for flat in unit.flats:
-            for state, count in flat.held_bytes().items():
-                sums[state] += count
-            trained += flat.master.nbytes if flat.trained else 0
-    return {"params": sums["params"], "grads": sums["grads"], "optimizer": sums["master"] + 2 * trained}
+    reporter.show(plan_table(sharded, sync))
+    if sync is not None:
+        reporter.show(rounds_table(sync))
 
 
 def plan_table(sharded: Sharded, sync: OuterSync | None = None) -> Table:
@@ -153,11 +89,6 @@ def rounds_table(sync: OuterSync) -> Table:
     return table
 
 
-def _codec(sharded: Sharded, level: str, purpose: str) -> str:
-    side = sharded.plan.wire.weights if purpose.startswith("P-") else sharded.plan.wire.grads
-    return f" ({side[level]})" if level in side else ""
-
-
 def compare(predicted: dict[str, dict[str, int]], measured: dict[str, dict[str, int]]) -> Table:
     """Predicted bytes beside what the ledger counted; `control` and other purposes are shown too."""
     table = Table("level", "purpose", "predicted", "measured", title="bytes sent by rank 0", title_justify="left")
@@ -167,3 +98,64 @@ def compare(predicted: dict[str, dict[str, int]], measured: dict[str, dict[str, 
             said = show_bytes(of_level[purpose]) if purpose in of_level else "-"
             table.add_row(level, purpose, said, show_bytes(counted.get(purpose, 0)))
     return table
+
+
+def conclude(
+    job: Job, sharded: Sharded, reporter: Reporter, *, step: int, reason: str, checkpoint: str | None, text: str | None
+) -> None:
+    """Show the summary, and `text` as a sample; `checkpoint` is the newest."""
+    reporter.event("run_end", step=step, reason=reason)
+    if not reporter.speaks:
+        return
+    totals = reporter.totals
+    rows = {"run folder": str(job.folder), "step": f"{step} of {job.config.run.steps}"}
+    if checkpoint:
+        rows["checkpoint"] = checkpoint
+    rows["steps and causes"] = str(job.folder / EVENTS_FILE)
+    tables = [totals.table(rows)]
+    if totals.wire:
+        tables.append(compare(predicted_total(sharded, step - totals.steps, totals.steps), totals.wire))
+    reporter.conclude(tables, text)
+
+
+def sample(job: Job, model: LanguageModel, reporter: Reporter) -> str | None:
+    """Text the model writes after `run.sample_prompt`, or after the beginning of its data; None without a tokenizer.
+
+    Of a corpus of conversations the prompt is a user's message. All ranks generate in step.
+    """
+    tokenizer, run = job.corpus.tokenizer, job.config.run
+    if tokenizer is None or run.sample_tokens == 0:
+        return None
+    try:
+        prompt = _prompt(job, tokenizer).fitting(job.spec.max_tokens // 2)
+    except DataError as error:
+        reporter.warn(f"no sample: {error}")
+        return None
+    model.eval()
+    made = generate(
+        model,
+        prompt.ids,
+        max_new_tokens=min(run.sample_tokens, job.spec.max_tokens - len(prompt.ids)),
+        max_tokens=job.spec.max_tokens,
+        temperature=0.8,
+        top_p=0.95,
+        seed=run.seed,
+        stop_ids=prompt.stop_ids,
+    )
+    ids = list(made)
+    model.train()
+    return tokenizer.decode([*prompt.ids, *ids])
+
+
+def _prompt(job: Job, tokenizer: Tokenizer) -> Prompt:
+    text = job.config.run.sample_prompt
+    if not text:
+        return opening(job.corpus)
+    if job.corpus.conversations:
+        return chat_prompt(tokenizer, [job.config.data.path, job.folder / HUB], text)
+    return text_prompt(tokenizer, text)
+
+
+def _codec(sharded: Sharded, level: str, purpose: str) -> str:
+    side = sharded.plan.wire.weights if purpose.startswith("P-") else sharded.plan.wire.grads
+    return f" ({side[level]})" if level in side else ""

@@ -1,13 +1,11 @@
 """From a job and a world to the parts of a run: model, engine, optimizer, data feed, checkpoints, telemetry."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from thinwire.checkpoint.store import Checkpoints
-from thinwire.comm.ledger import Entry
 from thinwire.comm.world import World
 from thinwire.data.loader import Loader, Packing, Prefetcher
 from thinwire.hub.native_spec import NativeSpec
@@ -20,18 +18,14 @@ from thinwire.parallel.shard.dtypes import COMPUTE_DTYPES
 from thinwire.parallel.shard.engine import Sharded
 from thinwire.parallel.shard.optimizer import ShardedOptimizer
 from thinwire.sync.outer_sync import OuterSync
-from thinwire.train.announce import held_bytes, idle_codecs, plan_table, predicted_bytes, rounds_table, uncoded
-from thinwire.train.clock import Lap
-from thinwire.train.folder import CHECKPOINTS, TRACE_FILE
+from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
-from thinwire.train.progress import Telemetry, Totals, peak_flops_per_s
-from thinwire.train.tracing import Tracer
-from thinwire.train.trackers import open_trackers
+from thinwire.train.progress import Reporter, peak_flops_per_s
 
 
 @dataclass
 class Parts:
-    """What the loop works with. Telemetry exists on rank 0 only."""
+    """What the loop works with."""
 
     job: Job
     world: World
@@ -48,76 +42,18 @@ class Parts:
     cross_documents: bool
     peak_flops_per_s: float
     peak_origin: str
-    telemetry: Telemetry | None = None
-    totals: Totals = field(default_factory=Totals)
-    tracer: Tracer | None = None
+    reporter: Reporter
 
     def begin(self, step: int) -> None:
-        """Start feeding from `step` and, on rank 0, say that the run starts."""
+        """Start feeding from `step` and, on rank 0, reporting."""
         self.feed.start(step)
         self.world.ledger.drain()  # loading is no step
         if self.world.rank == 0:
-            run = self.job.config.run
-            settings = self.job.config.model_dump(mode="json")
-            trackers = open_trackers(self.job.config.tracking, self.job.folder, first_step=step, settings=settings)
-            self.telemetry = Telemetry(
-                self.job.folder, trackers, total_steps=run.steps, first_step=step, log_every=run.log_every
-            )
-            self.tracer = Tracer(self.job.folder / TRACE_FILE, first_step=step, count=run.trace_steps)
-            self.telemetry.event(
-                "run_start",
-                step=step,
-                ranks=self.world.size,
-                parameters=self.job.spec.parameters,
-                plan=self.job.plan.digest,
-                corpus=self.job.corpus.digest,
-                peak_flops_per_s=self.peak_flops_per_s,
-                peak_origin=self.peak_origin,
-                wire_predicted=predicted_bytes(self.sharded),
-                held={**held_bytes(self.sharded), **({"outer": self.sync.held_bytes()} if self.sync else {})},
-                uncoded={level: asdict(left) for level, left in uncoded(self.sharded).items()},
-                idle_codecs=idle_codecs(self.sharded),
-            )
-            self.telemetry.show(plan_table(self.sharded, self.sync))
-            if self.sync is not None:
-                self.telemetry.show(rounds_table(self.sync))
-
-    def publish(self, record: dict[str, Any]) -> None:
-        if self.telemetry is not None:
-            self.totals.add(record)
-            self.telemetry.step(record)
-
-    def trace(self, step: int, laps: Sequence[Lap], entries: Sequence[Entry]) -> None:
-        """A step is over: record its course, if it is one of those that are recorded."""
-        if self.tracer is not None:
-            self._trace(lambda tracer: tracer.step(step, laps, entries))
-
-    def _trace(self, act: Callable[[Tracer], None]) -> None:
-        assert self.tracer is not None
-        try:
-            act(self.tracer)
-        except OSError as error:
-            self.tracer = None
-            self.warn(f"{TRACE_FILE} cannot be written: {error.strerror or error}; the run goes on without it")
-
-    def event(self, kind: str, **fields: Any) -> None:
-        if self.telemetry is not None:
-            self.telemetry.event(kind, **fields)
-
-    def say(self, text: str, style: str = "") -> None:
-        if self.telemetry is not None:
-            self.telemetry.say(text, style)
-
-    def warn(self, text: str) -> None:
-        if self.telemetry is not None:
-            self.telemetry.warn(text)
+            self.reporter.open(self.job, step=step)
 
     def close(self) -> None:
         self.feed.close()
-        if self.tracer is not None:
-            self._trace(Tracer.close)
-        if self.telemetry is not None:
-            self.telemetry.close()
+        self.reporter.close()
 
 
 def assemble(job: Job, world: World) -> Parts:
@@ -157,6 +93,7 @@ def assemble(job: Job, world: World) -> Parts:
         cross_documents=job.corpus.cross_documents,
         peak_flops_per_s=peak,
         peak_origin=origin,
+        reporter=Reporter(),
     )
 
 

@@ -7,6 +7,7 @@ token has no gradient, so it is none: weights, optimizer states and what codecs 
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -16,11 +17,11 @@ from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.world import World
 from thinwire.data.loader import Batch
 from thinwire.errors import DivergenceError
-from thinwire.train.announce import held_bytes
+from thinwire.train.announce import announce, conclude, sample
 from thinwire.train.assemble import Parts, assemble
 from thinwire.train.clock import StepClock
-from thinwire.train.finish import finish
 from thinwire.train.job import Job
+from thinwire.train.predicted import held_bytes
 from thinwire.train.progress import mfu
 from thinwire.train.saving import Saver
 from thinwire.train.schedule import lr_at
@@ -47,15 +48,18 @@ def train(job: Job, world: World, stop: StopRequest) -> None:
 
 
 def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
-    saver = Saver(job, parts)
+    saver = Saver(job, parts.checkpoints, parts.sharded, parts.optimizer, parts.sync, parts.reporter)
     parts.world.status.enter("the start of the run")
     step = saver.resume()
     total = job.config.run.steps
     parts.begin(step)
+    announce(
+        job, parts.sharded, parts.sync, parts.reporter, step=step, peak=(parts.peak_flops_per_s, parts.peak_origin)
+    )
     saver.announce()
     if step == 0:
-        validate(job, parts, step)
-    bad_in_a_row, stopping, vote = 0, False, StopVote(parts)
+        _validate(job, parts, step)
+    bad_in_a_row, stopping, vote = 0, False, StopVote(parts.world, parts.group)
     clock = StepClock(parts.world.device)
     while step < total and not stopping:
         clock.start()
@@ -72,12 +76,35 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
         clock.lap("checkpoint")
         close_record(job, parts, record, clock)
         if _due(job.config.run.eval_every, step) or step == total:
-            validate(job, parts, step)
+            _validate(job, parts, step)
     vote.close()
     parts.world.status.enter("the end of the run", step)
     saver.finish()
-    finish(job, parts, saver, step=step, stopped=stopping and step < total, by=stop.by)
+    _conclude(job, parts, saver, step=step, stopped=stopping and step < total, by=stop.by)
     saver.require_saved()
+
+
+def _validate(job: Job, parts: Parts, step: int) -> None:
+    validate(job, parts.world, parts.model, parts.sharded, parts.sync, parts.reporter, step=step)
+
+
+def _conclude(job: Job, parts: Parts, saver: Saver, *, step: int, stopped: bool, by: str) -> None:
+    """Show the summary; after a finished run a sample of text too, after a stop how to resume."""
+    parts.sharded.drain()
+    with parts.sync.outer_weights() if parts.sync is not None else nullcontext():
+        text = None if stopped else sample(job, parts.model, parts.reporter)
+    reason = f"stopped by {by or 'another rank'}" if stopped else "finished"
+    conclude(
+        job,
+        parts.sharded,
+        parts.reporter,
+        step=step,
+        reason=reason if saver.saved else f"{reason}, but not saved",
+        checkpoint=saver.newest_name(),
+        text=text,
+    )
+    if stopped and saver.saved:
+        parts.reporter.say(f"stopped after step {step}; the same command goes on from there")
 
 
 def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRequest) -> tuple[dict[str, Any], bool]:
@@ -127,7 +154,7 @@ def agree(parts: Parts, step: int, *, tokens: int, last: bool) -> None:
     if last:
         rounds += parts.sync.settle()
     for done in rounds:
-        parts.event("sync", step=step, **asdict(done))
+        parts.reporter.event("sync", step=step, **asdict(done))
 
 
 def forward(parts: Parts, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -185,8 +212,7 @@ def close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepCloc
         seconds=seconds,
         wire=wire.sent_bytes(),
     )
-    parts.publish(record)
-    parts.trace(record["step"], clock.laps, wire.entries)
+    parts.reporter.step(record, clock.laps, wire.entries)
 
 
 def _due(every: int, step: int) -> bool:

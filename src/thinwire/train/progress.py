@@ -4,7 +4,7 @@ Small numbers about the machine and the model that the progress line needs.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from thinwire.cluster.cluster import Device
+from thinwire.comm.ledger import Entry
 from thinwire.files.events import EventLog
-from thinwire.train.folder import EVENTS_FILE
-from thinwire.train.trackers import Tracker
+from thinwire.train.clock import Lap
+from thinwire.train.folder import EVENTS_FILE, TRACE_FILE
+from thinwire.train.job import Job
+from thinwire.train.tracing import Tracer
+from thinwire.train.trackers import Tracker, open_trackers
 from thinwire.units import show_count, show_seconds
 
 _SMOOTHING = 0.9
@@ -92,6 +96,12 @@ class Telemetry:
     def show(self, table: Table) -> None:
         """A table above the progress line."""
         self.console.print(table)
+
+    def show_text(self, title: str, text: str) -> None:
+        """Text between two rules."""
+        self.console.rule(title, align="left")
+        self.console.print(text, markup=False, highlight=False)
+        self.console.rule()
 
     def warn(self, text: str) -> None:
         """Something that does not end the run but that a person should see, and find again in the log."""
@@ -171,6 +181,75 @@ class Totals:
         for name, value in {**rows, **counted}.items():
             table.add_row(name, value)
         return table
+
+
+class Reporter:
+    """What every rank of a run reports to: rank 0's is opened and writes and shows it, the others' keep quiet."""
+
+    def __init__(self) -> None:
+        self.totals = Totals()
+        self._telemetry: Telemetry | None = None
+        self._tracer: Tracer | None = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether what is reported is seen by anybody."""
+        return self._telemetry is not None
+
+    def open(self, job: Job, *, step: int) -> None:
+        """Begin to write and show `job` from `step` on. On rank 0."""
+        run, tracking = job.config.run, job.config.tracking
+        trackers = open_trackers(tracking, job.folder, first_step=step, settings=job.config.model_dump(mode="json"))
+        self._telemetry = Telemetry(
+            job.folder, trackers, total_steps=run.steps, first_step=step, log_every=run.log_every
+        )
+        self._tracer = Tracer(job.folder / TRACE_FILE, first_step=step, count=run.trace_steps)
+
+    def step(self, record: dict[str, Any], laps: Sequence[Lap], entries: Sequence[Entry]) -> None:
+        """A step is over: publish its record, and its course if it is one of those that are traced."""
+        if self._telemetry is not None:
+            self.totals.add(record)
+            self._telemetry.step(record)
+        self._trace(lambda tracer: tracer.step(record["step"], laps, entries))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        if self._telemetry is not None:
+            self._telemetry.event(kind, **fields)
+
+    def say(self, text: str) -> None:
+        if self._telemetry is not None:
+            self._telemetry.say(text)
+
+    def warn(self, text: str) -> None:
+        if self._telemetry is not None:
+            self._telemetry.warn(text)
+
+    def show(self, table: Table) -> None:
+        if self._telemetry is not None:
+            self._telemetry.show(table)
+
+    def conclude(self, tables: Sequence[Table], sample: str | None) -> None:
+        """Leave the progress line as it stands; below it tables, and text that the model wrote."""
+        if self._telemetry is not None:
+            self._telemetry.stop_line()
+            for table in tables:
+                self._telemetry.show(table)
+            if sample is not None:
+                self._telemetry.show_text("sample", sample)
+
+    def close(self) -> None:
+        self._trace(Tracer.close)
+        if self._telemetry is not None:
+            self._telemetry.close()
+
+    def _trace(self, act: Callable[[Tracer], None]) -> None:
+        if self._tracer is None:
+            return
+        try:
+            act(self._tracer)
+        except OSError as error:
+            self._tracer = None
+            self.warn(f"{TRACE_FILE} cannot be written: {error.strerror or error}; the run goes on without it")
 
 
 _PROBE_SIZE, _PROBE_S = {"cpu": 256, "cuda": 4096}, 0.15

@@ -1,22 +1,34 @@
 """When a run saves and what: logical tensors and the step. Data order, schedule and RNG are functions of the step."""
 
 from thinwire import __version__
-from thinwire.checkpoint.store import Found, SaveFailed, Saving
+from thinwire.checkpoint.store import Checkpoints, Found, SaveFailed, Saving
 from thinwire.errors import CheckpointError, SaveError
 from thinwire.hub.init import load_pieces
+from thinwire.parallel.shard.engine import Sharded
 from thinwire.parallel.shard.layout import Piece
+from thinwire.parallel.shard.optimizer import ShardedOptimizer
+from thinwire.sync.outer_sync import OuterSync
 from thinwire.sync.state import in_flight, own_names, taken_steps, to_load, to_save, without_groups
-from thinwire.train.assemble import Parts
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
+from thinwire.train.progress import Reporter
 from thinwire.units import show_seconds
 
 
 class Saver:
     """Saves every `checkpoint.every_steps` and at the end, in the background; resumes from the newest good one."""
 
-    def __init__(self, job: Job, parts: Parts) -> None:
-        self._job, self._parts = job, parts
+    def __init__(
+        self,
+        job: Job,
+        checkpoints: Checkpoints,
+        sharded: Sharded,
+        optimizer: ShardedOptimizer,
+        sync: OuterSync | None,
+        reporter: Reporter,
+    ) -> None:
+        self._job, self._checkpoints, self._reporter = job, checkpoints, reporter
+        self._sharded, self._optimizer, self._sync = sharded, optimizer, sync
         self._saving: Saving | None = None
         self._last_asked = 0
         self._newest: str | None = None
@@ -30,13 +42,13 @@ class Saver:
 
         Raises CheckpointError, and ConfigError if worker groups do not hold the same afterwards.
         """
-        found = self._parts.checkpoints.newest()
-        self._warnings = list(self._parts.checkpoints.warnings)
+        found = self._checkpoints.newest()
+        self._warnings = list(self._checkpoints.warnings)
         if found is None:
             self._start()
             return 0
         updates, carried = self._updates(found), self._carried(found)
-        meta = self._parts.checkpoints.load(found, self._wanted(found, carried, updated=updates > 0))
+        meta = self._checkpoints.load(found, self._wanted(found, carried, updated=updates > 0))
         if self._adapters and meta["spec"].get("base") != self._job.spec.model_dump()["base"]:
             raise CheckpointError(
                 f"{found.path} holds adapters for other weights than those in {self._job.config.model.hf}; put their base "
@@ -47,11 +59,11 @@ class Saver:
                 f"{found.path} was trained on another corpus (digest {meta['corpus'][:12]}, now "
                 f"{self._job.corpus.digest[:12]}); point data.path at that one, or use --fresh"
             )
-        self._parts.sharded.loaded()
-        self._parts.optimizer.loaded(updates)
-        if self._parts.sync is not None:
-            self._parts.sync.compare()
-        if self._parts.sharded.starts_afresh(carried):
+        self._sharded.loaded()
+        self._optimizer.loaded(updates)
+        if self._sync is not None:
+            self._sync.compare()
+        if self._sharded.starts_afresh(carried):
             self._warnings.append(
                 f"{found.path.name} does not hold compressed weights as ranks had received them under this plan (it was "
                 f"written under another plan, or by an older version): weights begin uncompressed, and losses may differ "
@@ -62,40 +74,40 @@ class Saver:
 
     def _updates(self, found: Found) -> int:
         """Optimizer steps taken before; worker groups may have skipped different ones."""
-        own = None if self._parts.sync is None else taken_steps(self._parts.sync)
+        own = None if self._sync is None else taken_steps(self._sync)
         if own is None or own.name not in found.manifest.tensors:
             return int(found.manifest.meta["updates"])
-        self._parts.checkpoints.load(found, [own])
+        self._checkpoints.load(found, [own])
         return int(own.tensor)
 
     def _carried(self, found: Found) -> set[str]:
         """The tensors of a checkpoint among which this rank finds what its group carries from step to step."""
-        saved, sync = found.manifest.tensors, self._parts.sync
+        saved, sync = found.manifest.tensors, self._sync
         if sync is not None:
             return own_names(sync, saved)
         return without_groups(saved) if found.manifest.meta["plan"].get("sync") else set(saved)
 
     def _wanted(self, found: Found, carried: set[str], *, updated: bool) -> list[Piece]:
         """What this rank reads of a checkpoint, whoever saved it under whatever plan."""
-        inner = self._parts.sharded.for_load(trained_only=self._adapters)
-        sync, saved = self._parts.sync, found.manifest.tensors
+        inner = self._sharded.for_load(trained_only=self._adapters)
+        sync, saved = self._sync, found.manifest.tensors
         optimizer = (
-            self._parts.optimizer.for_load({*saved, *carried}) if updated else []
+            self._optimizer.for_load({*saved, *carried}) if updated else []
         )  # else the first step makes the states
         if sync is None:
-            return [*inner, *optimizer, *self._parts.sharded.carried_for_load(carried)]
+            return [*inner, *optimizer, *self._sharded.carried_for_load(carried)]
         same = found.manifest.meta["plan"].get("sync") == sync.sync.model_dump(mode="json")
         sync.go_on(found.step, flights=in_flight(sync, saved) if same else ())
-        optimizer += self._parts.sharded.carried_for_load(carried)
+        optimizer += self._sharded.carried_for_load(carried)
         return to_load(sync, inner, optimizer, saved, same=same)
 
     def _start(self) -> None:
         """Imported weights in the place of drawn ones, each rank reading what it owns."""
         if self._job.init is not None:
-            load_pieces(self._job.init.folder, self._parts.sharded.for_load())
-            self._parts.sharded.loaded()
-            if self._parts.sync is not None:
-                self._parts.sync.start_here()
+            load_pieces(self._job.init.folder, self._sharded.for_load())
+            self._sharded.loaded()
+            if self._sync is not None:
+                self._sync.start_here()
 
     def after_step(self, step: int, *, last: bool) -> None:
         """Save if it is time; look after a save in flight."""
@@ -129,26 +141,24 @@ class Saver:
     def announce(self) -> None:
         """Tell what was wrong with checkpoints that were passed over, once there is a console."""
         for warning in self._warnings:
-            self._parts.warn(warning)
+            self._reporter.warn(warning)
 
     def _save(self, step: int) -> None:
-        self._parts.sharded.drain()
-        inner, sync = self._parts.sharded.for_save(trained_only=self._adapters), self._parts.sync
-        optimizer = [*self._parts.optimizer.for_save(), *self._parts.sharded.carried_for_save()]
+        self._sharded.drain()
+        inner, sync = self._sharded.for_save(trained_only=self._adapters), self._sync
+        optimizer = [*self._optimizer.for_save(), *self._sharded.carried_for_save()]
         pieces = (
-            [*inner, *optimizer]
-            if sync is None
-            else to_save(sync, inner, optimizer, updates=self._parts.optimizer.updates)
+            [*inner, *optimizer] if sync is None else to_save(sync, inner, optimizer, updates=self._optimizer.updates)
         )
         meta = {
             "step": step,
-            "updates": self._parts.optimizer.updates,
+            "updates": self._optimizer.updates,
             "corpus": self._job.corpus.digest,
             "spec": self._job.spec.model_dump(mode="json"),
             "plan": self._job.plan.model_dump(mode="json"),
             "thinwire": __version__,
         }
-        self._saving = self._parts.checkpoints.save(step, pieces, meta)
+        self._saving = self._checkpoints.save(step, pieces, meta)
         self._last_asked = step
 
     def _collect(self, *, wait: bool) -> None:
@@ -159,13 +169,13 @@ class Saver:
         outcome = saving.result()
         self._failed = outcome if isinstance(outcome, SaveFailed) else None
         if isinstance(outcome, SaveFailed):
-            self._parts.warn(
+            self._reporter.warn(
                 f"the checkpoint of step {outcome.step} could not be saved: {outcome.reason}; training goes on, the last "
                 f"good checkpoint is {self.newest_name() or 'none'}"
             )
             return
         self._newest = outcome.path.name
-        self._parts.event(
+        self._reporter.event(
             "checkpoint",
             step=outcome.step,
             path=str(outcome.path),
@@ -173,5 +183,5 @@ class Saver:
             save_s=outcome.save_s,
             bytes=outcome.bytes,
         )
-        if self._parts.telemetry is not None and outcome.step == self._job.config.run.steps:
-            self._parts.say(f"saved {outcome.path} in {show_seconds(outcome.save_s)}")
+        if outcome.step == self._job.config.run.steps:
+            self._reporter.say(f"saved {outcome.path} in {show_seconds(outcome.save_s)}")

@@ -10,46 +10,59 @@ from contextlib import nullcontext
 import torch
 
 from thinwire.comm.collectives import all_reduce_small
+from thinwire.comm.world import World
 from thinwire.data.loader import Batch, evaluation_batches, ignored_like
 from thinwire.data.notes import FEW_TOKENS
 from thinwire.evaluate.scoring import Score, score
-from thinwire.train.assemble import Parts
+from thinwire.model.generate import LanguageModel
+from thinwire.parallel.shard.engine import Sharded
+from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.job import Job
+from thinwire.train.progress import Reporter
 from thinwire.units import show_seconds
 
 
-def validate(job: Job, parts: Parts, step: int) -> Score | None:
+def validate(
+    job: Job,
+    world: World,
+    model: LanguageModel,
+    sharded: Sharded,
+    sync: OuterSync | None,
+    reporter: Reporter,
+    *,
+    step: int,
+) -> Score | None:
     """Score the first `run.eval_sequences` held-out sequences and say the result; None if there is no held-out text."""
     if job.corpus.heldout is None or job.corpus.heldout.tokens == 0:
         if step == 0:
-            parts.say(f"no validation: {job.config.data.path} holds no validation split")
+            reporter.say(f"no validation: {job.config.data.path} holds no validation split")
         return None
     start_s = time.perf_counter()
-    parts.sharded.drain()
-    with parts.world.ledger.apart():
-        total = _score(job, parts)
-    _tell(parts, step, total, time.perf_counter() - start_s)
+    sharded.drain()
+    with world.ledger.apart():
+        total = _score(job, world, model, sync)
+    _tell(reporter, step, total, time.perf_counter() - start_s)
     return total
 
 
-def _score(job: Job, parts: Parts) -> Score:
-    with parts.sync.outer_weights() if parts.sync is not None else nullcontext():
+def _score(job: Job, world: World, model: LanguageModel, sync: OuterSync | None) -> Score:
+    with sync.outer_weights() if sync is not None else nullcontext():
         own = score(
-            parts.model,
-            _share(job, parts),
+            model,
+            _share(job, world),
             token_bytes=job.corpus.token_bytes,
             cross_documents=job.corpus.cross_documents,
         )
     sums = torch.tensor([own.loss_sum, own.tokens, own.text_bytes], dtype=torch.float64)
-    all_reduce_small(sums, world=parts.world, op="sum")
+    all_reduce_small(sums, world=world, op="sum")
     return Score(float(sums[0]), int(sums[1]), int(sums[2]))
 
 
-def _share(job: Job, parts: Parts) -> Iterator[Batch]:
+def _share(job: Job, world: World) -> Iterator[Batch]:
     """This rank's batches. All ranks take the same number of forwards: a rank without text scores an empty batch."""
     assert job.corpus.heldout is not None
     limit = job.config.run.eval_sequences
-    size, ranks = job.plan.micro_batch, parts.world.size
+    size, ranks = job.plan.micro_batch, world.size
     batches = list(
         evaluation_batches(
             job.corpus.heldout,
@@ -62,13 +75,13 @@ def _share(job: Job, parts: Parts) -> Iterator[Batch]:
     )
     rounds = -(-len(batches) // ranks)
     for index in range(rounds):
-        mine = index * ranks + parts.world.rank
+        mine = index * ranks + world.rank
         yield batches[mine] if mine < len(batches) else ignored_like(batches[0])
 
 
-def _tell(parts: Parts, step: int, total: Score, seconds: float) -> None:
+def _tell(reporter: Reporter, step: int, total: Score, seconds: float) -> None:
     bits, scored = total.bits_per_byte, total.tokens > 0
-    parts.event(
+    reporter.event(
         "eval",
         step=step,
         loss=total.loss if scored else None,
@@ -78,11 +91,11 @@ def _tell(parts: Parts, step: int, total: Score, seconds: float) -> None:
         seconds=round(seconds, 3),
     )
     if not scored:
-        parts.say(f"validation at step {step}: no token of the held-out sequences is scored")
+        reporter.say(f"validation at step {step}: no token of the held-out sequences is scored")
         return
     shown = "" if bits is None else f", {bits:.4f} bits per byte"
     few = ", too few to compare losses by" if total.tokens < FEW_TOKENS else ""
-    parts.say(
+    reporter.say(
         f"validation at step {step}: loss {total.loss:.4f}, perplexity {total.perplexity:.2f}{shown} "
         f"({total.tokens:,} held-out tokens{few}, {show_seconds(seconds)})"
     )

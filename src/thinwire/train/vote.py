@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from thinwire.comm.compat import all_gather_single
 from thinwire.comm.handle import Handle
-from thinwire.train.assemble import Parts
+from thinwire.comm.world import World
 
 EVERY = 10
 """Steps between two votes across groups: a stop takes effect 10 to 20 steps after it was asked for."""
@@ -17,10 +17,9 @@ class StopVote:
     So groups drift apart by up to that many steps without waiting for each other, and stop after the same step.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        world = self._world = parts.world
-        inside = world.size if parts.sync is None else parts.sync.engine.world.size
-        alike = range(world.rank % inside, world.size, inside)
+    def __init__(self, world: World, group: World) -> None:
+        self._world = world
+        alike = range(world.rank % group.size, world.size, group.size)
         self._group = world.communicator(alike, members_only=True, small=True) if len(alike) > 1 else None
         self._level = world.level_name(len(world.cluster.levels) - 1)
         self._asked = False
