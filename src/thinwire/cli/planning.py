@@ -17,6 +17,7 @@ from thinwire.model.spec import ModelSpec
 from thinwire.plan.plan import Plan, read_plan
 from thinwire.planner.space import WIRE, Space
 from thinwire.predict.candidate import Candidate, Setting, Sync
+from thinwire.predict.framework import thinwire_with
 from thinwire.train.config import RunFile
 from thinwire.train.job import default_folder, expected_vocabulary
 
@@ -54,6 +55,7 @@ def task(run_file: Path, settings: Sequence[str]) -> Task:
         cluster,
         file.batch.sequences,
         file.batch.tokens,
+        thinwire_with(file.optimizer),
         calibration=calibration_of(cluster),
         compute_dtype=dtype,
     )

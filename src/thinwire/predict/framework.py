@@ -1,6 +1,8 @@
 """What a training framework does that costs depend on: thinwire itself, and those whose published runs we predict."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from thinwire.plan.optimizers import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class Framework:
     grad_wire_bytes: float = 4.0
     """Gradients on the wire where no codec is named."""
     optimizer_bytes: float = 12.0
-    """Master weights and AdamW's two moments."""
+    """Master weights and the optimizer's states, of AdamW two moments."""
     flash_attention: bool = True
     """Attention scores are never stored, and a causal kernel does half of the square."""
     dropout: bool = False
@@ -49,6 +51,14 @@ class Framework:
 
 
 THINWIRE = Framework("thinwire", whole_table_grad=True, tied_units=True, packed_qkv=True, fused_loss=True)
+"""With AdamW."""
+
+
+def thinwire_with(optimizer: OptimizerConfig) -> Framework:
+    """thinwire with the states of another optimizer, in fp32; its seconds are still those of AdamW, which takes longest."""
+    return replace(THINWIRE, optimizer_bytes=4.0 * (1 + optimizer.state_numbers))
+
+
 MEGATRON_2021 = Framework(
     "Megatron-LM and Megatron-DeepSpeed, 2021-23",
     grad_wire_bytes=2.0,

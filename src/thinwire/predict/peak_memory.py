@@ -1,8 +1,8 @@
 """Device memory of a stage's ranks by cause, and whether it fits.
 
 States lie as the engine keeps them: weights in the compute precision at lp, gradient sums in fp32 at lg, masters and
-AdamW's moments at lo. What a step needs beside them, weights that are whole, gradients on their way, activations and the
-loss, is that of its fullest moment.
+the optimizer's states at lo. What a step needs beside them, weights that are whole, gradients on their way, activations
+and the loss, is that of its fullest moment.
 
 The moments at which a stage holds most beside its states, and what it holds then.
 
