@@ -32,7 +32,7 @@ from own_runs import Measured, Predicted, Row
 from rich.console import Console
 from rich.table import Table
 
-from thinwire.cli.planning import task
+from thinwire.cli.plan import task
 from thinwire.files.events import read_events, steps
 from thinwire.planner.explain import rests_on
 from thinwire.predict.candidate import Candidate

@@ -4,6 +4,7 @@ Nothing in this file depends on a row's measured value.
 """
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +14,54 @@ from thinwire.cluster.cluster import Cluster, Level
 from thinwire.cluster.hardware import device_preset
 from thinwire.model.presets import preset
 from thinwire.model.spec import ModelSpec
-from thinwire.predict.candidate import Candidate, Setting
-from thinwire.predict.framework import DEEPSPEED_ZERO3, INTERNEVO, MEGATRON_2021, TORCHTITAN, Framework
+from thinwire.predict.candidate import Candidate, CandidateSync, Framework, Setting
+from thinwire.predict.outer_cost import fragment_bytes
 
 FOLDER = Path(__file__).parent / "validation"
 GBIT = 1e9 / 8
 PUBLIC_VOCABULARY = 51200
 """Megatron's padded GPT-2 vocabulary, where a row gives none."""
+
+MEGATRON_2021 = Framework(
+    "Megatron-LM and Megatron-DeepSpeed, 2021-23",
+    grad_wire_bytes=2.0,
+    flash_attention=False,
+    dropout=True,
+    sequence_parallel=False,
+    overlap_reduce=False,
+    overlap_refresh=False,
+)
+"""arXiv 2104.04473: scores stored, whole-gradient all-reduce after the last backward."""
+
+DEEPSPEED_ZERO3 = Framework(
+    "DeepSpeed ZeRO-3, 2021", grad_bytes=2.0, grad_wire_bytes=2.0, flash_attention=False, dropout=True
+)
+"""arXiv 2104.04473, table 2: without model parallelism."""
+
+TORCHTITAN = Framework(
+    "torchtitan, 2024",
+    fused_elementwise=True,
+    logits_bytes=14.0,
+    split_logits_bytes=18.0,
+    casts_on_gather=True,
+    keeps_gathered_inputs=True,
+)
+"""FSDP2 and DTensor. Its log reports what the allocator has reserved (`max_reserved_gib` in its metrics.py).
+
+The block of the half-precision logits is too small for an fp32 buffer of the loss, so its 2 bytes stay reserved beside 12;
+beside the 16 of torch's loss parallelism (log-softmax, its gradient's two terms, their sum, or that sum and its product)
+the block of the fp32 logits is used again by one of these, but one more is asked for while all are taken: 2 + 16.
+"""
+
+INTERNEVO = Framework(
+    "InternEvo, 2024",
+    grad_bytes=2.0,
+    grad_wire_bytes=2.0,
+    optimizer_bytes=16.0,
+    broadcast_refresh=True,
+    overlap_refresh=False,
+)
+"""A hybrid-precision optimizer with an fp32 copy of the gradients."""
 
 
 @dataclass(frozen=True)
@@ -186,3 +228,65 @@ def internevo_memory() -> list[Row]:
         setting = Setting(spec, given, int(row["dp"]) * 4, 2048, INTERNEVO)
         found.append(Row(row, Measured(setting, candidate, float(row["value"]) * 1e9)))
     return found
+
+
+def layered_stall_s(
+    sent: Sequence[int],
+    *,
+    layers: int,
+    layer_travel_s: float,
+    step_s: float,
+    overlap_steps: int,
+    forward_share: float = 1 / 3,
+) -> float:
+    """Stall of one round when every layer travels by itself, as in the simulation of arXiv 2501.18512, section 4.
+
+    A layer of `sent` sets out when its backward ends, they share one stream, and each is needed when its own forward begins
+    `overlap_steps` steps later than the next. Data parallelism is the case of all layers in every step.
+    """
+    forward, backward = step_s * forward_share / layers, step_s * (1 - forward_share) / layers
+    stream, arrive = 0.0, {}
+    for layer in sorted(sent, reverse=True):
+        stream = arrive[layer] = max(stream, (layers - layer) * backward) + layer_travel_s
+    start = now = layers * backward + overlap_steps * step_s
+    for layer in range(layers):
+        now = max(now, arrive.get(layer, 0.0)) + forward
+    return now - start - layers * forward
+
+
+def layered_rate(
+    wanted: float, *, parameters: float, layers: int, groups: int, step_s: float, sync: CandidateSync | None
+) -> float:
+    """Like `rate_for_utilisation`, for layers that travel by themselves; found by halving."""
+    plain = sync or CandidateSync(level=0, inner_steps=1)
+    each = 2 * (groups - 1) / groups * fragment_bytes(parameters / layers, CandidateSync(0, 1, codec=plain.codec))
+    fragments = [range(first, layers, plain.fragments) for first in range(plain.fragments)]  # strided over the layers
+
+    def share(rate: float) -> float:
+        stalls = [
+            layered_stall_s(
+                sent, layers=layers, layer_travel_s=each / rate, step_s=step_s, overlap_steps=plain.overlap_steps
+            )
+            for sent in fragments
+        ]
+        computing = plain.inner_steps * step_s
+        return computing / (computing + sum(stalls))
+
+    low, high = 1.0, 1e15
+    while high / low > 1.0001:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if share(middle) >= wanted else (middle, high)
+    return high
+
+
+def hardware_flops_per_token(spec: ModelSpec, tokens: int, *, recompute: str) -> float:
+    """FLOPs really done per token: the numerator of HFU (Korthikanti et al., arXiv 2205.05198, section 5).
+
+    Full recompute repeats each block's forward (not the head); selective repeats the attention core.
+    """
+    model, forward = spec.model_flops_per_token(tokens), spec.forward_flops_per_token(tokens)
+    if recompute == "full":
+        return model + forward - 2.0 * spec.vocab_size * spec.hidden
+    if recompute == "selective":
+        return model + forward - 2.0 * spec.matmul_parameters
+    return model

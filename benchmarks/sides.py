@@ -54,7 +54,7 @@ ROUNDS: dict[str, dict[str, Any]] = {
         "kind": "streaming_diloco",
         "fragments": 4,
         "delay": 8,
-        "lead": 2,
+        "staleness_bound": 2,
         "level": "node",
         "sum_inside": "node",
     },

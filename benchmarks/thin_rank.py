@@ -23,7 +23,7 @@ from sides import NO_NETWORK, THINWIRE, TORCH, WAITING, Builder, Setting, Side, 
 from torch import Tensor
 
 from thinwire.comm.device import keep_heap
-from thinwire.lab.counters import read_interfaces
+from thinwire.lab.outcome import read_interfaces
 
 SIDES: dict[str, Builder] = {NO_NETWORK: alone, **THINWIRE, **TORCH, **PEERS, **WAITING}
 TEXT_BYTES, HELD_OUT_SEQUENCES = 4_000_000, 8

@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 
 import published
 from calibration_fit import FITTED, fit, predict
-from published import Row
+from published import INTERNEVO, Row, hardware_flops_per_token, layered_rate
 
 from thinwire.cluster.cluster import Calibration, Cluster
 from thinwire.cluster.hardware import calibration_of
 from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.model.spec import ModelSpec
-from thinwire.predict.candidate import Candidate, Setting, Sync
-from thinwire.predict.framework import INTERNEVO, Framework
-from thinwire.predict.outer_cost import layered_rate
+from thinwire.predict.candidate import Candidate, CandidateSync, Framework, Setting
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.predict.placement import place
 from thinwire.predict.step import step_time
@@ -54,7 +52,7 @@ def score(rows: Sequence[Row], predictor: Predictor) -> Score:
 def hardware_flops(row: Row) -> float:
     """FLOPs of a step, recomputation counted."""
     given = row.measured.setting
-    each = given.spec.hardware_flops_per_token(given.tokens, recompute=row.measured.candidate.recompute)
+    each = hardware_flops_per_token(given.spec, given.tokens, recompute=row.measured.candidate.recompute)
     return each * given.tokens * given.sequences
 
 
@@ -269,12 +267,12 @@ def diloco(report: Report) -> None:
     report.target("Streaming DiLoCo's table within 1.3x", worst <= 1.3)
 
 
-def outer_of(method: str, layers: int, inner_steps: int) -> Sync | None:
+def outer_of(method: str, layers: int, inner_steps: int) -> CandidateSync | None:
     """Fragments of three layers; one step of overlap; bf16 unless fp4 is said."""
     if method == "data-parallel":
         return None
     fragments = 1 if method == "diloco" else layers // 3
-    return Sync(
+    return CandidateSync(
         level=0, inner_steps=inner_steps, fragments=fragments, overlap_steps=1 if "overlap" in method else 0,
         codec="e3m0" if "fp4" in method else "bf16",
     )  # fmt: skip

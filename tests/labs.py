@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from thinwire.errors import LabError
-from thinwire.lab.host import AGENT, Inside, new_name
-from thinwire.lab.tools import check_machine
+from thinwire.lab.host import AGENT, Inside, check_machine, new_name
 
 PEER = str(Path(__file__).with_name("lab_peer.py"))
 SOURCE = Path(__file__).parents[1] / "src"

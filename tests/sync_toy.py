@@ -31,12 +31,12 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(WIDTH, 13), nn.Tanh(), nn.Linear(13, WIDTH)) for _ in range(4)
         )
-        self.head = nn.Linear(WIDTH, 5)
+        self.header = nn.Linear(WIDTH, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = x + block(x)
-        return self.head(x)
+        return self.header(x)
 
 
 class Group:
@@ -115,7 +115,7 @@ class Group:
         return [digest([f.weights, f.momentum]) for f in self.sync.fragments]
 
 
-def gone_astray(group: Group, rank: int) -> str:
+def diverging(group: Group, rank: int) -> str:
     """Of 14 steps; after four of them `rank` alters its outer state, between a send and an apply: what its group is told."""
     group.train(4)
     if group.world.rank == rank:

@@ -1,10 +1,12 @@
 """One TOML file in: precedence, nearest keys, round trip."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from thinwire.config import differences, dump_toml, load, override
+from thinwire.config import Frozen, build, differences, dump_toml, load, override
 from thinwire.errors import ConfigError
 from thinwire.train.config import RunConfig
 
@@ -69,3 +71,24 @@ def test_override_leaves_its_input_alone_and_differences_lists_leaves() -> None:
     changed = override(tree, ["a.b=2", "a.c=x"])
     assert tree == {"a": {"b": 1}}
     assert differences(tree, changed) == [("a.b", 1, 2), ("a.c", None, "x")]
+
+
+class Inner(Frozen):
+    renamed: ClassVar[Mapping[str, str]] = {"lead": "staleness_bound"}
+    staleness_bound: int = 1
+
+
+class Outer(Frozen):
+    inner: Inner = Inner()
+
+
+def test_a_key_under_its_old_name_works_and_the_new_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "old.toml"
+    path.write_text("[inner]\nlead = 3\n")
+    with pytest.warns(FutureWarning, match=r"old.toml: lead is staleness_bound now; the old name works for one more"):
+        assert load(Outer, path).inner.staleness_bound == 3
+    with pytest.warns(FutureWarning, match=r"^lead is staleness_bound now"):
+        assert Inner.model_validate({"lead": 4}).staleness_bound == 4
+    assert build(Outer, {"inner": {"lead": 5}}, "a document of ours").inner.staleness_bound == 5  # warnings are errors
+    with pytest.raises(ConfigError, match=r"lead is staleness_bound now, and both are given; leave lead out"):
+        build(Outer, {"inner": {"lead": 5, "staleness_bound": 5}}, "file")

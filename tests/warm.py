@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 _PRELOADED = [
     "torch.distributed", "thinwire.checkpoint.store", "thinwire.train.loop", "thinwire.train.worker",
-    "thinwire.cli.train", "thinwire.cli.report", "thinwire.probe.probe_worker",
+    "thinwire.cli.train", "thinwire.cli.report", "thinwire.cli.probe",
 ]  # fmt: skip
 """Installed modules only: the server does not see the tests' folder."""
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from thinwire.plan.partition import Partition
     from thinwire.plan.plan import Plan, PlanConfig
     from thinwire.plan.sync import Sync, SyncConfig
-    from thinwire.planner.library import plan_for, simulate_plan
+    from thinwire.planner.choose import plan_for, simulate_plan
     from thinwire.sync.outer_sync import OuterSync
 
 __version__ = "0.1.0"
@@ -46,9 +46,9 @@ _HOMES = {
     "Sync": "thinwire.plan.sync",
     "SyncConfig": "thinwire.plan.sync",
     "World": "thinwire.comm.world",
-    "plan_for": "thinwire.planner.library",
+    "plan_for": "thinwire.planner.choose",
     "shard": "thinwire.parallel.shard.engine",
-    "simulate_plan": "thinwire.planner.library",
+    "simulate_plan": "thinwire.planner.choose",
 }
 
 

@@ -9,11 +9,12 @@ import difflib
 import json
 import math
 import tomllib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from thinwire.errors import ConfigError, ThinwireError
 
@@ -22,19 +23,39 @@ _FILE_BYTES = 1 << 24
 
 
 class Frozen(BaseModel):
-    """Base of every configuration model and document: immutable, unknown keys refused, NaN and infinity refused."""
+    """Base of every configuration model and document: immutable, unknown keys refused, NaN and infinity refused.
+
+    `renamed` has the names that keys had in the last release, which still work: old -> new. Whoever writes one in a run
+    file or in Python is told the new one; documents that thinwire wrote itself are read without a word.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _known_and_fit(cls, data: Any) -> Any:
+    def _known_and_fit(cls, data: Any, info: ValidationInfo) -> Any:
         if isinstance(data, Mapping):
+            data = cls._with_new_names(data, info.context)
             for key, value in data.items():
                 if key not in cls.model_fields:
                     raise ValueError(f"unknown key {_shown(key)}{_nearest_key(str(key), cls)}")
                 _refuse_unfit(key, value, cls.model_fields[key].annotation)
         return data
+
+    @classmethod
+    def _with_new_names(cls, data: Mapping[str, Any], notes: list[str] | None) -> Mapping[str, Any]:
+        """`data` under the names that its keys have now. Raises ValueError where one is given under both."""
+        old = [key for key in data if key in cls.renamed]
+        for key in old:
+            if cls.renamed[key] in data:
+                raise ValueError(f"{key} is {cls.renamed[key]} now, and both are given; leave {key} out")
+            note = f"{key} is {cls.renamed[key]} now; the old name works for one more release"
+            if notes is None:
+                warnings.warn(note, FutureWarning, stacklevel=4)
+            else:
+                notes.append(note)
+        return {cls.renamed.get(key, key): value for key, value in data.items()} if old else data
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -143,7 +164,7 @@ def read_document(
     """A JSON file of our own as `model`, `what` in words. Raises `error`: which field lacks or is wrong, and `way_out`."""
     tree = read_json(path, error=error, way_out=way_out)
     try:
-        return model.model_validate(tree)
+        return model.model_validate(tree, context=[])
     except ValidationError as reason:
         raise error(f"{path} is no {what}: {explain(reason)}; {way_out}") from None
 
@@ -186,10 +207,13 @@ def _copy(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, dict) else value for key, value in tree.items()}
 
 
-def build(model: type[M], tree: Mapping[str, Any], source: str) -> M:
-    """`tree` checked against `model`. Raises ConfigError with one sentence that names the key and the trouble."""
+def build(model: type[M], tree: Mapping[str, Any], source: str, *, notes: list[str] | None = None) -> M:
+    """`tree` checked against `model`. Raises ConfigError with one sentence that names the key and what is wrong.
+
+    `notes` gets a line for each key that has another name now.
+    """
     try:
-        return model.model_validate(tree)
+        return model.model_validate(tree, context=[] if notes is None else notes)
     except ValidationError as error:
         raise ConfigError(f"{source}: {explain(error)}") from None
 
@@ -251,8 +275,15 @@ def _shown(value: Any) -> str:
 
 
 def load(model: type[M], path: Path, settings: Sequence[str] = ()) -> M:
-    """The TOML file at `path`, overridden by `settings`, checked against `model`. Raises ConfigError."""
-    return build(model, override(read_toml(path), settings), str(path))
+    """The TOML file at `path`, overridden by `settings`, checked against `model`. Raises ConfigError.
+
+    A FutureWarning names the new name of each key that is given under an old one.
+    """
+    notes: list[str] = []
+    loaded = build(model, override(read_toml(path), settings), str(path), notes=notes)
+    for note in notes:
+        warnings.warn(f"{path}: {note}", FutureWarning, stacklevel=2)
+    return loaded
 
 
 def dump_toml(config: BaseModel) -> str:

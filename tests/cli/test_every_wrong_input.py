@@ -50,7 +50,8 @@ def starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **more: Any) -> None:
         raise AssertionError("wrong input started ranks")
 
-    monkeypatch.setattr("thinwire.train.launch.launch", refuse)
+    for verb in ("train", "probe"):
+        monkeypatch.setattr(f"thinwire.cli.{verb}.launch", refuse)
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:

@@ -13,9 +13,8 @@ import torch
 
 from thinwire.comm import lost
 from thinwire.comm.collectives import all_gather, all_reduce_small
-from thinwire.comm.interfaces import Address
+from thinwire.comm.interfaces import Address, Presence
 from thinwire.comm.lost import Answer, find_lost
-from thinwire.comm.routes import Presence
 from thinwire.comm.status import Desk, Status, call
 from thinwire.comm.world import World
 from thinwire.errors import RankLost

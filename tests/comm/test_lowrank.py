@@ -1,11 +1,13 @@
 """Sums of low rank: exact where the rank allows it, nothing lost over time, equal replicas, bytes by the formula."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from thinwire.comm.collectives import all_reduce_hops
 from thinwire.comm.lowrank import LowRank, Matrix
 from thinwire.comm.world import World
 from worlds import run_world
@@ -17,7 +19,13 @@ RANK = 2
 
 def summer(world: World, rank: int = RANK) -> LowRank:
     return LowRank(
-        MATRICES, N, rank=rank, world=world, level=0, purposes=("reduce", "gather"), device=torch.device("cpu")
+        MATRICES,
+        N,
+        rank=rank,
+        level=0,
+        fanout=world.fanout(0),
+        all_reduce=partial(all_reduce_hops, world=world, level=0, purposes=("reduce", "gather")),
+        device=torch.device("cpu"),
     )
 
 

@@ -14,9 +14,8 @@ import pytest
 from labs import need_lab
 from runs import make_corpus, thinwire, write_run
 from thinwire.comm import interfaces
-from thinwire.comm.interfaces import Address
+from thinwire.comm.interfaces import Address, Presence, possible_routes
 from thinwire.comm.rendezvous import Rendezvous
-from thinwire.comm.routes import Presence, possible_routes
 from thinwire.comm.world import World
 from thinwire.errors import ConfigError, LinkError, StopAsked, ThinwireError
 from thinwire.train.launch import free_port

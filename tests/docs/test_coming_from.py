@@ -26,12 +26,12 @@ import thinwire
 from thinwire.cli import app
 from thinwire.config import build
 from thinwire.errors import ThinwireError
-from thinwire.plan.partition import NAMES
 from thinwire.train.config import RunConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from.md"
 _CODE = re.compile(r"`([^`]+)`")
 _SETTING = re.compile(r"[a-z_]+(\.[a-z_0-9]+)+( = .+)?")
+PARTITIONS = ("auto", "ddp", "zero1", "zero2", "zero3", "hsdp", "mics", "zero++", "frontier")
 TORCH_MODULES = (
     "torch.distributed.fsdp", "torch.nn.parallel", "torch.distributed.optim", "torch.utils.checkpoint",
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
@@ -154,7 +154,7 @@ def _check_command(line: str) -> None:
 
 def _check_ours(name: str) -> None:
     """Raises AssertionError or ThinwireError unless `name` is something of ours."""
-    if name in NAMES:
+    if name in PARTITIONS:
         _check_run(f'plan.partition = "{name}"')
     elif name.startswith("thinwire "):
         _check_command(name)

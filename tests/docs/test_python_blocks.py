@@ -80,7 +80,7 @@ def test_the_loop_of_worker_groups_takes_a_step() -> None:
     assert sharded_step["done"] and found["sync"].step == 1
 
 
-def test_a_plan_is_made_and_played(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_is_made_and_simulated(capsys: pytest.CaptureFixture[str]) -> None:
     _run("docs/planning.md", {})
     partition, seconds = capsys.readouterr().out.rsplit(" ", 1)
     assert partition.startswith("(") and float(seconds) > 0

@@ -103,7 +103,7 @@ def test_clean_removes_a_lab_whose_owner_is_dead_and_keeps_one_in_use(running: R
 
 def test_clean_all_removes_one_in_use(running: Running) -> None:
     # Other labs of this user must not be hit by a test: only what is marked is offered to it.
-    from thinwire.lab import clean
+    from thinwire.lab import host as clean
 
     mine = [lab for lab in clean.find() if lab.pid in holders(running.mark)]
     assert [lab.alive for lab in mine] == [True]
@@ -115,7 +115,7 @@ def test_clean_all_removes_one_in_use(running: Running) -> None:
 
 
 def test_what_is_not_a_labs_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from thinwire.lab import clean
+    from thinwire.lab import host as clean
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)

@@ -9,12 +9,18 @@ from thinwire.cli.lab import check_levels
 from thinwire.errors import ConfigError, LabError
 from thinwire.lab import network
 from thinwire.lab import network as shaping
-from thinwire.lab.command import StepWatch, due, what
+from thinwire.lab.command import StepWatch, due, members, what
 from thinwire.lab.config import Fault, LabConfig
-from thinwire.lab.counters import Traffic, read_interfaces
-from thinwire.lab.host import is_name, new_name, owner_lives
-from thinwire.lab.ranks_env import members
-from thinwire.lab.tools import check_machine, may_administrate, why_command_failed, why_no_namespaces
+from thinwire.lab.host import (
+    check_machine,
+    is_name,
+    may_administrate,
+    new_name,
+    owner_lives,
+    why_command_failed,
+    why_no_namespaces,
+)
+from thinwire.lab.outcome import Traffic, read_interfaces
 from worlds import cluster_of
 
 
@@ -139,7 +145,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     setting.write_text("1\n")
     assert "(no); run the lab as root" in why_no_namespaces("no", rootless=True, proc_sys=tmp_path)
     assert "(module sch_tbf)" in why_command_failed("`tc ... tbf` said: Specified qdisc kind is unknown.")
-    monkeypatch.setattr("thinwire.lab.tools._ADMIN_PATH", "/nowhere")
+    monkeypatch.setattr("thinwire.lab.host._ADMIN_PATH", "/nowhere")
     with pytest.raises(LabError, match="apt-get install iproute2 util-linux"):
         check_machine({"PATH": "/nowhere"})
     monkeypatch.setattr("sys.platform", "darwin")

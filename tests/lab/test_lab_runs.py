@@ -15,19 +15,19 @@ from labs import PEER, SOURCE, as_ordinary_user, eventually, marked, need_lab, n
 from thinwire.errors import ConfigError, LabError
 from thinwire.lab.config import Fault, LabConfig
 from thinwire.lab.lab import Lab
-from thinwire.lab.outcome import Outcome
+from thinwire.lab.outcome import LabOutcome
 
 MBIT = 1e6 / 8
 SIZE = 2_000_000
 PACKET = 1514  # bytes on these links, with its headers
 
 
-def seconds(outcome: Outcome) -> list[float]:
+def seconds(outcome: LabOutcome) -> list[float]:
     """Of each rank of a ring."""
     return [float(end.tail().split()[0]) for end in outcome.ends]
 
 
-def resent(outcome: Outcome) -> int:
+def resent(outcome: LabOutcome) -> int:
     """Bytes that kernels sent a second time in a ring, at most."""
     return PACKET * sum(int(end.tail().split()[1]) for end in outcome.ends)
 

@@ -113,8 +113,8 @@ def _noise(world: World) -> list[float]:
     optimizer, seen = adamw(engine), []
     for step in range(12):
         one_step(engine, optimizer, world, step)
-        flats = [flat for unit in engine.units for flat in unit.flats if flat.trained]
-        seen.append(max(float(flat.sums.held[flat.layout.used :].abs().max()) for flat in flats))
+        buffers = [grads for unit in engine.units for grads in unit.grads.values()]
+        seen.append(max(float(grads.buffer[grads.spec.layout.used :].abs().max()) for grads in buffers))
     return seen
 
 
@@ -152,7 +152,7 @@ def _references(world: World) -> None:
                 pair = [torch.empty_like(flat.weights) for _ in range(2)]
                 torch.distributed.all_gather(pair, flat.weights, group=world.group(1, "small"))
                 assert torch.equal(pair[0], pair[1])
-                mine = flat.weights[flat.place.within(1, 0)]
+                mine = flat.weights[flat.spec.within(1, 0)]
                 if flat.trained:
                     assert (
                         mine - flat.master

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from partition_toy import Toy, plan_of, train, weights
-from thinwire.comm.handle import Handle, Waitable
+from thinwire.comm.compat import Waitable
+from thinwire.comm.handle import Handle
 from thinwire.comm.transport import duplex
 from thinwire.comm.transport.same_host import GRADS, Row
 from thinwire.comm.world import World
@@ -143,9 +144,9 @@ def _sums(world: World) -> list[float]:
     return [
         number
         for unit in engine.units
-        for flat in unit.flats
-        if flat.sums.complete
-        for number in flat.sums.reduced.tolist()
+        for grads in unit.grads.values()
+        if grads.complete
+        for number in grads.reduced.tolist()
     ]
 
 

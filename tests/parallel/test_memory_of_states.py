@@ -28,7 +28,7 @@ def _states(world: World, cut: tuple[int, int, int], dtype: str) -> tuple[float,
         t
         for unit in engine.units
         for flat in unit.flats
-        for t in (flat.weights, flat.sums.held, flat.master, flat.whole)
+        for t in (flat.weights, unit.grads[flat].buffer if flat.trained else None, flat.master, flat.unsharded)
         if t is not None
     ]
     assert optimizer._optimizer is not None

@@ -47,24 +47,26 @@ def _conserved(world: World, codec: str) -> list[tuple[float, float, float]]:
     wire = {"grads": {"cluster": codec}, "error_feedback": True}
     engine = shard(Toy(), plan_of(world, (0, 0, 1), wire=wire), world)
     optimizer = adamw(engine)
-    flats = [flat for unit in engine.units for flat in unit.flats if flat.trained]
+    buffers = [grads for unit in engine.units for grads in unit.grads.values()]
     given: dict[int, Tensor] = {}
-    for flat in flats:
-        flat.sums.residual.plus = partial(_noted, given, id(flat), flat.sums.residual.plus)  # type: ignore[method-assign]
-    put_in = [torch.zeros(len(flat.place.at(0)), dtype=torch.float64) for flat in flats]
-    arrived = [torch.zeros(len(flat.place.at(0)), dtype=torch.float64) for flat in flats]
+    for grads in buffers:
+        grads.residual.plus = partial(_noted, given, id(grads), grads.residual.plus)  # type: ignore[method-assign]
+    put_in = [torch.zeros(len(grads.spec.at(0)), dtype=torch.float64) for grads in buffers]
+    arrived = [torch.zeros(len(grads.spec.at(0)), dtype=torch.float64) for grads in buffers]
     for step in range(STEPS):
         _forward_backward(engine, world, step)
-        for flat, total, received in zip(flats, put_in, arrived, strict=True):
-            total.add_(torch.stack(_over_group(world, given[id(flat)])).double().sum(0))
-            received.add_(torch.cat(_over_group(world, flat.sums.reduced)))
+        for grads, total, received in zip(buffers, put_in, arrived, strict=True):
+            total.add_(torch.stack(_over_group(world, given[id(grads)])).double().sum(0))
+            received.add_(torch.cat(_over_group(world, grads.reduced)))
         optimizer.step(grad_scale=0.01)
     found = []
-    for flat, total, received in zip(flats, put_in, arrived, strict=True):
-        assert flat.sums.residual.value is not None
-        left = sum(part.double() for part in _over_group(world, flat.sums.residual.value))
-        mine = flat.place.at(0)
-        own = slice(0, max(0, min(len(mine), flat.layout.used - mine.start)))  # what is beyond is padding: no sum's
+    for grads, total, received in zip(buffers, put_in, arrived, strict=True):
+        assert grads.residual.value is not None
+        left = sum(part.double() for part in _over_group(world, grads.residual.value))
+        mine = grads.spec.at(0)
+        own = slice(
+            0, max(0, min(len(mine), grads.spec.layout.used - mine.start))
+        )  # what is beyond is padding: no sum's
         missing, lost = (received + left - total)[own], (received - total)[own]
         found.append((float(missing.norm()), float(lost.norm()), float(total[own].norm())))
     engine.drain()
@@ -122,4 +124,4 @@ def test_feedback_is_at_the_outermost_level_that_joins_more_than_one() -> None:
     world = World(0, 2, 0, cluster_of((2, 1)), torch.device("cpu"))
     wire = {"grads": {"node": "int4", "cluster": "int4"}, "error_feedback": True}
     engine = shard(Toy(), plan_of(world, (-1, -1, 1), wire=wire), world)
-    assert {flat.sums.feedback_level for unit in engine.units for flat in unit.flats if flat.trained} == {0}
+    assert {grads.feedback_level for unit in engine.units for grads in unit.grads.values()} == {0}

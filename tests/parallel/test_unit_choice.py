@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from thinwire.parallel.shard.unit import find_units
+from thinwire.parallel.shard.find_units import find_units
 
 
 def names(root: nn.Module) -> dict[str, list[str]]:

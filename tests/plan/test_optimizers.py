@@ -8,7 +8,7 @@ import pytest
 from thinwire.config import build, dump_toml, load, parse_toml
 from thinwire.errors import ConfigError
 from thinwire.plan.optimizers import OptimizerConfig
-from thinwire.predict.framework import THINWIRE, thinwire_with
+from thinwire.predict.candidate import THINWIRE, thinwire_with
 from thinwire.train.config import RunFile
 
 SGD = {"name": "sgd", "momentum": 0.9, "nesterov": True}

@@ -144,7 +144,7 @@ def test_wrong_plans_get_a_sentence(tree: dict[str, object], says: str) -> None:
 @pytest.mark.parametrize(
     ("grads", "says"),
     [
-        ({"cluster": "fp32"}, "coded gradient levels are none"),
+        ({"cluster": "fp32"}, "compressed gradient levels are none"),
         ({"cluster": "lowrank"}, "leave error_feedback out"),
         ({"node": "int8", "cluster": "lowrank"}, "leave error_feedback out"),
     ],

@@ -1,4 +1,4 @@
-"""Planning from Python: the same plans as the command's, steps that can be played, and sentences for wrong input."""
+"""Planning from Python: the same plans as the command's, steps that can be simulated, and sentences for wrong input."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from thinwire import Cluster, Plan, plan_for, simulate_plan
 from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.errors import ConfigError, PlanError, ThinwireError
 from thinwire.model.presets import preset
-from thinwire.predict.perturbation import Trouble
+from thinwire.predict.perturbation import Perturbation
 
 MODEL, CLUSTER, SEQUENCES, TOKENS = "llama-2-7b", "dgx-a100-4", 64, 2048
 
@@ -36,11 +36,11 @@ def test_names_and_what_they_stand_for_are_the_same(plan: Plan) -> None:
     assert plan.micro_batch * plan.accumulate * cluster_preset(CLUSTER).ranks == SEQUENCES
 
 
-def test_a_plan_is_played_and_trouble_makes_it_slower(plan: Plan) -> None:
-    played = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS)
-    assert max(span.end_s for span in played.spans) == pytest.approx(played.step_s)
-    slow = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS, trouble=Trouble(slow_ranks={(0, 0): 1.5}))
-    assert 1.2 * played.step_s < slow.step_s < 1.6 * played.step_s
+def test_a_plan_is_simulated_and_perturbations_make_it_slower(plan: Plan) -> None:
+    simulated = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS)
+    assert max(span.end_s for span in simulated.spans) == pytest.approx(simulated.step_s)
+    slow = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS, trouble=Perturbation(slow_ranks={(0, 0): 1.5}))
+    assert 1.2 * simulated.step_s < slow.step_s < 1.6 * simulated.step_s
 
 
 @pytest.mark.parametrize(
@@ -58,5 +58,5 @@ def test_wrong_input_is_a_sentence(model: str, cluster: str | Cluster, error: ty
 
 
 def test_a_plan_for_other_levels_is_refused(plan: Plan) -> None:
-    with pytest.raises(PlanError, match="the plan is for levels"):
+    with pytest.raises(PlanError, match="the plan is for the levels"):
         simulate_plan(MODEL, "h100-400g-2048", plan, tokens=TOKENS)

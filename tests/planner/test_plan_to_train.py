@@ -48,7 +48,7 @@ def test_the_written_plan_is_run_unchanged(run_file: Path) -> None:
     ("change", "says"),
     [
         ({"levels": [["node", 4]]}, "is for the levels node=4, the cluster has node=2"),
-        ({"micro_batch": 64}, "sequences a step, batch.sequences gives it"),
+        ({"micro_batch": 64}, "sequences per step, batch.sequences gives it"),
         ({"version": 2}, "is no plan of version 1"),
     ],
 )
@@ -76,16 +76,16 @@ def test_rounds_that_the_planner_chose_are_run_unchanged(tmp_path: Path) -> None
     out = tmp_path / "rounds.json"
     planned = thinwire("plan", file, "--runnable", "-o", out)
     assert planned.returncode == 0, planned.stderr
-    assert "whose outermost groups agree rarely come first" in planned.stdout
+    assert "whose outermost groups synchronise rarely come first" in planned.stdout
     sync = json.loads(out.read_text())["sync"]
     assert (sync["level"], sync["groups"], sync["codec"]) == ("site", 2, "e3m0")
-    assert f"groups agree every {sync['inner_steps']} steps" in planned.stdout
+    assert f"groups synchronise every {sync['inner_steps']} steps" in planned.stdout
     trained = thinwire("train", file, "--plan", out)
     assert trained.returncode == 0, trained.stderr
     assert json.loads((tmp_path / "run" / "plan.json").read_text()) == json.loads(out.read_text())
     again = thinwire("plan", file, "--set", f"plan.file={out}")
     assert again.returncode == 0, again.stderr
-    assert f"groups agree every {sync['inner_steps']} steps" in again.stdout
+    assert f"groups synchronise every {sync['inner_steps']} steps" in again.stdout
 
 
 def test_rounds_that_the_run_file_decides_are_planned_with_and_written(run_file: Path) -> None:
@@ -93,7 +93,7 @@ def test_rounds_that_the_run_file_decides_are_planned_with_and_written(run_file:
     words = ["--set", "plan.sync.inner_steps=40", "--set", "plan.sync.kind=co2"]
     planned = thinwire("plan", run_file, "--runnable", "-o", out, *words)
     assert planned.returncode == 0, planned.stderr
-    assert "groups agree every 40 steps" in planned.stdout
+    assert "groups synchronise every 40 steps" in planned.stdout
     sync = json.loads(out.read_text())["sync"]
     assert (sync["kind"], sync["inner_steps"], sync["late"]) == ("co2", 40, True)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from calibration_fit import Measured, fit, predict
+from published import layered_rate
 from typer.testing import CliRunner
 
 from thinwire.cli import app, main
@@ -16,13 +17,12 @@ from thinwire.model.presets import preset
 from thinwire.plan.plan import Plan
 from thinwire.planner.choose import choose
 from thinwire.planner.explain import mfu
-from thinwire.planner.named import parse
 from thinwire.planner.search import cost, search
 from thinwire.planner.sensitivity import SHARES, flips, needed, with_rate
 from thinwire.planner.space import Space, cores, partitions
-from thinwire.planner.whynot import why_not
-from thinwire.predict.candidate import Candidate, Setting, Sync
-from thinwire.predict.outer_cost import layered_rate, rate_for_utilisation
+from thinwire.planner.whynot import parse, why_not
+from thinwire.predict.candidate import Candidate, CandidateSync, Setting
+from thinwire.predict.outer_cost import rate_for_utilisation
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.predict.placement import place, touch_s
 from thinwire.predict.step import step_time
@@ -188,12 +188,16 @@ def test_flips_really_flip_and_needed_rates_rise_with_the_share() -> None:
 
 
 def test_streaming_needs_less_than_diloco_needs_less_than_every_step() -> None:
-    def rate(sync: Sync | None) -> float:
+    def rate(sync: CandidateSync | None) -> float:
         return layered_rate(0.9, parameters=1e9, layers=24, groups=2, step_s=0.1, sync=sync)
 
-    whole, parts, coded = rate(Sync(0, 100)), rate(Sync(0, 100, 8, 1)), rate(Sync(0, 100, 8, 1, "e3m0"))
+    whole, parts, coded = (
+        rate(CandidateSync(0, 100)),
+        rate(CandidateSync(0, 100, 8, 1)),
+        rate(CandidateSync(0, 100, 8, 1, "e3m0")),
+    )
     assert rate(None) > 10 * whole > 10 * parts > 30 * coded
-    plain = rate_for_utilisation(0.9, parameters=1e9, groups=2, step_s=0.1, sync=Sync(0, 100))
+    plain = rate_for_utilisation(0.9, parameters=1e9, groups=2, step_s=0.1, sync=CandidateSync(0, 100))
     assert whole <= plain  # the plain formula hides nothing behind the last backward
 
 

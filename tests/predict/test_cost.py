@@ -19,15 +19,14 @@ from thinwire.plan.compression import OuterCodecName
 from thinwire.plan.sync import SyncConfig
 from thinwire.predict.activations import gradients_bytes
 from thinwire.predict.block import all_reduce_s, block_passes, gather_s
-from thinwire.predict.candidate import Candidate, Setting, Sync
-from thinwire.predict.outer_cost import outer_round, rate_for_utilisation, utilisation
+from thinwire.predict.candidate import Candidate, CandidateSync, Setting
+from thinwire.predict.outer_cost import outer_round, rate_for_utilisation
 from thinwire.predict.peak_memory import peak_memory, stage_memory
 from thinwire.predict.perturbation import Failures, goodput
-from thinwire.predict.pipeline import Kind, in_flight, kinds, parameters_of, pipeline_time
+from thinwire.predict.pipeline import StageKind, in_flight, kinds, parameters_of, pipeline_time
 from thinwire.predict.placement import Axes, axis_hops, check_device, efficiency, matmul_s, place, rate_of
-from thinwire.predict.sent import Sent, data_bytes, sent_bytes
+from thinwire.predict.sent import Sent, data_bytes, sent_bytes, unit_moves
 from thinwire.predict.simulate import simulate_step
-from thinwire.predict.states import unit_moves
 from thinwire.predict.step import StepTime, core_of, optimizer_s, step_time
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.predicted import predicted_bytes
@@ -63,7 +62,7 @@ CANDIDATES = [
     Candidate(tensor=2, pipeline=4, depths=(-1, -1, 1), recompute="full"),
     Candidate(tensor=2, pipeline=2, chunks=2, pipeline_outside=False, depths=(-1, -1, 1)),
     Candidate(context=2, depths=(1, 1, 1)),
-    Candidate(depths=(0, 0, 0), sync=Sync(1, 32, 4, 2, "int4")),
+    Candidate(depths=(0, 0, 0), sync=CandidateSync(1, 32, 4, 2, "int4")),
 ]
 
 
@@ -201,7 +200,10 @@ def test_outer_state_is_cut_over_the_whole_group_and_lies_in_host_memory() -> No
     """8 bytes a parameter over the K = 32 ranks of a group, 12 with error feedback; one fragment of it on a GPU."""
     given = setting(8, 4, 2)
     psi = given.spec.parameters
-    for sync, each in ((Sync(2, 100, fragments=4), 8), (Sync(2, 100, fragments=4, error_feedback=True), 12)):
+    for sync, each in (
+        (CandidateSync(2, 100, fragments=4), 8),
+        (CandidateSync(2, 100, fragments=4, error_feedback=True), 12),
+    ):
         for depths in [(-1, -1, -1), (1, 1, 1)]:
             candidate = Candidate(depths=depths, recompute="full", sync=sync)
             memory = peak_memory(given, candidate, place(candidate, given.cluster, given.calibration))
@@ -225,14 +227,14 @@ def test_fits_is_not_said_of_what_five_percent_more_would_break() -> None:
 
 def test_an_outer_round_stalls_only_for_what_overlap_does_not_hide() -> None:
     given = setting(8, 4, 2, rate=1e9)
-    plain, streaming = Sync(2, 100), Sync(2, 100, fragments=10, overlap_steps=5)
+    plain, streaming = CandidateSync(2, 100), CandidateSync(2, 100, fragments=10, overlap_steps=5)
     whole, part = outer_round(given, plain, 1.0), outer_round(given, streaming, 1.0)
     assert part.sent_bytes == pytest.approx(whole.sent_bytes / 10, rel=1e-6)
     assert whole.stall_s == whole.travel_s
     assert part.stall_s == pytest.approx(max(0.0, part.travel_s - 5.0))
     rate = rate_for_utilisation(0.9, parameters=1e9, groups=2, step_s=1.0, sync=plain)
     travel = 2e9 / rate
-    assert utilisation(step_s=1.0, inner_steps=100, stall=travel) == pytest.approx(0.9)
+    assert 100 / (100 + travel) == pytest.approx(0.9)
     assert rate_for_utilisation(0.99, parameters=1e9, groups=2, step_s=1.0, sync=None) > 50 * rate
 
 
@@ -277,7 +279,7 @@ Rounds = tuple[tuple[int, int, int], int, int, OuterCodecName]
 
 def _of_rounds(rounds: Rounds) -> Candidate:
     depths, level, fragments, codec = rounds
-    return Candidate(depths=depths, sync=Sync(level, 8, fragments, 2, codec))
+    return Candidate(depths=depths, sync=CandidateSync(level, 8, fragments, 2, codec))
 
 
 def _round_bytes(world: World, rounds: Rounds) -> dict[str, dict[str, int]]:
@@ -311,10 +313,15 @@ def _of_sums(sums: Summed, fanouts: tuple[int, ...]) -> Candidate:
     given = _cpu_setting(fanouts)
     names = given.cluster.level_names
     config = SyncConfig(
-        level=names[level], sum_inside=names[inside], inner_steps=8, fragments=fragments, codec="int4", lead=2
+        level=names[level],
+        sum_inside=names[inside],
+        inner_steps=8,
+        fragments=fragments,
+        codec="int4",
+        staleness_bound=2,
     )
     rounds = config.resolve([(each.name, each.fanout) for each in given.cluster.levels])
-    return Candidate(sync=Sync.of(rounds, level, given.spec.layers))
+    return Candidate(sync=CandidateSync.of(rounds, level, given.spec.layers))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +341,7 @@ def test_a_round_of_sums_sends_across_what_as_many_groups_as_places_would() -> N
     rounds = SyncConfig(level=names[0], sum_inside=names[1], inner_steps=8, codec="int8").resolve(
         [(each.name, each.fanout) for each in given.cluster.levels]
     )
-    summed, few = Sync.of(rounds, 0, 1), Sync(2, 8, codec="int8")
+    summed, few = CandidateSync.of(rounds, 0, 1), CandidateSync(2, 8, codec="int8")
     assert summed.groups(given.cluster) == 8
     assert outer_round(given, summed, 1.0).sent_bytes == outer_round(given, few, 1.0).sent_bytes
     inside_s = 2 * 4 * given.parameters * 3 / 4 / rate_of(given.cluster, 1, given.calibration)
@@ -431,4 +438,4 @@ def test_the_core_is_a_lower_bound_of_the_step() -> None:
     for candidate in CANDIDATES:
         axes: Axes = place(candidate, given.cluster, given.calibration)
         assert core_of(given, candidate, axes).least_s <= step_time(given, candidate, axes).total * (1 + 1e-9)
-    assert Kind(3, True, False).blocks == 3
+    assert StageKind(3, True, False).blocks == 3

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from published import TORCHTITAN
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -14,11 +15,9 @@ from torch.distributed.tensor.parallel import loss_parallel
 from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.comm.world import World
 from thinwire.model.presets import preset
-from thinwire.model.spec import ModelSpec
-from thinwire.model.work import every_second_matmul
+from thinwire.model.spec import ModelSpec, every_second_matmul
 from thinwire.predict.activations import block_bytes, block_elements, head_bytes
-from thinwire.predict.candidate import Candidate, Recompute, Setting
-from thinwire.predict.framework import THINWIRE, TORCHTITAN, Framework
+from thinwire.predict.candidate import THINWIRE, Candidate, Framework, Recompute, Setting
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.predict.placement import place
 from worlds import run_world
@@ -69,7 +68,7 @@ def _per_logit(world: World, cut: bool) -> float:
 def test_the_loss_holds_as_many_bytes_a_logit_as_is_counted(cut: bool, expected: float) -> None:
     """torchtitan's figures have 2 more: its log reports what is reserved, and bf16 logits leave a block too small."""
     assert run_world(2 if cut else 1, _per_logit, cut) == pytest.approx([expected] * (2 if cut else 1), rel=0.03)
-    reported = TORCHTITAN.cut_logits_bytes if cut else TORCHTITAN.logits_bytes
+    reported = TORCHTITAN.split_logits_bytes if cut else TORCHTITAN.logits_bytes
     assert reported == expected + 2
     assert THINWIRE.logits_bytes == 12.0
 

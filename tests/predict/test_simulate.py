@@ -9,18 +9,18 @@ import pytest
 from typer.testing import CliRunner
 
 from thinwire.cli import app, main
+from thinwire.cli.simulate import timeline, write_trace
 from thinwire.cluster.cluster import Cluster, Level
 from thinwire.cluster.hardware import device_preset
 from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.files.trace import Span, read_trace
 from thinwire.model.presets import preset
 from thinwire.predict.candidate import Candidate, Setting
-from thinwire.predict.perturbation import Failures, Trouble, goodput, run_with_failures
+from thinwire.predict.perturbation import Failures, Perturbation, goodput, run_with_failures
 from thinwire.predict.placement import place
-from thinwire.predict.queue import Clock, Lane, Message, Signal, Worker, before, chain, passes
+from thinwire.predict.queue import Clock, Message, SendStream, Signal, Worker, before, chain, passes
 from thinwire.predict.sent import data_bytes
 from thinwire.predict.simulate import Simulated, simulate_step
-from thinwire.predict.simulated_trace import timeline, write_trace
 from thinwire.predict.step import step_time
 
 SPEC = preset("llama-2-7b")
@@ -32,8 +32,8 @@ def setting(*fanouts: int, sequences: int = 64, rate: float = 2e11, latency: flo
     return Setting(SPEC, Cluster(device=device_preset("a100-80g"), levels=tuple(levels)), sequences, 2048)
 
 
-def play(given: Setting, candidate: Candidate, trouble: Trouble | None = None) -> Simulated:
-    return simulate_step(given, candidate, place(candidate, given.cluster, given.calibration), trouble)
+def simulate(given: Setting, candidate: Candidate, perturbation: Perturbation | None = None) -> Simulated:
+    return simulate_step(given, candidate, place(candidate, given.cluster, given.calibration), perturbation)
 
 
 def closed(given: Setting, candidate: Candidate) -> float:
@@ -59,14 +59,14 @@ def test_without_contention_the_simulator_is_the_closed_form(
     fanouts: tuple[int, ...], candidate: Candidate, sequences: int
 ) -> None:
     given = setting(*fanouts, sequences=sequences)
-    assert play(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=1e-3)
+    assert simulate(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=1e-3)
 
 
 def test_interleaving_agrees_without_sends_to_wait_for() -> None:
     given = setting(8, latency=0.0, rate=1e15)
     for chunks in (2, 4):
         candidate = Candidate(pipeline=8, chunks=chunks)
-        assert play(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=5e-3)
+        assert simulate(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=5e-3)
 
 
 def slower_outside(times: float, sequences: int) -> Setting:
@@ -78,14 +78,14 @@ def slower_outside(times: float, sequences: int) -> Setting:
 
 
 def test_the_closed_form_is_near_where_cuts_contend_for_lanes() -> None:
-    """Every cut over two levels, with 1, 2 and 8 micro-batches: ZeRO-3's gathers and reductions share lanes."""
+    """Every cut over two levels, with 1, 2 and 8 micro-batches: ZeRO-3's gathers and reductions share streams."""
     cuts = [
         Candidate(depths=depths, keep_gathered=keep)
         for depths in combinations_with_replacement((-1, 0, 1), 3)
         for keep in ([False, True] if depths[0] >= 0 else [False])
     ]
     settings = [slower_outside(times, sequences) for times in (1, 2, 5, 20) for sequences in (32, 64, 256)]
-    apart = [abs(closed(given, cut) / play(given, cut).step_s - 1) for given in settings for cut in cuts]
+    apart = [abs(closed(given, cut) / simulate(given, cut).step_s - 1) for given in settings for cut in cuts]
     assert max(apart) < 0.15
     assert sum(apart) / len(apart) < 0.004
 
@@ -97,7 +97,7 @@ def test_a_level_that_every_micro_batch_fills_sets_the_step(times: int, sequence
     given = slower_outside(times, sequences)
     for parameters_at in (-1, 0):
         candidate = Candidate(depths=(parameters_at, 1, 1))
-        assert play(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=0.01)
+        assert simulate(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=0.01)
 
 
 @pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(4, 8, 1), (4, 3, 1), (4, 8, 2), (4, 4, 3), (2, 8, 4)])
@@ -116,12 +116,12 @@ def test_every_stage_passes_every_micro_batch_forward_then_backward(
 
 def test_lanes_carry_one_message_at_a_time_and_collectives_wait_for_all() -> None:
     clock, spans = Clock(), list[Span]()
-    lanes = [Lane(clock, rank, "node", None, spans.append) for rank in range(2)]
+    streams = [SendStream(clock, rank, "node", None, spans.append) for rank in range(2)]
     both, alone = Message("both", 2.0, [], 2), Message("alone", 1.0, [], 1)
     done = Signal()
-    chain(clock, [alone], [lanes[0]], Signal())
-    chain(clock, [both], [lanes[0]], done)
-    clock.at(5.0, lambda: chain(clock, [both], [lanes[1]], Signal()))
+    chain([alone], [streams[0]], Signal())
+    chain([both], [streams[0]], done)
+    clock.at(5.0, lambda: chain([both], [streams[1]], Signal()))
     assert clock.run() == 7.0
     assert done.done
     assert [(s.rank, s.name, s.start_s, s.end_s) for s in spans] == [
@@ -132,9 +132,9 @@ def test_lanes_carry_one_message_at_a_time_and_collectives_wait_for_all() -> Non
 def test_compute_is_slower_only_while_messages_are_under_way() -> None:
     clock, spans = Clock(), list[Span]()
     worker = Worker(clock, 0, 1.0, spans.append)
-    lane = Lane(clock, 0, "node", worker, spans.append)
+    stream = SendStream(clock, 0, "node", worker, spans.append)
     worker.compute("work", 3.0, lambda: None)
-    clock.at(1.0, lambda: lane.join(Message("m", 2.0, [], 1)))
+    clock.at(1.0, lambda: stream.join(Message("m", 2.0, [], 1)))
     clock.run()
     work = next(span for span in spans if span.name == "work")
     assert work.end_s == pytest.approx(4.0)  # 1 alone, 2 at half speed, 1 alone
@@ -146,27 +146,29 @@ def test_lanes_are_busy_for_as_long_as_the_formulas_bytes_take(depths: tuple[int
     given = setting(4, 2, latency=0.0, sequences=16)
     candidate = Candidate(depths=depths, keep_gathered=keep and depths[0] >= 0)
     axes = place(candidate, given.cluster, given.calibration)
-    played = play(given, candidate)
+    simulated = simulate(given, candidate)
     for hop in axes.states:
         level = given.cluster.level_names[hop.level]
         sent = sum(data_bytes(given, candidate, axes).get(hop.level, {}).values())
-        assert played.busy_s.get(f"0:{level}", 0.0) == pytest.approx(sent / hop.bytes_per_s, rel=1e-3)
+        assert simulated.busy_s.get(f"0:{level}", 0.0) == pytest.approx(sent / hop.bytes_per_s, rel=1e-3)
 
 
 def test_a_slow_rank_holds_everyone_up_and_a_slow_level_too() -> None:
     given = setting(8, 4)
     for candidate in (Candidate(depths=(0, 0, 1)), Candidate(tensor=2, pipeline=4, depths=(-1, -1, 1))):
-        plain = play(given, candidate).step_s
-        slow = play(given, candidate, Trouble(slow_ranks={(3, 0): 1.5})).step_s
+        plain = simulate(given, candidate).step_s
+        slow = simulate(given, candidate, Perturbation(slow_ranks={(3, 0): 1.5})).step_s
         assert 1.1 * plain < slow < 1.55 * plain
-        assert play(given, candidate, Trouble(slow_ranks={(3, 0): 1.0})).step_s == pytest.approx(plain, rel=1e-9)
-        assert play(given, candidate, Trouble(slow_levels={1: 30.0})).step_s > plain
+        assert simulate(given, candidate, Perturbation(slow_ranks={(3, 0): 1.0})).step_s == pytest.approx(
+            plain, rel=1e-9
+        )
+        assert simulate(given, candidate, Perturbation(slow_levels={1: 30.0})).step_s > plain
 
 
 def test_jitter_comes_from_its_seed_and_many_ranks_wait_longer_for_the_slowest() -> None:
     def step(seed: int, nodes: int) -> float:
         given = setting(8, nodes, sequences=8 * nodes * 2)
-        return play(given, Candidate(depths=(-1, -1, 1)), Trouble(jitter=0.05, seed=seed)).step_s
+        return simulate(given, Candidate(depths=(-1, -1, 1)), Perturbation(jitter=0.05, seed=seed)).step_s
 
     assert step(1, 4) == step(1, 4) != step(2, 4)
     assert step(1, 4) < step(1, 64)
@@ -186,28 +188,28 @@ def test_sixteen_thousand_ranks_are_folded() -> None:
     cluster = cluster_preset("h100-400g-2048")
     given = Setting(preset("llama-3.1-405b"), cluster, 2048, 8192)
     candidate = Candidate(tensor=8, pipeline=16, depths=(-1, -1, 1), recompute="full")
-    played = play(given, candidate)
-    assert played.events < 20_000
-    assert len(played.ranks) == 16
+    simulated = simulate(given, candidate)
+    assert simulated.events < 20_000
+    assert len(simulated.ranks) == 16
 
 
 def test_the_trace_is_what_took_place(tmp_path: Path) -> None:
-    played = play(setting(8, 4), Candidate(tensor=2, pipeline=4, depths=(-1, -1, 1)))
-    write_trace(played, tmp_path / "trace.json")
+    simulated = simulate(setting(8, 4), Candidate(tensor=2, pipeline=4, depths=(-1, -1, 1)))
+    write_trace(simulated, tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert [(span.rank, span.lane, span.name) for span in read_trace(tmp_path / "trace.json")] == [
-        (span.rank, span.lane, span.name) for span in played.spans
+        (span.rank, span.lane, span.name) for span in simulated.spans
     ]
     complete = [event for event in events if event["ph"] == "X"]
-    assert max(event["ts"] + event["dur"] for event in complete) == pytest.approx(played.step_s * 1e6)
+    assert max(event["ts"] + event["dur"] for event in complete) == pytest.approx(simulated.step_s * 1e6)
     named = {(event["pid"], event["tid"]) for event in events if event["name"] == "thread_name"}
     assert {(event["pid"], event["tid"]) for event in complete} == named
-    by_lane: dict[tuple[int, int], float] = {}
+    by_stream: dict[tuple[int, int], float] = {}
     for event in sorted(complete, key=lambda event: event["ts"]):
-        lane = (event["pid"], event["tid"])
-        assert event["ts"] >= by_lane.get(lane, 0.0) - 1e-3  # nothing overlaps in a lane
-        by_lane[lane] = event["ts"] + event["dur"]
-    lines = timeline(played, width=60)
+        stream = (event["pid"], event["tid"])
+        assert event["ts"] >= by_stream.get(stream, 0.0) - 1e-3  # nothing overlaps in a stream
+        by_stream[stream] = event["ts"] + event["dur"]
+    lines = timeline(simulated, width=60)
     assert lines[0].startswith("stage 0 compute")
     assert "F" in lines[0]
     assert "B" in lines[0]
@@ -222,7 +224,7 @@ def test_the_command_plays_a_step(tmp_path: Path) -> None:
     arguments = ["simulate", str(run_file), "--plan", "pipeline=4,tensor=2,partition=zero1", "--trace", str(trace)]
     result = CliRunner().invoke(app, [*arguments, "--slow-rank", "0:1:1.3", "--mtbf-hours", "20000"])
     assert result.exit_code == 0, result.output
-    assert "one step played" in result.output
+    assert "one step simulated" in result.output
     assert "stage 3 compute" in result.output
     assert "replica 0" in result.output
     assert "of the time is progress" in result.output

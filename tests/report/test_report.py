@@ -13,8 +13,7 @@ from browser import PROGRAM, Browser
 from runs import make_corpus, thinwire, write_run
 from thinwire.errors import ConfigError
 from thinwire.report.figures import course_of_a_step, last_step, merged, said, thinned, wire_rows
-from thinwire.report.predict import Predicted, predict
-from thinwire.report.read import read_run, read_runs
+from thinwire.report.read import Predicted, predict, read_run, read_runs
 
 needs_browser = pytest.mark.skipif(PROGRAM is None, reason="there is no chromium here: `make packages` installs it")
 DEVICE = {

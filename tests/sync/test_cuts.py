@@ -14,7 +14,7 @@ CUT = ("replica", "node", "node")
 def _shards(
     world: World, groups: list[list[int]] | None, codec: str, cuts: list[tuple[str, str, str]]
 ) -> tuple[torch.Tensor, int, int, int]:
-    """Outer weights, the largest number of cliques of a fragment, what was sent, what the formula says."""
+    """Outer weights, the largest number of peer groups of a fragment, what was sent, what the formula says."""
     number = world.rank if groups is None else next(g for g, ranks in enumerate(groups) if world.rank in ranks)
     cut = ("replica", "replica", "replica") if groups is None else cuts[number]
     sync = {"kind": "streaming_diloco", "inner_steps": 4, "fragments": 2, "delay": 1, "codec": codec}
@@ -35,8 +35,8 @@ def test_i12_the_cut_inside_the_groups_does_not_matter_and_groups_may_differ_in_
     for outer, _, sent, formula in (*fours, *mixed):
         assert torch.allclose(outer, single, rtol=1e-4, atol=1e-5 if codec == "fp32" else 2e-3)
         assert sent == formula > 0
-    assert {cliques for _, cliques, _, _ in fours} == {1}
-    assert max(cliques for _, cliques, _, _ in mixed) > 1
+    assert {peer_groups for _, peer_groups, _, _ in fours} == {1}
+    assert max(peer_groups for _, peer_groups, _, _ in mixed) > 1
 
 
 def test_i12_groups_may_differ_in_cut_and_in_the_order_of_their_ranks() -> None:

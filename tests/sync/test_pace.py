@@ -1,4 +1,4 @@
-"""Groups that keep pace: none goes more than `lead` steps ahead of the slowest one."""
+"""Groups that keep pace: none goes more than `staleness_bound` steps ahead of the slowest one."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sync_toy import SITES, Group, gone_astray
+from sync_toy import SITES, Group, diverging
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.plan.sync import SyncConfig
@@ -44,9 +44,9 @@ class Board:
             time.sleep(0.002)
 
 
-def _held_back(world: World, folder: Path, lead: int | None, far: int) -> list[int]:
+def _held_back(world: World, folder: Path, staleness_bound: int | None, far: int) -> list[int]:
     """Rank 1 makes no second step before rank 0 has made `far`: by how many steps rank 0 was ahead after each of its own."""
-    board, group = Board(folder), Group(world, {"inner_steps": 12, "lead": lead})
+    board, group = Board(folder), Group(world, {"inner_steps": 12, "staleness_bound": staleness_bound})
     ahead = []
     for step in range(1, 11):
         if world.rank == 1:
@@ -61,11 +61,13 @@ def _held_back(world: World, folder: Path, lead: int | None, far: int) -> list[i
     return ahead
 
 
-@pytest.mark.parametrize("lead", [1, 2, 4])
-def test_nobody_is_further_ahead_than_the_lead_and_as_far_as_that_nobody_waits(lead: int, tmp_path: Path) -> None:
-    ahead = run_world(SITES, _held_back, tmp_path, lead, lead + 1)[0]
-    assert max(ahead) <= lead
-    assert ahead[lead] >= lead - 1  # rank 1 had begun step 2 at most
+@pytest.mark.parametrize("staleness_bound", [1, 2, 4])
+def test_nobody_is_further_ahead_than_the_lead_and_as_far_as_that_nobody_waits(
+    staleness_bound: int, tmp_path: Path
+) -> None:
+    ahead = run_world(SITES, _held_back, tmp_path, staleness_bound, staleness_bound + 1)[0]
+    assert max(ahead) <= staleness_bound
+    assert ahead[staleness_bound] >= staleness_bound - 1  # rank 1 had begun step 2 at most
 
 
 def test_without_a_lead_rounds_alone_hold_a_group_back(tmp_path: Path) -> None:
@@ -82,7 +84,9 @@ def _trained(world: World, sync: dict[str, Any]) -> tuple[torch.Tensor, list[int
 
 @pytest.mark.parametrize("sync", [STREAMING, {"kind": "eager", "inner_steps": 4}, {"kind": "co2", "inner_steps": 4}])
 def test_what_is_trained_is_the_same_bit_for_bit(sync: dict[str, Any]) -> None:
-    free, paced = (run_world(SITES, _trained, {**sync, "lead": lead}) for lead in (None, 2))
+    free, paced = (
+        run_world(SITES, _trained, {**sync, "staleness_bound": staleness_bound}) for staleness_bound in (None, 2)
+    )
     for (weights, state), (expected, expected_state) in zip(paced, free, strict=True):
         assert torch.equal(weights, expected)
         assert state == expected_state
@@ -99,14 +103,19 @@ def _beats(world: World, sync: dict[str, Any], steps: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("more", [{}, {"sum_inside": "node"}])
 def test_i7_a_byte_a_step_goes_to_every_other_group_over_the_links_between_them(more: dict[str, Any]) -> None:
-    for sent in run_world(FOUR, _beats, {**STREAMING, **more, "delay": 5, "level": "node", "lead": 3}, 10):
+    for sent in run_world(FOUR, _beats, {**STREAMING, **more, "delay": 5, "level": "node", "staleness_bound": 3}, 10):
         assert sent == {"node": 10 * BEAT_BYTES, "site": 2 * 10 * BEAT_BYTES}
     assert run_world(SITES, _beats, STREAMING, 10) == [{}, {}]
 
 
-def _unequal(world: World, lead: int | None) -> tuple[torch.Tensor, int]:
+def _unequal(world: World, staleness_bound: int | None) -> tuple[torch.Tensor, int]:
     """Weights of groups of two and of four ranks, and how many beats this rank has sent."""
-    group = Group(world, {**STREAMING, "lead": lead}, groups=[[0, 1], [2, 3, 4, 5]], cut=("replica", "node", "node"))
+    group = Group(
+        world,
+        {**STREAMING, "staleness_bound": staleness_bound},
+        groups=[[0, 1], [2, 3, 4, 5]],
+        cut=("replica", "node", "node"),
+    )
     world.ledger.drain()
     group.train(10)
     group.sync.settle()
@@ -115,7 +124,7 @@ def _unequal(world: World, lead: int | None) -> tuple[torch.Tensor, int]:
 
 
 def test_ranks_that_stand_for_parts_of_several_others_hear_of_all_of_them() -> None:
-    free, paced = (run_world([("flat", 6)], _unequal, lead) for lead in (None, 2))
+    free, paced = (run_world([("flat", 6)], _unequal, staleness_bound) for staleness_bound in (None, 2))
     assert [beats for _, beats in free] == [0] * 6
     assert min(beats for _, beats in paced) == 10 * BEAT_BYTES
     assert max(beats for _, beats in paced) > 10 * BEAT_BYTES
@@ -123,17 +132,17 @@ def test_ranks_that_stand_for_parts_of_several_others_hear_of_all_of_them() -> N
         assert torch.equal(weights, expected)
 
 
-def _gone_astray(world: World) -> tuple[str, list[int], list[int]]:
-    group = Group(world, {**STREAMING, "inner_steps": 4, "fragments": 2, "delay": 2, "lead": 2})
-    said = gone_astray(group, 1)
+def _diverging(world: World) -> tuple[str, list[int], list[int]]:
+    group = Group(world, {**STREAMING, "inner_steps": 4, "fragments": 2, "delay": 2, "staleness_bound": 2})
+    said = diverging(group, 1)
     if not said:
         group.train(4)
         group.sync.settle()
     return said, group.state(), sorted(group.sync.present)
 
 
-def test_a_group_astray_is_named_and_the_others_keep_pace_without_it() -> None:
-    named, *others = (run_world([("site", 3)], _gone_astray)[rank] for rank in (1, 0, 2))
+def test_a_diverged_group_is_named_and_the_others_keep_pace_without_it() -> None:
+    named, *others = (run_world([("site", 3)], _diverging)[rank] for rank in (1, 0, 2))
     assert named[0].startswith("group 1: its outer weights or momentum of fragment 0 are not those of the other")
     assert [present for _, _, present in others] == [[0, 2], [0, 2]]
     assert others[0] == others[1]
@@ -163,11 +172,11 @@ def test_what_was_waited_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ("given", "levels", "said"),
     [
         (
-            {"lead": 30},
+            {"staleness_bound": 30},
             SITES,
-            r"sync: lead = 30 keeps groups together, and rounds of inner_steps = 30 do as much; leave it",
+            r"sync: staleness_bound = 30 keeps groups together, and rounds of inner_steps = 30 do as much; leave it",
         ),
-        ({"lead": 2}, [("site", 1)], "and there is one group; leave it out"),
+        ({"staleness_bound": 2}, [("site", 1)], "and there is one group; leave it out"),
     ],
 )
 def test_a_lead_that_would_do_nothing_is_refused(given: dict[str, Any], levels: Any, said: str) -> None:

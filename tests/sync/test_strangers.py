@@ -1,9 +1,9 @@
-"""Groups that do not start alike, or go astray: the invariants I7 and I19."""
+"""Groups that do not start alike, or diverge: the invariants I7 and I19."""
 
 import pytest
 
 from partition_toy import Toy
-from sync_toy import SITES, Group, Stack, gone_astray
+from sync_toy import SITES, Group, Stack, diverging
 from thinwire.comm.world import World
 from thinwire.errors import ConfigError, SyncError
 from worlds import run_world
@@ -14,7 +14,7 @@ def _strangers(world: World, what: str) -> str:
     if what == "parameters" and world.rank == 1:
         module = Toy()  # type: ignore[assignment]
     if what == "frozen weights":
-        module.head.requires_grad_(False).weight.data[2, 3] += 1e-6 * world.rank
+        module.header.requires_grad_(False).weight.data[2, 3] += 1e-6 * world.rank
     same = {"corpus": "a" if what != "corpus" or world.rank == 0 else "b"}
     try:
         Group(world, {"inner_steps": 2}, module=module, same=same)
@@ -46,11 +46,11 @@ def test_i19_groups_that_do_not_start_alike_are_refused_by_name(what: str) -> No
         assert f"group 1 and group 0 do not start from the same {what}" in said
 
 
-def _gone_astray(world: World) -> tuple[str, list[int], list[int]]:
+def _diverging(world: World) -> tuple[str, list[int], list[int]]:
     """Three groups of two ranks; one rank of group 1 alters its outer state between a send and an apply."""
     sync = {"kind": "streaming_diloco", "inner_steps": 4, "fragments": 2, "delay": 2, "codec": "fp32"}
     group = Group(world, sync, cut=("node", "node", "node"))
-    said = gone_astray(group, 3)
+    said = diverging(group, 3)
     if said:
         return said, [], []
     group.sync.settle()
@@ -58,7 +58,7 @@ def _gone_astray(world: World) -> tuple[str, list[int], list[int]]:
 
 
 def test_a_group_whose_outer_state_differs_stops_with_all_its_ranks_and_the_others_go_on() -> None:
-    results = run_world([("node", 2), ("site", 3)], _gone_astray)
+    results = run_world([("node", 2), ("site", 3)], _diverging)
     for said, _, _ in results[2:4]:
         assert said.startswith("group 1: its outer weights or momentum of fragment 0 are not those of the other groups")
     others = [results[rank] for rank in (0, 1, 4, 5)]
@@ -67,7 +67,7 @@ def test_a_group_whose_outer_state_differs_stops_with_all_its_ranks_and_the_othe
     assert results[1][1] == results[5][1]
 
 
-def _astray_at_the_end(world: World, kind: str) -> str:
+def _diverged_at_the_end(world: World, kind: str) -> str:
     group = Group(world, {"kind": kind, "inner_steps": 2})
     group.train(4)
     if world.rank == 1 and kind == "eager":
@@ -84,6 +84,6 @@ def _astray_at_the_end(world: World, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["diloco", "eager"])
 def test_i7_the_outer_state_a_run_ends_with_is_compared_and_of_two_groups_the_first_is_trusted(kind: str) -> None:
-    first, second = run_world(SITES, _astray_at_the_end, kind)
+    first, second = run_world(SITES, _diverged_at_the_end, kind)
     assert first == "goes on with [0]"
     assert "group 1: its outer weights or momentum are not those of the other groups after the last round" in second

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sync_toy import Group, gone_astray
+from sync_toy import Group, diverging
 from thinwire.comm import world as world_module
 from thinwire.comm.codecs.registry import make_codec
 from thinwire.comm.world import World
@@ -143,11 +143,11 @@ def test_the_default_delay_has_a_step_for_every_hop(levels: Any, delay: int) -> 
     assert SyncConfig(kind="streaming_diloco", inner_steps=3, fragments=1, **SUMS).resolve(levels).delay == 2
 
 
-def _gone_astray(world: World) -> tuple[str, list[int], list[int], dict[str, int]]:
+def _diverging(world: World) -> tuple[str, list[int], list[int], dict[str, int]]:
     """Six groups in three places; group 3, in the second one, alters its outer state between a send and an apply."""
     sync = {**SUMS, "kind": "streaming_diloco", "inner_steps": 4, "fragments": 2, "delay": 2, "codec": "fp32"}
     group = Group(world, sync)
-    said = gone_astray(group, 3)
+    said = diverging(group, 3)
     if said:
         return said, [], [], {}
     world.ledger.drain()
@@ -157,8 +157,8 @@ def _gone_astray(world: World) -> tuple[str, list[int], list[int], dict[str, int
     return str(group.sync.step), group.state(), sorted(group.sync.present), sent
 
 
-def test_a_group_astray_is_named_and_the_others_go_on_without_sums() -> None:
-    results = run_world([("node", 2), ("site", 3)], _gone_astray)
+def test_a_diverged_group_is_named_and_the_others_go_on_without_sums() -> None:
+    results = run_world([("node", 2), ("site", 3)], _diverging)
     assert results[3][0].startswith("group 3: its outer weights or momentum of fragment 0 are not those of the other")
     others = [result for rank, result in enumerate(results) if rank != 3]
     assert all((said, present) == ("18", [0, 1, 2, 4, 5]) for said, _, present, _ in others)

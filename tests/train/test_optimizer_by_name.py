@@ -16,7 +16,7 @@ from thinwire.config import build
 from thinwire.errors import CheckpointError
 from thinwire.parallel.shard.engine import shard
 from thinwire.plan.optimizers import OptimizerConfig
-from thinwire.predict.framework import thinwire_with
+from thinwire.predict.candidate import thinwire_with
 from thinwire.train import loop
 from thinwire.train.assemble import build_optimizer
 from thinwire.train.config import RunConfig

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runs import command, environment, make_corpus, make_text, thinwire, write_run
-from thinwire.cli.shortage import advice, milder, predicted_bytes
+from thinwire.cli.train import advice, milder, predicted_bytes
 from thinwire.config import load
 from thinwire.data.prepare import Options, prepare
 from thinwire.errors import ShortOfMemory

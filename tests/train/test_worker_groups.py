@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "streaming": {"kind": "streaming_diloco", "inner_steps": 6, "fragments": 3, "delay": 3, "codec": "int8"},
     "summed": {
         "kind": "streaming_diloco", "inner_steps": 6, "fragments": 3, "delay": 4, "codec": "int8", "level": "node",
-        "sum_inside": "node", "lead": 2,
+        "sum_inside": "node", "staleness_bound": 2,
     },
     "feedback": {"kind": "diloco", "inner_steps": 4, "delay": 2, "codec": "int4", "error_feedback": True},
     "eager": {"kind": "eager", "inner_steps": 4},
@@ -256,7 +256,7 @@ def _outer_bytes(folder: Path) -> dict[str, int]:
         (["plan.sync.fragments=3 blokcs"], "fragments = '3 blokcs' is neither a number nor like"),
         (["plan.sync.fragments=9"], "sync.fragments = 9, but the model has only 4 units; try 4"),
         (["plan.sync.clip=1"], "use kind = 'co2', or leave clip out"),
-        (["plan.sync.kind=diloco", 'plan.partition={optimizer="node"}'], "groups agree once a round"),
+        (["plan.sync.kind=diloco", 'plan.partition={optimizer="node"}'], "groups synchronise once a round"),
     ],
 )
 def test_impossible_rounds_are_answered_in_one_sentence(

@@ -7,15 +7,20 @@ import importlib
 import keyword
 import re
 import sys
+import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from thinwire import __version__
 from thinwire.config import nearest
 from thinwire.errors import ConfigError, ThinwireError
 from thinwire.train.console import forgive, refused
 
+SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the run file; may be repeated.")
+"""Of every verb that reads a run file."""
 _ENDLESS = re.compile(r"\S{400,}")
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 """Of the copy of click that typer carries, which it does not export."""
@@ -23,11 +28,11 @@ _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 _VERBS = {
     "train": "Train what a run file describes; resumes a run that was stopped or killed.",
     "plan": "Find the fastest plan for a model on a cluster, and explain it.",
-    "simulate": "Play one step of a plan through: timeline, trace file, slow ranks, failures.",
+    "simulate": "Simulate one step of a plan: timeline, trace file, slow ranks, failures.",
     "probe": "Measure this cluster: matmuls, memory, every level's links; writes a cluster file for planning.",
     "report": "One page about runs: loss, step time, bytes and memory, predicted beside measured.",
     "data": "Prepare token files from text, and look at them.",
-    "eval": "Loss, perplexity and bits per byte of a run on held-out text.",
+    "eval": "Loss, perplexity and bits per byte of a run on its validation split.",
     "lab": "An emulated cluster with slow links on this machine; commands, training runs and faults on it.",
     "generate": "Continue a prompt with a run's model.",
     "export": "Write a run's model as a Hugging Face folder.",
@@ -72,8 +77,6 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from thinwire import __version__
-
         typer.echo(f"thinwire {__version__}")
         raise typer.Exit
 
@@ -88,6 +91,7 @@ def _root(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The console script: it leaves with the exit status of the verb."""
     forgive()
+    warnings.showwarning = _show_warning
     try:
         status = app(arguments, prog_name="thinwire", standalone_mode=False)
     except ThinwireError as error:
@@ -103,6 +107,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if why := refused():
         _leave(f"standard output takes no more ({why.strerror}), so it is not whole; make room, or give another", 1)
     sys.exit(0)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """What a user is to change before the next release is a line like any other; the rest says where it comes from."""
+    ours = issubclass(category, FutureWarning) and "thinwire" in Path(filename).parts
+    typer.echo(
+        f"thinwire: note: {message}" if ours else warnings.formatwarning(message, category, filename, lineno), err=True
+    )
 
 
 def _leave(sentence: str, status: int) -> NoReturn:

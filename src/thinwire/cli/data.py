@@ -6,6 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+from thinwire.data.chat import ChatOptions, prepare_chat
+from thinwire.data.config import DataConfig
+from thinwire.data.corpus import Corpus, read_manifest
+from thinwire.data.notes import prepare_shown, tell
+from thinwire.data.prepare import Options
+from thinwire.errors import ConfigError
+
 app = typer.Typer(help="Prepare token files from text, and look at them.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -25,14 +32,10 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Tokenise text into Megatron's indexed format, with a held-out split chosen by document hash.
+    """Tokenise text into Megatron's indexed format, with a validation split chosen by document hash.
 
     Example: thinwire data prepare stdlib -o corpora/stdlib --tokenizer bpe:4096
     """
-    from thinwire.data.notes import prepare_shown
-    from thinwire.data.prepare import Options
-    from thinwire.errors import ConfigError
-
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
     if workers is not None and workers < 1:
@@ -67,10 +70,6 @@ def chat(
 
     Example: thinwire data chat talks.jsonl -o corpora/talks --tokenizer inits/qwen/hub
     """
-    from thinwire.data.chat import ChatOptions, prepare_chat
-    from thinwire.data.notes import tell
-    from thinwire.errors import ConfigError
-
     if not 0 <= heldout_fraction < 1:
         raise ConfigError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
     options = ChatOptions(tuple(sources), tokenizer, field, last_answer_only, heldout_fraction, special_tokens)
@@ -88,10 +87,6 @@ def show(
 
     Example: thinwire data show corpora/stdlib
     """
-    from thinwire.data.config import DataConfig
-    from thinwire.data.corpus import Corpus, read_manifest
-    from thinwire.data.notes import tell
-
     manifest = read_manifest(folder)
     Corpus.open(DataConfig(path=folder))
     if as_json:
@@ -111,6 +106,6 @@ def _describe(folder: Path, manifest: dict[str, Any]) -> None:
         each = split["bytes"] / max(1, split["tokens"])
         typer.echo(
             f"  {name:8} {split['documents']:>10,} documents  {split['tokens']:>14,} tokens  {split['bytes']:>14,} bytes  "
-            f"({each:.2f} bytes a token)"
+            f"({each:.2f} bytes per token)"
             + (f"  {split['answer_tokens']:,} of them answers" if "answer_tokens" in split else "")
         )

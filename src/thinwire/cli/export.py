@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from thinwire.hub.files import precision_of, shard_bytes
+from thinwire.units import show_count
+
 
 def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
@@ -22,9 +25,6 @@ def run(
 
     Example: thinwire export runs/stdlib -o stdlib-hf --precision bf16
     """
-    from thinwire.hub.files import precision_of, shard_bytes
-    from thinwire.units import show_count
-
     chosen, limit = precision_of(precision), shard_bytes(shard_size)
     from thinwire.hub.export_run import export_run
 

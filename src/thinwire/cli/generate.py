@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from thinwire.data.prompt import Prompt, chat_prompt, opening, text_prompt
+from thinwire.data.tokenizer import Tokenizer
+from thinwire.errors import ConfigError, DataError
+from thinwire.hub.init import HUB
+
 if TYPE_CHECKING:
-    from thinwire.data.prompt import Prompt
-    from thinwire.data.tokenizer import Tokenizer
     from thinwire.evaluate.load import LoadedRun
 
 
@@ -28,7 +31,6 @@ def run(
 
     Example: thinwire generate runs/stdlib --prompt "class Stack:" --temperature 0.7
     """
-    from thinwire.errors import ConfigError
     from thinwire.evaluate.load import device_for, load_run
     from thinwire.train.shortage import shortage_explained
 
@@ -45,11 +47,7 @@ def run(
         _continue(loaded, tokenizer, start, "" if chat else shown, tokens, temperature, top_p, seed)
 
 
-def _start(loaded: "LoadedRun", folder: Path, text: str | None, *, chat: bool) -> "tuple[Tokenizer, Prompt]":
-    from thinwire.data.prompt import chat_prompt, opening, text_prompt
-    from thinwire.errors import DataError
-    from thinwire.hub.init import HUB
-
+def _start(loaded: "LoadedRun", folder: Path, text: str | None, *, chat: bool) -> tuple[Tokenizer, Prompt]:
     corpus = loaded.corpus()
     if corpus.tokenizer is None:
         raise DataError(f"the corpus {loaded.data.path} has no tokenizer, so there is no text to continue")
@@ -62,8 +60,8 @@ def _start(loaded: "LoadedRun", folder: Path, text: str | None, *, chat: bool) -
 
 def _continue(
     loaded: "LoadedRun",
-    tokenizer: "Tokenizer",
-    prompt: "Prompt",
+    tokenizer: Tokenizer,
+    prompt: Prompt,
     shown: str,
     tokens: int | None,
     temperature: float,

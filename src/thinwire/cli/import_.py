@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from thinwire.hub.files import shard_bytes
+from thinwire.units import show_count
+
 
 def run(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder with safetensors weights.")],
@@ -18,9 +21,6 @@ def run(
 
     Example: thinwire import downloads/Qwen2.5-0.5B -o inits/qwen
     """
-    from thinwire.hub.files import shard_bytes
-    from thinwire.units import show_count
-
     limit = shard_bytes(shard_size)
     from thinwire.hub.import_folder import import_folder
 

@@ -8,18 +8,19 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from thinwire.cluster.cluster import Cluster, show_levels
 from thinwire.errors import ConfigError
-
-if TYPE_CHECKING:
-    from thinwire.cluster.cluster import Cluster
-    from thinwire.lab.config import LabConfig
-    from thinwire.lab.lab import Lab
-    from thinwire.lab.outcome import Outcome
-    from thinwire.train.job import Job
+from thinwire.lab.config import LabConfig, read_lab
+from thinwire.lab.host import find, remove
+from thinwire.lab.lab import Lab
+from thinwire.lab.outcome import LabOutcome
+from thinwire.lab.show import Follow, commands, failure, in_a_line, plan, summary
+from thinwire.train.folder import EVENTS_FILE, open_folder
+from thinwire.train.job import Job, read_config, resolve
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,12 @@ class Training:
 
     run_file: Path
     settings: list[str]
-    job: "Job"
+    job: Job
 
     @staticmethod
-    def check(run_file: Path, settings: list[str], config: "LabConfig") -> "Training":
+    def check(run_file: Path, settings: list[str], config: LabConfig) -> "Training":
         """Read and resolve the run file (its corpus is prepared on first use). Raises what `thinwire train` raises, and
         ConfigError if its levels are not the lab's hosts and ranks."""
-        from thinwire.train.job import read_config, resolve
-
         run = read_config(run_file, settings)
         check_levels(run.cluster.resolve(run_file.parent), config)
         return Training(run_file, settings, resolve(run_file, run, prepare=True))
@@ -46,21 +45,17 @@ class Training:
 
     @property
     def events(self) -> Path:
-        from thinwire.train.folder import EVENTS_FILE
-
         return self.job.folder / EVENTS_FILE
 
     def begin(self, *, fresh: bool) -> list[str]:
         """Make or re-open the run folder; the command of every rank. Raises ConfigError."""
-        from thinwire.train.folder import open_folder
-
         open_folder(self.job, fresh=fresh).lock.release()  # rank 0 opens it again, and holds it
         overrides = [word for setting in self.settings for word in ("--set", setting)]
         start = [sys.executable, "-c", "from thinwire.cli import main; main()"]
         return [*start, "train", str(self.run_file), *overrides]
 
 
-def check_levels(cluster: "Cluster", config: "LabConfig") -> None:
+def check_levels(cluster: Cluster, config: LabConfig) -> None:
     """Raise ConfigError unless the run's ranks are the lab's and no level crosses the edge of a host or a site."""
     ends = {cluster.ranks_within(index) for index in range(-1, len(cluster.levels))}
     edges = {"host": config.ranks_per_host, "lab": config.ranks}
@@ -68,7 +63,7 @@ def check_levels(cluster: "Cluster", config: "LabConfig") -> None:
         edges["site"] = config.hosts_per_site * config.ranks_per_host
     if cluster.ranks == config.ranks and all(edge in ends for edge in edges.values()):
         return
-    levels = " x ".join(f"{level.name}={level.fanout}" for level in cluster.levels)
+    levels = show_levels(cluster.shape)
     inner = [config.ranks_per_host, config.hosts_per_site or config.hosts]
     fitting = [*inner, config.sites] if config.sites else inner
     named = ", ".join(
@@ -117,10 +112,6 @@ def run(
 
     Example: thinwire lab run examples/lab/two-hosts.toml -- python train.py
     """
-    from thinwire.errors import ConfigError
-    from thinwire.lab.config import read_lab
-    from thinwire.lab.lab import Lab
-
     if (train is None) == (not command):
         raise ConfigError("give a command after `--`, or --train RUN.toml: one of the two")
     if train is None and (settings or fresh):
@@ -149,9 +140,6 @@ def show(lab_file: Annotated[Path, _LAB], as_json: Annotated[bool, _JSON] = Fals
 
     Example: thinwire lab show examples/lab/two-hosts.toml
     """
-    from thinwire.lab.config import read_lab
-    from thinwire.lab.show import commands, plan
-
     config = read_lab(lab_file)
     congestion = config.congestion or "cubic"
     if as_json:
@@ -171,8 +159,6 @@ def clean(
 
     Example: thinwire lab clean
     """
-    from thinwire.lab.clean import find, remove
-
     found = find()
     doomed = [lab for lab in found if everything or not lab.alive]
     for lab in doomed:
@@ -209,10 +195,8 @@ class _Stops:
         self.asked += 1
 
 
-def _watch(lab: "Lab", *, timeout_s: float | None, keep_going: bool, echo: bool) -> tuple["Outcome", bool]:
+def _watch(lab: Lab, *, timeout_s: float | None, keep_going: bool, echo: bool) -> tuple[LabOutcome, bool]:
     """Wait for the end, show the first process's output meanwhile, pass stops on. The outcome, and if it was stopped."""
-    from thinwire.lab.show import Follow
-
     running, passed_on = lab.running, 0
     follow = Follow(running.first_log, sys.stdout.buffer) if echo else None
     with _Stops() as stops:
@@ -232,9 +216,7 @@ def _watch(lab: "Lab", *, timeout_s: float | None, keep_going: bool, echo: bool)
         return running.wait(timeout_s=timeout_s, keep_going=keep_going, each_look=each_look), stops.asked > 0
 
 
-def _report(outcome: "Outcome", *, as_json: bool) -> None:
-    from thinwire.lab.show import failure, summary
-
+def _report(outcome: LabOutcome, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(outcome.as_dict()))
     else:
@@ -244,9 +226,7 @@ def _report(outcome: "Outcome", *, as_json: bool) -> None:
         typer.echo(f"thinwire: {failure(outcome.first_failure)}", err=True)
 
 
-def _described(config: "LabConfig") -> str:
-    from thinwire.lab.show import in_a_line
-
+def _described(config: LabConfig) -> str:
     return in_a_line(config)
 
 

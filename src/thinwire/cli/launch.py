@@ -3,25 +3,29 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from thinwire.operate.allocation import Allocation
-    from thinwire.train.config import RunConfig
-    from thinwire.train.job import Outline
+from thinwire.cli import SET
+from thinwire.errors import ConfigError
+from thinwire.operate.allocation import Allocation, allocate, job_name, memory, one_line, variables, volume_claim
+from thinwire.operate.kubernetes import KubernetesRequest, check_paths, gpu_resource_of, manifest, off_claim
+from thinwire.operate.slurm import TASK, SlurmRequest, check_array, first_task, run_folders, script
+from thinwire.operate.slurm import submit as to_sbatch
+from thinwire.train.config import RunConfig
+from thinwire.train.job import Outline, default_folder, foreseen, outlined, read_config
+from thinwire.units import parse_seconds
 
 app = typer.Typer(help="Start a run under a scheduler.", no_args_is_help=True, rich_markup_mode=None)
 
 RUN = typer.Argument(metavar="RUN.toml", help="The run file.")
-SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the run file; may be repeated.")
 NODES = typer.Option(help="Nodes, or a range such as 2-4: the run's levels become [ranks per node, nodes].")
 PER_NODE = typer.Option(help="Default: the ranks inside the run's level called node.", min=1)
 INTERFACE = typer.Option(
     help="Network interface for the ranks to talk over, such as ib0; default: the one that reaches the others."
 )
-PER = typer.Option(help="rank: one task a rank. node: one task a node, which starts its ranks.")
+PER = typer.Option(help="rank: one task per rank. node: one task per node, which starts its ranks.")
 ARRAY = typer.Option(help="Array tasks, such as 0-7%2; {task} in --set is the number.")
 SETUP = typer.Option(help="A line of shell to run first, such as 'module load cuda'; may be repeated, in order.")
 PYTHON = typer.Option(help="The interpreter that runs the ranks; after --setup often just python.")
@@ -52,10 +56,6 @@ def slurm(
 
     Example: thinwire launch slurm run.toml --time 4:00:00 --sbatch partition=gpu --sbatch account=lab
     """
-    from thinwire.errors import ConfigError
-    from thinwire.operate.allocation import memory, one_line, variables
-    from thinwire.operate.slurm import SlurmRequest, run_folders, script
-
     if per not in ("rank", "node"):
         raise ConfigError(f"--per {per} is unknown; there are rank and node")
     lead_s = _seconds("--stop-before", stop_before)
@@ -91,8 +91,6 @@ def slurm(
 
 def _hand_over(script: str, logs: Path, *, submit: bool) -> None:
     """Submit the script, or print it."""
-    from thinwire.operate.slurm import submit as to_sbatch
-
     if submit:
         typer.echo(f"submitted job {to_sbatch(script, logs)}; its output goes to {logs}")
         return
@@ -125,11 +123,6 @@ def k8s(
     """
     import yaml
 
-    from thinwire.errors import ConfigError
-    from thinwire.operate.allocation import job_name, one_line, variables, volume_claim
-    from thinwire.operate.kubernetes import KubernetesRequest, check_paths, gpu_resource_of, manifest, off_claim
-    from thinwire.train.job import default_folder
-
     if kind not in ("pytorchjob", "trainjob"):
         raise ConfigError(f"--kind {kind} is unknown; there are pytorchjob and trainjob")
     allocation, config = _for_pods(run_file, settings or [], nodes, ranks_per_node, kind)
@@ -157,12 +150,8 @@ def k8s(
 
 def _for_pods(
     run_file: Path, settings: list[str], nodes: str | None, ranks_per_node: int | None, kind: str
-) -> "tuple[Allocation, RunConfig]":
+) -> tuple[Allocation, RunConfig]:
     """What to ask for, and the run file. Raises ConfigError; what lies on the claim cannot be looked at from here."""
-    from thinwire.errors import ConfigError
-    from thinwire.operate.allocation import allocate
-    from thinwire.train.job import outlined, read_config
-
     allocation = allocate(run_file, settings, nodes=nodes, ranks_per_node=ranks_per_node)
     if allocation.fewest != allocation.most:
         job = "TrainJob" if kind == "trainjob" else "PyTorchJob"
@@ -174,7 +163,7 @@ def _for_pods(
     return allocation, config
 
 
-def _tell_unnamed(config: "RunConfig", *, gpus: bool) -> None:
+def _tell_unnamed(config: RunConfig, *, gpus: bool) -> None:
     """What a scheduler's machines have cannot be seen from here: say what the script does if the run file does not."""
     where = config.cluster
     if where.device is None and where.preset is None and where.file is None:
@@ -186,12 +175,8 @@ def _tell_unnamed(config: "RunConfig", *, gpus: bool) -> None:
 
 def _checked(
     run_file: Path, settings: list[str], nodes: str | None, ranks_per_node: int | None, array: str | None
-) -> "tuple[Allocation, Outline]":
+) -> tuple[Allocation, Outline]:
     """What to ask for, and the run on the fewest nodes. Every number of nodes is tried, so that none fails in the queue."""
-    from thinwire.operate.allocation import allocate
-    from thinwire.operate.slurm import TASK, check_array, first_task
-    from thinwire.train.job import foreseen, read_config
-
     check_array(settings, array)
     plain = [setting.replace(TASK, first_task(array or "")) for setting in settings]
     allocation = allocate(run_file, plain, nodes=nodes, ranks_per_node=ranks_per_node)
@@ -204,9 +189,6 @@ def _checked(
 
 def _seconds(option: str, text: str) -> float:
     """What an option's duration is in seconds. Raises ConfigError."""
-    from thinwire.errors import ConfigError
-    from thinwire.units import parse_seconds
-
     try:
         return parse_seconds(text)
     except ValueError as error:

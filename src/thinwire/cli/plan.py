@@ -1,16 +1,35 @@
-"""`thinwire plan RUN.toml`: what to run on a cluster, what it costs, what limits it. Needs no torch and no accelerator."""
+"""`thinwire plan RUN.toml`: what to run on a cluster, what it costs, what limits it. Needs no torch and no accelerator.
+
+`simulate` asks here too for the setting that a run file means, which needs no `[data]` for either.
+"""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from thinwire.cli.train import SET
-
-if TYPE_CHECKING:
-    from thinwire.cli.planning import Task
-    from thinwire.planner.choose import Answer
+from thinwire.cli import SET
+from thinwire.cluster.cluster import Cluster
+from thinwire.cluster.hardware import calibration_of
+from thinwire.config import load
+from thinwire.errors import ConfigError
+from thinwire.files.folders import write_asked
+from thinwire.hub.init import read_init
+from thinwire.hub.stand_in import stand_in
+from thinwire.model.config import check_vocabulary
+from thinwire.model.spec import ModelSpec
+from thinwire.plan.plan import Plan, read_plan
+from thinwire.planner.choose import Choice, choose
+from thinwire.planner.explain import document, report, show_flips, show_needed
+from thinwire.planner.sensitivity import flips, needed
+from thinwire.planner.space import WIRE, Space
+from thinwire.planner.whynot import why_not
+from thinwire.predict.candidate import Candidate, CandidateSync, Setting, thinwire_with
+from thinwire.train.config import RunFile
+from thinwire.train.job import default_folder, expected_vocabulary
 
 
 def run(
@@ -24,7 +43,7 @@ def run(
     ] = None,
     runnable: Annotated[bool, typer.Option(help="Only plans that `thinwire train` runs today.")] = False,
     codecs: Annotated[str, typer.Option(help="Codecs between nodes: none, bf16 or all.")] = "all",
-    outer: Annotated[str, typer.Option(help="Groups that agree rarely: auto, never or always.")] = "auto",
+    outer: Annotated[str, typer.Option(help="Groups that synchronise rarely: auto, never or always.")] = "auto",
     sensitivity: Annotated[bool, typer.Option(help="Also: at which link rates another plan is best. Slower.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
     out: Annotated[
@@ -35,10 +54,6 @@ def run(
 
     Example: thinwire plan examples/llama-70b-on-10g.toml --why-not tensor=16
     """
-    from thinwire.cli.planning import space_of, task, tell_notes
-    from thinwire.errors import ConfigError
-    from thinwire.planner.choose import choose
-
     if outer not in ("auto", "never", "always"):
         raise ConfigError(f"--outer {outer!r} is unknown; there are auto, never and always")
     found = task(run_file, settings or [])
@@ -52,41 +67,113 @@ def run(
         return
     _print(found, answer, top)
     for text in why or []:
-        from thinwire.planner.whynot import why_not
-
         typer.echo(f"\nwhy not {why_not(text, found.setting, space, answer.best)}")
     if sensitivity:
-        from thinwire.planner.explain import show_flips
-        from thinwire.planner.sensitivity import flips
-
         every = answer.every_step.best[0]
         typer.echo("\n" + "\n".join(show_flips(flips(found.setting, space, every), found.setting)))
 
 
-def _print(found: "Task", answer: "Answer", top: int) -> None:
-    from thinwire.planner.explain import report, show_needed
-    from thinwire.planner.sensitivity import needed
-
+def _print(found: "Task", answer: Choice, top: int) -> None:
     lines = report(answer, found.setting, top=top)
     lines += ["", *show_needed(needed(found.setting, answer.every_step.best[0]), found.setting)]
     typer.echo("\n".join(lines).rstrip())
 
 
-def _print_json(found: "Task", answer: "Answer", top: int) -> None:
-    from thinwire.planner.explain import document
-
+def _print_json(found: "Task", answer: Choice, top: int) -> None:
     typer.echo(json.dumps(document(answer, found.setting, top=top), indent=1))
 
 
-def _write(out: Path, found: "Task", answer: "Answer", codecs: str, outer: str) -> None:
+def _write(out: Path, found: "Task", answer: Choice, codecs: str, outer: str) -> None:
     """The best plan that the trainer runs, searched for again if the best of all is not one. Raises PlanError."""
-    from thinwire.cli.planning import space_of
-    from thinwire.files.folders import write_asked
-    from thinwire.planner.choose import choose
-
     best = answer.best
     if not best.candidate.runnable:
         space = space_of(found, runnable=True, codecs=codecs)
         best = choose(found.setting, space, keep=1, outer=outer).best  # type: ignore[arg-type]
     plan = best.candidate.to_plan(found.setting)
     write_asked(out, plan.model_dump_json(indent=1) + "\n", option="-o")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run file, resolved."""
+
+    file: RunFile
+    setting: Setting
+    fixed: dict[str, object]
+    """What `[plan]` and `[batch]` decide."""
+    sync: CandidateSync | None
+    """Rounds of worker groups, if `[plan]` decides them."""
+    notes: tuple[str, ...] = ()
+    """What is planned in place of what the formulas do not know, in sentences."""
+
+
+def task(run_file: Path, settings: Sequence[str]) -> Task:
+    """Read and resolve. Raises ConfigError, DataError or PlanError with one sentence."""
+    file = load(RunFile, run_file, settings)
+    cluster = file.cluster.resolve(run_file.parent)
+    spec, notes = _spec(file, file.run.folder or default_folder(run_file))
+    if file.batch.tokens > spec.max_tokens:
+        raise ConfigError(
+            f"{run_file}: batch.tokens = {file.batch.tokens} is longer than the model's {spec.max_tokens} positions; "
+            f"lower batch.tokens or set model.max_tokens = {file.batch.tokens}"
+        )
+    given = file.plan.model_fields_set
+    dtype = (
+        file.plan.compute_dtype if "compute_dtype" in given else ("fp32" if cluster.device.kind == "cpu" else "bf16")
+    )
+    setting = Setting(
+        spec,
+        cluster,
+        file.batch.sequences,
+        file.batch.tokens,
+        thinwire_with(file.optimizer),
+        calibration=calibration_of(cluster),
+        compute_dtype=dtype,
+    )
+    plan = _decided(file, cluster)
+    point = Candidate.of_plan(plan, spec.layers)
+    return Task(file, setting, {name: getattr(point, name) for name in _names(file, plan)}, point.sync, notes)
+
+
+def _spec(file: RunFile, folder: Path) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The model, from wherever `train` would take it, and what the formulas take it for where they do not know it."""
+    vocabulary = None if file.data is None else expected_vocabulary(file.data)
+    if file.model.init is not None:
+        spec, notes = read_init(file.model.init, kept=folder).spec, tuple[str, ...]()
+    elif file.model.hf is not None:
+        spec, notes = stand_in(file.model.hf, kept=folder, lora=file.model.lora)
+    else:
+        return file.model.resolve(vocabulary), ()
+    check_vocabulary(spec.vocab_size, vocabulary, "prepare the corpus with the tokenizer.json of that model")
+    return spec, notes
+
+
+def _decided(file: RunFile, cluster: Cluster) -> Plan:
+    """The plan that the file names, or that its `[plan]` is so far. Raises PlanError if it does not fit."""
+    if file.plan.file is not None:
+        return read_plan(file.plan.file, cluster, sequences=file.batch.sequences // cluster.ranks)
+    return file.plan.resolve(cluster, micro_batch=file.batch.micro_batch or 1, accumulate=1)
+
+
+def _names(file: RunFile, plan: Plan) -> list[str]:
+    """Fields of a candidate that the file decides; `partition = "auto"` decides nothing."""
+    if file.plan.file is not None:
+        return ["depths", "keep_gathered", "recompute", "micro_batch", *WIRE]
+    given = file.plan.model_fields_set
+    found = ["micro_batch"] if file.batch.micro_batch is not None else []
+    found += [name for name in ("recompute", "keep_gathered") if name in given]
+    found += ["depths"] if file.plan.partition != "auto" else []
+    return found + ([*WIRE] if "wire" in given or plan.wire.weights or plan.wire.grads else [])
+
+
+def tell_notes(found: Task) -> None:
+    """On standard error: what is printed may be for programs."""
+    for note in found.notes:
+        typer.echo(f"thinwire: {note}", err=True)
+
+
+def space_of(found: Task, *, runnable: bool, codecs: str) -> Space:
+    """The space that the options leave open. Raises ConfigError for an unknown word."""
+    if codecs not in ("none", "bf16", "all"):
+        raise ConfigError(f"--codecs {codecs!r} is unknown; there are none, bf16 and all")
+    return Space(runnable=runnable, codecs=codecs, fixed=found.fixed, sync=found.sync)  # type: ignore[arg-type]

@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+from thinwire.cluster.hardware import CLUSTERS, DEVICES
+from thinwire.model.presets import preset, preset_names
+from thinwire.units import show_bytes, show_count, show_rate
+
 Rows = list[list[str]]
 
 
@@ -13,9 +17,6 @@ def run(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
 
     Example: thinwire presets
     """
-    from thinwire.cluster.hardware import CLUSTERS, DEVICES
-    from thinwire.model.presets import preset, preset_names
-
     if as_json:
         listed = {
             "devices": {name: device.model_dump(mode="json") for name, device in DEVICES.items()},
@@ -30,9 +31,6 @@ def run(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
 
 
 def _devices() -> Rows:
-    from thinwire.cluster.hardware import DEVICES
-    from thinwire.units import show_bytes, show_count
-
     rows = []
     for name, device in DEVICES.items():
         peak, memory, rate = device.peak_flops_per_s, device.memory_bytes, device.memory_bytes_per_s
@@ -46,9 +44,6 @@ def _devices() -> Rows:
 
 
 def _clusters() -> Rows:
-    from thinwire.cluster.hardware import CLUSTERS
-    from thinwire.units import show_rate
-
     rows = []
     for name, cluster in CLUSTERS.items():
         levels = [
@@ -60,9 +55,6 @@ def _clusters() -> Rows:
 
 
 def _models() -> Rows:
-    from thinwire.model.presets import preset, preset_names
-    from thinwire.units import show_count
-
     specs = [(name, preset(name)) for name in preset_names()]
     return [
         [

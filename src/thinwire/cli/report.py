@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+from thinwire.cluster.cluster import read_cluster
+from thinwire.report.page import write_report
+from thinwire.units import show_bytes
+
 
 def run(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
@@ -17,9 +21,5 @@ def run(
 
     Example: thinwire report runs/stdlib -o report.html
     """
-    from thinwire.cluster.cluster import read_cluster
-    from thinwire.report.page import write_report
-    from thinwire.units import show_bytes
-
     size = write_report(folders, out, cluster=read_cluster(cluster) if cluster is not None else None)
     typer.echo(f"wrote {out} ({show_bytes(size)}): {len(folders)} run{'s' if len(folders) > 1 else ''}")

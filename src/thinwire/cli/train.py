@@ -1,21 +1,37 @@
-"""`thinwire train RUN.toml`: on one machine it starts the ranks itself; under torchrun or Slurm it is one of them."""
+"""`thinwire train RUN.toml`: on one machine it starts the ranks itself; under torchrun or Slurm it is one of them.
+
+Of a run that ran out of memory it says which setting would have fitted, by the planner's formula. No torch.
+"""
 
 import os
 import shlex
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from thinwire.cluster.cluster import Cluster
-    from thinwire.comm.place import Place
-    from thinwire.train.folder import Opened
-    from thinwire.train.job import Job
-    from thinwire.train.launch import Ending
-
-SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the run file; may be repeated.")
+from thinwire.cli import SET
+from thinwire.cluster.cluster import Cluster, check_size, show_levels
+from thinwire.cluster.hardware import calibration_of, check_ranks, described, found_gpus
+from thinwire.comm.interfaces import addresses, asked
+from thinwire.comm.place import Place
+from thinwire.errors import PlanError
+from thinwire.model.spec import ModelSpec
+from thinwire.plan.partition import resolve_partition
+from thinwire.plan.plan import Plan
+from thinwire.predict.candidate import Candidate, Setting, thinwire_with
+from thinwire.predict.peak_memory import peak_memory
+from thinwire.predict.placement import place
+from thinwire.train.folder import Opened, open_folder, said_if_finished
+from thinwire.train.job import Job, crowding, read_config, refuse_crossing, resolve
+from thinwire.train.launch import Ending, Share, launch, refuse_taken
+from thinwire.train.stop import listening
+from thinwire.train.worker import run_external
+from thinwire.units import show_bytes, show_count
 
 
 def run(
@@ -35,10 +51,10 @@ def run(
 
     Example: thinwire train examples/stdlib.toml --set run.steps=500
     """
-    from thinwire.comm.place import Place
-
     decided = [*(settings or []), *([f"plan.file={plan.resolve()}"] if plan is not None else [])]
     place = Place.from_environment(os.environ, nodes=ranks_per_node is not None, command=called())
+    if place is not None and place.rank > 0:
+        warnings.simplefilter("ignore", FutureWarning)  # rank 0 says it
     if place is None:
         _train_here(run_file, decided, fresh=fresh, port=port, ranks=ranks_per_node)
     elif ranks_per_node is not None:
@@ -54,12 +70,6 @@ def called() -> str:
 
 def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int | None, ranks: int | None) -> None:
     """Check everything, make the run folder, start the ranks, tell how they ended. `ranks`: how many were asked for."""
-    from thinwire.cluster.cluster import check_size
-    from thinwire.comm.interfaces import addresses, asked
-    from thinwire.train.folder import open_folder, said_if_finished
-    from thinwire.train.job import crowding, read_config, refuse_crossing, resolve
-    from thinwire.train.launch import Share, launch, refuse_taken
-
     config = read_config(run_file, settings)
     if port is not None:
         refuse_taken(port)
@@ -83,16 +93,8 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
         leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=opened.lock.descriptor), job)
 
 
-def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_node: int, *, fresh: bool) -> None:
+def _train_node(place: Place, run_file: Path, settings: list[str], ranks_per_node: int, *, fresh: bool) -> None:
     """Start the ranks of one node; a launcher like this one does so on every other. The first makes the run folder."""
-    from contextlib import nullcontext
-
-    from thinwire.cluster.cluster import check_size
-    from thinwire.train.folder import open_folder, said_if_finished
-    from thinwire.train.job import read_config, refuse_crossing, resolve
-    from thinwire.train.launch import Share, launch
-    from thinwire.train.stop import listening
-
     config, share = read_config(run_file, settings), Share.of_node(place, ranks_per_node)
     config.tracking.check()
     check_size(config.cluster.resolve(run_file.parent), share.size)
@@ -109,7 +111,7 @@ def _train_node(place: "Place", run_file: Path, settings: list[str], ranks_per_n
         leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=lock), job)
 
 
-def leave(ending: "Ending", job: "Job | None" = None) -> None:
+def leave(ending: Ending, job: Job | None = None) -> None:
     """Tell whose fault it was, if it was somebody's, and exit with the run's status."""
     if ending.failure is not None:
         failure = ending.failure
@@ -122,38 +124,91 @@ def leave(ending: "Ending", job: "Job | None" = None) -> None:
     sys.exit(ending.status)
 
 
-def _advise(job: "Job", needed_bytes: float, capacity_bytes: float) -> str:
+def _advise(job: Job, needed_bytes: float, capacity_bytes: float) -> str:
     """Which setting would have fitted."""
-    from thinwire.cli.shortage import advice
-
     return advice(job, needed_bytes, capacity_bytes)
 
 
-def _train_as(place: "Place", run_file: Path, settings: list[str], *, fresh: bool) -> None:
+def _train_as(place: Place, run_file: Path, settings: list[str], *, fresh: bool) -> None:
     """Be one rank of a world that torchrun or Slurm started."""
-    from thinwire.train.worker import run_external
-
     run_external(place, run_file, settings, fresh=fresh, advise=_advise)
 
 
-def _tell_device(cluster: "Cluster", ranks: int) -> None:
+def _tell_device(cluster: Cluster, ranks: int) -> None:
     """Say what computes. Raises ConfigError if this machine has too few GPUs for its `ranks` ranks."""
-    from thinwire.cluster.found import check_ranks, described, found_gpus
-
     seen = found_gpus(os.environ)
     check_ranks(cluster, ranks, seen)
     typer.echo(described(cluster, seen))
 
 
-def _greet(job: "Job", opened: "Opened") -> None:
-    from thinwire.units import show_count
-
+def _greet(job: Job, opened: Opened) -> None:
     resuming = opened.resuming
-    levels = " x ".join(f"{level.name}={level.fanout}" for level in job.cluster.levels)
+    levels = show_levels(job.cluster.shape)
     typer.echo(
         f"{'going on with' if resuming else 'starting'} {job.folder}: {show_count(job.spec.parameters)} parameters, "
-        f"{levels} = {job.cluster.ranks} ranks, {job.config.batch.sequences} x {job.config.batch.tokens} tokens a step "
-        f"in {job.plan.accumulate} micro-batches of {job.plan.micro_batch} a rank"
+        f"{levels} = {job.cluster.ranks} ranks, {job.config.batch.sequences} x {job.config.batch.tokens} tokens per step "
+        f"in {job.plan.accumulate} micro-batches of {job.plan.micro_batch} per rank"
     )
     for sentence in opened.said:
         typer.echo(sentence)
+
+
+def advice(job: Job, needed_bytes: float, capacity_bytes: float) -> str:
+    """The mildest change that fits, by the formula raised to what was seen to be needed: for the end of a sentence."""
+    spec, plan = job.spec, job.plan
+    if not isinstance(spec, ModelSpec) or capacity_bytes <= 0:
+        return _any(plan)
+    here = predicted_bytes(job, spec, plan)
+    factor = max(1.0, needed_bytes / here)
+    for settings, other in milder(plan):
+        bytes_ = factor * predicted_bytes(job, spec, other)
+        if bytes_ <= capacity_bytes:
+            return f"{settings} would fit: {show_bytes(bytes_)} of {show_bytes(capacity_bytes)}"
+    return f"no smaller micro-batch, recomputation or partition fits {show_bytes(capacity_bytes)}: take more ranks"
+
+
+def _any(plan: Plan) -> str:
+    """What needs less memory of any model, of what the run does not do already."""
+    levels = plan.levels_in_group
+    ways = ["a smaller batch.micro_batch"] if plan.micro_batch > 1 else []
+    ways += ["plan.recompute = 'full'"] if plan.recompute != "full" else []
+    ways += ["a partition sharded further (zero2, zero3)"] if levels and min(plan.depths) < levels - 1 else []
+    return f"{' or '.join(ways)} needs less" if ways else "take more ranks, or shorter batch.tokens"
+
+
+def milder(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """(settings in words, the plan they make), those first that cost least time."""
+    share, partitions = plan.micro_batch * plan.accumulate, [("", plan)]
+    for name in ("zero1", "zero2", "zero3"):
+        levels = plan.level_names if plan.sync is None else plan.level_names[: plan.levels_in_group]
+        partition, _ = resolve_partition(name, levels)
+        sharded = plan.model_copy(update={"partition": partition})
+        if any(new > old for new, old in zip(sharded.depths, plan.depths, strict=True)):
+            partitions.append((f"plan.partition = '{name}'", sharded))
+    sizes = [size for size in range(plan.micro_batch, 0, -1) if share % size == 0]
+    for named, sharded in partitions:
+        for recompute in dict.fromkeys((plan.recompute, "full")):
+            for size in sizes:
+                words = [f"batch.micro_batch = {size}"] if size != plan.micro_batch else []
+                words += [f"plan.recompute = '{recompute}'"] if recompute != plan.recompute else []
+                words += [named] if named else []
+                if words:
+                    changed = {"micro_batch": size, "accumulate": share // size, "recompute": recompute}
+                    yield " with ".join(words), sharded.model_copy(update=changed)
+
+
+def predicted_bytes(job: Job, spec: ModelSpec, plan: Plan) -> float:
+    """Of the fullest rank, by the planner's formula. Links' figures do not matter for it, but it wants some."""
+    levels = tuple(
+        level.model_copy(update={"bytes_per_s": level.bytes_per_s or 1e9, "latency_s": level.latency_s or 1e-5})
+        for level in job.cluster.levels
+    )
+    cluster = job.cluster.model_copy(update={"levels": levels})
+    calibration, batch = calibration_of(cluster), job.config.batch
+    framework, dtype = thinwire_with(job.config.optimizer), plan.compute_dtype
+    setting = Setting(spec, cluster, batch.sequences, batch.tokens, framework, calibration, dtype)
+    candidate = Candidate.of_plan(plan, spec.layers)
+    try:
+        return peak_memory(setting, candidate, place(candidate, cluster, calibration)).total
+    except PlanError:  # the axes do not divide: it cannot be advised
+        return float("inf")

@@ -12,6 +12,7 @@ A cluster file may carry measured ones. Without them the presets' defaults hold,
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Self
 
@@ -146,6 +147,11 @@ class Cluster(Frozen):
     def level_names(self) -> tuple[str, ...]:
         return tuple(level.name for level in self.levels)
 
+    @property
+    def shape(self) -> tuple[tuple[str, int], ...]:
+        """(name, fanout) of each level, inner to outer: what a plan is made for."""
+        return tuple((level.name, level.fanout) for level in self.levels)
+
     def index(self, name: str) -> int:
         """Position of level `name`, 0 is the innermost. Raises ConfigError naming the levels there are."""
         if name not in self.level_names:
@@ -174,6 +180,11 @@ class Cluster(Frozen):
         return tuple(range(first, first + size))
 
 
+def show_levels(shape: Iterable[tuple[str, int]]) -> str:
+    """`"node=2 x cluster=4"`."""
+    return " x ".join(f"{name}={fanout}" for name, fanout in shape)
+
+
 def read_cluster(path: Path) -> Cluster:
     """A cluster file, as `thinwire probe` writes it. Raises ConfigError (another version, unknown key, bad number)."""
     tree = read_toml(path)
@@ -185,10 +196,9 @@ def read_cluster(path: Path) -> Cluster:
 def check_size(cluster: Cluster, size: int) -> None:
     """Raise ConfigError, in one sentence, if the launcher's world is not the cluster's."""
     if cluster.ranks != size:
-        product = " x ".join(f"{level.name}={level.fanout}" for level in cluster.levels)
         inside, rest = divmod(cluster.ranks, size)
         nodes = "" if rest else f", or, if each of these is to start a node's ranks, give --ranks-per-node {inside}"
         raise ConfigError(
-            f"the levels {product} make {cluster.ranks} ranks, but the launcher started {size}; change cluster.levels, "
-            f"or start {cluster.ranks} processes{nodes}"
+            f"the levels {show_levels(cluster.shape)} make {cluster.ranks} ranks, but the launcher started {size}; change "
+            f"cluster.levels, or start {cluster.ranks} processes{nodes}"
         )

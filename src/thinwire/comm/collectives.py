@@ -9,7 +9,7 @@ those of `thinwire.comm.transport.duplex`, which use both directions of a link a
 Shapes: k ranks of the group, n elements of one rank's chunk
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -199,6 +199,24 @@ def all_reduce(x: Tensor, *, world: World, level: int, purpose: str, codec: Code
         gathered.wait()
     if not in_place:
         x.copy_(whole[: x.numel()].view_as(x))
+
+
+def all_reduce_hops(message_m: Tensor, *, world: World, level: int, purposes: tuple[str, str]) -> Iterator[Handle]:
+    """Sum `message_m` in place, m a multiple of the group's ranks: yields each of its two hops when it is issued.
+
+    An empty message has its hops too, without bytes: ranks whose message is empty go on hop by hop with the others.
+    """
+    reducing, gathering = purposes
+    if message_m.numel():
+        shard = message_m.new_empty(message_m.numel() // world.fanout(level))
+        yield reduce_scatter(shard, message_m, world=world, level=level, purpose=reducing)
+        yield all_gather(message_m, shard, world=world, level=level, purpose=gathering)
+        return
+    for kind, purpose in zip(("reduce_scatter", "all_gather"), purposes, strict=True):
+        entry = world.ledger.open(
+            level=world.level_name(level), kind=kind, purpose=purpose, payload_bytes=0, sent_bytes=0, codec="identity"
+        )
+        yield Handle(world.outstanding, entry, [])
 
 
 def _pieces(whole: Tensor, k: int) -> int:

@@ -4,14 +4,18 @@ torch 2.13 calls `all_gather_into_tensor` and `reduce_scatter_tensor` by the nam
 before it have the old ones alone. They are looked up at each call, so that a test can take the new names away.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.comm.handle import Waitable
-
 _TORCH: Any = dist  # its stubs know the names of one release
+
+
+class Waitable(Protocol):
+    """What torch.distributed returns for an asynchronous call."""
+
+    def wait(self) -> object: ...
 
 
 def all_gather_single(out: Tensor, own: Tensor, *, group: dist.ProcessGroup) -> Waitable:

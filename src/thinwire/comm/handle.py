@@ -10,20 +10,22 @@ from typing import NoReturn, Protocol
 
 from torch import Tensor
 
+from thinwire.comm.compat import Waitable
 from thinwire.comm.ledger import Entry
-from thinwire.comm.lost import Peers
 from thinwire.comm.status import Status
 from thinwire.errors import LinkError, UseError
 
 
-class Waitable(Protocol):
-    """What torch.distributed returns for an asynchronous call."""
-
-    def wait(self) -> object: ...
-
-
 class Closable(Protocol):
     def close(self) -> None: ...
+
+
+class Accounts(Protocol):
+    """How failures are accounted for among all ranks of a world: `thinwire.comm.lost.Peers`."""
+
+    def explain(self, error: Exception) -> Exception: ...
+
+    def tell_apart(self, error: UseError) -> None: ...
 
 
 class Outstanding(set["Handle"]):
@@ -32,7 +34,7 @@ class Outstanding(set["Handle"]):
     def __init__(self) -> None:
         super().__init__()
         self.status = Status()
-        self.peers: Peers | None = None
+        self.accounts: Accounts | None = None
         self.near: list[Closable] = []
         """Connections to ranks of this host."""
         self.broken = False
@@ -47,8 +49,8 @@ class Outstanding(set["Handle"]):
     def raise_apart(self, sentence: str) -> NoReturn:
         """This rank has found ranks in different collectives: raises UseError here, and on all that wait for others."""
         error = UseError(sentence)
-        if self.peers is not None:
-            self.peers.tell_apart(error)
+        if self.accounts is not None:
+            self.accounts.tell_apart(error)
         self.give_up()
         raise error from None
 
@@ -77,7 +79,7 @@ class Outstanding(set["Handle"]):
 
     def explain(self, error: Exception) -> Exception:
         """What to raise in the place of `error`, see `Peers.explain`."""
-        return error if self.peers is None else self.peers.explain(error)
+        return error if self.accounts is None else self.accounts.explain(error)
 
 
 class Handle:

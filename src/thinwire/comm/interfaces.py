@@ -1,8 +1,16 @@
-"""This machine's network interfaces, and those that the user wants ranks to talk over. No torch."""
+"""This machine's network interfaces, those that the user wants, and the addresses at which each rank is reached. No torch.
 
+A rank's first choice is the address from which its connection to rank 0 leaves; on rank 0's host, that at which the other
+hosts have reached it. Which way is taken is tried, and decided by all, in `thinwire.comm.rendezvous`.
+"""
+
+import os
 import socket
+from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -100,3 +108,115 @@ def _check_nccl(pattern: str, wanted: Sequence[str], here: Sequence[Address]) ->
         raise ConfigError(
             f"cluster.interface names {left_out[0]!r}, but {NCCL} = {pattern!r} leaves it out; unset one of them"
         )
+
+
+Route = tuple[Address, ...]
+"""The addresses that a rank listens on: one, or one for each interface that was asked for."""
+
+
+@dataclass(frozen=True)
+class Presence:
+    """What a rank says of itself. `machine`: ranks that share it share interfaces; `pids`: ... share process numbers."""
+
+    rank: int
+    host: str
+    pid: int
+    machine: str
+    pids: str
+    port: int
+    """Where its desk answers."""
+    local: Address | None
+    """From where it has reached rank 0."""
+    reached: str | None
+    """At which of rank 0's addresses."""
+    here: tuple[Address, ...]
+    asked: Route
+    route: Route = ()
+    """Decided by all."""
+
+    @staticmethod
+    def of_this_process(
+        rank: int, port: int, here: Sequence[Address], asked: Sequence[Address], door: tuple[str, str] | None
+    ) -> "Presence":
+        """`door`: the addresses of both ends of the connection to rank 0."""
+        boot, network, pids = _boot(), _inode("net"), _inode("pid")
+        local = None if door is None else next((each for each in here if each.ip == door[0]), None)
+        return Presence(
+            rank, socket.gethostname(), os.getpid(), f"{boot}/{network}", f"{boot}/{pids}", port,
+            local, None if door is None else door[1], tuple(here), tuple(asked),
+        )  # fmt: skip
+
+    @staticmethod
+    def read(told: Mapping[str, Any]) -> "Presence":
+        """From JSON."""
+        address = told["local"]
+        routes = {name: tuple(Address(*each) for each in told[name]) for name in ("here", "asked", "route")}
+        return Presence(**{**told, **routes, "local": None if address is None else Address(*address)})
+
+    @property
+    def who(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+    @property
+    def over(self) -> str:
+        return ", ".join(map(str, self.route))
+
+
+def possible_routes(everyone: Sequence[Presence]) -> list[list[Route]]:
+    """For every rank its possible routes, best first. Where all are on one host, loopback is one."""
+    reached = Counter(each.reached for each in everyone if each.machine != everyone[0].machine)
+    if all(each.machine == everyone[0].machine for each in everyone):
+        reached = Counter(each.reached for each in everyone if each.reached is not None)
+    first = [ip for ip, _ in sorted(reached.items(), key=lambda item: (-item[1], str(item[0])))]
+    return [_routes_of(each, first if each.machine == everyone[0].machine else [], everyone) for each in everyone]
+
+
+def _routes_of(rank: Presence, first: Sequence[str | None], everyone: Sequence[Presence]) -> list[Route]:
+    if rank.asked:
+        return [rank.asked]
+    alone = all(each.machine == rank.machine for each in everyone)
+    liked = [address for ip in first for address in rank.here if address.ip == ip]
+    if not first and rank.local is not None:
+        liked = [rank.local]
+    order = dict.fromkeys([*liked, *rank.here])
+    return [(address,) for address in order if alone or not address.is_loopback]
+
+
+def leaders(everyone: Sequence[Presence], routes: Sequence[Sequence[Route]]) -> list[int]:
+    """For every rank the first one that shares its host and its routes: what holds for that one holds for it."""
+    seen: dict[tuple[Any, ...], int] = {}
+    return [
+        seen.setdefault((each.machine, *of_rank), each.rank) for each, of_rank in zip(everyone, routes, strict=True)
+    ]
+
+
+def advice(rank: Presence, routes: Sequence[Route]) -> str:
+    """What to do about a rank that is reached in none of these ways."""
+    if rank.asked:
+        told = f"rank {rank.rank} was told to use {listed(rank.asked)}"
+        return f"{told}; name an interface that leads to the others, or leave it out"
+    has = ", ".join(listed(route) for route in routes)
+    return (
+        f"rank {rank.rank} has {has}; connect the hosts, or name an interface that leads to the others in "
+        "cluster.interface"
+    )
+
+
+def listed(addresses: Sequence[Address]) -> str:
+    """In words."""
+    return ", ".join(map(str, addresses)) or "none"
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _inode(space: str) -> int:
+    """The namespace of that kind that this process is in."""
+    try:
+        return Path(f"/proc/self/ns/{space}").stat().st_ino
+    except OSError:
+        return -1

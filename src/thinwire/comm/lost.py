@@ -14,7 +14,7 @@ from typing import Any, Literal
 import psutil
 import torch.distributed as dist
 
-from thinwire.comm.routes import Presence
+from thinwire.comm.interfaces import Presence
 from thinwire.comm.status import Desk, call
 from thinwire.errors import LinkError, RankLost, ThinwireError, UseError
 from thinwire.units import show_seconds

@@ -18,16 +18,14 @@ Seide et al. 2014 (1-bit SGD), Karimireddy et al., arXiv 1901.09847. Of n number
 in, over any number of steps; a step that is not taken leaves the residual as it was.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from thinwire.comm.collectives import all_gather, reduce_scatter
 from thinwire.comm.handle import Handle
-from thinwire.comm.world import World
 
 
 class Residual:
@@ -85,7 +83,10 @@ class Matrix:
 
 
 class LowRank:
-    """Sums parts of n fp32 numbers over the group of a level; the same `matrices` on all its ranks."""
+    """Sums parts of n fp32 numbers over the `fanout` ranks of a level's group; the same `matrices` on all of them.
+
+    `all_reduce(message_m)` sums a message of m numbers, a multiple of `fanout` and perhaps 0, in place, hop by hop.
+    """
 
     def __init__(
         self,
@@ -93,14 +94,14 @@ class LowRank:
         n: int,
         *,
         rank: int,
-        world: World,
         level: int,
-        purposes: tuple[str, str],
+        fanout: int,
+        all_reduce: Callable[[Tensor], Iterator[Handle]],
         device: torch.device,
     ) -> None:
         self.level = level
         self._matrices, self._n, self._rank = tuple(matrices), n, rank
-        self._world, self._purposes = world, purposes
+        self._fanout, self._all_reduce = fanout, all_reduce
         self._rest = _gaps(matrices, n)
         generator = torch.Generator().manual_seed(_SEED)
         self._q = [torch.randn(m.columns, rank, generator=generator).to(device) for m in matrices]
@@ -153,28 +154,14 @@ class LowRank:
 
     def _sum(self, parts: list[Tensor]) -> Generator[Handle, None, list[Tensor]]:
         """All-reduces the parts as one message; returns them summed."""
-        k = self._world.fanout(self.level)
         numbers = sum(part.numel() for part in parts)
-        if numbers == 0:
-            yield from self._nothing()
-            return parts
-        message = torch.zeros(-(-numbers // k) * k, dtype=parts[0].dtype, device=parts[0].device)
-        torch.cat([part.reshape(-1) for part in parts], out=message[:numbers])
-        shard = torch.empty(len(message) // k, dtype=message.dtype, device=message.device)
-        reducing, gathering = self._purposes
-        yield reduce_scatter(shard, message, world=self._world, level=self.level, purpose=reducing)
-        yield all_gather(message, shard, world=self._world, level=self.level, purpose=gathering)
+        like = parts[0] if parts else torch.empty(0)
+        message = like.new_zeros(-(-numbers // self._fanout) * self._fanout)
+        if numbers:
+            torch.cat([part.reshape(-1) for part in parts], out=message[:numbers])
+        yield from self._all_reduce(message)
         ends = accumulate(part.numel() for part in parts)
         return [message[end - part.numel() : end].view_as(part) for end, part in zip(ends, parts, strict=True)]
-
-    def _nothing(self) -> Iterator[Handle]:
-        """The hops of an empty message, without bytes: ranks that hold other rows have one, and all go on hop by hop."""
-        name = self._world.cluster.level_names[self.level]
-        for kind, purpose in zip(("reduce_scatter", "all_gather"), self._purposes, strict=True):
-            entry = self._world.ledger.open(
-                level=name, kind=kind, purpose=purpose, payload_bytes=0, sent_bytes=0, codec="identity"
-            )
-            yield Handle(self._world.outstanding, entry, [])
 
     def applied(self) -> None:
         """The step was taken: its Q and its residual count from now on."""

@@ -1,6 +1,6 @@
 """How ranks find each other: a store at rank 0, what each is about to do, and the addresses at which all are reached.
 
-One rank of each host calls all other hosts at the first of the ways to them (`thinwire.comm.routes`). An address that
+One rank of each host calls all other hosts at the first of the ways to them (`thinwire.comm.interfaces`). An address that
 somebody cannot reach gives way to the host's next one, on all ranks alike. Waiting is done in short steps, so that a stop
 that was asked for, or trouble that another rank has told, ends it at once on every rank.
 """
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from thinwire.comm.routes import Presence, Route, advice, leaders, listed, possible_routes
+from thinwire.comm.interfaces import Presence, Route, addresses, advice, leaders, listed, possible_routes
 from thinwire.comm.status import Desk, call
 from thinwire.config import differences
 from thinwire.errors import ConfigError, LinkError, StopAsked, ThinwireError
@@ -172,8 +172,6 @@ class Rendezvous:
 
     def _leaving(self) -> str:
         """By which of this machine's addresses the way to rank 0 begins, as far as routes tell."""
-        from thinwire.comm.interfaces import addresses
-
         try:
             family, kind, _, _, target = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as line:

@@ -18,12 +18,11 @@ import torch.distributed as dist
 from thinwire.cluster.cluster import Cluster, Level, check_size
 from thinwire.comm.device import claim, rank_device
 from thinwire.comm.handle import Outstanding
-from thinwire.comm.interfaces import addresses, asked, tell_libraries
+from thinwire.comm.interfaces import Presence, addresses, asked, tell_libraries
 from thinwire.comm.ledger import Ledger
 from thinwire.comm.lost import Peers
 from thinwire.comm.place import Place
 from thinwire.comm.rendezvous import Rendezvous
-from thinwire.comm.routes import Presence
 from thinwire.comm.status import Desk, Status
 from thinwire.comm.transport import gloo
 from thinwire.comm.transport.host_groups import find_neighbours
@@ -45,6 +44,7 @@ class World:
     ledger: Ledger = field(default_factory=Ledger)
     outstanding: Outstanding = field(default_factory=Outstanding)
     """Handles not waited for yet, and what others may ask of this rank."""
+    _peers: Peers | None = None
     _groups: dict[tuple[int, Kind], dist.ProcessGroup] = field(default_factory=dict)
     _neighbours: dict[int, Neighbours] = field(default_factory=dict)
     timeout: timedelta = timedelta(seconds=600)
@@ -96,13 +96,13 @@ class World:
         desk = Desk(self.rank, self.status)
         try:
             own = Presence.of_this_process(self.rank, desk.port, here, wanted, door)
-            self.outstanding.peers = Peers(self.rank, meeting.present(own, desk), desk)
+            self._peers = self.outstanding.accounts = Peers(self.rank, meeting.present(own, desk), desk)
         except BaseException:
             desk.close()
             raise
 
     def _connect(self, store: dist.Store) -> None:
-        peers = self.outstanding.peers
+        peers = self._peers
         assert peers is not None
         self._devices = gloo.open_devices(peers.route)
         claim(store, self.device, rank=self.rank, share=self.over_host)
@@ -123,7 +123,7 @@ class World:
     @property
     def introduction(self) -> str | None:
         """Over which interface this rank talks to the others; None if there are none."""
-        return None if self.outstanding.peers is None else self.outstanding.peers.introduction()
+        return None if self._peers is None else self._peers.introduction()
 
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
@@ -134,9 +134,9 @@ class World:
         try:
             yield
         except Exception as error:
-            found, peers = self.outstanding.explain(error), self.outstanding.peers
-            if peers is not None and not isinstance(found, RankLost):
-                peers.announce(found)
+            found = self.outstanding.explain(error)
+            if self._peers is not None and not isinstance(found, RankLost):
+                self._peers.announce(found)
             if found is error:
                 raise
             raise found from None
@@ -176,7 +176,7 @@ class World:
         near = {index: found for index, found in self._neighbours.items() if index < level}
         return World(
             self.rank % cluster.ranks, cluster.ranks, self.local_rank, cluster, self.device, self.ledger,
-            self.outstanding, groups, near, self.timeout, self.over_host, self._devices, self._exchanges,
+            self.outstanding, self._peers, groups, near, self.timeout, self.over_host, self._devices, self._exchanges,
         )  # fmt: skip
 
     def among(self, ranks: Sequence[int], cluster: Cluster, *, kept: int = 0) -> "World":
@@ -187,7 +187,7 @@ class World:
         """
         part = World(
             list(ranks).index(self.rank), len(ranks), self.local_rank, cluster, self.device, self.ledger,
-            self.outstanding, timeout=self.timeout, over_host=self.over_host, _devices=self._devices,
+            self.outstanding, self._peers, timeout=self.timeout, over_host=self.over_host, _devices=self._devices,
         )  # fmt: skip
         part._make_groups(base=ranks, kept=kept)
         self._parts.append(part)
@@ -247,6 +247,6 @@ class World:
                 near.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-        if self.outstanding.peers is not None:
-            self.outstanding.peers.close()
+        if self._peers is not None:
+            self._peers.close()
         assert not dropped, f"{len(dropped)} handles were never waited for, the first is {dropped[0]}"

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from thinwire.lab.counters import read_interfaces
+from thinwire.lab.outcome import read_interfaces
 
 _NEW_NET, _NEW_UTS = 0x40000000, 0x04000000
 

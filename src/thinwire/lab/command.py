@@ -1,22 +1,90 @@
 """One command on the lab's hosts, from its first process to its last: watched, sabotaged on schedule, stopped.
 
-Faults as data: when one is due, and the step a run has reached, followed in its `events.jsonl`.
+Where a process is, it is told in the variables that torchrun would set. Faults are data: when one is due, and the step a
+run has reached, followed in its `events.jsonl`.
 """
 
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from thinwire.errors import LabError
-from thinwire.lab.config import Fault
-from thinwire.lab.counters import Counters
+from thinwire.lab import network
+from thinwire.lab.config import Fault, LabConfig
 from thinwire.lab.host import Inside
 from thinwire.lab.network import show_limit
-from thinwire.lab.outcome import Outcome, RankEnd
-from thinwire.lab.ranks_env import Member
+from thinwire.lab.outcome import Counters, LabOutcome, RankEnd
+
+FIRST_PORT = 29_500
+_DROPPED = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "TORCHELASTIC_RUN_ID", "HOSTNAME")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process to start: on which host, as which rank (None: one launcher for the whole host), with what variables."""
+
+    host: int
+    rank: int | None
+    environment: Mapping[str, str]
+
+    @property
+    def log_name(self) -> str:
+        return f"host-{self.host}.log" if self.rank is None else f"rank-{self.rank}.log"
+
+
+def members(config: LabConfig, environment: Mapping[str, str], *, per_host: bool, port: int) -> Iterator[Member]:
+    """Every process of one command: a rank each, or with `per_host` a launcher each. `environment` is the caller's."""
+    kept = {key: value for key, value in environment.items() if key not in _DROPPED}
+    for host in range(config.hosts):
+        common = {**kept, **_of_host(config, host, port)}
+        if per_host:
+            yield Member(host, None, {**_without_rank(common), **_for_torchrun(config, host, port)})
+            continue
+        for local_rank in range(config.ranks_per_host):
+            rank = host * config.ranks_per_host + local_rank
+            yield Member(host, rank, {**common, **_of_rank(config, rank, local_rank)})
+
+
+def _of_host(config: LabConfig, host: int, port: int) -> dict[str, str]:
+    return {
+        "MASTER_ADDR": network.address(0),
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": network.INTERFACE,
+        "NCCL_SOCKET_IFNAME": network.INTERFACE,
+        "OMP_NUM_THREADS": "1",
+        "NNODES": str(config.hosts),
+        "NODE_RANK": str(host),
+        "GROUP_RANK": str(host),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _of_rank(config: LabConfig, rank: int, local_rank: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(config.ranks),
+        "LOCAL_WORLD_SIZE": str(config.ranks_per_host),
+    }
+
+
+def _without_rank(environment: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+
+
+def _for_torchrun(config: LabConfig, host: int, port: int) -> dict[str, str]:
+    """torchrun reads its own options from these."""
+    return {
+        "PET_NNODES": str(config.hosts),
+        "PET_NODE_RANK": str(host),
+        "PET_NPROC_PER_NODE": str(config.ranks_per_host),
+        "PET_MASTER_ADDR": network.address(0),
+        "PET_MASTER_PORT": str(port),
+    }
 
 
 class StepWatch:
@@ -156,7 +224,7 @@ class Running:
         timeout_s: float | None = None,
         keep_going: bool = False,
         each_look: Callable[[], None] = lambda: None,
-    ) -> Outcome:
+    ) -> LabOutcome:
         """See `Lab.wait`; `each_look` is called every few hundredths of a second."""
         while not self.look():
             each_look()
@@ -225,11 +293,11 @@ class Running:
             if status is None:
                 self._blamed.setdefault(number, by)
 
-    def _outcome(self) -> Outcome:
+    def _outcome(self) -> LabOutcome:
         ends = tuple(
             RankEnd(member.host, member.rank, status or 0, self._blamed.get(number, "itself"), self.log(member))
             for number, (member, status) in enumerate(zip(self._members, self._statuses, strict=True))
         )
         wall_s = (self._ended_s or time.monotonic()) - self._started_s
         first = None if self._first is None else ends[self._first]
-        return Outcome(ends, first, wall_s, self._stage.counters() - self._before)
+        return LabOutcome(ends, first, wall_s, self._stage.counters() - self._before)

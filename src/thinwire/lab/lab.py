@@ -15,14 +15,11 @@ from pathlib import Path
 
 from thinwire.errors import ConfigError, LabError
 from thinwire.lab import network
-from thinwire.lab.command import Running
+from thinwire.lab.command import FIRST_PORT, Running, members
 from thinwire.lab.config import Fault, LabConfig, available_memory_bytes, check_memory, checked_rate, choose_congestion
-from thinwire.lab.counters import Counters, Traffic
-from thinwire.lab.host import Inside, new_name
+from thinwire.lab.host import Inside, check_machine, new_name, search_path, why_command_failed
 from thinwire.lab.network import Command
-from thinwire.lab.outcome import Outcome
-from thinwire.lab.ranks_env import FIRST_PORT, members
-from thinwire.lab.tools import check_machine, search_path, why_command_failed
+from thinwire.lab.outcome import Counters, LabOutcome, Traffic
 
 _AVAILABLE = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 
@@ -118,7 +115,7 @@ class Lab:
             raise LabError("no command was started on the lab")
         return self._running
 
-    def wait(self, *, timeout_s: float | None = None, keep_going: bool = False) -> Outcome:
+    def wait(self, *, timeout_s: float | None = None, keep_going: bool = False) -> LabOutcome:
         """Until every process of the command has ended; faults that are due meanwhile are injected.
 
         If one fails of itself, the others are stopped, unless `keep_going`. Raises LabError after `timeout_s`, with
@@ -126,7 +123,7 @@ class Lab:
         """
         return self.running.wait(timeout_s=timeout_s, keep_going=keep_going)
 
-    def run(self, command: Sequence[str], *, timeout_s: float | None = None, per_host: bool = False) -> Outcome:
+    def run(self, command: Sequence[str], *, timeout_s: float | None = None, per_host: bool = False) -> LabOutcome:
         """`start` and `wait`."""
         self.start(command, per_host=per_host)
         return self.wait(timeout_s=timeout_s)

@@ -9,9 +9,8 @@ from typing import IO
 
 from thinwire.lab import network
 from thinwire.lab.config import LabConfig
-from thinwire.lab.counters import Traffic
 from thinwire.lab.network import show_limit
-from thinwire.lab.outcome import Outcome, RankEnd
+from thinwire.lab.outcome import LabOutcome, RankEnd, Traffic
 from thinwire.units import show_seconds
 
 
@@ -62,7 +61,7 @@ def commands(config: LabConfig, congestion: str) -> list[network.Command]:
     return list(network.build(config, names, congestion))
 
 
-def summary(outcome: Outcome) -> Iterator[str]:
+def summary(outcome: LabOutcome) -> Iterator[str]:
     """Time and bytes by link; then who ended otherwise than well."""
     yield f"ended after {show_seconds(outcome.wall_s)}; by the kernel's counters of each link:"
     for host, link in enumerate(outcome.traffic.hosts):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from thinwire.model.work import loss_chunk
+from thinwire.model.spec import loss_chunk
 
 IGNORED = -100
 """What the loader puts where nothing is scored; every negative target is left out."""

@@ -2,7 +2,7 @@
 the squares of their lengths and no (T, T) mask is made.
 
 On GPUs whose torch has it, by variable-length flash attention (`torch.nn.attention.varlen`, after FlashAttention-2, arXiv
-2307.08691). Elsewhere documents are cut out and go through `scaled_dot_product_attention` one by one; short neighbours
+2307.08691). Elsewhere documents are cut out and go through `scaled_dot_product_attention` one by one; consecutive short ones
 together, with a mask among them, for a call has a price; equally long ones in one batch. Reference: `dense_mask`.
 
 Shapes: B batch, T tokens, N = B x T, L tokens of a segment, H query heads, G key/value heads, K head size, S documents
@@ -130,7 +130,7 @@ def _attend(segment: Segment, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Te
 
 
 def _segments(lengths: Sequence[int], device: torch.device) -> Iterator[Segment]:
-    """Runs of equally long documents in one batch; of others, short neighbours under a mask."""
+    """Runs of equally long documents in one batch; of others, consecutive short ones under a mask."""
     together = JOINED.get(device.type, JOINED_ELSEWHERE)
     waiting: list[int] = []
     for length, run in groupby(lengths):

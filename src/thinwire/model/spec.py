@@ -1,8 +1,9 @@
-"""What a model is, without torch: shapes, exact parameter counts, FLOPs per token.
+"""What a model is, without torch: shapes, exact parameter counts, and what a pass through a block computes and keeps.
 
 Two families: `llama` (RMSNorm, rotary positions, SwiGLU, grouped-query attention; arXiv 2302.13971, 2307.09288) and
 `gpt2` (LayerNorm, learned positions, GELU, biases; Radford et al. 2019). Names and order of the parameters are those of
-`model/transformer.py`; a test builds models and compares.
+`model/transformer.py`; a test builds models and compares. Costs are made from a block's counts (matmuls by shape,
+attention, elements that are kept), and a probe divides its timings by them.
 """
 
 import math
@@ -28,7 +29,7 @@ class RopeScaling(Frozen):
     original_max_tokens: int = 8192
 
 
-class Unit(NamedTuple):
+class UnitSpec(NamedTuple):
     """A block of the model whose states move together: its name prefix and the names of its parameters."""
 
     name: str
@@ -120,11 +121,11 @@ class ModelSpec(Frozen):
     def parameters_per_block(self) -> int:
         return sum(math.prod(shape) for _, shape in self._block_shapes())
 
-    def units(self) -> list[Unit]:
+    def units(self) -> list[UnitSpec]:
         """Embedding, each block, final norm, head; a tied head is part of the embedding."""
         names = list(self.parameter_shapes())
         prefixes = ["embedding", "positions", *(f"blocks.{i}" for i in range(self.layers)), "norm", "head"]
-        grouped = [Unit(p, tuple(n for n in names if n.startswith(p + "."))) for p in prefixes]
+        grouped = [UnitSpec(p, tuple(n for n in names if n.startswith(p + "."))) for p in prefixes]
         return [unit for unit in grouped if unit.parameters]
 
     @property
@@ -147,17 +148,70 @@ class ModelSpec(Frozen):
         """FLOPs of forward and backward per token, recomputation not counted: the numerator of MFU. Three forwards."""
         return 3.0 * self.forward_flops_per_token(tokens, causal=causal)
 
-    def hardware_flops_per_token(
-        self, tokens: int, *, recompute: Literal["none", "selective", "full"], causal: bool = False
-    ) -> float:
-        """FLOPs really done per token: the numerator of HFU (Korthikanti et al., arXiv 2205.05198, section 5).
 
-        Full recompute repeats each block's forward (not the head); selective repeats the attention core.
-        """
-        model = self.model_flops_per_token(tokens, causal=causal)
-        forward = self.forward_flops_per_token(tokens, causal=causal)
-        if recompute == "full":
-            return model + forward - 2.0 * self.vocab_size * self.hidden
-        if recompute == "selective":
-            return model + forward - 2.0 * self.matmul_parameters
-        return model
+CPU_CHUNK, CHUNK = (128, 2**17), (4096, 2**27)
+"""Of the loss: the fewest tokens of a chunk, and the logits that it has where a small vocabulary lets more tokens in.
+
+So many tokens that adding up the gradient of the head's weights (8 V D bytes a chunk) is small beside its 6 C V D FLOPs; so
+many logits as stay in a core's cache, or fill an accelerator.
+"""
+KERNELS = 30
+"""Kernels of one eager forward of a block; backward launches twice as many."""
+
+
+def loss_chunk(vocabulary: int, *, cpu: bool) -> int:
+    """Tokens whose logits are there at a time where head and loss are one function (`model/loss.py`)."""
+    tokens, logits = CPU_CHUNK if cpu else CHUNK
+    return max(tokens, logits // vocabulary)
+
+
+def linear_shapes(spec: ModelSpec, tensor: int = 1) -> Iterator[tuple[float, float]]:
+    """(columns out, columns in) of a block's matmuls on one of `tensor` ranks."""
+    queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    up = spec.ffn if spec.family == "gpt2" else 2 * spec.ffn
+    yield (queries + 2 * keys) / tensor, spec.hidden
+    yield spec.hidden, queries / tensor
+    yield up / tensor, spec.hidden
+    yield spec.hidden, spec.ffn / tensor
+
+
+def linear_weights(spec: ModelSpec, tensor: int = 1) -> float:
+    """Weights of those matmuls."""
+    return sum(out * into for out, into in linear_shapes(spec, tensor))
+
+
+def causal_core_flops(spec: ModelSpec, sequences: float, rows: float, tokens: float, tensor: int = 1) -> float:
+    """Scores and their product with the values, of `rows` queries to `tokens` keys; a causal kernel does half of them."""
+    return 2.0 * rows * tokens * spec.head_size * sequences * spec.heads / tensor
+
+
+def every_second_matmul(spec: ModelSpec) -> tuple[float, float, float]:
+    """Of a block's matmuls one by one, the first, the third and so on, torchtitan's choice of what is kept.
+
+    (elements per token that they make inside the tensor-parallel region, and outside of it; share of all matmuls' work
+    that the others are).
+    """
+    queries, keys, hidden = spec.heads * spec.head_size, spec.kv_heads * spec.head_size, spec.hidden
+    first = [queries + 2 * keys] if spec.family == "gpt2" else [queries, keys, keys]
+    ups = [spec.ffn] * (1 if spec.family == "gpt2" else 2)
+    made = (
+        [(out, hidden) for out in first] + [(hidden, queries)] + [(out, hidden) for out in ups] + [(hidden, spec.ffn)]
+    )
+    whole = {len(first), len(made) - 1}  # the two that leave the region: attention's and the last one
+    inside = sum(out for place, (out, _) in enumerate(made) if place % 2 == 0 and place not in whole)
+    outside = sum(out for place, (out, _) in enumerate(made) if place % 2 == 0 and place in whole)
+    again = sum(out * into for out, into in made[1::2]) / sum(out * into for out, into in made)
+    return float(inside), float(outside), again
+
+
+def kept_outside(spec: ModelSpec, *, dropout: bool = False) -> float:
+    """Elements per token kept outside the tensor-parallel region, without scores; dropout keeps two masks of bytes."""
+    return (5.0 if dropout else 4.0) * spec.hidden
+
+
+def kept_inside(spec: ModelSpec, *, fused: bool = False) -> float:
+    """Elements per token kept inside the tensor-parallel region, without scores; fused code keeps no activation."""
+    queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    if spec.family == "gpt2":
+        return 2.0 * queries + 2.0 * keys + 2.0 * spec.ffn
+    return 2.0 * queries + 2.0 * keys + (3.0 if fused else 4.0) * spec.ffn

@@ -37,7 +37,7 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The list of the model's transformer blocks: of all its lists the one that holds the most parameters."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
-        raise PlanError(f"{type(model).__name__} has no ModuleList of blocks, so there is nothing to cut it along")
+        raise PlanError(f"{type(model).__name__} has no ModuleList of blocks, so there is nothing to shard it along")
     return max(lists, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
 
 

@@ -17,9 +17,6 @@ BLOCK_CODECS = ("int8", "int4", "int4-hadamard", "e3m0")
 Rounding = Literal["nearest", "stochastic"]
 
 
-Direction = Literal["weights", "grads"]
-
-
 class Wire(Frozen):
     """How numbers travel: a codec per level and direction; what is not named travels as it is."""
 
@@ -30,10 +27,10 @@ class Wire(Frozen):
     rank: int = Field(default=4, ge=1, le=10**5)
     """Columns of the two matrices that `lowrank` sends for each one."""
     rank_from: int = Field(default=2, ge=0, le=10**12)
-    """Steps at the start whose gradients are summed whole before `lowrank` begins (PyTorch: `start_powerSGD_iter`)."""
+    """Steps at the start whose gradients are summed in full before `lowrank` begins (PyTorch: `start_powerSGD_iter`)."""
     rounding: Rounding = "nearest"
     error_feedback: bool = False
-    """Carry what the outermost coded gradient hop loses over to the next step."""
+    """Carry what the outermost compressed gradient hop loses over to the next step."""
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:

@@ -1,7 +1,7 @@
-"""The partition: over which level each of the three states is cut, and the names that such points have.
+"""The partition: over which level each of the three states is sharded, and the names that such points have.
 
-Parameters are cut over levels lp, gradients over lg and optimizer states over lo, each with everything inside it; legal is
-lp <= lg <= lo from inner to outer, as in AMSP (arXiv 2311.00257): a rank never holds gradients or optimizer states of
+Parameters are sharded over levels lp, gradients over lg and optimizer states over lo, each with everything inside it; legal
+is lp <= lg <= lo from inner to outer, as in AMSP (arXiv 2311.00257): a rank never holds gradients or optimizer states of
 parameters that it does not own. With frozen weights lg < lp is sensible too (PaRO, 2310.06003). No torch.
 """
 
@@ -14,11 +14,10 @@ from thinwire.errors import PlanError
 from thinwire.plan.compression import Wire
 
 REPLICA, ALL = "replica", "all"
-NAMES = ("auto", "ddp", "zero1", "zero2", "zero3", "hsdp", "mics", "zero++", "frontier")
 
 
 class Partition(Frozen):
-    """The cut of the three states: `"replica"`, or the level over which (and everything inside it) the state is cut."""
+    """Of each of the three states: `"replica"`, or the level over which (and everything inside it) it is sharded."""
 
     params: str = REPLICA
     grads: str = REPLICA
@@ -26,7 +25,7 @@ class Partition(Frozen):
     keep_gathered: bool = False
     """Gather a unit's weights once a step and keep them to its last backward: more memory, fewer bytes."""
     frozen_weights: bool = False
-    """Most weights are frozen: gradients may be cut less than parameters; trained weights then live with them."""
+    """Most weights are frozen: gradients may be sharded less than parameters; trained weights then live with them."""
 
     def depths(self, levels: Sequence[str]) -> tuple[int, int, int]:
         """(lp, lg, lo) as indices into `levels`, inner to outer; -1 is `replica`. Raises PlanError if illegal."""
@@ -34,9 +33,9 @@ class Partition(Frozen):
         if not _legal((lp, lg, lo), frozen_weights=self.frozen_weights):
             nearest = _nearest_legal((lp, lg, lo), len(levels), frozen_weights=self.frozen_weights)
             rule = (
-                "even with frozen weights neither parameters nor gradients may be cut further out than optimizer states"
+                "even with frozen weights neither parameters nor gradients may be sharded further out than optimizer states"
                 if self.frozen_weights
-                else "parameters may not be cut further out than gradients, nor gradients than optimizer states"
+                else "parameters may not be sharded further out than gradients, nor gradients than optimizer states"
             )
             raise PlanError(
                 f"partition {self} is illegal: {rule}; the nearest legal one is "
@@ -57,7 +56,7 @@ def _legal(depths: Depths, *, frozen_weights: bool) -> bool:
 
 
 def _nearest_legal(depths: Depths, levels: int, *, frozen_weights: bool) -> Depths:
-    """The legal point with the fewest states changed, then by the fewest levels, then the one cut furthest out."""
+    """The legal point with the fewest states changed, then by the fewest levels, then the one sharded furthest out."""
 
     def distance(other: Depths) -> tuple[int, int, int]:
         moved = [abs(new - old) for new, old in zip(other, depths, strict=True)]
@@ -89,8 +88,8 @@ def resolve_partition(name: str, levels: Sequence[str]) -> tuple[Partition, Wire
 
     `node` below is the level of that name, else the outermost but one, else the only one. Raises PlanError.
 
-    ddp: everything replicated. zero1/2/3 (arXiv 1910.02054): optimizer states, also gradients, also parameters cut over
-    all. hsdp, mics (2205.00119): all three cut over the node. zero++ (2306.10209): parameters over the node, the rest
+    ddp: everything replicated. zero1/2/3 (arXiv 1910.02054): optimizer states, also gradients, also parameters sharded over
+    all. hsdp, mics (2205.00119): all three sharded over the node. zero++ (2306.10209): parameters over the node, the rest
     over all, int8 weights and int4 gradients between nodes. frontier (2501.04266): parameters over the innermost level,
     gradients over the node, optimizer states over all. auto: parameters and gradients over the node, optimizer states
     over all; on a single level, where a node is one rank, that is zero1. amsp(P;G;O) (2311.00257): spelled out.
@@ -122,7 +121,7 @@ def resolve_partition(name: str, levels: Sequence[str]) -> tuple[Partition, Wire
     if not between_nodes:
         raise PlanError(
             f"zero++ codes what crosses nodes, and here nothing does (levels: {', '.join(levels) or 'none'}): take zero3, "
-            "which is the same cut without codecs, and name codecs in plan.wire if you want them"
+            "which is the same partition without codecs, and name codecs in plan.wire if you want them"
         )
     return partition, Wire(weights=dict.fromkeys(between_nodes, "int8"), grads=dict.fromkeys(between_nodes, "int4"))
 

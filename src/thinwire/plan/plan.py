@@ -1,4 +1,4 @@
-"""The frozen decision: where every state lives, how often and how precisely replicas agree. Both wings read it.
+"""The frozen decision: where every state lives, how often and how precisely replicas synchronise. Both wings read it.
 
 A plan is the same on every rank: its digest is compared when a world forms. Names such as `zero3` or `hsdp` resolve to
 points of one space; there is no code path of its own for any of them.
@@ -13,7 +13,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from thinwire.cluster.cluster import Cluster
+from thinwire.cluster.cluster import Cluster, show_levels
 from thinwire.config import Frozen, explain, read_document
 from thinwire.errors import PlanError
 from thinwire.plan.compression import Wire
@@ -32,7 +32,7 @@ class Plan(Frozen):
     partition: Partition = Partition()
     wire: Wire = Wire()
     sync: Sync | None = None
-    """How worker groups agree across a level and those outside it; without it they agree every step."""
+    """How replicas synchronise across a level and those outside it; without it they synchronise every step."""
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
     micro_batch: int = Field(default=1, ge=1, le=10**9)
@@ -69,19 +69,19 @@ class Plan(Frozen):
                 )
             if codec == "lowrank" and not lg < names.index(level) == len(names) - 1:
                 raise ValueError(
-                    f"wire.grads.{level} = 'lowrank' needs the outermost level ({names[-1]}) and gradients cut inside it, "
-                    f"so that it runs once a step; partition is {self.partition}"
+                    f"wire.grads.{level} = 'lowrank' needs the outermost level ({names[-1]}) and gradients sharded inside "
+                    f"it, so that it runs once a step; partition is {self.partition}"
                 )
         if self.wire.error_feedback and "lowrank" in self.wire.grads.values():
             raise ValueError(
                 "wire.error_feedback: lowrank carries over what it loses without being asked, and only one hop can; leave "
                 "error_feedback out"
             )
-        coded = [level for level, codec in self.wire.grads.items() if codec != "fp32"]
-        if self.wire.error_feedback and not any(names.index(level) > lg for level in coded):
+        compressed = [level for level, codec in self.wire.grads.items() if codec != "fp32"]
+        if self.wire.error_feedback and not any(names.index(level) > lg for level in compressed):
             raise ValueError(
-                "wire.error_feedback needs a coded gradient hop that runs once a step, outside the gradients' level; "
-                f"partition is {self.partition}, coded gradient levels are {', '.join(coded) or 'none'}"
+                "wire.error_feedback needs a compressed gradient hop that runs once a step, outside the gradients' level; "
+                f"partition is {self.partition}, compressed gradient levels are {', '.join(compressed) or 'none'}"
             )
         return self
 
@@ -97,8 +97,8 @@ class Plan(Frozen):
             self._sums_fit(sync, sync.sum_inside)
         if max(self.depths) >= inside:
             raise ValueError(
-                f"partition {self.partition} reaches across {sync.level}, where groups agree once a round; cut states over "
-                f"{names[inside - 1] if inside else REPLICA} at most"
+                f"partition {self.partition} reaches across {sync.level}, where groups synchronise once a round; shard "
+                f"states over {names[inside - 1] if inside else REPLICA} at most"
             )
         for direction in ("weights", "grads"):
             for level in names[inside:]:
@@ -141,6 +141,12 @@ class Plan(Frozen):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def check_levels(self, cluster: Cluster, *, called: str = "the plan") -> None:
+        """Raise PlanError unless the plan was made for the levels of `cluster`."""
+        if self.levels != cluster.shape:
+            made, there = show_levels(self.levels), show_levels(cluster.shape)
+            raise PlanError(f"{called} is for the levels {made}, the cluster has {there}; make the plan anew")
+
 
 class PlanConfig(Frozen):
     """`[plan]` of a run file: what the user decides about it."""
@@ -151,7 +157,7 @@ class PlanConfig(Frozen):
     wire: Wire | None = None
     """Where the partition's name brings codecs of its own (zero++), those given here count, level by level."""
     sync: SyncConfig | None = None
-    """`[plan.sync]`: groups agree once a round across a level and those outside it, instead of every step."""
+    """`[plan.sync]`: groups synchronise once a round across a level and those outside it, instead of every step."""
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
     file: Path | None = None
@@ -173,7 +179,7 @@ class PlanConfig(Frozen):
         """The plan for `cluster`. Raises PlanError with one sentence."""
         if self.file is not None:
             return read_plan(self.file, cluster, sequences=micro_batch * accumulate)
-        named, levels = self.partition, tuple((level.name, level.fanout) for level in cluster.levels)
+        named, levels = self.partition, cluster.shape
         sync = None if self.sync is None else self.sync.resolve(levels)
         inner = cluster.level_names if sync is None else cluster.level_names[: cluster.index(sync.level)]
         partition, wire = resolve_partition(named, inner) if isinstance(named, str) else (named, Wire())
@@ -198,16 +204,13 @@ _DEFAULTS: Mapping[str, object] = {name: field.default for name, field in PlanCo
 
 
 def read_plan(path: Path, cluster: Cluster, *, sequences: int) -> Plan:
-    """The plan document at `path`, for `cluster` and `sequences` sequences a rank and step. Raises PlanError."""
+    """The plan document at `path`, for `cluster` and `sequences` sequences per rank and step. Raises PlanError."""
     way_out = "write a plan with thinwire plan RUN.toml -o PLAN.json"
     plan = read_document(path, Plan, what="plan of version 1", error=PlanError, way_out=way_out)
-    levels = tuple((level.name, level.fanout) for level in cluster.levels)
-    if plan.levels != levels:
-        told = (" x ".join(f"{name}={fanout}" for name, fanout in pairs) for pairs in (plan.levels, levels))
-        raise PlanError("{} is for the levels {}, the cluster has {}; make the plan anew".format(path, *told))
+    plan.check_levels(cluster, called=str(path))
     if plan.micro_batch * plan.accumulate != sequences:
         raise PlanError(
-            f"{path} gives a rank {plan.micro_batch} x {plan.accumulate} sequences a step, batch.sequences gives it "
+            f"{path} gives a rank {plan.micro_batch} x {plan.accumulate} sequences per step, batch.sequences gives it "
             f"{sequences}; make the plan anew, or set batch.sequences = {plan.micro_batch * plan.accumulate * cluster.ranks}"
         )
     return plan

@@ -9,7 +9,7 @@ Which units of the model make a fragment. Pure.
 
 A fragment is a set of whole units of the canonical order, so that every rank of a group owns an equal share of each
 fragment and sends it itself. Blocks are dealt out (`strided`: block b to fragment b mod F, which Streaming DiLoCo found
-slightly better; `sequential`: F runs of neighbours); the other units, such as embedding and head, go to whichever
+slightly better; `sequential`: F runs of consecutive ones); the other units, such as embedding and head, go to whichever
 fragment is lightest, largest first.
 """
 

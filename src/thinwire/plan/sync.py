@@ -1,14 +1,15 @@
-"""`[plan.sync]`: how worker groups that cannot exchange gradients every step agree now and then.
+"""`[plan.sync]`: how replicas that cannot exchange gradients every step synchronise once a round (DiLoCo).
 
-Groups inside `level` agree every step, as the partition says; across `level` they agree once a round. `SyncConfig` is
-what a user writes, `Sync` what it resolves to: every decision spelled out, one space for all kinds. No torch.
+Groups inside `level` synchronise every step, as the partition says; across `level` they synchronise once a round.
+`SyncConfig` is what a user writes, `Sync` what it resolves to: every decision spelled out, one space for all kinds. No
+torch.
 
 What the kinds of `[plan.sync]` set unless the user does, and defaults that depend on the number of groups. No torch.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -35,7 +36,7 @@ local_sgd: the average of the groups' weights (arXiv 1805.09767). diloco: outer 
 change (2311.08105). streaming_diloco: fragments, 4-bit outer gradients, overlap and mixing (2501.18512); with three
 groups or more its delay is longer, see `least_delay`. eager: one round late, but a group's own part of the change is
 fresh (2502.12996). co2: one round late, with staleness-gap penalty and clipped outer momentum (2401.16265); a change that
-is a round late swings for ever once momentum + (share of the way that a round goes) / gap reaches 1, so the momentum is that
+is a round late diverges once momentum + (share of the way that a round goes) / gap reaches 1, so the momentum is that
 of the authors' example, 0.2, and not their code's default, 0.5. sparse: top-k per chunk in 2 bits with error feedback
 instead of momentum (SparseLoCo, 2508.15706).
 """
@@ -59,16 +60,17 @@ Aggregate = Literal["mean", "tokens", "median", "trimmed"]
 class SyncConfig(Frozen):
     """What a user decides; what is left out, the kind's preset or the default decides."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"lead": "staleness_bound"}
     kind: Kind = "diloco"
     level: str | None = None
-    """Groups inside it agree every step, across it and the levels outside it once a round. Default: the outermost."""
+    """Groups inside it synchronise every step, across it and the levels outside it once a round. Default: the outermost."""
     sum_inside: str | None = None
     """The groups inside a member of this level add up what they changed, uncoded, before one sum of them travels farther."""
     inner_steps: int = Field(default=30, ge=1, le=10**6)
     fragments: int | str | None = None
     order: Order = "strided"
     delay: int | None = Field(default=None, ge=0)
-    lead: int | None = Field(default=None, ge=1)
+    staleness_bound: int | None = Field(default=None, ge=1)
     mix: float | None = Field(default=None, ge=0, le=1)
     outer_lr: float | None = Field(default=None, gt=0, le=1e6)
     outer_momentum: float | None = Field(default=None, ge=0, lt=1)
@@ -136,6 +138,7 @@ class SyncConfig(Frozen):
 class Sync(Frozen):
     """A point of the space. The defaults are plain DiLoCo's."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"lead": "staleness_bound"}
     kind: Kind
     level: str
     groups: int = Field(ge=1)
@@ -150,7 +153,7 @@ class Sync(Frozen):
     order: Order = "strided"
     delay: int = 0
     """Steps from sending to applying (tau)."""
-    lead: int | None = Field(default=None, ge=1)
+    staleness_bound: int | None = Field(default=None, ge=1)
     """How many steps a group may be ahead of the slowest one; None: as many as rounds let it."""
     late: bool = False
     """Applied one whole round later, after that round's own change was taken: CO2 and eager updates."""
@@ -215,9 +218,9 @@ class Sync(Frozen):
 
     def _meaningful(self) -> None:
         """Raises ValueError for a setting that would do nothing, or nothing sound, at this point."""
-        if self.lead is not None and (self.groups == 1 or self.lead >= self.inner_steps):
+        if self.staleness_bound is not None and (self.groups == 1 or self.staleness_bound >= self.inner_steps):
             why = "there is one group" if self.groups == 1 else f"rounds of inner_steps = {self.inner_steps} do as much"
-            raise ValueError(f"lead = {self.lead} keeps groups together, and {why}; leave it out")
+            raise ValueError(f"staleness_bound = {self.staleness_bound} keeps groups together, and {why}; leave it out")
         if self.groups == 1 and self.codec != "fp32":
             way_out = "use kind = 'diloco'" if "codec" in PRESETS[self.kind] else "leave codec out"
             raise ValueError(

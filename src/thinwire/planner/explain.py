@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from thinwire.planner.choose import Answer, busy
-from thinwire.planner.named import show_axes, show_states, show_sync
+from thinwire.cluster.cluster import show_levels
+from thinwire.planner.choose import Choice, busy
 from thinwire.planner.search import Ranked
 from thinwire.planner.sensitivity import SHARES, Flip, Needed, shape_of
+from thinwire.planner.space import show_axes, show_states, show_sync
 from thinwire.predict.candidate import Setting
 from thinwire.predict.peak_memory import Memory
 from thinwire.predict.sent import sent_bytes
@@ -22,7 +23,7 @@ TIME_NAMES = {
 }  # fmt: skip
 MEMORY_NAMES = {
     "params": "parameters", "grads": "gradients", "optimizer": "optimizer states", "residual": "error feedback",
-    "gathered": "whole units, gradients in flight", "activations": "activations", "live": "loss or live block",
+    "gathered": "unsharded units, gradients in flight", "activations": "activations", "live": "loss or live block",
     "outer": "outer states", "framework": "runtime",
 }  # fmt: skip
 
@@ -38,36 +39,36 @@ def rests_on(setting: Setting) -> str:
 
 
 def mfu(setting: Setting, seconds: float) -> float:
-    """Model FLOPs utilisation, attention's whole square counted, recomputation not (arXiv 2204.02311, appendix B)."""
+    """Model FLOPs utilisation, attention's full square counted, recomputation not (arXiv 2204.02311, appendix B)."""
     assert setting.cluster.device.peak_flops_per_s
     flops = setting.spec.model_flops_per_token(setting.tokens) * setting.tokens * setting.sequences
     return flops / seconds / setting.cluster.ranks / setting.cluster.device.peak_flops_per_s
 
 
-def report(answer: Answer, setting: Setting, *, top: int) -> list[str]:
+def report(answer: Choice, setting: Setting, *, top: int) -> list[str]:
     """Lines for a person."""
     best = answer.best
     spec, cluster = setting.spec, setting.cluster
-    levels = " x ".join(f"{level.name}={level.fanout}" for level in cluster.levels)
+    levels = show_levels(cluster.shape)
     lines = [
         f"{show_count(setting.parameters)} parameters on {cluster.ranks} {cluster.device.name} ({levels}), "
-        f"{setting.sequences} x {setting.tokens} tokens a step, {spec.layers} blocks",
+        f"{setting.sequences} x {setting.tokens} tokens per step, {spec.layers} blocks",
         rests_on(setting),
         "",
     ]
     every = answer.every_step.best[0]
-    slow = (
-        f"agreeing every step, the best plan computes for {busy(every):.0%} of its {show_seconds(every.time.total)}; "
-    )
+    computes = f"{busy(every):.0%} of its {show_seconds(every.time.total)}"
+    slow = f"synchronising every step, the best plan computes for {computes}; "
     if answer.outer is not None and answer.outer.best:
-        lines += [slow + "plans whose outermost groups agree rarely come first, and train differently:"]
+        lines += [slow + "plans whose outermost groups synchronise rarely come first, and train differently:"]
         lines += _table(answer.outer.best, setting, top)
-        lines += ["", "agreeing every step:", *_table(answer.every_step.best, setting, min(top, 3))]
+        lines += ["", "synchronising every step:", *_table(answer.every_step.best, setting, min(top, 3))]
     else:
         if answer.outer is not None:
             groups = cluster.levels[-1].name
             lines += [
-                slow + f"groups that agree rarely would help, but the model does not fit into one member of {groups!r}:"
+                slow
+                + f"groups that synchronise rarely would help, but the model does not fit into one member of {groups!r}:"
             ]
         lines += _table(answer.every_step.best, setting, top)
     lines += ["", *_causes(best, setting), "", *_memory(best.memory, setting), "", *_traffic(best, setting)]
@@ -75,7 +76,7 @@ def report(answer: Answer, setting: Setting, *, top: int) -> list[str]:
 
 
 def distinct(best: Sequence[Ranked], top: int) -> list[Ranked]:
-    """The fastest of each shape, so that neighbours of one plan do not fill the table."""
+    """The fastest of each shape, so that variants of one plan do not fill the table."""
     found: dict[tuple[object, ...], Ranked] = {}
     for ranked in best:
         found.setdefault(shape_of(ranked.candidate), ranked)
@@ -83,7 +84,7 @@ def distinct(best: Sequence[Ranked], top: int) -> list[Ranked]:
 
 
 def _table(best: Sequence[Ranked], setting: Setting, top: int) -> list[str]:
-    rows = [("", "seconds", "played", "MFU", "GiB", "axes", "mb", "recompute", "states (P; G; O) and codecs")]
+    rows = [("", "seconds", "simulated", "MFU", "GiB", "axes", "mb", "recompute", "states (P; G; O) and codecs")]
     for place, ranked in enumerate(distinct(best, top), 1):
         candidate = ranked.candidate
         mark = "" if candidate.runnable else "*"
@@ -130,7 +131,7 @@ def _memory(memory: Memory, setting: Setting) -> list[str]:
         if count > 0:
             lines.append(f"  {text:<26} {count / 2**30:9.2f} GiB")
     if memory.host > 0:
-        lines.append(f"host memory: {show_bytes(memory.host)} a rank for outer states")
+        lines.append(f"host memory: {show_bytes(memory.host)} per rank for outer states")
     return lines
 
 
@@ -173,7 +174,7 @@ def show_flips(flips: Sequence[Flip], setting: Setting) -> list[str]:
     return lines
 
 
-def document(answer: Answer, setting: Setting, *, top: int) -> dict[str, Any]:
+def document(answer: Choice, setting: Setting, *, top: int) -> dict[str, Any]:
     """The answer for programs."""
     found = answer.outer if answer.outer is not None and answer.outer.best else answer.every_step
     return {

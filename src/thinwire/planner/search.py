@@ -1,7 +1,7 @@
 """Branch and bound: cores in the order of their lower bounds, partitions only of those that may still win.
 
 A core's lower bound is its step without any communication of the data axis; a partition's is also that no link can carry
-its bytes in less time. States cut over everything are the lower bound of memory. Nothing that could be among the best
+its bytes in less time. States sharded over everything are the lower bound of memory. Nothing that could be among the best
 `keep` is ever left out; a test compares with plain enumeration.
 """
 
@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from thinwire.errors import PlanError
-from thinwire.planner.space import WIRE, Space, coded, cores, partitions
+from thinwire.planner.space import WIRE, Space, cores, partitions, with_codecs
 from thinwire.predict.block import Passes
 from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.overlap import Chain, UnitMoves, added
 from thinwire.predict.peak_memory import Memory, peak_memory
-from thinwire.predict.pipeline import Kind, parameters_of
+from thinwire.predict.pipeline import StageKind, parameters_of
 from thinwire.predict.placement import Axes, check_device, place
-from thinwire.predict.states import Chain, UnitMoves, unit_moves
+from thinwire.predict.sent import unit_moves
 from thinwire.predict.step import Core, StepTime, all_passes, core_of, pipeline_alone, step_time
 
 
@@ -28,7 +29,7 @@ class Ranked:
     time: StepTime
     memory: Memory
     simulated_s: float | None = None
-    """The step played through with an event queue, for finalists."""
+    """The step simulated with an event queue, for finalists."""
 
     @property
     def step_s(self) -> float:
@@ -37,7 +38,7 @@ class Ranked:
 
 
 @dataclass
-class Found:
+class SearchResult:
     """What a search came to."""
 
     best: list[Ranked] = field(default_factory=list)
@@ -72,14 +73,14 @@ class Passing:
         return self._known[key]
 
 
-def search(setting: Setting, space: Space, *, keep: int = 20) -> Found:
+def search(setting: Setting, space: Space, *, keep: int = 20) -> SearchResult:
     """The `keep` fastest candidates that fit. Raises ConfigError if figures are missing, PlanError if nothing divides."""
     check_device(setting.cluster.device)
-    found = Found()
+    found = SearchResult()
     waiting = sorted(_bounded(setting, space, found), key=lambda item: item[0])
     if not waiting:
         raise PlanError(_nothing_divides(setting, space))
-    cuts = _Cuts(setting, space, found, keep)
+    tried = _Partitions(setting, space, found, keep)
     too_large: list[tuple[Candidate, Axes]] = []
     for least, candidate, axes, passes in waiting:
         limit = found.limit(keep)
@@ -89,15 +90,15 @@ def search(setting: Setting, space: Space, *, keep: int = 20) -> Found:
             too_large.append((candidate, axes))
             continue
         core = core_of(setting, candidate, axes, passes)
-        if cuts.least_traffic(candidate, axes, core) < limit:
-            cuts.expand(candidate, axes, core)
+        if tried.least_traffic(candidate, axes, core) < limit:
+            tried.expand(candidate, axes, core)
     if not found.best:
         found.closest = _closest(setting, too_large)
     return found
 
 
 def _bounded(
-    setting: Setting, space: Space, found: Found
+    setting: Setting, space: Space, found: SearchResult
 ) -> Iterator[tuple[float, Candidate, Axes, tuple[Passes, Passes, Passes]]]:
     """Cores with their lower bounds."""
     passing = Passing(setting)
@@ -125,7 +126,8 @@ def _place(setting: Setting, candidate: Candidate) -> Axes | None:
 
 
 def _sparsest(candidate: Candidate, axes: Axes) -> list[Candidate]:
-    """Cuts of which one needs least memory: everything cut, or parameters and gradients whole (no units besides)."""
+    """Partitions of which one needs least memory: everything sharded, or parameters and gradients unsharded (no units
+    besides)."""
     outermost = max((hop.level for hop in axes.states), default=-1)
     return [replace(candidate, depths=(lp, lp, outermost)) for lp in (outermost, -1)]
 
@@ -145,18 +147,19 @@ def _closest(setting: Setting, too_large: list[tuple[Candidate, Axes]]) -> Ranke
     return Ranked(candidate, axes, step_time(setting, candidate, axes), peak_memory(setting, candidate, axes))
 
 
-class _Cuts:
-    """Cuts and codecs of one core after another. What a cut's units send is counted once, however many cores have it."""
+class _Partitions:
+    """Partitions and codecs of one core after another. What the units of one send is counted once, however many cores have
+    it."""
 
-    def __init__(self, setting: Setting, space: Space, found: Found, keep: int) -> None:
+    def __init__(self, setting: Setting, space: Space, found: SearchResult, keep: int) -> None:
         self._setting, self._space, self._found, self._keep = setting, space, found, keep
         self._moves: dict[tuple[object, ...], UnitMoves] = {}
 
     def least_traffic(self, candidate: Candidate, axes: Axes, core: Core) -> float:
         """No partition sends less than one reduction and one gather at every level, under the smallest codec there is."""
         outermost = max((hop.level for hop in axes.states), default=-1)
-        cut = replace(candidate, depths=(-1, -1, outermost))
-        every = [cut, *coded(self._setting, self._space, cut, axes)]
+        partition = replace(candidate, depths=(-1, -1, outermost))
+        every = [partition, *with_codecs(self._setting, self._space, partition, axes)]
         return min(self._least_on_links(each, axes, core) for each in every)
 
     def expand(self, core_candidate: Candidate, axes: Axes, core: Core) -> None:
@@ -177,10 +180,10 @@ class _Cuts:
             limit = found.limit(keep)
             if least >= limit:
                 break
-            cut = (candidate.depths, candidate.keep_gathered)
-            if cut not in memories:
-                memories[cut] = peak_memory(setting, candidate, axes)
-            memory = memories[cut]
+            partition = (candidate.depths, candidate.keep_gathered)
+            if partition not in memories:
+                memories[partition] = peak_memory(setting, candidate, axes)
+            memory = memories[partition]
             if not memory.fits(capacity):
                 continue
             time = step_time(setting, candidate, axes, core)
@@ -193,30 +196,28 @@ class _Cuts:
     def _least_on_links(self, candidate: Candidate, axes: Axes, core: Core) -> float:
         """A lower bound from what the first stage's blocks send; no stage has more of them.
 
-        No lane is done sooner than its bytes take. The last reduction hides behind one backward at most, and new weights
+        No stream is done sooner than its bytes take. The last reduction hides behind one backward at most, and new weights
         behind one forward: the first stage is the last to end and the first to begin.
         """
         first = core.stages[0].kind
         elements = parameters_of(self._setting, first, candidate.tensor)["block"] * first.blocks
         moves = self._moves_of(elements, candidate, axes)
         gathers = 0 if not moves.gather else core.micro_batches * (1 if candidate.keep_gathered else 2)
-        lanes: dict[int, float] = {}
-        for chain, times in (
+        chains = (
             (moves.gather, gathers),
             (moves.reduce_each, core.micro_batches - 1),
             (moves.reduce_last, 1),
             (moves.refresh, 1),
-        ):
-            for level, seconds in chain:
-                lanes[level] = lanes.get(level, 0.0) + times * seconds
+        )
+        sent = added([tuple((level, times * seconds) for level, seconds in chain) for chain, times in chains])
         passes = (core.block, core.embedding, core.head)
         ends = max(0.0, _slowest(moves.reduce_last) - _alone(first, [each.backward.total for each in passes]))
         ends += max(0.0, _slowest(moves.refresh) - _alone(first, [each.forward.total for each in passes]))
-        return max(max(lanes.values(), default=0.0), core.least_s + ends)
+        return max(max((seconds for _, seconds in sent), default=0.0), core.least_s + ends)
 
     def _moves_of(self, elements: float, candidate: Candidate, axes: Axes) -> UnitMoves:
-        cut = (candidate.depths, candidate.keep_gathered, candidate.weights, candidate.grads)
-        key = (elements, axes.states, *cut)
+        partition = (candidate.depths, candidate.keep_gathered, candidate.weights, candidate.grads)
+        key = (elements, axes.states, *partition)
         if key not in self._moves:
             self._moves[key] = unit_moves(elements, self._setting, candidate, axes.states)
         return self._moves[key]
@@ -224,13 +225,10 @@ class _Cuts:
 
 def _slowest(chain: Chain) -> float:
     """Seconds of the level that a chain occupies longest."""
-    lanes: dict[int, float] = {}
-    for level, seconds in chain:
-        lanes[level] = lanes.get(level, 0.0) + seconds
-    return max(lanes.values(), default=0.0)
+    return max((seconds for _, seconds in added([chain])), default=0.0)
 
 
-def _alone(kind: Kind, seconds: list[float]) -> float:
+def _alone(kind: StageKind, seconds: list[float]) -> float:
     """Seconds of a pass through a stage of this kind, from those of a block, the embedding and the head."""
     block, embedding, head = seconds
     return kind.blocks * block + kind.first * embedding + kind.last * head

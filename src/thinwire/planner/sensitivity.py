@@ -1,6 +1,6 @@
 """What a link is worth: the rate at which another plan becomes the best, and the rate that keeps the devices busy.
 
-Flips are looked for by a whole search at each rate; between two rates with different answers the place is found by
+Flips are looked for by a full search at each rate; between two rates with different answers the place is found by
 halving. Utilisation is the share of a step that is compute. Schemes across the outermost level: the plan as it is,
 DiLoCo, and Streaming DiLoCo with and without e3m0.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from thinwire.planner.search import Ranked, search
 from thinwire.planner.space import Space
-from thinwire.predict.candidate import Candidate, Setting, Sync
+from thinwire.predict.candidate import Candidate, CandidateSync, Setting
 from thinwire.predict.outer_cost import rate_for_utilisation
 from thinwire.predict.placement import place
 from thinwire.predict.step import step_time
@@ -48,7 +48,7 @@ def with_rate(setting: Setting, level: int, bytes_per_s: float) -> Setting:
 
 
 def shape_of(candidate: Candidate) -> Shape:
-    """What makes two plans different to a reader: axes, recomputation and cut; not codecs or the micro-batch."""
+    """What makes two plans different to a reader: axes, recomputation and partition; not codecs or the micro-batch."""
     return candidate.tensor, candidate.context, candidate.pipeline, candidate.recompute, candidate.depths
 
 
@@ -95,9 +95,9 @@ def needed(setting: Setting, best: Ranked, *, inner_steps: int = 100) -> list[Ne
     step_s = step_time(setting, best.candidate, best.axes).compute_s
     fragments = max(1, setting.spec.layers // 3)
     for name, sync in (
-        ("DiLoCo, bf16", Sync(last, inner_steps)),
-        ("Streaming DiLoCo, bf16, behind 1 step", Sync(last, inner_steps, fragments, 1)),
-        ("Streaming DiLoCo, e3m0, behind 1 step", Sync(last, inner_steps, fragments, 1, "e3m0")),
+        ("DiLoCo, bf16", CandidateSync(last, inner_steps)),
+        ("Streaming DiLoCo, bf16, behind 1 step", CandidateSync(last, inner_steps, fragments, 1)),
+        ("Streaming DiLoCo, e3m0, behind 1 step", CandidateSync(last, inner_steps, fragments, 1, "e3m0")),
     ):
         latency = setting.cluster.levels[last].latency_s or 0.0
         rates = [

@@ -1,7 +1,7 @@
 """The space: every candidate that divides the model, the batch and the levels. No costs here.
 
 A core fixes the axes, the micro-batch and recomputation; its partitions and codecs are enumerated for the cores that are
-worth it. Axes are enumerated from divisors; an axis that would cut a level askew is left out by `place`.
+worth it. Axes are enumerated from divisors; an axis that would split a level askew is left out by `place`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,8 +12,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from thinwire.plan.compression import CodecName
+from thinwire.plan.partition import Partition
 from thinwire.plan.plan import Plan
-from thinwire.predict.candidate import Candidate, Recompute, Setting, Sync
+from thinwire.predict.candidate import Candidate, CandidateSync, Recompute, Setting
 from thinwire.predict.placement import Axes
 from thinwire.units import divisors
 
@@ -30,7 +31,7 @@ class Space:
     """Only what `thinwire train` runs today."""
     codecs: Codecs = "all"
     """Which codecs gradients and weights may travel under outside the innermost level."""
-    sync: Sync | None = None
+    sync: CandidateSync | None = None
     """Outer synchronisation, if the plans are to have it."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields of a candidate that are decided already."""
@@ -40,7 +41,7 @@ class Space:
     max_micro_batch: int = 64
 
     def allows(self, candidate: Candidate, *, partition: bool = False) -> bool:
-        """Whether a core (with `partition`: also its cut and codecs) has every field that is decided."""
+        """Whether a core (with `partition`: also its partition and codecs) has every field that is decided."""
         names = [name for name in self.fixed if partition or name not in ("depths", "keep_gathered", *WIRE)]
         return all(getattr(candidate, name) == self.fixed[name] for name in names)
 
@@ -100,24 +101,24 @@ def _chunks(layers: int, pipeline: int, micro_batches: int) -> list[int]:
 
 
 def partitions(setting: Setting, space: Space, core: Candidate, axes: Axes) -> Iterator[Candidate]:
-    """Every legal cut of `core` over the levels that its states axis crosses, with every set of codecs."""
+    """Every legal partition of `core` over the levels that its states axis crosses, with every set of codecs."""
     depths = [-1, *(hop.level for hop in axes.states)]
     for lp, lg, lo in combinations_with_replacement(depths, 3):
         keeps = [False, True] if lp >= 0 else [False]
         for keep in keeps:
-            cut = replace(core, depths=(lp, lg, lo), keep_gathered=keep)
-            yield from coded(setting, space, cut, axes)
+            candidate = replace(core, depths=(lp, lg, lo), keep_gathered=keep)
+            yield from with_codecs(setting, space, candidate, axes)
 
 
-def coded(setting: Setting, space: Space, cut: Candidate, axes: Axes) -> Iterator[Candidate]:
-    """The cut as it is and with codecs on every level but the innermost; or with those that are decided."""
+def with_codecs(setting: Setting, space: Space, candidate: Candidate, axes: Axes) -> Iterator[Candidate]:
+    """The candidate as it is and with codecs on every level but the innermost; or with those that are decided."""
     decided = {name: space.fixed[name] for name in WIRE if name in space.fixed}
     if decided:
-        chosen = replace(cut, **decided)
+        chosen = replace(candidate, **decided)
         if _carries(chosen, setting):
             yield chosen
         return
-    yield cut
+    yield candidate
     levels = {hop.level for hop in axes.states if hop.level > 0}
     if not levels or space.codecs == "none":
         return
@@ -126,16 +127,16 @@ def coded(setting: Setting, space: Space, cut: Candidate, axes: Axes) -> Iterato
         sets += [("int8", "int8"), ("int8", "int4")]
     for weights, grads in sets:
         yield replace(
-            cut,
+            candidate,
             weights=_per_level(setting, levels, weights) if weights else (),
             grads=_per_level(setting, levels, grads),
         )
 
 
 def _carries(chosen: Candidate, setting: Setting) -> bool:
-    """Whether codecs that a user decided go with the cut: deltas and error feedback do not with every one."""
+    """Whether codecs that a user decided go with the partition: deltas and error feedback do not with every one."""
     cluster = setting.cluster
-    levels = tuple((level.name, level.fanout) for level in cluster.levels)
+    levels = cluster.shape
     try:
         Plan(levels=levels, partition=chosen.partition(cluster), wire=chosen.wire(cluster))
     except ValidationError:
@@ -145,3 +146,32 @@ def _carries(chosen: Candidate, setting: Setting) -> bool:
 
 def _per_level(setting: Setting, levels: set[int], codec: CodecName) -> tuple[CodecName | None, ...]:
     return tuple(codec if index in levels else None for index in range(len(setting.cluster.levels)))
+
+
+def show_axes(candidate: Candidate, setting: Setting) -> str:
+    """`tensor=8 pipeline=4x2 data=16`, ones left out."""
+    parts = [f"{name}={getattr(candidate, name)}" for name in ("tensor", "context") if getattr(candidate, name) > 1]
+    if candidate.pipeline > 1:
+        chunks = f"x{candidate.chunks}" if candidate.chunks > 1 else ""
+        parts.append(f"pipeline={candidate.pipeline}{chunks}{'' if candidate.pipeline_outside else ' (inside data)'}")
+    parts.append(f"data={candidate.data(setting.cluster)}")
+    if candidate.sync:
+        parts.append(f"groups={candidate.groups(setting.cluster)}")
+    return " ".join(parts)
+
+
+def show_states(candidate: Candidate, setting: Setting) -> str:
+    """The partition, and the codecs on the wire."""
+    partition: Partition = candidate.partition(setting.cluster)
+    text = str(partition) + (" kept" if candidate.keep_gathered else "")
+    codecs = sorted({codec for codec in (*candidate.weights, *candidate.grads) if codec})
+    return text + (f" {'+'.join(codecs)}" if codecs else "")
+
+
+def show_sync(candidate: Candidate) -> str:
+    sync = candidate.sync
+    if sync is None:
+        return ""
+    fragments = "" if sync.fragments == 1 else f" in {sync.fragments} fragments"
+    behind = f", behind {sync.overlap_steps} of them" if sync.overlap_steps else ""
+    return f"groups synchronise every {sync.inner_steps} steps{fragments}, {sync.codec}{behind}"

@@ -1,16 +1,19 @@
 """Why not that one? What a named plan violates first, and the smallest change that mends it; or by how much it is slower.
 
-What the name leaves open is chosen as well as it can be, so that the answer holds for every plan of that name.
+Plans are named as people write them: `tensor=8,pipeline=4,recompute=full,partition=zero3`. What the name leaves open is
+chosen as well as it can be, so that the answer holds for every plan of that name.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import get_args
 
 from thinwire.errors import PlanError
-from thinwire.planner.named import check, parse, show_axes, show_states
-from thinwire.planner.search import Found, Ranked, search
-from thinwire.planner.space import Space
-from thinwire.predict.candidate import Setting
+from thinwire.plan.partition import resolve_partition
+from thinwire.planner.search import Ranked, SearchResult, search
+from thinwire.planner.space import Space, show_axes, show_states
+from thinwire.predict.candidate import Recompute, Setting
+from thinwire.units import divisors, whole_number
 
 _SLOW = {
     "matmul_s": "its matmuls are smaller or repeated",
@@ -65,7 +68,7 @@ def _main_cause(named: Ranked, best: Ranked, setting: Setting) -> str:
     return f"{more[name]:+.3g} s of {_SLOW[name]}{where}"
 
 
-def _too_large(setting: Setting, space: Space, found: Found) -> str:
+def _too_large(setting: Setting, space: Space, found: SearchResult) -> str:
     capacity = setting.cluster.device.memory_bytes
     assert capacity and found.closest is not None
     memory = found.closest.memory
@@ -93,50 +96,68 @@ def _changes(fixed: Mapping[str, object], closest: Ranked) -> Iterator[dict[str,
                 yield {axis: getattr(closest.candidate, axis) * factor}
 
 
-def fits_nowhere(setting: Setting, space: Space, found: Found) -> str:
-    """What to change when no plan fits: a larger device, more of the outermost level, or shorter sequences."""
-    capacity = setting.cluster.device.memory_bytes
-    assert capacity and found.closest is not None
-    closest = found.closest
-    need = closest.memory.total * 1.05
-    largest = max(
-        ("params", "grads", "optimizer", "residual", "gathered", "activations", "live", "framework"),
-        key=lambda name: getattr(closest.memory, name),
-    )
-    text = (
-        f"no plan fits: the smallest needs {need / 2**30:.1f} of {capacity / 2**30:.1f} GiB at stage {closest.memory.stage} "
-        f"({show_axes(closest.candidate, setting)} {show_states(closest.candidate, setting)}), most of it {largest}"
-    )
-    for factor in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
-        larger = _with_more(setting, factor)
-        try:
-            if search(larger, space, keep=1).best:
-                return f"{text}; {_more_of(setting, larger)} ({larger.cluster.ranks} ranks) would fit"
-        except PlanError:
-            continue
-    return f"{text}; a device with {need / 2**30:.0f} GiB would fit"
+NUMBERS = ("tensor", "context", "pipeline", "chunks", "micro_batch")
+
+KEYS = (*NUMBERS, "recompute", "order", "partition")
 
 
-def _more_of(setting: Setting, larger: Setting) -> str:
-    last = larger.cluster.levels[-1]
-    if len(setting.cluster.levels) > 1:
-        return f"{last.name} = {last.fanout}"
-    node = setting.cluster.levels[0]
-    return f"{last.fanout} {node.name}s of {node.fanout}, cluster.levels = [{node.fanout}, {last.fanout}]"
+def parse(text: str, setting: Setting) -> dict[str, object]:
+    """Fields of a candidate that `text` decides. Raises PlanError with one sentence."""
+    fields: dict[str, object] = {}
+    for part in _parts(text):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or key not in KEYS:
+            raise PlanError(
+                f"{part!r} is no part of a plan; write for example tensor=8,pipeline=4, of {', '.join(KEYS)}"
+            )
+        fields |= _field(key, value, setting)
+    return fields
 
 
-def _with_more(setting: Setting, factor: int) -> Setting:
-    """The setting with `factor` times as many of the outermost level, and a batch that divides over it.
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
-    A cluster of one level is one machine: it gets no larger, there are more of it, joined by links like those inside.
-    """
-    *inner, last = setting.cluster.levels
-    if inner:
-        levels = (*inner, last.model_copy(update={"fanout": last.fanout * factor}))
-    else:
-        levels = (last, last.model_copy(update={"name": f"{last.name}s", "fanout": factor}))
-    cluster = setting.cluster.model_copy(update={"levels": levels})
-    sequences = -(-setting.sequences // cluster.ranks) * cluster.ranks
-    return Setting(
-        setting.spec, cluster, sequences, setting.tokens, setting.framework, setting.calibration, setting.compute_dtype
-    )
+
+def _field(key: str, value: str, setting: Setting) -> dict[str, object]:
+    if key in NUMBERS:
+        number = whole_number(value)
+        if not number:
+            raise PlanError(f"{key} = {value[:40]!r} is not a whole number above 0 (and at most 1,000,000,000)")
+        return {key: number}
+    if key == "recompute":
+        if value not in get_args(Recompute):
+            raise PlanError(f"recompute = {value!r} is unknown; there are {', '.join(get_args(Recompute))}")
+        return {key: value}
+    if key == "order":
+        if value not in ("pipeline-outside", "data-outside"):
+            raise PlanError(f"order = {value!r} is unknown; there are pipeline-outside and data-outside")
+        return {"pipeline_outside": value == "pipeline-outside"}
+    levels = setting.cluster.level_names
+    partition, wire = resolve_partition(value, levels)
+    found: dict[str, object] = {"depths": partition.depths(levels)}
+    if wire.weights:
+        found["weights"] = tuple(wire.weights.get(level) for level in levels)
+        found["grads"] = tuple(wire.grads.get(level) for level in levels)
+    return found
+
+
+def check(fields: Mapping[str, object], setting: Setting) -> None:
+    """Raise PlanError, with the nearest that would divide, if an axis that is decided divides nothing."""
+    spec, ranks = setting.spec, setting.cluster.ranks
+    rules = [
+        ("tensor", spec.heads, f"the model's {spec.heads} heads"),
+        ("tensor", spec.ffn, f"the model's feed-forward width of {spec.ffn}"),
+        ("tensor", ranks, f"the cluster's {ranks} ranks"),
+        ("context", setting.tokens, f"{setting.tokens} tokens"),
+        ("context", ranks, f"the cluster's {ranks} ranks"),
+        ("pipeline", ranks, f"the cluster's {ranks} ranks"),
+    ]
+    for key, total, what in rules:
+        value = fields.get(key)
+        if isinstance(value, int) and total % value:
+            nearest = min(divisors(total), key=lambda n: abs(n - value))
+            raise PlanError(f"{key}={value} does not divide {what}; the nearest that does is {key}={nearest}")
+    pipeline = fields.get("pipeline", 1)
+    assert isinstance(pipeline, int)
+    if pipeline > spec.layers:
+        raise PlanError(f"pipeline={pipeline} has more stages than the model's {spec.layers} blocks")

@@ -8,7 +8,7 @@ the activation.
 Scores that are stored add 5 a s / h bytes (scores, softmax, dropout mask).
 """
 
-from thinwire.model.work import every_second_matmul, kept_inside, kept_outside, loss_chunk
+from thinwire.model.spec import every_second_matmul, kept_inside, kept_outside, loss_chunk
 from thinwire.predict.candidate import Candidate, Setting
 
 
@@ -21,7 +21,7 @@ def score_elements(setting: Setting) -> float:
 
 def block_elements(setting: Setting, tensor: int) -> tuple[float, float]:
     """(elements per token kept by a block without its scores, its scores), on one of `tensor` ranks."""
-    outside = kept_outside(setting.spec, dropout=setting.framework.dropout) / _cut(setting, tensor)
+    outside = kept_outside(setting.spec, dropout=setting.framework.dropout) / _token_parts(setting, tensor)
     inside = kept_inside(setting.spec, fused=setting.framework.fused_elementwise)
     gathered = 2.0 * _gathered_input(setting, tensor)  # of attention and of the feed-forward layers
     return outside + inside / tensor + gathered, score_elements(setting) / tensor
@@ -41,7 +41,7 @@ def held_elements(setting: Setting, tensor: int) -> float:
 
 def _unweighted(setting: Setting, tensor: int) -> float:
     made = setting.cluster.device.kind == "cpu" and setting.spec.family != "gpt2"
-    return setting.spec.hidden / _cut(setting, tensor) if made else 0.0
+    return setting.spec.hidden / _token_parts(setting, tensor) if made else 0.0
 
 
 def block_bytes(setting: Setting, candidate: Candidate) -> float:
@@ -61,7 +61,7 @@ def block_bytes(setting: Setting, candidate: Candidate) -> float:
     return share * input_bytes(setting, candidate) + (1.0 - share) * stored
 
 
-def whole_block_bytes(setting: Setting, candidate: Candidate) -> float:
+def full_block_bytes(setting: Setting, candidate: Candidate) -> float:
     """Bytes of a block that is live again while it is recomputed."""
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     held = held_elements(setting, candidate.tensor)
@@ -81,13 +81,13 @@ def gradients_bytes(setting: Setting, candidate: Candidate) -> float:
 def input_bytes(setting: Setting, candidate: Candidate) -> float:
     """Bytes of a block's input for one micro-batch: what full recompute keeps."""
     tokens = candidate.micro_batch * setting.tokens / candidate.context
-    return tokens * setting.compute_bytes * setting.spec.hidden / _cut(setting, candidate.tensor)
+    return tokens * setting.compute_bytes * setting.spec.hidden / _token_parts(setting, candidate.tensor)
 
 
 def head_bytes(setting: Setting, candidate: Candidate) -> float:
     """Bytes that the final norm and the head keep for backward of one micro-batch: the input of each."""
     tokens = candidate.micro_batch * setting.tokens / candidate.context
-    matmul = _gathered_input(setting, candidate.tensor) or setting.spec.hidden / _cut(setting, candidate.tensor)
+    matmul = _gathered_input(setting, candidate.tensor) or setting.spec.hidden / _token_parts(setting, candidate.tensor)
     matmul += _unweighted(setting, candidate.tensor)
     return input_bytes(setting, candidate) + tokens * setting.compute_bytes * matmul
 
@@ -119,8 +119,8 @@ def fused_loss_bytes(setting: Setting, candidate: Candidate) -> tuple[float, flo
     return logits + sums + hidden, sums + each * spec.vocab_size * spec.hidden + 2 * hidden
 
 
-def _cut(setting: Setting, tensor: int) -> int:
-    """Into how many parts tokens are cut outside the matmuls of a tensor-parallel block."""
+def _token_parts(setting: Setting, tensor: int) -> int:
+    """Into how many parts tokens are split outside the matmuls of a tensor-parallel block."""
     return tensor if setting.framework.sequence_parallel else 1
 
 

@@ -2,7 +2,7 @@
 
 Seconds of collectives over the hops of an axis: latency and bytes over rate, level by level.
 
-With V bytes whole, fanouts k_1 .. k_n and K_i their products, an all-gather sends V (k_i - 1) / K_i bytes from each rank
+With V bytes in all, fanouts k_1 .. k_n and K_i their products, an all-gather sends V (k_i - 1) / K_i bytes from each rank
 at hop i; a reduce-scatter is its mirror; an all-reduce is both. A ring needs k - 1 messages one after another; for small
 all-reduces a tree needs log2 k each way, and the faster of the two is taken (NCCL does the same).
 """
@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thinwire.model.work import KERNELS, causal_core_flops, every_second_matmul, linear_shapes, linear_weights
+from thinwire.model.spec import KERNELS, causal_core_flops, every_second_matmul, linear_shapes, linear_weights
 from thinwire.predict.activations import block_elements, chunk_tokens, fused_loss
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.placement import Axes, Hop, matmul_s, touch_s
@@ -107,8 +107,8 @@ def embedding_passes(setting: Setting, candidate: Candidate, axes: Axes) -> Pass
     moved = tokens * setting.spec.hidden * setting.compute_bytes
     tensor = all_reduce_s(moved, axes.tensor)
     rows = setting.spec.vocab_size * setting.spec.hidden / candidate.tensor * setting.compute_bytes
-    # The gradient of the whole table is made, and added to the head's if that is the same table.
-    table = rows * (4 if setting.spec.tied and candidate.pipeline == 1 else 1) * setting.framework.whole_table_grad
+    # The gradient of the full table is made, and added to the head's if that is the same table.
+    table = rows * (4 if setting.spec.tied and candidate.pipeline == 1 else 1) * setting.framework.full_table_grad
     backward = Causes(0.0, touch_s(6 * moved + table, setting))
     return Passes(Causes(0.0, touch_s(3 * moved, setting), 0.0, tensor), backward)
 
@@ -162,9 +162,9 @@ def _ring_s(setting: Setting, candidate: Candidate, axes: Axes) -> float:
         return 0.0
     spec = setting.spec
     width = 2 * spec.kv_heads * spec.head_size / candidate.tensor
-    whole = candidate.micro_batch * setting.tokens * width * setting.compute_bytes
+    full = candidate.micro_batch * setting.tokens * width * setting.compute_bytes
     slowest = axes.context[-1]
-    part = whole / candidate.context
+    part = full / candidate.context
     return (candidate.context - 1) * (part / (slowest.bytes_per_s * slowest.alone) + slowest.latency_s)
 
 
@@ -177,27 +177,27 @@ def _with_floor(causes: Causes, setting: Setting, launches: float) -> Causes:
     return Causes(causes.matmul_s, causes.memory_s, missing, causes.tensor_s, causes.context_s)
 
 
-def gather_hops(whole_bytes: float, hops: Sequence[Hop]) -> list[float]:
-    """Seconds at each hop of an all-gather (or of its mirror, a reduce-scatter) of `whole_bytes`."""
+def gather_hops(full_bytes: float, hops: Sequence[Hop]) -> list[float]:
+    """Seconds at each hop of an all-gather (or of its mirror, a reduce-scatter) of `full_bytes`."""
     seconds, cumulative = [], 1
     for hop in hops:
         cumulative *= hop.fanout
-        sent = whole_bytes * (hop.fanout - 1) / cumulative
+        sent = full_bytes * (hop.fanout - 1) / cumulative
         seconds.append(sent / hop.bytes_per_s + (hop.fanout - 1) * hop.latency_s + hop.start_s)
     return seconds
 
 
-def gather_s(whole_bytes: float, hops: Sequence[Hop]) -> float:
+def gather_s(full_bytes: float, hops: Sequence[Hop]) -> float:
     """Seconds of an all-gather or a reduce-scatter, hop after hop."""
-    return sum(gather_hops(whole_bytes, hops))
+    return sum(gather_hops(full_bytes, hops))
 
 
-def all_reduce_s(whole_bytes: float, hops: Sequence[Hop]) -> float:
+def all_reduce_s(full_bytes: float, hops: Sequence[Hop]) -> float:
     """Seconds of an all-reduce, hop after hop."""
     seconds, cumulative = 0.0, 1
     for hop in hops:
         cumulative *= hop.fanout
-        part = whole_bytes * hop.fanout / cumulative
+        part = full_bytes * hop.fanout / cumulative
         ring = 2 * part * (hop.fanout - 1) / hop.fanout / hop.bytes_per_s + 2 * (hop.fanout - 1) * hop.latency_s
         tree = 2 * part / hop.bytes_per_s + 2 * math.ceil(math.log2(hop.fanout)) * hop.latency_s
         seconds += min(ring, tree) + hop.start_s

@@ -1,10 +1,12 @@
-"""A point of the planner's space: the data-parallel core that a `Plan` can say, and the axes that it cannot say yet.
+"""What is planned for, and a point of the planner's space.
 
-Axes lie on ranks from inner to outer: tensor, context, then data and pipeline (in either order), then the groups that
-synchronise rarely. `data` is what is left of the ranks. Depths of the partition are indices of cluster levels.
+`Setting` is what is given, the runtime (`Framework`) included. A `Candidate` is the data-parallel core that a `Plan` can
+say, and the axes that it cannot say yet. Axes lie on ranks from inner to outer: tensor, context, then data and pipeline
+(in either order), then the groups that synchronise rarely. `data` is what is left of the ranks. Depths of the partition
+are indices of cluster levels.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -12,16 +14,69 @@ from typing import Literal, NamedTuple
 from thinwire.cluster.cluster import Calibration, Cluster
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.compression import CodecName, OuterCodecName, Rounding, Wire
+from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.plan.partition import Partition
 from thinwire.plan.plan import ComputeDtype, Plan
 from thinwire.plan.rounds import fragment_count
-from thinwire.plan.sync import Sync as Rounds
-from thinwire.plan.sync import SyncConfig
-from thinwire.predict.framework import THINWIRE, Framework
+from thinwire.plan.sync import Sync, SyncConfig
 
 Recompute = Literal["none", "selective", "per-op", "full"]
 """Selective: attention's scores. Per-op, torchtitan's: all but attention's output and every second matmul's."""
 COMPUTE_BYTES: dict[str, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Framework:
+    """What a runtime does, as far as costs depend on it. Bytes are per parameter."""
+
+    name: str
+    grad_bytes: float = 4.0
+    """Gradient sums in memory."""
+    grad_wire_bytes: float = 4.0
+    """Gradients on the wire where no codec is named."""
+    optimizer_bytes: float = 12.0
+    """Master weights and the optimizer's states, of AdamW two moments."""
+    flash_attention: bool = True
+    """Attention scores are never stored, and a causal kernel does half of the square."""
+    dropout: bool = False
+    """Masks of a block's two dropouts are kept."""
+    sequence_parallel: bool = True
+    """Outside its matmuls a tensor-parallel block is split along the sequence (arXiv 2205.05198)."""
+    overlap_reduce: bool = True
+    """Gradients are reduced behind backward."""
+    overlap_refresh: bool = True
+    """New weights are gathered behind the next forward."""
+    broadcast_refresh: bool = False
+    """New weights come by one broadcast from each owner, not by one gather."""
+    prefetch: bool = True
+    """The next unit's weights are gathered behind this unit's compute."""
+    fused_elementwise: bool = False
+    """Chains of element-wise operations run as one kernel (torch.compile)."""
+    full_table_grad: bool = False
+    """Each micro-batch makes the embedding's gradient as a full table, not only the rows of its tokens."""
+    tied_units: bool = False
+    """A tied table stays unsharded from forward to backward, and the final norm is then a unit of its own."""
+    logits_bytes: float = 12.0
+    """Per logit at the peak: fp32 log-softmax, the gradient that comes and the one that is made of it."""
+    fused_loss: bool = False
+    """Head and loss are one function over chunks of tokens, which makes the gradients in forward (`model/loss.py`)."""
+    split_logits_bytes: float = 12.0
+    """The same where tensor-parallel ranks each hold a part of the vocabulary."""
+    casts_on_gather: bool = False
+    """Weights in the compute precision exist only where they are gathered; sharded ones are the fp32 masters."""
+    packed_qkv: bool = False
+    """Queries, keys and values are made in one buffer, which the values keep alive in full."""
+    keeps_gathered_inputs: bool = False
+    """Inputs that sequence parallelism gathers for a matmul are kept in full for backward, not gathered again."""
+
+
+THINWIRE = Framework("thinwire", full_table_grad=True, tied_units=True, packed_qkv=True, fused_loss=True)
+"""With AdamW."""
+
+
+def thinwire_with(optimizer: OptimizerConfig) -> Framework:
+    """thinwire with the states of another optimizer, in fp32; its seconds are still those of AdamW, which takes longest."""
+    return replace(THINWIRE, optimizer_bytes=4.0 * (1 + optimizer.state_numbers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +107,8 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Sync:
-    """Groups that agree once in `inner_steps` (DiLoCo, arXiv 2311.08105; Streaming DiLoCo, 2501.18512).
+class CandidateSync:
+    """Groups that synchronise once in `inner_steps` (DiLoCo, arXiv 2311.08105; Streaming DiLoCo, 2501.18512).
 
     The groups are the members of level `level` and of all levels outside it.
     """
@@ -65,19 +120,19 @@ class Sync:
     """Steps during which a fragment may travel behind compute."""
     codec: OuterCodecName = "bf16"
     error_feedback: bool = False
-    said: Rounds | None = None
+    said: Sync | None = None
     """All of it, where a run file or a plan decides it."""
 
     @staticmethod
-    def of(rounds: Rounds, level: int, blocks: int) -> "Sync":
+    def of(rounds: Sync, level: int, blocks: int) -> "CandidateSync":
         """What costs depend on, of `rounds` across `level` for a model of so many blocks."""
         fragments = fragment_count(rounds.fragments, blocks)
-        return Sync(
+        return CandidateSync(
             level, rounds.inner_steps, fragments, rounds.delay, rounds.codec, rounds.error_feedback, said=rounds
         )
 
-    def rounds(self, levels: tuple[tuple[str, int], ...]) -> Rounds:
-        """What the trainer is told, on these levels."""
+    def rounds(self, levels: tuple[tuple[str, int], ...]) -> Sync:
+        """What the trainer gets, on these levels."""
         if self.said is not None:
             return self.said
         config = SyncConfig(
@@ -118,7 +173,7 @@ class Sync:
         return [more - fewer for fewer, more in pairwise(reached)]
 
 
-class Coding(NamedTuple):
+class CodecOptions(NamedTuple):
     """What else a plan decides of codecs that have a scale for each block of numbers."""
 
     block: Literal[64, 128, 256] = 128
@@ -126,12 +181,12 @@ class Coding(NamedTuple):
     error_feedback: bool = False
 
 
-_PLAIN = Coding()
+_PLAIN = CodecOptions()
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Every decision. Depths (lp, lg, lo): -1 is a replica, else the index of the level up to which a state is cut."""
+    """Every decision. Depths (lp, lg, lo): -1 is a replica, else the index of the level up to which a state is sharded."""
 
     tensor: int = 1
     context: int = 1
@@ -149,8 +204,8 @@ class Candidate:
     weights: tuple[CodecName | None, ...] = ()
     """Codec of weights at each level, none: as they are."""
     grads: tuple[CodecName | None, ...] = ()
-    coding: Coding = _PLAIN
-    sync: Sync | None = None
+    coding: CodecOptions = _PLAIN
+    sync: CandidateSync | None = None
 
     @staticmethod
     def of_plan(plan: Plan, blocks: int) -> "Candidate":
@@ -163,8 +218,8 @@ class Candidate:
             keep_gathered=plan.partition.keep_gathered,
             weights=tuple(weights.get(name) for name in plan.level_names) if weights else (),
             grads=tuple(grads.get(name) for name in plan.level_names) if grads else (),
-            coding=Coding(plan.wire.block, plan.wire.rounding, plan.wire.error_feedback),
-            sync=None if plan.sync is None else Sync.of(plan.sync, plan.levels_in_group, blocks),
+            coding=CodecOptions(plan.wire.block, plan.wire.rounding, plan.wire.error_feedback),
+            sync=None if plan.sync is None else CandidateSync.of(plan.sync, plan.levels_in_group, blocks),
         )
 
     def groups(self, cluster: Cluster) -> int:
@@ -203,7 +258,7 @@ class Candidate:
     def to_plan(self, setting: Setting) -> Plan:
         """The document that the trainer runs. Only for `runnable` candidates that divide the batch."""
         assert self.runnable and self.accumulate(setting) > 0
-        levels = tuple((level.name, level.fanout) for level in setting.cluster.levels)
+        levels = setting.cluster.shape
         return Plan(
             levels=levels,
             partition=self.partition(setting.cluster),

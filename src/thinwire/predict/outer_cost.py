@@ -1,22 +1,21 @@
 """Outer synchronisation: what a round sends, how long the groups stall for it, and what rate would hide it.
 
-DiLoCo (arXiv 2311.08105) sends the whole pseudo-gradient once in H steps; Streaming DiLoCo (2501.18512) one of F
+DiLoCo (arXiv 2311.08105) sends the full pseudo-gradient once in H steps; Streaming DiLoCo (2501.18512) one of F
 fragments every H / F steps, behind the next `overlap_steps` steps. An all-reduce among M groups moves 2 (M - 1) / M of a
 fragment through each group's link.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thinwire.plan.compression import wire_bytes
-from thinwire.predict.candidate import Setting, Sync
+from thinwire.predict.candidate import CandidateSync, Setting
 from thinwire.predict.placement import rate_of
 
 BLOCK = 128
 
 
 @dataclass(frozen=True)
-class Round:
+class OuterRound:
     """One outer synchronisation of one fragment, seen from one group."""
 
     every_steps: float
@@ -32,12 +31,12 @@ class Round:
         return self.stall_s / self.every_steps
 
 
-def fragment_bytes(parameters: float, sync: Sync) -> float:
+def fragment_bytes(parameters: float, sync: CandidateSync) -> float:
     """Bytes of a fragment as it travels."""
     return float(wire_bytes(sync.codec, round(parameters / sync.fragments), block=BLOCK, element_bytes=4))
 
 
-def outer_round(setting: Setting, sync: Sync, step_s: float) -> Round:
+def outer_round(setting: Setting, sync: CandidateSync, step_s: float) -> OuterRound:
     """A round when an inner step takes `step_s`.
 
     Groups, or places in which they add up first, exchange with each other directly. The link of a level's member carries
@@ -53,10 +52,10 @@ def outer_round(setting: Setting, sync: Sync, step_s: float) -> Round:
             latency_s += 2 * peers // inside * (cluster.levels[index].latency_s or 0.0)
         inside += peers
     travel = slowest + latency_s + _inside_s(setting, sync)
-    return Round(sync.inner_steps / sync.fragments, (senders - 1) * each, travel, stall_s(travel, step_s, sync))
+    return OuterRound(sync.inner_steps / sync.fragments, (senders - 1) * each, travel, stall_s(travel, step_s, sync))
 
 
-def _inside_s(setting: Setting, sync: Sync) -> float:
+def _inside_s(setting: Setting, sync: CandidateSync) -> float:
     """Seconds in which groups that add up do so, in fp32, and share what comes out."""
     if sync.said is None or sync.said.sum_inside is None:
         return 0.0
@@ -65,72 +64,19 @@ def _inside_s(setting: Setting, sync: Sync) -> float:
     return moved / rate_of(setting.cluster, level, setting.calibration)
 
 
-def stall_s(travel_s: float, step_s: float, sync: Sync) -> float:
+def stall_s(travel_s: float, step_s: float, sync: CandidateSync) -> float:
     """Seconds the groups wait for a fragment."""
     return max(0.0, travel_s - sync.overlap_steps * step_s)
 
 
-def utilisation(*, step_s: float, inner_steps: float, stall: float) -> float:
-    """Share of the time that is compute when `inner_steps` steps are followed by a stall of `stall` seconds."""
-    return inner_steps * step_s / (inner_steps * step_s + stall)
-
-
-def layered_stall_s(
-    sent: Sequence[int],
-    *,
-    layers: int,
-    layer_travel_s: float,
-    step_s: float,
-    overlap_steps: int,
-    forward_share: float = 1 / 3,
-) -> float:
-    """Stall of one round when every layer travels by itself, as in the simulation of arXiv 2501.18512, section 4.
-
-    A layer of `sent` sets out when its backward ends, they share one lane, and each is needed when its own forward begins
-    `overlap_steps` steps later than the next. Data parallelism is the case of all layers in every step.
-    """
-    forward, backward = step_s * forward_share / layers, step_s * (1 - forward_share) / layers
-    lane, arrive = 0.0, {}
-    for layer in sorted(sent, reverse=True):
-        lane = arrive[layer] = max(lane, (layers - layer) * backward) + layer_travel_s
-    start = now = layers * backward + overlap_steps * step_s
-    for layer in range(layers):
-        now = max(now, arrive.get(layer, 0.0)) + forward
-    return now - start - layers * forward
-
-
-def layered_rate(
-    wanted: float, *, parameters: float, layers: int, groups: int, step_s: float, sync: Sync | None
-) -> float:
-    """Like `rate_for_utilisation`, for layers that travel by themselves; found by halving."""
-    plain = sync or Sync(level=0, inner_steps=1)
-    each = 2 * (groups - 1) / groups * fragment_bytes(parameters / layers, Sync(0, 1, codec=plain.codec))
-    fragments = [range(first, layers, plain.fragments) for first in range(plain.fragments)]  # strided over the layers
-
-    def share(rate: float) -> float:
-        stalls = [
-            layered_stall_s(
-                sent, layers=layers, layer_travel_s=each / rate, step_s=step_s, overlap_steps=plain.overlap_steps
-            )
-            for sent in fragments
-        ]
-        return utilisation(step_s=step_s, inner_steps=plain.inner_steps, stall=sum(stalls))
-
-    low, high = 1.0, 1e15
-    while high / low > 1.0001:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if share(middle) >= wanted else (middle, high)
-    return high
-
-
 def rate_for_utilisation(
-    wanted: float, *, parameters: float, groups: int, step_s: float, sync: Sync | None, latency_s: float = 0.0
+    wanted: float, *, parameters: float, groups: int, step_s: float, sync: CandidateSync | None, latency_s: float = 0.0
 ) -> float:
     """Bytes per second of each group's link at which compute takes the share `wanted` of the time.
 
     Without `sync` it is data parallelism in bf16: an all-reduce a step with nothing to hide behind.
     """
-    plain = sync or Sync(level=0, inner_steps=1)
+    plain = sync or CandidateSync(level=0, inner_steps=1)
     sent = 2 * (groups - 1) / groups * fragment_bytes(parameters, plain)
     every = plain.inner_steps / plain.fragments
     allowed = every * step_s * (1 / wanted - 1) + plain.overlap_steps * step_s - 2 * (groups - 1) * latency_s

@@ -1,10 +1,14 @@
-"""One rank alone: a compute lane and a send lane for each level, and what hides behind what.
+"""What hides behind what: a rank with a compute stream and a send stream per level, through the micro-batches of a step.
 
-The rules are the engine's: a chain's hops follow one another, each takes its lane as soon as that is free for it; the
+The rules are the engine's: a chain's hops follow one another, each takes its stream as soon as that is free for it; the
 next unit's weights set out when this unit's compute begins; gradients set out when their unit's backward ends. While
-any lane sends, compute is slower by the calibrated factor. Everything that can overlap a piece of compute has been
-issued when it begins, so its end is known at once and no event queue is needed; the simulator plays the same rules
+any stream sends, compute is slower by the calibrated factor. Everything that can overlap a piece of compute has been
+issued when it begins, so its end is known at once and no event queue is needed; the simulator follows the same rules
 with one.
+
+Three kinds of micro-batches differ: the first (new weights still arrive), those in the middle, and the last (gradients go
+all the way). They are simulated once with a few blocks; blocks are equal, so the rest of them repeats the last
+one's time.
 """
 
 import math
@@ -12,7 +16,31 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from thinwire.predict.states import Chain, UnitMoves
+Chain = tuple[tuple[int, float], ...]
+"""(level, seconds) of hops that follow one another."""
+
+
+@dataclass(frozen=True)
+class UnitMoves:
+    """Seconds of everything that moves one unit's states: hop by hop what goes on behind compute, and a rank's own work.
+
+    Its own are the part of a transfer that a level leaves to the ranks, coding, adding up, and taking gradients over.
+    """
+
+    gather: Chain = ()
+    """Weights are gathered: each micro-batch, outermost hop first."""
+    again: Chain = ()
+    """The same in backward; none if the unit stays unsharded from forward on."""
+    reduce_each: Chain = ()
+    """Gradients of a micro-batch reach their level."""
+    reduce_last: Chain = ()
+    """Those of the last micro-batch reach theirs, and are then summed over everything outside it."""
+    refresh: Chain = ()
+    """New weights go from where they were updated to where they are kept."""
+    own_forward_s: float = 0.0
+    own_backward_s: float = 0.0
+    own_once_s: float = 0.0
+    """Once a step: the last reductions' way beyond those of each micro-batch, new weights, and kept ones' gather."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +52,13 @@ class UnitWork:
     moves: UnitMoves
 
 
-class Lanes:
-    """When lanes are free, and how much compute was stretched by communication beside it."""
+class Streams:
+    """When streams are free, and how much compute was stretched by communication beside it."""
 
     def __init__(self, slowdown: float) -> None:
         self.rate = 1.0 / (1.0 + slowdown)
         self.gaps: dict[int, list[tuple[float, float]]] = {}
-        """Of each lane, in order; the last never closes."""
+        """Of each stream, in order; the last never closes."""
         self.busy: list[tuple[float, float]] = []
         self.sent_s = 0.0
         self.stretched_s = 0.0
@@ -45,7 +73,7 @@ class Lanes:
         return ready
 
     def _slot(self, level: int, ready: float, seconds: float) -> float:
-        """Take the first time from `ready` on in which the lane is free for so long."""
+        """Take the first time from `ready` on in which the stream is free for so long."""
         gaps = self.gaps.setdefault(level, [(0.0, math.inf)])
         for index, (opens, closes) in enumerate(gaps):
             begin = max(ready, opens)
@@ -55,11 +83,11 @@ class Lanes:
         raise AssertionError("the last gap never closes")
 
     def queued(self, now: float) -> dict[int, float]:
-        """Seconds that each lane still sends after `now`."""
+        """Seconds that each stream still sends after `now`."""
         return {level: max(0.0, gaps[-1][0] - now) for level, gaps in self.gaps.items()}
 
     def pile_up(self, now: float, before: dict[int, float], *, times: int) -> None:
-        """Let what has come to wait in each lane since it was as `before` come `times` more (-1: not at all)."""
+        """Let what has come to wait in each stream since it was as `before` come `times` more (-1: not at all)."""
         if times < 0:
             self.busy.clear()  # with spans that are none
         for level, waiting in self.queued(now).items():
@@ -103,7 +131,7 @@ def _union(spans: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Habit:
+class OverlapPolicy:
     """Which of a unit's moves run behind compute."""
 
     prefetch: bool
@@ -113,68 +141,176 @@ class Habit:
 
 
 def forward(
-    lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *, refreshing: list[float], first: bool
+    streams: Streams,
+    start: float,
+    units: list[UnitWork],
+    policy: OverlapPolicy,
+    *,
+    refreshing: list[float],
+    first: bool,
 ) -> float:
     """One forward through `units`; `refreshing` is when each unit's new weights arrive. Returns its end.
 
     Kept weights are gathered in the `first` forward of a step alone.
     """
     now = start
-    if habit.keep_gathered and not first:
+    if policy.keep_gathered and not first:
         for unit in units:
-            now = lanes.compute(now, unit.forward_s)
+            now = streams.compute(now, unit.forward_s)
         return now
-    arrive = _gather(lanes, max(now, refreshing[0]), units[0])
+    arrive = _gather(streams, max(now, refreshing[0]), units[0])
     for index, unit in enumerate(units):
         begin = max(now, arrive, refreshing[index])
         following = index + 1 < len(units)
-        if following and habit.prefetch:
-            arrive = _gather(lanes, max(begin, refreshing[index + 1]), units[index + 1])
-        now = lanes.compute(begin, unit.forward_s)
-        if following and not habit.prefetch:
-            arrive = _gather(lanes, max(now, refreshing[index + 1]), units[index + 1])
+        if following and policy.prefetch:
+            arrive = _gather(streams, max(begin, refreshing[index + 1]), units[index + 1])
+        now = streams.compute(begin, unit.forward_s)
+        if following and not policy.prefetch:
+            arrive = _gather(streams, max(now, refreshing[index + 1]), units[index + 1])
     return now
 
 
-def backward(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit, *, last: bool) -> tuple[float, float]:
+def backward(
+    streams: Streams, start: float, units: list[UnitWork], policy: OverlapPolicy, *, last: bool
+) -> tuple[float, float]:
     """One backward; returns its end, and when the last of its reductions arrives."""
     now, landed, backwards = start, start, units[::-1]
-    arrive = start if habit.keep_gathered else lanes.send(start, backwards[0].moves.again)
+    arrive = start if policy.keep_gathered else streams.send(start, backwards[0].moves.again)
     late: list[Chain] = []
     for index, unit in enumerate(backwards):
         begin = max(now, arrive)
-        gathers = index + 1 < len(backwards) and not habit.keep_gathered
-        if gathers and habit.prefetch:
-            arrive = lanes.send(begin, backwards[index + 1].moves.again)
-        now = lanes.compute(begin, unit.backward_s)
-        if gathers and not habit.prefetch:
-            arrive = lanes.send(now, backwards[index + 1].moves.again)
+        gathers = index + 1 < len(backwards) and not policy.keep_gathered
+        if gathers and policy.prefetch:
+            arrive = streams.send(begin, backwards[index + 1].moves.again)
+        now = streams.compute(begin, unit.backward_s)
+        if gathers and not policy.prefetch:
+            arrive = streams.send(now, backwards[index + 1].moves.again)
         sent = unit.moves.reduce_last if last else unit.moves.reduce_each
-        if habit.overlap_reduce:
-            landed = max(landed, lanes.send(now, sent))
+        if policy.overlap_reduce:
+            landed = max(landed, streams.send(now, sent))
         else:
             late.append(sent)
     if any(late):
-        landed = lanes.send(now, _added(late))
+        landed = streams.send(now, added(late))
         now = now if last else landed  # nothing comes after the last one but the optimizer
     return now, max(now, landed)
 
 
-def refresh(lanes: Lanes, start: float, units: list[UnitWork], habit: Habit) -> list[float]:
+def refresh(streams: Streams, start: float, units: list[UnitWork], policy: OverlapPolicy) -> list[float]:
     """Send the new weights in forward order; when each unit's arrive."""
-    if not habit.overlap_refresh:
-        end = lanes.send(start, _added([unit.moves.refresh for unit in units]))
+    if not policy.overlap_refresh:
+        end = streams.send(start, added([unit.moves.refresh for unit in units]))
         return [end] * len(units)
-    return [lanes.send(start, unit.moves.refresh) for unit in units]
+    return [streams.send(start, unit.moves.refresh) for unit in units]
 
 
-def _gather(lanes: Lanes, ready: float, unit: UnitWork) -> float:
-    return lanes.send(ready, unit.moves.gather)
+def _gather(streams: Streams, ready: float, unit: UnitWork) -> float:
+    return streams.send(ready, unit.moves.gather)
 
 
-def _added(chains: list[Chain]) -> Chain:
+def added(chains: list[Chain]) -> Chain:
     """Many chains as one: the seconds of each level added up."""
     sums: dict[int, float] = {}
     for level, seconds in chain.from_iterable(chains):
         sums[level] = sums.get(level, 0.0) + seconds
     return tuple(sums.items())
+
+
+SIMULATED, PERIOD = 4, 2
+"""Blocks simulated one by one; more of them add the difference that the last `PERIOD` made (not only the last: where
+gathers and reductions share a stream, blocks take turns in waiting)."""
+
+
+@dataclass(frozen=True)
+class SteadyState:
+    """Seconds of a stage's micro-batches, from the arrival of their input; compute and exposed communication."""
+
+    first_s: float
+    middle_s: float
+    last_s: float
+    forward_share: float
+    """Part of a middle micro-batch that is forward."""
+    tail_s: float
+    """From the end of the last backward to the arrival of the last gradient."""
+    sent_s: float
+    """Seconds of all collectives of the data axis, hidden and exposed."""
+    stretched_s: float
+    """By how much compute was slower because of them."""
+
+    def step_s(self, micro_batches: int) -> float:
+        """All micro-batches and the tail, of a stage that never waits for another."""
+        if micro_batches == 1:
+            return self.last_s + self.tail_s
+        return self.first_s + (micro_batches - 2) * self.middle_s + self.last_s + self.tail_s
+
+
+@dataclass(frozen=True)
+class StageUnits:
+    """Units of a stage: `blocks` equal ones between what the first and the last stage have besides."""
+
+    before: tuple[UnitWork, ...]
+    block: UnitWork
+    blocks: int
+    after: tuple[UnitWork, ...]
+
+    def listed(self, blocks: int) -> list[UnitWork]:
+        return [*self.before, *([self.block] * blocks), *self.after]
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing of it ever moves along the data axis."""
+        return not any((unit.moves.gather or unit.moves.reduce_last or unit.moves.refresh) for unit in self.listed(1))
+
+
+def steady_state(units: StageUnits, policy: OverlapPolicy, *, micro_batches: int, slowdown: float) -> SteadyState:
+    """Simulate the kinds of micro-batches, and extend them to the number of blocks there is."""
+    if units.silent:
+        listed = units.listed(1)
+        ahead = sum(unit.forward_s for unit in listed) + (units.blocks - 1) * units.block.forward_s
+        back = sum(unit.backward_s for unit in listed) + (units.blocks - 1) * units.block.backward_s
+        return SteadyState(ahead + back, ahead + back, ahead + back, ahead / (ahead + back), 0.0, 0.0, 0.0)
+    if units.blocks <= SIMULATED:
+        return _simulate(units.listed(units.blocks), policy, micro_batches, slowdown)
+    more = _simulate(units.listed(SIMULATED), policy, micro_batches, slowdown)
+    less = _simulate(units.listed(SIMULATED - PERIOD), policy, micro_batches, slowdown)
+    return _extend(more, less, (units.blocks - SIMULATED) / PERIOD)
+
+
+def _extend(more: SteadyState, less: SteadyState, times: float) -> SteadyState:
+    def grown(name: str) -> float:
+        value = float(getattr(more, name))
+        return value + times * (value - float(getattr(less, name)))
+
+    names = ("first_s", "middle_s", "last_s", "tail_s", "sent_s", "stretched_s")
+    first, middle, last, tail, sent, stretched = (grown(name) for name in names)
+    return SteadyState(first, middle, last, more.forward_share, max(0.0, tail), sent, max(0.0, stretched))
+
+
+def _simulate(listed: list[UnitWork], policy: OverlapPolicy, micro_batches: int, slowdown: float) -> SteadyState:
+    streams = Streams(slowdown)
+    arrive = refresh(streams, 0.0, listed, policy)
+    landed = [0.0] * len(listed)
+    single = micro_batches == 1
+    ahead = forward(streams, 0.0, listed, policy, refreshing=arrive, first=True)
+    first, tail_end = backward(streams, ahead, listed, policy, last=single)
+    if single:
+        share = ahead / first
+        return SteadyState(first, first, first, share, tail_end - first, streams.sent_s, streams.stretched_s)
+    sent, stretched, queued = streams.sent_s, streams.stretched_s, streams.queued(first)
+    ahead = forward(streams, first, listed, policy, refreshing=landed, first=False)
+    middle, _ = backward(streams, ahead, listed, policy, last=False)
+    share = (ahead - first) / (middle - first)
+    middle_sent, middle_stretched = streams.sent_s - sent, streams.stretched_s - stretched
+    streams.pile_up(middle, queued, times=micro_batches - 3)
+    ahead = forward(streams, middle, listed, policy, refreshing=landed, first=False)
+    last, tail_end = backward(streams, ahead, listed, policy, last=True)
+    times = micro_batches - 3
+    return SteadyState(
+        first,
+        middle - first,
+        last - middle,
+        share,
+        tail_end - last,
+        streams.sent_s + times * middle_sent,
+        streams.stretched_s + times * middle_stretched,
+    )

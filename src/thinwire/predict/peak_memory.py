@@ -1,15 +1,13 @@
 """Device memory of a stage's ranks by cause, and whether it fits.
 
 States lie as the engine keeps them: weights in the compute precision at lp, gradient sums in fp32 at lg, masters and
-the optimizer's states at lo. What a step needs beside them, weights that are whole, gradients on their way, activations
-and the loss, is that of its fullest moment.
+the optimizer's states at lo. What a step needs beside them, unsharded weights, gradients on their way, activations and
+the loss, is that at its peak, the largest of these.
 
-The moments at which a stage holds most beside its states, and what it holds then.
-
-At the loss: all activations, the loss's own buffers, weights that are whole there. In backward of the head, of the last
+At the loss: all activations, the loss's own buffers, unsharded weights. In backward of the head, of the last
 block, and of those before it: less and less activations, the block that is computed again and the gradients inside it,
 weights of its unit and of the next, the gradient that it makes, and those of units on their way, two at a time
-(`parallel/shard/reductions.py`). Where gradient sums are cut, the last two of the micro-batch before land only when the
+(`parallel/shard/reductions.py`). Where gradient sums are sharded, the last two of the micro-batch before land only when the
 head's has been issued. What error feedback does not send of a step grows as activations go.
 """
 
@@ -19,16 +17,15 @@ from typing import NamedTuple
 
 from thinwire.predict.activations import (
     block_bytes,
+    full_block_bytes,
     fused_loss,
     fused_loss_bytes,
     gradients_bytes,
     head_bytes,
-    whole_block_bytes,
 )
 from thinwire.predict.candidate import Candidate, Setting
-from thinwire.predict.pipeline import Counted, Kind, in_flight, kinds, parameters_of
-from thinwire.predict.placement import Axes, Hop
-from thinwire.predict.states import hop_depths
+from thinwire.predict.pipeline import Counted, StageKind, in_flight, kinds, parameters_of
+from thinwire.predict.placement import Axes, Hop, hop_depths, shard_counts
 
 MARGIN = 1.05
 """A plan is said to fit only if this many times the predicted memory would still fit."""
@@ -47,7 +44,8 @@ class Memory:
     residual: float
     """What error feedback has not sent of earlier steps' gradients."""
     gathered: float
-    """Whole units while they compute, gradients on their way, and what of them error feedback keeps for the next step."""
+    """Unsharded units while they compute, gradients on their way, and what of them error feedback keeps for the next
+    step."""
     activations: float
     """What forward has left for backward at that moment, of all micro-batches under way."""
     live: float
@@ -78,18 +76,18 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
     """Memory of the first stage of this kind (of equal stages the one that holds most)."""
     units = parameters_of(setting, counted.kind, candidate.tensor)
     total = units["block"] * counted.kind.blocks + units.get("embedding", 0.0) + units.get("head", 0.0)
-    cut_p, cut_g, cut_o = cuts(candidate, axes.states)
+    shards_p, shards_g, shards_o = shard_counts(candidate, axes.states)
     flying = in_flight(counted.index, candidate.pipeline, candidate.accumulate(setting), candidate.chunks)
-    cut = (cut_p, cut_g)
+    shards = (shards_p, shards_g)
     lost = residual_bytes(total, candidate, axes.states)
-    held = fullest(setting, candidate, counted.kind, units, flying=flying, cuts=cut, hops=axes.states, lost=lost)
+    held = fullest(setting, candidate, counted.kind, units, flying=flying, shards=shards, hops=axes.states, lost=lost)
     framework = setting.framework
     host, due = outer_bytes(total, setting, candidate)
     return Memory(
         stage=counted.index,
         params=_weights_bytes(setting, candidate, axes.states, total),
-        grads=framework.grad_bytes * total / cut_g,
-        optimizer=framework.optimizer_bytes * total / cut_o,
+        grads=framework.grad_bytes * total / shards_g,
+        optimizer=framework.optimizer_bytes * total / shards_o,
         residual=lost,
         gathered=held.gathered,
         activations=held.activations,
@@ -102,29 +100,31 @@ def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Co
 
 def _weights_bytes(setting: Setting, candidate: Candidate, hops: tuple[Hop, ...], total: float) -> float:
     """Weights in the compute precision, but for the fp32 masters that lie in them: no codec came between (`Flat`)."""
-    cut_p, _, cut_o = cuts(candidate, hops)
-    if setting.framework.casts_on_gather and cut_p == cut_o:
+    shards_p, _, shards_o = shard_counts(candidate, hops)
+    if setting.framework.casts_on_gather and shards_p == shards_o:
         return 0.0
     lp, _, lo = hop_depths(candidate, hops)
     refreshed = [hop.level for hop in hops[lp + 1 : lo + 1] if hop.fanout > 1]
-    coded = candidate.weights and any(candidate.weights[level] not in (None, "fp32") for level in refreshed)
-    inside = 4.0 * total / cut_o if setting.compute_dtype == "fp32" and not coded else 0.0
-    return setting.compute_bytes * total / cut_p - inside
+    compressed = candidate.weights and any(candidate.weights[level] not in (None, "fp32") for level in refreshed)
+    inside = 4.0 * total / shards_o if setting.compute_dtype == "fp32" and not compressed else 0.0
+    return setting.compute_bytes * total / shards_p - inside
 
 
 def residual_bytes(parameters: float, candidate: Candidate, hops: tuple[Hop, ...]) -> float:
     """fp32, of the sums that enter the outermost hop whose codec loses something (`comm/lowrank.py`)."""
     lg, carries = hop_depths(candidate, hops)[1], candidate.coding.error_feedback and candidate.grads
-    coded = [i for i, hop in enumerate(hops) if carries and i > lg and hop.fanout > 1 and candidate.grads[hop.level]]
-    if not coded:
+    compressed = [
+        i for i, hop in enumerate(hops) if carries and i > lg and hop.fanout > 1 and candidate.grads[hop.level]
+    ]
+    if not compressed:
         return 0.0
-    return 4.0 * parameters / prod(hop.fanout for hop in hops[: coded[-1]])
+    return 4.0 * parameters / prod(hop.fanout for hop in hops[: compressed[-1]])
 
 
 def outer_bytes(parameters: float, setting: Setting, candidate: Candidate) -> tuple[float, float]:
     """(in host memory, of the fragment that is due) of a rank whose stage and tensor part has so many parameters.
 
-    fp32 weights and momentum, and the residual with error feedback, cut over all ranks of the group that hold the same
+    fp32 weights and momentum, and the residual with error feedback, sharded over all ranks of the group that hold the same
     parameters, whatever the partition.
     """
     sync = candidate.sync
@@ -140,32 +140,14 @@ def peak_memory(setting: Setting, candidate: Candidate, axes: Axes) -> Memory:
     return max((stage_memory(setting, candidate, axes, each) for each in stages), key=lambda memory: memory.total)
 
 
-def least_state_bytes(setting: Setting, candidate: Candidate, axes: Axes) -> float:
-    """A lower bound of memory that needs neither activations nor logits: states alone."""
-    total = setting.parameters / (candidate.tensor * candidate.pipeline)
-    _, cut_g, cut_o = cuts(candidate, axes.states)
-    framework = setting.framework
-    weights = _weights_bytes(setting, candidate, axes.states, total)
-    return weights + total * (framework.grad_bytes / cut_g + framework.optimizer_bytes / cut_o)
-
-
-def cuts(candidate: Candidate, hops: tuple[Hop, ...]) -> tuple[int, int, int]:
-    """Into how many parts parameters, gradients and optimizer states are cut."""
-    cumulative = [1]
-    for hop in hops:
-        cumulative.append(cumulative[-1] * hop.fanout)
-    lp, lg, lo = hop_depths(candidate, hops)
-    return cumulative[lp + 1], cumulative[lg + 1], cumulative[lo + 1]
-
-
 _SUMS_BYTES = 4.0
 
 
-class Held(NamedTuple):
+class PeakBytes(NamedTuple):
     """Bytes on a rank."""
 
     gathered: float
-    """Whole weights, gradients on their way, and what of them error feedback keeps."""
+    """Unsharded weights, gradients on their way, and what of them error feedback keeps."""
     activations: float
     live: float
     """What the loss needs; or the gradients inside a block, and the block if it is computed again."""
@@ -174,34 +156,34 @@ class Held(NamedTuple):
 def fullest(
     setting: Setting,
     candidate: Candidate,
-    kind: Kind,
+    kind: StageKind,
     units: dict[str, float],
     *,
     flying: float,
-    cuts: tuple[int, int],
+    shards: tuple[int, int],
     hops: tuple[Hop, ...],
     lost: float,
-) -> Held:
-    """The moment that needs most.
+) -> PeakBytes:
+    """The largest of the peaks of a step.
 
-    `units`: parameters by unit; `flying`: micro-batches whose activations are kept; `cuts`: into how many parts
-    parameters and gradient sums are cut; `lost`: bytes that error feedback keeps of a step by its end.
+    `units`: parameters by unit; `flying`: micro-batches whose activations are kept; `shards`: how many
+    parameters and gradient sums have; `lost`: bytes that error feedback keeps of a step by its end.
     """
-    cut_p, cut_g = cuts
+    shards_p, shards_g = shards
     kept = block_bytes(setting, candidate) * kind.blocks * flying
-    again = whole_block_bytes(setting, candidate) if candidate.recompute in ("per-op", "full") else 0.0
-    carried = cut_g > 1 and candidate.accumulate(setting) > 1
+    again = full_block_bytes(setting, candidate) if candidate.recompute in ("per-op", "full") else 0.0
+    carried = shards_g > 1 and candidate.accumulate(setting) > 1
     joined = [hop for hop in hops if hop.fanout > 1]
     members = [hop.fanout for hop in joined]
-    each, later = (_reduced_bytes(setting, cut_g, joined, carried=carried, first=first) for first in (True, False))
+    each, later = (_reduced_bytes(setting, shards_g, joined, carried=carried, first=first) for first in (True, False))
     block, embedding, head = units["block"], units.get("embedding", 0.0), units.get("head", 0.0)
     table = embedding if setting.spec.tied and kind.first and kind.last else 0.0
-    # The reduction before the last issued one goes on outwards with what is left of it; on the only links it is let be.
+    # The reduction before the last issued one goes on outwards with what is left of it; on the only links it waits.
     alone = len(members) < 2
     older = each if alone else later / members[0]
     left = 0.0 if setting.spec.family == "gpt2" else block  # where the table of positions is a unit after the blocks
-    before = each * embedding + (older if alone or cut_g > members[0] else 0.0) * left if carried else 0.0
-    at_loss, at_head, in_blocks = _whole(candidate, units, kind, table) if cut_p > 1 else (0.0, 0.0, 0.0)
+    before = each * embedding + (older if alone or shards_g > members[0] else 0.0) * left if carried else 0.0
+    at_loss, at_head, in_blocks = _unsharded(candidate, units, kind, table) if shards_p > 1 else (0.0, 0.0, 0.0)
     weights = setting.compute_bytes
     inside = again + gradients_bytes(setting, candidate)
     done = 1.0 / (kind.blocks * flying)
@@ -209,19 +191,21 @@ def fullest(
     stage = block * kind.blocks + embedding + head
     sent = head + max(0, kind.blocks - 2) * block  # of the first block's backward: the block before is on its way
     return max(
-        Held(weights * at_loss + before, kept, _loss(setting, candidate, kind)),
-        Held(weights * at_head + before, kept, _head_gradients(setting, candidate, kind, weights * table)),
-        Held(begun + weights * block + each * max(head, embedding if carried and alone else 0.0), kept, inside),
-        Held(begun + each * block, (1.0 - done) * kept, inside),
-        Held(begun + (each + older) * block, max(0.0, 1.0 - 2 * done) * kept, inside),
-        Held(begun + (each + older) * block + lost * sent / stage, done * kept, inside),
-        Held(each * embedding + lost, 0.0, 0.0),
+        PeakBytes(weights * at_loss + before, kept, _loss(setting, candidate, kind)),
+        PeakBytes(weights * at_head + before, kept, _head_gradients(setting, candidate, kind, weights * table)),
+        PeakBytes(begun + weights * block + each * max(head, embedding if carried and alone else 0.0), kept, inside),
+        PeakBytes(begun + each * block, (1.0 - done) * kept, inside),
+        PeakBytes(begun + (each + older) * block, max(0.0, 1.0 - 2 * done) * kept, inside),
+        PeakBytes(begun + (each + older) * block + lost * sent / stage, done * kept, inside),
+        PeakBytes(each * embedding + lost, 0.0, 0.0),
         key=sum,
     )
 
 
-def _whole(candidate: Candidate, units: dict[str, float], kind: Kind, table: float) -> tuple[float, float, float]:
-    """Parameters that are whole at the loss, in the head's backward and in a block's, while the next unit's come."""
+def _unsharded(
+    candidate: Candidate, units: dict[str, float], kind: StageKind, table: float
+) -> tuple[float, float, float]:
+    """Unsharded parameters at the loss, in the head's backward and in a block's, while the next unit's come."""
     block, head = units["block"], units.get("head", 0.0)
     stage = block * kind.blocks + units.get("embedding", 0.0) + head
     if candidate.keep_gathered:
@@ -229,28 +213,28 @@ def _whole(candidate: Candidate, units: dict[str, float], kind: Kind, table: flo
     return head + table, min(stage, head + table + block), min(stage, 2 * block + table)
 
 
-def _reduced_bytes(setting: Setting, cut_g: int, hops: list[Hop], *, carried: bool, first: bool) -> float:
+def _reduced_bytes(setting: Setting, shards_g: int, hops: list[Hop], *, carried: bool, first: bool) -> float:
     """Bytes that a parameter's gradient takes on its way: as it is sent, as others' parts come in, and their sum.
 
-    Sums that are whole are sent from where they lie; on accelerators others' parts need no room of their own, nor in the
+    Unsharded sums are sent from where they lie; on accelerators others' parts need no room of their own, nor in the
     `first` hop where ranks read each other's memory; the sum of a step's only micro-batch is made where sums lie.
     """
     if not hops or not setting.framework.overlap_reduce:
         return 0.0
-    sent = setting.framework.grad_wire_bytes if cut_g > 1 else 0.0
+    sent = setting.framework.grad_wire_bytes if shards_g > 1 else 0.0
     read = first and hops[0].behind == 0
     came = setting.framework.grad_wire_bytes if setting.cluster.device.kind == "cpu" and not read else 0.0
     return sent + came + (_SUMS_BYTES / hops[0].fanout if carried else 0.0)
 
 
-def _head_gradients(setting: Setting, candidate: Candidate, kind: Kind, table: float) -> float:
+def _head_gradients(setting: Setting, candidate: Candidate, kind: StageKind, table: float) -> float:
     """What the head's backward has: the gradient of a tied table, or all that a loss makes which is fused with it."""
     if kind.last and fused_loss(setting, candidate):
         return fused_loss_bytes(setting, candidate)[1]
     return table
 
 
-def _loss(setting: Setting, candidate: Candidate, kind: Kind) -> float:
+def _loss(setting: Setting, candidate: Candidate, kind: StageKind) -> float:
     """What the loss needs of one micro-batch, and what the head keeps for backward."""
     if not kind.last:
         return 0.0
@@ -258,5 +242,5 @@ def _loss(setting: Setting, candidate: Candidate, kind: Kind) -> float:
     framework = setting.framework
     if fused_loss(setting, candidate):
         return fused_loss_bytes(setting, candidate)[0] + head_bytes(setting, candidate)
-    each = framework.cut_logits_bytes if candidate.tensor > 1 else framework.logits_bytes
+    each = framework.split_logits_bytes if candidate.tensor > 1 else framework.logits_bytes
     return tokens * setting.spec.vocab_size / candidate.tensor * each + head_bytes(setting, candidate)

@@ -48,7 +48,7 @@ _TRIED = 7.0
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Perturbation:
     """Everything is as computed by default."""
 
     slow_ranks: Mapping[tuple[int, int], float] = field(default_factory=dict)
@@ -63,9 +63,9 @@ class Trouble:
 class Jitter:
     """Factors of compute time. One simulated rank stands for `many` alike: it gets the slowest one's draw."""
 
-    def __init__(self, trouble: Trouble, rank: int, many: int) -> None:
-        self._random = random.Random(f"{trouble.seed}:{rank}")
-        self._spread, self._many = trouble.jitter, many
+    def __init__(self, perturbation: Perturbation, rank: int, many: int) -> None:
+        self._random = random.Random(f"{perturbation.seed}:{rank}")
+        self._spread, self._many = perturbation.jitter, many
 
     def factor(self) -> float:
         if self._spread == 0:
@@ -75,7 +75,7 @@ class Jitter:
 
 
 @dataclass(frozen=True)
-class Run:
+class LongRun:
     """A long run with failures."""
 
     wall_s: float
@@ -89,8 +89,8 @@ class Run:
 
 def run_with_failures(
     step_s: float, steps: int, failures: Failures, ranks: int, *, interval_s: float | None = None, seed: int = 0
-) -> Run:
-    """Play `steps` steps with checkpoints and failures: what was done since the last checkpoint is done again.
+) -> LongRun:
+    """Simulate `steps` steps with checkpoints and failures: what was done since the last checkpoint is done again.
 
     `interval_s` is the time between checkpoints; the default is the best of `goodput`. Raises PlanError where failures come
     so often that hardly any checkpoint is ever reached.
@@ -111,7 +111,7 @@ def run_with_failures(
             done = saved
         else:
             now, done, saved = end, target, target
-    return Run(now, failed, steps * step_s)
+    return LongRun(now, failed, steps * step_s)
 
 
 def _refuse_endless(reach_s: float, mtbf_s: float, ranks: int) -> None:

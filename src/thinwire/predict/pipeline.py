@@ -1,14 +1,13 @@
-"""How blocks fall onto pipeline stages, and how much each stage holds and computes.
+"""How blocks fall onto pipeline stages, what each stage holds and sends, and the seconds of 1F1B from those of its stages.
 
 Blocks are dealt out as evenly as they go; what is left over goes to the first stages. The first also has the embedding,
 the last the final norm and the head. Stages of the same kind are counted, not repeated.
 
-Seconds of a pipeline's step from those of its stages. 1F1B and its interleaved form (arXiv 2104.04473, section 2.2).
-
-Equal stages without sends take (m + (p - 1) / v) t. With unequal stages the busiest sets the pace and each of the others
-adds one passage. A micro-batch needs L = (the sum of all stages) + 2 (p v - 1) sends from its entry to its exit, and only
-w = (p v + p - 1) / v of them are under way at once (w = p without interleaving), so that a pace faster than L / w is
-not possible: in every window of w micro-batches the first stage waits for the rest. Exact for equal stages and v = 1.
+1F1B and its interleaved form are those of arXiv 2104.04473, section 2.2. Equal stages without sends take
+(m + (p - 1) / v) t. With unequal stages the busiest sets the pace and each of the others adds one passage. A micro-batch
+needs L = (the sum of all stages) + 2 (p v - 1) sends from its entry to its exit, and only w = (p v + p - 1) / v of them are
+under way at once (w = p without interleaving), so that a pace faster than L / w is not possible: in every window of w
+micro-batches the first stage waits for the rest. Exact for equal stages and v = 1.
 """
 
 import math
@@ -16,11 +15,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from thinwire.predict.block import Causes, Passes
-from thinwire.predict.candidate import Setting
+from thinwire.predict.candidate import Candidate, Setting
 
 
-class Kind(NamedTuple):
+class StageKind(NamedTuple):
     """A stage's content."""
 
     blocks: int
@@ -31,7 +29,7 @@ class Kind(NamedTuple):
 class Counted(NamedTuple):
     """A kind of stage, how many of it there are, and the index of the first of them."""
 
-    kind: Kind
+    kind: StageKind
     count: int  # type: ignore[assignment]
     index: int  # type: ignore[assignment]
 
@@ -42,13 +40,13 @@ def kinds(layers: int, stages: int) -> tuple[Counted, ...]:
     more, extra = divmod(layers, stages)
     found: list[Counted] = []
     for index in sorted({0, min(1, stages - 1), min(extra, stages - 1), stages - 1}):
-        kind = Kind(more + (index < extra), index == 0, index == stages - 1)
+        kind = StageKind(more + (index < extra), index == 0, index == stages - 1)
         found.append(Counted(kind, 1, index))
     ends = [item.index for item in found[1:]] + [stages]
     return tuple(Counted(item.kind, end - item.index, item.index) for item, end in zip(found, ends, strict=True))
 
 
-def parameters_of(setting: Setting, kind: Kind, tensor: int) -> dict[str, float]:
+def parameters_of(setting: Setting, kind: StageKind, tensor: int) -> dict[str, float]:
     """Unit -> parameters on one of `tensor` ranks of a stage of this kind; `block` is that of one block."""
     spec = setting.spec
     table = spec.vocab_size * spec.hidden
@@ -61,17 +59,6 @@ def parameters_of(setting: Setting, kind: Kind, tensor: int) -> dict[str, float]
     elif kind.last and setting.framework.tied_units:
         found["head"] = spec.hidden / tensor
     return found
-
-
-def pass_causes(kind: Kind, block: Passes, embedding: Passes, head: Passes) -> Passes:
-    """Forward and backward of a whole stage for one micro-batch, communication of the data axis left out."""
-    forward, backward = Causes(), Causes()
-    forward, backward = forward.plus(block.forward, kind.blocks), backward.plus(block.backward, kind.blocks)
-    if kind.first:
-        forward, backward = forward.plus(embedding.forward), backward.plus(embedding.backward)
-    if kind.last:
-        forward, backward = forward.plus(head.forward), backward.plus(head.backward)
-    return Passes(forward, backward)
 
 
 @dataclass(frozen=True)
@@ -112,3 +99,10 @@ def in_flight(stage: int, stages: int, micro_batches: int, chunks: int) -> float
         return float(min(micro_batches, stages - stage))
     held = (chunks - 1) * stages + 2 * (stages - stage - 1) + 1
     return min(micro_batches * chunks, held) / chunks
+
+
+def message_bytes(setting: Setting, candidate: Candidate) -> float:
+    """What a rank sends to the next stage for one micro-batch; with sequence parallelism it has only its part of it."""
+    parts = candidate.tensor if setting.framework.sequence_parallel else 1
+    tokens = candidate.micro_batch * setting.tokens / candidate.context
+    return tokens * setting.spec.hidden * setting.compute_bytes / parts

@@ -8,6 +8,7 @@ sharing of a node's link by concurrent groups: with tensor parallelism inside a 
 Seconds of matmuls and of element-wise work on one device: a roofline with an efficiency curve, over a launch floor.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from thinwire.cluster.cluster import Calibration, Cluster, Device
@@ -42,7 +43,7 @@ class Axes:
     pipeline: tuple[Hop, ...]
     groups: tuple[Hop, ...]
     states: tuple[Hop, ...] = ()
-    """Context and data together: ranks that hold the same parameters, over which states are cut and gradients summed."""
+    """Context and data together: ranks that hold the same parameters, over which states are sharded and gradients summed."""
 
 
 def place(candidate: Candidate, cluster: Cluster, calibration: Calibration) -> Axes:
@@ -154,3 +155,18 @@ def touch_s(touched_bytes: float, setting: Setting) -> float:
     device = setting.cluster.device
     assert device.memory_bytes_per_s
     return touched_bytes / (device.memory_bytes_per_s * setting.calibration.memory_efficiency)
+
+
+def hop_depths(candidate: Candidate, hops: Sequence[Hop]) -> tuple[int, int, int]:
+    """(lp, lg, lo) counted in hops of the data axis."""
+    lp, lg, lo = (sum(1 for hop in hops if hop.level <= depth) - 1 for depth in candidate.depths)
+    return lp, lg, lo
+
+
+def shard_counts(candidate: Candidate, hops: tuple[Hop, ...]) -> tuple[int, int, int]:
+    """How many shards parameters, gradients and optimizer states have."""
+    cumulative = [1]
+    for hop in hops:
+        cumulative.append(cumulative[-1] * hop.fanout)
+    lp, lg, lo = hop_depths(candidate, hops)
+    return cumulative[lp + 1], cumulative[lg + 1], cumulative[lo + 1]

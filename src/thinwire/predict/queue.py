@@ -1,7 +1,7 @@
-"""An event queue with lanes: what happens when, first come first served, the same every time.
+"""An event queue with streams: what happens when, first come first served, the same every time.
 
-A lane carries one message at a time. A collective waits until all that take part have come to it and it is first in
-every one of their lanes. Compute goes on beside messages, slower by a factor while any lane of its rank is busy.
+A stream carries one message at a time. A collective waits until all that take part have come to it and it is first in
+every one of their streams. Compute goes on beside messages, slower by a factor while any stream of its rank is busy.
 
 In which order a stage computes: 1F1B and its interleaved form, as Megatron-LM runs them (arXiv 2104.04473, 2.2).
 """
@@ -63,18 +63,18 @@ class Signal:
 
 @dataclass
 class Message:
-    """One hop: how long it takes, and the lanes that it occupies together."""
+    """One hop: how long it takes, and the streams that it occupies together."""
 
     name: str
     seconds: float
-    lanes: list["Lane"]
+    streams: list["SendStream"]
     wanted: int
-    """How many lanes have to come to it before it may start."""
+    """How many streams have to come to it before it may start."""
     done: Signal = field(default_factory=Signal)
     started: bool = False
 
 
-class Lane:
+class SendStream:
     """One level's sends of one rank."""
 
     def __init__(
@@ -85,9 +85,9 @@ class Lane:
         self.queue: deque[Message] = deque()
 
     def join(self, message: Message) -> None:
-        """Come to `message`, last in this lane."""
+        """Come to `message`, last in this stream."""
         self.queue.append(message)
-        message.lanes.append(self)
+        message.streams.append(self)
         _start(self._clock, message)
 
     def finish(self, message: Message, start: float) -> None:
@@ -100,24 +100,24 @@ class Lane:
 
 def _start(clock: Clock, message: Message) -> None:
     """Start `message` if everyone is there and it is everyone's turn."""
-    ready = len(message.lanes) == message.wanted and all(lane.queue[0] is message for lane in message.lanes)
+    ready = len(message.streams) == message.wanted and all(stream.queue[0] is message for stream in message.streams)
     if not ready or message.started:
         return
     message.started = True
     start = clock.now
-    for lane in message.lanes:
-        if lane.worker is not None:
-            lane.worker.beside(+1)
+    for stream in message.streams:
+        if stream.worker is not None:
+            stream.worker.beside(+1)
     clock.at(start + message.seconds, lambda: _end(clock, message, start))
 
 
 def _end(clock: Clock, message: Message, start: float) -> None:
-    for lane in message.lanes:
-        lane.finish(message, start)
+    for stream in message.streams:
+        stream.finish(message, start)
     message.done.fire()
-    for lane in message.lanes:
-        if lane.queue:
-            _start(clock, lane.queue[0])
+    for stream in message.streams:
+        if stream.queue:
+            _start(clock, stream.queue[0])
 
 
 class Worker:
@@ -167,7 +167,7 @@ class Worker:
         then()
 
 
-def chain(clock: Clock, messages: Sequence[Message], lanes: Sequence["Lane"], done: Signal) -> None:
+def chain(messages: Sequence[Message], streams: Sequence["SendStream"], done: Signal) -> None:
     """This rank's part in hops that follow one another; `done` fires after the last."""
 
     def go(index: int) -> None:
@@ -175,7 +175,7 @@ def chain(clock: Clock, messages: Sequence[Message], lanes: Sequence["Lane"], do
             done.fire()
             return
         messages[index].done.then(lambda: go(index + 1))
-        lanes[index].join(messages[index])
+        streams[index].join(messages[index])
 
     go(0)
 
@@ -215,9 +215,9 @@ def _pass(forward: bool, k: int, stages: int, chunks: int) -> Pass:
 def before(each: Pass, stage: int, stages: int, chunks: int) -> tuple[int, Pass] | None:
     """The (stage, pass) whose output `each` needs from another stage or chunk; none for what begins or turns round."""
     step = -1 if each.forward else 1
-    neighbour, chunk = stage + step, each.chunk
-    if not 0 <= neighbour < stages:
-        chunk, neighbour = chunk + step, neighbour % stages
+    adjacent, chunk = stage + step, each.chunk
+    if not 0 <= adjacent < stages:
+        chunk, adjacent = chunk + step, adjacent % stages
     if not 0 <= chunk < chunks:
         return None
-    return neighbour, Pass(each.forward, each.micro_batch, chunk)
+    return adjacent, Pass(each.forward, each.micro_batch, chunk)

@@ -1,23 +1,21 @@
-"""One optimizer step played through with an event queue, from the same costs as the closed form.
+"""One optimizer step simulated with an event queue, from the same costs as the closed form.
 
-Every rank has a compute lane and a send lane for each level. Ranks that do the same are one: a pipeline stage's replicas
+Every rank has a compute stream and a send stream for each level. Ranks that do the same are one: a pipeline stage's replicas
 are folded into one simulated rank, and only replicas that are slow by name are simulated beside it. Collectives of the
 states axis join all simulated replicas of a stage; messages between stages stay inside a replica.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from thinwire.files.trace import Span
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
-from thinwire.predict.overlap import Habit, UnitWork
-from thinwire.predict.perturbation import Jitter, Trouble
+from thinwire.predict.overlap import Chain, OverlapPolicy, StageUnits, UnitWork, added
+from thinwire.predict.perturbation import Jitter, Perturbation
 from thinwire.predict.placement import Axes
-from thinwire.predict.queue import Clock, Lane, Message, Pass, Signal, Worker, before, chain, passes
-from thinwire.predict.states import Chain
-from thinwire.predict.steady_state import StageUnits
-from thinwire.predict.step import core_of, habit_of, optimizer_s, own_once_s, stage_work
+from thinwire.predict.queue import Clock, Message, Pass, SendStream, Signal, Worker, before, chain, passes
+from thinwire.predict.step import core_of, optimizer_s, overlap_policy, own_once_s, stage_work
 
 Program = Iterator[Signal]
 
@@ -34,16 +32,16 @@ class Simulated:
     """Names of the simulated ranks."""
     events: int
     busy_s: dict[str, float]
-    """Seconds that each lane was busy, over all simulated ranks."""
+    """Seconds that each stream was busy, over all simulated ranks."""
 
 
 class Step:
     """The world of one step."""
 
     def __init__(
-        self, setting: Setting, candidate: Candidate, axes: Axes, trouble: Trouble, *, keep_spans: bool
+        self, setting: Setting, candidate: Candidate, axes: Axes, perturbation: Perturbation, *, keep_spans: bool
     ) -> None:
-        self.setting, self.candidate, self.axes, self.trouble = setting, candidate, axes, trouble
+        self.setting, self.candidate, self.axes, self.perturbation = setting, candidate, axes, perturbation
         self.clock = Clock()
         self.spans: list[Span] = []
         self.busy: dict[str, float] = {}
@@ -54,30 +52,30 @@ class Step:
             for work in stage_work(setting, candidate, axes, self.core)
             for index in range(work.counted.index, work.counted.index + work.counted.count)
         }
-        self.replicas = sorted({-1, *(replica for replica, _ in trouble.slow_ranks)})
+        self.replicas = sorted({-1, *(replica for replica, _ in perturbation.slow_ranks)})
         """Replica -1 stands for all that are as computed."""
-        self._meetings: dict[tuple[object, ...], list[Message]] = {}
+        self._collectives: dict[tuple[object, ...], list[Message]] = {}
         self._arrivals: dict[tuple[object, ...], Signal] = {}
         self.actors = [Actor(self, replica, stage) for replica in self.replicas for stage in range(candidate.pipeline)]
         self._waiting = len(self.actors)
         self.all_landed = Signal()
 
     def log(self, span: Span) -> None:
-        lane = f"{span.rank}:{span.lane}"
-        self.busy[lane] = self.busy.get(lane, 0.0) + span.end_s - span.start_s
+        stream = f"{span.rank}:{span.lane}"
+        self.busy[stream] = self.busy.get(stream, 0.0) + span.end_s - span.start_s
         if self._keep:
             self.spans.append(span)
 
-    def meeting(self, stage: int, key: tuple[object, ...], hops: Chain) -> list[Message]:
+    def collective(self, stage: int, key: tuple[object, ...], hops: Chain) -> list[Message]:
         """The messages of a collective that every replica of `stage` comes to."""
         name = (stage, *key)
-        if name not in self._meetings:
-            slow = self.trouble.slow_levels
+        if name not in self._collectives:
+            slow = self.perturbation.slow_levels
             label = " ".join(str(part) for part in key)
-            self._meetings[name] = [
+            self._collectives[name] = [
                 Message(label, seconds * slow.get(level, 1.0), [], len(self.replicas)) for level, seconds in hops
             ]
-        return self._meetings[name]
+        return self._collectives[name]
 
     def arrival(self, replica: int, stage: int, each: Pass) -> Signal:
         """Fires when what the pass `each` of a stage needs from elsewhere has arrived."""
@@ -103,16 +101,16 @@ class Actor:
         candidate = step.candidate
         self.rank = step.replicas.index(replica) * candidate.pipeline + stage
         self.work = step.works[stage]
-        self.habit: Habit = habit_of(step.setting, candidate)
+        self.policy: OverlapPolicy = overlap_policy(step.setting, candidate)
         self.worker = Worker(step.clock, self.rank, step.setting.calibration.overlap_slowdown, step.log)
         names = step.setting.cluster.level_names
-        self.lanes = [Lane(step.clock, self.rank, name, self.worker, step.log) for name in names]
-        self.pipe = [Lane(step.clock, self.rank, f"{name} pipeline", None, step.log) for name in names]
+        self.streams = [SendStream(step.clock, self.rank, name, self.worker, step.log) for name in names]
+        self.pipe = [SendStream(step.clock, self.rank, f"{name} pipeline", None, step.log) for name in names]
         many = (
             1 if replica >= 0 else max(1, candidate.data(step.setting.cluster) * candidate.tensor * candidate.context)
         )
-        self.jitter = Jitter(step.trouble, self.rank, many)
-        self.slow = step.trouble.slow_ranks.get((replica, stage), 1.0)
+        self.jitter = Jitter(step.perturbation, self.rank, many)
+        self.slow = step.perturbation.slow_ranks.get((replica, stage), 1.0)
         self.refreshed: dict[int, Signal] = {}
         self._program = self._story()
 
@@ -125,7 +123,7 @@ class Actor:
                 signal.then(self._advance)
                 return
 
-    # -- the story of a rank -------------------------------------------------------------------------------------------
+    # -- the program of a rank -------------------------------------------------------------------------------------------
 
     def _story(self) -> Program:
         units = self._chunks()
@@ -159,19 +157,19 @@ class Actor:
 
     def _refresh(self, units: list[UnitWork]) -> None:
         """New weights set out at the start, in forward order."""
-        if self.habit.overlap_refresh:
+        if self.policy.overlap_refresh:
             for index, unit in enumerate(units):
                 if unit.moves.refresh:
                     self.refreshed[index] = self._collective(("refresh", index), unit.moves.refresh)
             return
-        together = _added([unit.moves.refresh for unit in units])
+        together = added([unit.moves.refresh for unit in units])
         if together:
             signal = self._collective(("refresh",), together)
             self.refreshed = dict.fromkeys(range(len(units)), signal)
 
     def _forward(self, each: Pass, units: list[UnitWork], *, offset: int) -> Program:
         first = each.micro_batch == 0
-        gathers = first or not self.habit.keep_gathered
+        gathers = first or not self.policy.keep_gathered
         if not first and not (gathers and any(unit.moves.gather for unit in units)):
             yield self._compute(_name(each), sum(unit.forward_s for unit in units))
             return
@@ -185,12 +183,12 @@ class Actor:
             arrive = None
             following = index + 1 < len(units) and bool(units[index + 1].moves.gather)
             pending = self.refreshed.get(offset + index + 1) if first else None
-            if following and self.habit.prefetch:
+            if following and self.policy.prefetch:
                 arrive = self._collective(("gather", *each, index + 1), units[index + 1].moves.gather, after=pending)
             yield self._compute(f"{_name(each)} unit {index}", unit.forward_s)
 
     def _backward(self, each: Pass, units: list[UnitWork], last: bool, reduced: list[Signal]) -> Program:
-        gathers = not self.habit.keep_gathered and any(unit.moves.again for unit in units)
+        gathers = not self.policy.keep_gathered and any(unit.moves.again for unit in units)
         quiet = not gathers and not any(self._sent(unit, last) for unit in units)
         if quiet:
             yield self._compute(_name(each), sum(unit.backward_s for unit in units))
@@ -202,18 +200,18 @@ class Actor:
             if gathers and unit.moves.again:
                 yield arrive or self._collective(("gather", *each, index), unit.moves.again)
             arrive = None
-            if gathers and self.habit.prefetch and index > 0 and units[index - 1].moves.again:
+            if gathers and self.policy.prefetch and index > 0 and units[index - 1].moves.again:
                 arrive = self._collective(("gather", *each, index - 1), units[index - 1].moves.again)
             yield self._compute(f"{_name(each)} unit {index}", unit.backward_s)
             sent = self._sent(unit, last)
-            if sent and self.habit.overlap_reduce:
+            if sent and self.policy.overlap_reduce:
                 reduced.append(self._collective(("reduce", *each, index), sent))
             elif sent:
                 late.append(sent)
         if late and last:
-            reduced.append(self._collective(("reduce", *each), _added(late)))
+            reduced.append(self._collective(("reduce", *each), added(late)))
         elif late:
-            yield self._collective(("reduce", *each), _added(late))
+            yield self._collective(("reduce", *each), added(late))
 
     def _sent(self, unit: UnitWork, last: bool) -> Chain:
         return unit.moves.reduce_last if last else unit.moves.reduce_each
@@ -228,11 +226,11 @@ class Actor:
     def _collective(self, key: tuple[object, ...], hops: Chain, after: Signal | None = None) -> Signal:
         """Come to a collective now, or once `after` has fired."""
         done = Signal()
-        messages = self.step.meeting(self.stage, key, hops)
-        lanes = [self.lanes[level] for level, _ in hops]
+        messages = self.step.collective(self.stage, key, hops)
+        streams = [self.streams[level] for level, _ in hops]
 
         def come() -> None:
-            chain(self.step.clock, messages, lanes, done)
+            chain(messages, streams, done)
 
         if after is None:
             come()
@@ -252,7 +250,7 @@ class Actor:
             signal.fire()
             return
         level = step.axes.pipeline[-1].level
-        seconds = step.core.send_s * step.trouble.slow_levels.get(level, 1.0)
+        seconds = step.core.send_s * step.perturbation.slow_levels.get(level, 1.0)
         message = Message(f"send {_name(each)}", seconds, [], 1)
         message.done.then(signal.fire)
         self.pipe[level].join(message)
@@ -265,20 +263,12 @@ class Actor:
 def _after(each: Pass, stage: int, stages: int, chunks: int) -> tuple[int, Pass] | None:
     """The (stage, pass) that needs the output of `each`: the mirror of `before`."""
     step = 1 if each.forward else -1
-    neighbour, chunk = stage + step, each.chunk
-    if not 0 <= neighbour < stages:
-        chunk, neighbour = chunk + step, neighbour % stages
+    adjacent, chunk = stage + step, each.chunk
+    if not 0 <= adjacent < stages:
+        chunk, adjacent = chunk + step, adjacent % stages
     if not 0 <= chunk < chunks:
         return None
-    return neighbour, Pass(each.forward, each.micro_batch, chunk)
-
-
-def _added(chains: list[Chain]) -> Chain:
-    sums: dict[int, float] = {}
-    for hops in chains:
-        for level, seconds in hops:
-            sums[level] = sums.get(level, 0.0) + seconds
-    return tuple(sums.items())
+    return adjacent, Pass(each.forward, each.micro_batch, chunk)
 
 
 def _name(each: Pass) -> str:
@@ -287,10 +277,15 @@ def _name(each: Pass) -> str:
 
 
 def simulate_step(
-    setting: Setting, candidate: Candidate, axes: Axes, trouble: Trouble | None = None, *, keep_spans: bool = True
+    setting: Setting,
+    candidate: Candidate,
+    axes: Axes,
+    perturbation: Perturbation | None = None,
+    *,
+    keep_spans: bool = True,
 ) -> Simulated:
-    """Play one step."""
-    step = Step(setting, candidate, axes, trouble or Trouble(), keep_spans=keep_spans)
+    """Simulate one step."""
+    step = Step(setting, candidate, axes, perturbation or Perturbation(), keep_spans=keep_spans)
     seconds = step.run()
     outer = outer_round(setting, candidate.sync, seconds).stall_per_step_s if candidate.sync else 0.0
     names = tuple(
@@ -299,9 +294,6 @@ def simulate_step(
     return Simulated(seconds + outer, outer, tuple(step.spans), names, step.clock.events, step.busy)
 
 
-Simulator = Callable[[Setting, Candidate, Axes], float]
-
-
 def step_s(setting: Setting, candidate: Candidate, axes: Axes) -> float:
-    """Seconds of a step as played; what finalists are ranked with."""
+    """Seconds of a simulated step: what finalists are ranked with."""
     return simulate_step(setting, candidate, axes, keep_spans=False).step_s

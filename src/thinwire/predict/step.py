@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from thinwire.predict.block import Causes, Passes, all_reduce_s, block_passes, embedding_passes, head_passes, send_s
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
-from thinwire.predict.overlap import Habit, UnitWork
-from thinwire.predict.peak_memory import cuts
-from thinwire.predict.pipeline import Counted, PipelineTime, kinds, parameters_of, pass_causes, pipeline_time
-from thinwire.predict.placement import Axes, touch_s
-from thinwire.predict.states import UnitMoves, unit_moves
-from thinwire.predict.steady_state import Rhythm, StageUnits, rhythm
+from thinwire.predict.overlap import OverlapPolicy, StageUnits, SteadyState, UnitMoves, UnitWork, steady_state
+from thinwire.predict.pipeline import (
+    Counted,
+    PipelineTime,
+    StageKind,
+    kinds,
+    message_bytes,
+    parameters_of,
+    pipeline_time,
+)
+from thinwire.predict.placement import Axes, shard_counts, touch_s
+from thinwire.predict.sent import unit_moves
 
 OPTIMIZER_BYTES = 30.0
 """Read and written per owned parameter: gradient, master, two moments; master, moments and the new weight."""
@@ -78,7 +84,7 @@ class StageWork:
     counted: Counted
     passes: Passes
     units: StageUnits
-    rhythm: Rhythm
+    steady: SteadyState
     owned: float
     """Parameters whose optimizer states one rank has."""
 
@@ -118,16 +124,11 @@ def pipeline_alone(
     return pipeline_time(totals, micro_batches=micro_batches, chunks=candidate.chunks, send_s=message)
 
 
-def message_bytes(setting: Setting, candidate: Candidate) -> float:
-    """What a rank sends to the next stage for one micro-batch; with sequence parallelism it has only its part of it."""
-    cut = candidate.tensor if setting.framework.sequence_parallel else 1
-    tokens = candidate.micro_batch * setting.tokens / candidate.context
-    return tokens * setting.spec.hidden * setting.compute_bytes / cut
-
-
-def habit_of(setting: Setting, candidate: Candidate) -> Habit:
+def overlap_policy(setting: Setting, candidate: Candidate) -> OverlapPolicy:
     framework = setting.framework
-    return Habit(framework.prefetch, framework.overlap_reduce, framework.overlap_refresh, candidate.keep_gathered)
+    return OverlapPolicy(
+        framework.prefetch, framework.overlap_reduce, framework.overlap_refresh, candidate.keep_gathered
+    )
 
 
 def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> tuple[StageWork, ...]:
@@ -149,20 +150,20 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
             blocks=counted.kind.blocks,
             after=(_unit(core.head, moves.get("head", UnitMoves())),) if counted.kind.last else (),
         )
-        beat = rhythm(
+        steady = steady_state(
             units,
-            habit_of(setting, candidate),
+            overlap_policy(setting, candidate),
             micro_batches=core.micro_batches,
             slowdown=setting.calibration.overlap_slowdown,
         )
-        whole = held["block"] * counted.kind.blocks + held.get("embedding", 0.0) + held.get("head", 0.0)
+        full = held["block"] * counted.kind.blocks + held.get("embedding", 0.0) + held.get("head", 0.0)
         passes = pass_causes(counted.kind, core.block, core.embedding, core.head)
-        found.append(StageWork(counted, passes, units, beat, whole / cuts(candidate, axes.states)[2]))
+        found.append(StageWork(counted, passes, units, steady, full / shard_counts(candidate, axes.states)[2]))
     return tuple(found)
 
 
 def _unit(passes: Passes, moves: UnitMoves) -> UnitWork:
-    """Its own work of moving is compute: nothing else goes on in its lane meanwhile."""
+    """Its own work of moving is compute: nothing else goes on in its stream meanwhile."""
     forward_s = passes.forward.total + moves.own_forward_s
     return UnitWork(forward_s, passes.backward.total + moves.own_backward_s, moves)
 
@@ -184,9 +185,9 @@ def step_time(setting: Setting, candidate: Candidate, axes: Axes, core: Core | N
     """Seconds of one step by cause."""
     core = core or core_of(setting, candidate, axes)
     works = stage_work(setting, candidate, axes, core)
-    busiest = max(works, key=lambda work: work.rhythm.middle_s)
+    busiest = max(works, key=lambda work: work.steady.middle_s)
     pipeline = pipeline_time(
-        [(work.rhythm.middle_s, work.counted.count) for work in works],
+        [(work.steady.middle_s, work.counted.count) for work in works],
         micro_batches=core.micro_batches,
         chunks=candidate.chunks,
         send_s=core.send_s,
@@ -199,7 +200,7 @@ def step_time(setting: Setting, candidate: Candidate, axes: Axes, core: Core | N
     data = pipeline.busiest_s - work_s + ends
     inner = pipeline.total + ends + optimizer
     outer = outer_round(setting, candidate.sync, inner).stall_per_step_s if candidate.sync else 0.0
-    return _named(once, core.micro_batches, pipeline, data, optimizer, outer, busiest.rhythm)
+    return _named(once, core.micro_batches, pipeline, data, optimizer, outer, busiest.steady)
 
 
 def ends_s(works: Sequence[StageWork], micro_batches: int) -> float:
@@ -208,19 +209,19 @@ def ends_s(works: Sequence[StageWork], micro_batches: int) -> float:
     The last backward goes through every stage, one after another, and is longer in each. The first forward is longer in
     the first stage only: new weights reach the others while they wait for it.
     """
-    tail, lead = 0.0, 0.0
+    tail, ahead = 0.0, 0.0
     for work in works:  # a later stage ends its backward before the earlier ones begin theirs
-        tail = max(tail, work.rhythm.tail_s - lead)
-        lead += work.counted.count * work.rhythm.middle_s * (1 - work.rhythm.forward_share)
+        tail = max(tail, work.steady.tail_s - ahead)
+        ahead += work.counted.count * work.steady.middle_s * (1 - work.steady.forward_share)
     if micro_batches == 1:
         return tail
-    first = max(work.rhythm.first_s - work.rhythm.middle_s for work in works)
-    last = sum(work.counted.count * (work.rhythm.last_s - work.rhythm.middle_s) for work in works)
+    first = max(work.steady.first_s - work.steady.middle_s for work in works)
+    last = sum(work.counted.count * (work.steady.last_s - work.steady.middle_s) for work in works)
     return first + last + tail
 
 
 def _named(
-    once: Causes, times: int, pipeline: PipelineTime, data: float, optimizer: float, outer: float, beat: Rhythm
+    once: Causes, times: int, pipeline: PipelineTime, data: float, optimizer: float, outer: float, steady: SteadyState
 ) -> StepTime:
     return StepTime(
         matmul_s=once.matmul_s * times,
@@ -233,5 +234,16 @@ def _named(
         send_s=pipeline.send_s,
         optimizer_s=optimizer,
         outer_s=outer,
-        hidden_s=max(0.0, beat.sent_s - (data - beat.stretched_s)),
+        hidden_s=max(0.0, steady.sent_s - (data - steady.stretched_s)),
     )
+
+
+def pass_causes(kind: StageKind, block: Passes, embedding: Passes, head: Passes) -> Passes:
+    """Forward and backward of a stage for one micro-batch, communication of the data axis left out."""
+    forward, backward = Causes(), Causes()
+    forward, backward = forward.plus(block.forward, kind.blocks), backward.plus(block.backward, kind.blocks)
+    if kind.first:
+        forward, backward = forward.plus(embedding.forward), backward.plus(embedding.backward)
+    if kind.last:
+        forward, backward = forward.plus(head.forward), backward.plus(head.backward)
+    return Passes(forward, backward)

@@ -1,6 +1,6 @@
 """Figures as plotly documents (traces and layout): pure functions of runs and predictions. Colours suit dark and light.
 
-One step of a run, lane by lane: what rank 0 did, and below it the same step as the simulator plays it.
+One step of a run, stream by stream: what rank 0 did, and below it the same step simulated.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,8 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from thinwire.files.trace import COMPUTE, STEPS, Span
-from thinwire.report.predict import Predicted
-from thinwire.report.read import Run, number
+from thinwire.report.read import Predicted, Run, number
 
 Trace = dict[str, Any]
 POINTS = 1500
@@ -66,7 +65,7 @@ def _loss_traces(run: Run, axis: str, colour: str) -> list[Trace]:
     if not held:
         return [line]
     marks = {
-        "type": "scatter", "mode": "markers", "name": f"{run.name}, held-out", "legendgroup": run.name,
+        "type": "scatter", "mode": "markers", "name": f"{run.name}, validation", "legendgroup": run.name,
         "x": [x for x, _ in held], "y": [y for _, y in held], "marker": {"color": colour, "size": 9, "symbol": "diamond"},
     }  # fmt: skip
     return [line, marks]
@@ -174,9 +173,9 @@ def memory_figures(runs: Sequence[Run], predictions: Sequence[Predicted | str]) 
     everything: list[tuple[str, Mapping[str, float]]] = []
     for run, predicted in zip(runs, predictions, strict=True):
         if not isinstance(predicted, str):
-            told = {name: getattr(predicted.memory, name) for name in MEMORY}
-            held.append((f"{run.name}<br>predicted", told))
-            everything.append((run.name, told))
+            expected = {name: getattr(predicted.memory, name) for name in MEMORY}
+            held.append((f"{run.name}<br>predicted", expected))
+            everything.append((run.name, expected))
         if run.start.get("held"):
             held.append((f"{run.name}<br>held", run.start["held"]))
     drawn = (
@@ -221,7 +220,7 @@ def course_of_a_step(run: Run, predicted: Predicted | str) -> Figure | None:
 
 
 def last_step(spans: Iterable[Span]) -> list[Span]:
-    """The latest recorded step's spans, cut to it; times count from its beginning."""
+    """The latest recorded step's spans, clipped to it; times count from its beginning."""
     known = list(spans)
     steps = [span for span in known if span.lane == STEPS]
     if not steps:
@@ -243,7 +242,7 @@ def last_step(spans: Iterable[Span]) -> list[Span]:
 
 
 def _rows(kind: str, spans: list[Span]) -> list[tuple[str, str, Span]]:
-    """(row, what, span), the compute lane first."""
+    """(row, what, span), the compute stream first."""
     ordered = sorted(spans, key=lambda span: (span.lane != COMPUTE, span.lane, span.start_s))
     return [(f"{kind}<br>{span.lane}", span.name.split()[0], span) for span in ordered]
 

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from thinwire.cluster.cluster import Cluster
+from thinwire.cluster.cluster import Cluster, show_levels
 from thinwire.files.folders import write_asked
 from thinwire.report import figures
 from thinwire.report.figures import Figure, course_of_a_step
-from thinwire.report.predict import Predicted, predict
-from thinwire.report.read import Run, number, read_runs
+from thinwire.report.read import Predicted, Run, number, predict, read_runs
 from thinwire.units import show_bytes, show_count, show_seconds
 
 _STYLE = """
@@ -83,7 +82,9 @@ def _sections(runs: Sequence[Run], predictions: Sequence[Predicted | str]) -> tu
     memory = figures.memory_figures(runs, predictions)
     quiet = [run.name for run in runs if run.thin_level is None]
     still = _text(f"{', '.join(quiet)}: one rank, nothing was sent.") if quiet else ""
-    course = [figure for run, told in zip(runs, predictions, strict=True) if (figure := course_of_a_step(run, told))]
+    course = [
+        figure for run, expected in zip(runs, predictions, strict=True) if (figure := course_of_a_step(run, expected))
+    ]
     drawn = [*loss, *seconds, *course, *wire, *memory]
     # Names of runs may hold anything; ids are numbers.
     ids = {id(figure): f"figure-{index}-{figure.name.split('-')[0]}" for index, figure in enumerate(drawn)}
@@ -131,8 +132,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 _OVERVIEW = (
-    "run", "parameters", "levels", "states (P; G; O)", "steps", "tokens", "last loss", "held-out loss", "median step",
-    "tokens/s", "MFU", "exposed comm", "bytes a step",
+    "run", "parameters", "levels", "states (P; G; O)", "steps", "tokens", "last loss", "validation loss", "median step",
+    "tokens/s", "MFU", "exposed comm", "bytes per step",
 )  # fmt: skip
 
 
@@ -145,7 +146,7 @@ def _overview(run: Run) -> list[str]:
     return [
         run.name,
         show_count(run.start["parameters"]),
-        " x ".join(f"{level.name}={level.fanout}" for level in run.cluster.levels),
+        show_levels(run.cluster.shape),
         str(run.plan.partition),
         f"{last['step']:,}",
         show_count(run.along("tokens")[-1]),
@@ -172,37 +173,37 @@ def _time_table(runs: Sequence[Run], predictions: Sequence[Predicted | str]) -> 
         if isinstance(predicted, str):
             parts.append(_text(f"{run.name}: no prediction: {predicted}"))
             continue
-        measured, told = figures.merged(run.seconds), figures.said(predicted)
+        measured, expected = figures.merged(run.seconds), figures.said(predicted)
         rows += [
-            [run.name, cause, *_beside(told.get(cause), measured.get(cause, 0.0), show_seconds)]
-            for cause in dict.fromkeys([*told, *measured])
+            [run.name, cause, *_beside(expected.get(cause), measured.get(cause, 0.0), show_seconds)]
+            for cause in dict.fromkeys([*expected, *measured])
         ]
-        rows.append([run.name, "all", *_beside(sum(told.values()), sum(measured.values()), show_seconds)])
+        rows.append([run.name, "all", *_beside(sum(expected.values()), sum(measured.values()), show_seconds)])
     head = ("run", "cause", "predicted", "measured", "predicted / measured - 1")
     return "".join(parts) + (_table(head, rows) if rows else "")
 
 
 def _wire_table(run: Run) -> str:
     rows = [
-        [run.name, level, purpose, *_beside(told, measured, show_bytes)]
-        for level, purpose, told, measured in figures.wire_rows(run)
+        [run.name, level, purpose, *_beside(expected, measured, show_bytes)]
+        for level, purpose, expected, measured in figures.wire_rows(run)
     ]
     return (
         _table(("run", "level", "purpose", "predicted", "measured", "predicted / measured - 1"), rows) if rows else ""
     )
 
 
-def _beside(told: float | None, measured: float, show: Callable[[float], str]) -> list[str]:
-    error = f"{told / measured - 1:+.2%}" if told is not None and measured > 0 else "-"
-    return ["-" if told is None else show(told), show(measured), error]
+def _beside(expected: float | None, measured: float, show: Callable[[float], str]) -> list[str]:
+    error = f"{expected / measured - 1:+.2%}" if expected is not None and measured > 0 else "-"
+    return ["-" if expected is None else show(expected), show(measured), error]
 
 
 def _plan(run: Run, predicted: Predicted | str) -> str:
-    plan, cut = run.plan, run.plan.partition
+    plan, partition = run.plan, run.plan.partition
     rows = [
-        ["parameters are cut over", cut.params],
-        ["gradients are cut over", cut.grads],
-        ["optimizer states are cut over", cut.optimizer],
+        ["parameters are sharded over", partition.params],
+        ["gradients are sharded over", partition.grads],
+        ["optimizer states are sharded over", partition.optimizer],
         [
             "weights travel as",
             ", ".join(f"{level}: {codec}" for level, codec in plan.wire.weights.items()) or "they are",
@@ -211,7 +212,7 @@ def _plan(run: Run, predicted: Predicted | str) -> str:
             "gradients travel as",
             ", ".join(f"{level}: {codec}" for level, codec in plan.wire.grads.items()) or "they are",
         ],
-        ["micro-batches", f"{plan.accumulate} of {plan.micro_batch} sequences a rank"],
+        ["micro-batches", f"{plan.accumulate} of {plan.micro_batch} sequences per rank"],
         ["recompute", plan.recompute],
         ["compute precision", plan.compute_dtype],
         ["plan digest", plan.digest],

@@ -1,4 +1,8 @@
-"""A run folder as a report needs it: what was decided, and what every step said. Reads files only."""
+"""A run as its folder tells it, and what the planner says of it: seconds by cause, memory, how far it is from the best plan.
+
+A prediction needs figures of the device and of every level: from the run's own cluster, or from a cluster file such as
+`thinwire probe` writes. Where something is missing the report says what, in the words of the error.
+"""
 
 import itertools
 import math
@@ -11,12 +15,26 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from thinwire.cluster.cluster import Cluster
-from thinwire.config import explain, read_document
-from thinwire.errors import ConfigError
+from thinwire.cluster.cluster import Cluster, show_levels
+from thinwire.cluster.hardware import calibration_of
+from thinwire.config import build, explain, read_document, read_toml
+from thinwire.data.config import DataConfig
+from thinwire.data.corpus import Corpus, exists
+from thinwire.errors import ConfigError, ThinwireError
 from thinwire.files.events import read_events
 from thinwire.files.trace import Span, read_trace
+from thinwire.model.config import ModelConfig
+from thinwire.model.spec import ModelSpec
+from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.plan.plan import Plan
+from thinwire.planner.choose import choose
+from thinwire.planner.explain import report, rests_on
+from thinwire.planner.space import Codecs, Space
+from thinwire.predict.candidate import Candidate, Setting, thinwire_with
+from thinwire.predict.peak_memory import Memory, peak_memory
+from thinwire.predict.placement import check_device, place
+from thinwire.predict.simulate import simulate_step
+from thinwire.predict.step import StepTime, step_time
 
 Wire = dict[str, dict[str, float]]
 """level -> purpose -> bytes that rank 0 sends in one step."""
@@ -81,39 +99,39 @@ class Run:
         return float(record["step_s"])
 
 
-class _Record(BaseModel):
+class _EventRecord(BaseModel):
     """What a report reads of a record; more may stand there."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     step: int = Field(ge=0)
 
 
-Figure = float | Literal["nan", "inf", "-inf"]
+EventFloat = float | Literal["nan", "inf", "-inf"]
 """As `events.jsonl` writes floats."""
 
 
-class _Start(_Record):
+class _Start(_EventRecord):
     parameters: int = Field(ge=0)
     held: dict[str, float] = {}
     wire_predicted: dict[str, dict[str, float]] = {}
 
 
-class _Step(_Record):
-    loss: Figure | None
+class _Step(_EventRecord):
+    loss: EventFloat | None
     """None of a step without a scored token."""
     tokens: int = Field(ge=0)
     step_s: float = Field(gt=0)
     tokens_per_s: float = Field(ge=0)
-    mfu: Figure | None
+    mfu: EventFloat | None
     seconds: dict[str, float] = Field(min_length=1)
     wire: dict[str, dict[str, float]]
 
 
-class _Eval(_Record):
-    loss: Figure | None
+class _Eval(_EventRecord):
+    loss: EventFloat | None
 
 
-def _checked(record: dict[str, Any], model: type[_Record]) -> dict[str, Any]:
+def _checked(record: dict[str, Any], model: type[_EventRecord]) -> dict[str, Any]:
     """Raises ValueError with the field that lacks or is wrong."""
     try:
         model.model_validate(record)
@@ -182,3 +200,70 @@ def _trace(path: Path) -> tuple[Span, ...]:
         return tuple(read_trace(path)) if path.is_file() else ()
     except ValueError as error:
         raise ConfigError(f"{error}; remove it, or train on") from None
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Of one run: its own plan's step and memory on rank 0's stage, and what the planner would choose."""
+
+    time: StepTime
+    memory: Memory
+    rests_on: str
+    advice: tuple[str, ...]
+    """Lines: the best runnable plans for this model, batch and cluster."""
+    spans: tuple[Span, ...]
+    """The simulated step, on the rank that stands for all."""
+
+
+def predict(run: Run, cluster: Cluster | None = None) -> Predicted | str:
+    """The prediction, on `cluster` instead of the run's own if given; or one sentence on why there is none."""
+    try:
+        setting = setting_of(run, cluster or run.cluster)
+        candidate = Candidate.of_plan(run.plan, setting.spec.layers)
+        axes = place(candidate, setting.cluster, setting.calibration)
+        return Predicted(
+            step_time(setting, candidate, axes),
+            peak_memory(setting, candidate, axes),
+            rests_on(setting),
+            advice(setting, run),
+            simulate_step(setting, candidate, axes).spans,
+        )
+    except ThinwireError as error:
+        return str(error)
+
+
+def setting_of(run: Run, cluster: Cluster) -> Setting:
+    """What was given to the run. Raises ConfigError if it cannot be known, or if planning lacks a figure."""
+    if cluster.shape != run.plan.levels:
+        raise ConfigError(f"the cluster has other levels than the run {run.name} ({show_levels(run.plan.levels)})")
+
+    check_device(cluster.device)
+    tree = read_toml(run.folder / "run.toml")
+    spec = _spec(run, build(ModelConfig, tree.get("model", {}), "run.toml: model"), tree.get("data"))
+    tokens = tree.get("batch", {}).get("tokens", 256)
+    sequences = run.plan.micro_batch * run.plan.accumulate * cluster.ranks
+    framework = thinwire_with(build(OptimizerConfig, tree.get("optimizer", {}), "run.toml: optimizer"))
+    return Setting(spec, cluster, sequences, tokens, framework, calibration_of(cluster), run.plan.compute_dtype)
+
+
+def _spec(run: Run, model: ModelConfig, data: object) -> ModelSpec:
+    if model.hf is not None or model.init is not None:
+        raise ConfigError("a model that started from imported weights is not predicted")
+    vocabulary = None
+    if isinstance(data, dict):
+        config = build(DataConfig, data, "run.toml: data")
+        vocabulary = Corpus.open(config).vocab_size if exists(config) else None
+    spec = model.resolve(vocabulary)
+    if spec.parameters != run.start["parameters"]:
+        raise ConfigError(
+            f"the run trained {run.start['parameters']:,} parameters, its run file now says {spec.parameters:,}: its "
+            f"corpus is not where it was"
+        )
+    return spec
+
+
+def advice(setting: Setting, run: Run) -> tuple[str, ...]:
+    """The best plans that the trainer runs, with weights and gradients as they are unless the run codes them."""
+    codecs: Codecs = "all" if run.plan.wire.weights or run.plan.wire.grads else "none"
+    answer = choose(setting, Space(runnable=True, codecs=codecs), keep=20, outer="never")
+    return tuple(report(answer, setting, top=5))

@@ -1,4 +1,4 @@
-"""One exchange of a clique: every member's change goes in, the same aggregate comes out for all of them, bit for bit.
+"""One exchange of a peer group: every member's change goes in, the same aggregate comes out for all of them, bit for bit.
 
 Two forms with the bytes of `thinwire.plan.traffic`. Few groups swap their coded changes whole. More groups send each
 other chunks (all-to-all), aggregate their own chunk in the order of the groups, and send the coded result back to all;
@@ -12,76 +12,35 @@ k groups that a fast level joins, in each of h places. Every rank adds up one ch
 with those who hold the same chunk elsewhere, coded, and gives what comes out to its k again. A place sends as many bytes as
 one group would, instead of k times as many; and the contributions of a place are coded once, after they have been averaged.
 
-The groups of a place have added up their changes before anyone can tell that one of them is astray: then the sum of that
+The groups of a place have added up their changes before anyone can tell that one of them is diverged: then the sum of that
 place is left out of this exchange, all of it.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from thinwire.comm.codecs.codec import Codec, Raw
 from thinwire.comm.collectives import all_gather, reduce_scatter
-from thinwire.comm.handle import Handle, Waitable
+from thinwire.comm.compat import Waitable
+from thinwire.comm.handle import Handle
 from thinwire.comm.transport import duplex
 from thinwire.comm.world import World
 from thinwire.plan.sync import Aggregate
 from thinwire.plan.traffic import BEAT_BYTES, HEADER_BYTES, chunk_elements, inside_elements, swaps
-from thinwire.sync.message import Outcome, aggregate, aggregate_coded, head
-
-SEND, RETURN, BEAT = "outer-send", "outer-return", "outer-beat"
-
-
-@dataclass(frozen=True)
-class Clique:
-    """One rank of each group, in the order of their ranks, with a communicator for each hop."""
-
-    groups: tuple[tuple[int, ...], ...]
-    """Of each rank of the communicators, the groups it speaks for: its own, or those whose contributions were added up."""
-    present: tuple[int, ...]
-    """The places in the communicators of those that take part."""
-    communicators: Mapping[str, dist.ProcessGroup]
-    place: int
-    """This rank's own."""
-    levels: tuple[str, ...]
-    """By place: the level whose links lie between this rank and that one."""
-    inside: World | None = None
-    """Those of its ranks that add up their contributions before anything travels farther, this one among them."""
-    across: "Clique | None" = None
-    """The ranks elsewhere, and this one, that hold the same chunk of such sums."""
-
-    @property
-    def size(self) -> int:
-        """How many take part."""
-        return len(self.present)
-
-    @property
-    def members(self) -> list[tuple[int, ...]]:
-        """The groups of those that take part, in the order of their rows."""
-        return [self.groups[place] for place in self.present]
-
-    @property
-    def head_bytes(self) -> int:
-        """Of a message, before its numbers."""
-        return HEADER_BYTES * len(self.groups[self.place])
-
-    def without(self, groups: Collection[int]) -> "Clique":
-        """The clique of those that are left, who send each other everything themselves from now on."""
-        left = tuple(place for place in self.present if not set(self.groups[place]) & set(groups))
-        return replace(self, present=left, inside=None, across=None)
+from thinwire.sync.message import Outcome, aggregate, aggregate_coded, header
+from thinwire.sync.peers import HEARTBEAT, RETURN, SEND, PeerGroup
 
 
 def exchange(
     change: Tensor,
     outcome: Outcome,
     *,
-    heads: Tensor,
-    clique: Clique,
+    headers: Tensor,
+    peers: PeerGroup,
     codec: Codec,
     back: Codec,
     seed: int,
@@ -89,19 +48,19 @@ def exchange(
     how: Aggregate,
     world: World,
 ) -> Iterator[Handle]:
-    """Yields the handle of each hop; fills `outcome` on the way. `heads`: `head` of each group this rank speaks for."""
-    hop = _Hop(world, clique, codec)
-    n, members = change.numel(), clique.size
+    """Yields the handle of each hop; fills `outcome` on the way. `headers`: `header` of each group this rank speaks for."""
+    hop = _Hop(world, peers, codec)
+    n, members = change.numel(), peers.size
     if members == 1:
         decoded = codec.decode(codec.encode(change, seed=seed), n, change.dtype)
-        outcome.change.copy_(aggregate([decoded], outcome.count(heads, clique.members), how))
+        outcome.change.copy_(aggregate([decoded], outcome.count(headers, peers.members), how))
         if outcome.own is not None:
             outcome.own.copy_(decoded)
     elif swaps(members, codec.name):
         coded = codec.encode(change, seed=seed)
         if outcome.own is not None:
             outcome.own.copy_(codec.decode(coded, n, change.dtype))
-        yield from hop.gather(torch.cat([heads, coded]), SEND, change.nbytes)
+        yield from hop.gather(torch.cat([headers, coded]), SEND, change.nbytes)
         hop.combine(outcome.change, hop.count(outcome), how)
     else:
         chunk = chunk_elements(n, members, block)
@@ -109,56 +68,56 @@ def exchange(
         coded_chunks = [codec.encode(part, seed=seed) for part in chunks]
         if outcome.own is not None:
             _join(outcome.own, (codec.decode(part, chunk, change.dtype) for part in coded_chunks))
-        yield from hop.scatter(torch.stack([torch.cat([heads, part]) for part in coded_chunks]), change.nbytes)
+        yield from hop.scatter(torch.stack([torch.cat([headers, part]) for part in coded_chunks]), change.nbytes)
         mine = change.new_empty(chunk)
         hop.combine(mine, hop.count(outcome), how)
-        hop = _Hop(world, clique, back)
-        yield from hop.gather(torch.cat([heads, back.encode(mine, seed=seed)]), RETURN, change.nbytes)
+        hop = _Hop(world, peers, back)
+        yield from hop.gather(torch.cat([headers, back.encode(mine, seed=seed)]), RETURN, change.nbytes)
         hop.count(outcome)
         _join(outcome.change, hop.read(chunk, change.dtype))
 
 
-def check(heads: Tensor, outcome: Outcome, *, clique: Clique, world: World) -> Iterator[Handle]:
-    """Tell the others a hash of the outer state, and nothing else; `outcome` says who is astray."""
-    hop = _Hop(world, clique, Raw(torch.float32))
-    if clique.size > 1:
-        yield from hop.gather(heads, SEND, HEADER_BYTES, said="control")
+def check(headers: Tensor, outcome: Outcome, *, peers: PeerGroup, world: World) -> Iterator[Handle]:
+    """Tell the others a hash of the outer state, and nothing else; `outcome` says who is diverged."""
+    hop = _Hop(world, peers, Raw(torch.float32))
+    if peers.size > 1:
+        yield from hop.gather(headers, SEND, HEADER_BYTES, said="control")
         hop.count(outcome)
 
 
-def beat(*, clique: Clique, world: World) -> Iterator[Handle]:
+def heartbeat(*, peers: PeerGroup, world: World) -> Iterator[Handle]:
     """Tell the others that a step is over, and hear it of them."""
-    if clique.size > 1:
+    if peers.size > 1:
         message = torch.zeros(BEAT_BYTES, dtype=torch.uint8)  # on the CPU: no accelerator has to wait for it
-        yield from _Hop(world, clique, Raw(torch.uint8)).gather(message, BEAT, BEAT_BYTES)
+        yield from _Hop(world, peers, Raw(torch.uint8)).gather(message, HEARTBEAT, BEAT_BYTES)
 
 
 class _Hop:
     """Messages to and from all members."""
 
-    def __init__(self, world: World, clique: Clique, codec: Codec) -> None:
-        self._world, self._clique, self._codec = world, clique, codec
+    def __init__(self, world: World, peers: PeerGroup, codec: Codec) -> None:
+        self._world, self._peer_group, self._codec = world, peers, codec
         self._received = torch.empty(0)
 
     def gather(self, message: Tensor, hop: str, payload_bytes: int, *, said: str | None = None) -> Iterator[Handle]:
         """Send `message` to all members; the ledger calls it `said`, else by the name of the hop."""
-        clique = self._clique
-        self._received = torch.empty(clique.size, message.numel(), dtype=torch.uint8, device=message.device)
+        peers = self._peer_group
+        self._received = torch.empty(peers.size, message.numel(), dtype=torch.uint8, device=message.device)
         with self._world.outstanding.issuing():
-            works = duplex.all_gather(self._received, message, group=clique.communicators[hop], among=clique.present)
+            works = duplex.all_gather(self._received, message, group=peers.communicators[hop], among=peers.present)
         yield self._handle("all_gather", said or hop, payload_bytes, message.numel(), works, message)
 
     def scatter(self, messages: Tensor, payload_bytes: int) -> Iterator[Handle]:
         """Send message m to member m."""
-        clique = self._clique
+        peers = self._peer_group
         self._received = torch.empty_like(messages)
         with self._world.outstanding.issuing():
-            works = duplex.all_to_all(self._received, messages, group=clique.communicators[SEND], among=clique.present)
+            works = duplex.all_to_all(self._received, messages, group=peers.communicators[SEND], among=peers.present)
         yield self._handle("all_to_all", SEND, payload_bytes, messages.shape[1], works, messages)
 
     def count(self, outcome: Outcome) -> list[float]:
         """Whose messages, of those that came last, count: into `outcome`; the weight of each."""
-        return outcome.count(self._received[:, : self._clique.head_bytes], self._clique.members)
+        return outcome.count(self._received[:, : self._peer_group.header_bytes], self._peer_group.members)
 
     def read(self, n: int, dtype: torch.dtype) -> Iterator[Tensor]:
         """Of each member the decoded numbers (n,) of what came last, one at a time."""
@@ -170,14 +129,14 @@ class _Hop:
 
     @property
     def _coded(self) -> Tensor:
-        """What came last, a row from each member, without the heads."""
-        return self._received[:, self._clique.head_bytes :]
+        """What came last, a row from each member, without the headers."""
+        return self._received[:, self._peer_group.header_bytes :]
 
     def _handle(
         self, kind: str, purpose: str, payload_bytes: int, message_bytes: int, works: Sequence[Waitable], sent: Tensor
     ) -> Handle:
-        clique = self._clique
-        peers = Counter(clique.levels[place] for place in clique.present if place != clique.place)
+        group = self._peer_group
+        peers = Counter(group.levels[place] for place in group.present if place != group.place)
         *nearer, farthest = [
             self._world.ledger.open(
                 level=level,
@@ -203,29 +162,27 @@ def _join(target_n: Tensor, chunks: Iterable[Tensor]) -> None:
 
 
 SUM, SPREAD = "outer-sum", "outer-spread"
-COLLECTIVES = 3
-"""Inside, of one exchange. Ranks may be as many behind each other: nothing that was sent inside is written to again."""
 
 
 def exchange_sums(
-    change: Tensor, outcome: Outcome, *, weight: float, digest: int, clique: Clique, how: Aggregate, **across: Any
+    change: Tensor, outcome: Outcome, *, weight: float, digest: int, peers: PeerGroup, how: Aggregate, **across: Any
 ) -> Iterator[Handle]:
-    """As `exchange`, for means, among the ranks of a clique with an inside; `across`: what else that one takes."""
-    near, n = clique.inside, change.numel()
+    """As `exchange`, for means, among the ranks of a peer group with an inside; `across`: what else that one takes."""
+    near, n = peers.inside, change.numel()
     assert near is not None
-    assert clique.across is not None
+    assert peers.across is not None
     k, chunk = near.size, inside_elements(n, near.size)
     weight = float(weight > 0) if how == "mean" else weight
     whole = _weighted(change, weight, k * chunk)
-    heads, mine = torch.empty(k, HEADER_BYTES, dtype=torch.uint8, device=change.device), change.new_empty(chunk)
-    told = all_gather(heads, head(weight, digest, change.device), world=near, level=0, purpose=SUM)
+    headers, mine = torch.empty(k, HEADER_BYTES, dtype=torch.uint8, device=change.device), change.new_empty(chunk)
+    told = all_gather(headers, header(weight, digest, change.device), world=near, level=0, purpose=SUM)
     summed = reduce_scatter(mine, whole, world=near, level=0, purpose=SUM)
     yield Handle(near.outstanding, None, [told, summed])
-    total = heads.cpu().view(torch.float64)[:, 0].sum().item()
+    total = headers.cpu().view(torch.float64)[:, 0].sum().item()
     mine.div_(total or 1.0)
     inner = Outcome(torch.empty_like(mine), None)
-    yield from exchange(mine, inner, heads=heads.view(-1), clique=clique.across, how="tokens", **across)
-    outcome.weights, outcome.astray = inner.weights, inner.astray
+    yield from exchange(mine, inner, headers=headers.view(-1), peers=peers.across, how="tokens", **across)
+    outcome.weights, outcome.diverged = inner.weights, inner.diverged
     target = outcome.change if k * chunk == n else change.new_empty(k * chunk)
     yield all_gather(target, inner.change, world=near, level=0, purpose=SPREAD)
     if target is not outcome.change:

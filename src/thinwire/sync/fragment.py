@@ -5,15 +5,35 @@ feedback 4 n more, for fp32 masters. On an accelerator the host tensors are pinn
 due next are started one step early.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from thinwire.parallel.shard.engine import Sharded
-from thinwire.parallel.shard.layout import Piece, Share
+from thinwire.comm.world import World
+from thinwire.parallel.shard.layout import BufferInfo, Piece, Share
 from thinwire.plan.rounds import deal, fragment_count
 from thinwire.plan.sync import Sync
+
+
+class Replica(Protocol):
+    """What synchronisation needs of the engine that trains a group's replica; each method as in `Sharded`."""
+
+    @property
+    def world(self) -> World: ...
+
+    def buffers(self) -> list[BufferInfo]: ...
+
+    def shares(self, *, trained: bool = True) -> list[Share]: ...
+
+    def rewriting(self, units: Sequence[int], *, exact: bool = False) -> AbstractContextManager[None]: ...
+
+    def as_received(self) -> Callable[[], None]: ...
+
+    def drain(self) -> None: ...
 
 
 class Fragment:
@@ -86,13 +106,13 @@ class Fragment:
         return [piece for share, part in pairs for piece in share.pieces(prefix, part)]
 
 
-def make_fragments(engine: Sharded, sync: Sync) -> list[Fragment]:
+def make_fragments(engine: Replica, sync: Sync) -> list[Fragment]:
     """The fragments of the trained units, dealt out as `sync` says. Raises PlanError if there are fewer units."""
     shares = engine.shares()
-    units: dict[int, tuple[str, int]] = {}
-    for share in shares:
-        used = sum(flat.layout.used for flat in engine.units[share.unit].flats if flat.trained)
-        units[share.unit] = (share.unit_name, used)
+    used = Counter[int]()
+    for buffer in engine.buffers():
+        used[buffer.unit] += buffer.layout.used if buffer.trained else 0
+    units = {share.unit: (share.unit_name, used[share.unit]) for share in shares}
     blocks = sum(name.rpartition(".")[2].isdigit() for name, _ in units.values())
     indices = list(units)
     dealt = deal(list(units.values()), fragment_count(sync.fragments, blocks), sync.order)

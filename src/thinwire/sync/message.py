@@ -1,6 +1,6 @@
-"""What groups send each other: coded numbers, and before them a head for each group that the message speaks for.
+"""What groups send each other: coded numbers, and before them a header for each group that the message speaks for.
 
-A head has 16 bytes: the weight of the group's contribution, and a hash of the outer state that was taken from.
+A header has 16 bytes: the weight of the group's contribution, and a hash of the outer state that was taken from.
 
 From the groups' contributions of the same elements to one change. Every group computes the same bits.
 
@@ -8,7 +8,7 @@ Contributions come as M vectors (n,) in the order of the groups with a weight ea
 them one at a time, so that decoded ones need not all be in memory.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor
 from thinwire.comm.codecs.codec import Codec
 from thinwire.plan.sync import Aggregate
 from thinwire.plan.traffic import HEADER_BYTES
-from thinwire.sync.peers import strays
 
 
-def head(weight: float, digest: int, device: torch.device) -> Tensor:
+def header(weight: float, digest: int, device: torch.device) -> Tensor:
     """(16,) bytes: the weight of a group's contribution, 0 to leave it out, and the hash of what it was taken from."""
     words = [torch.tensor([weight], dtype=torch.float64), torch.tensor([digest], dtype=torch.int64)]
     return torch.cat([word.view(torch.uint8) for word in words]).to(device)
@@ -36,20 +35,20 @@ class Outcome:
     """This member's contribution as the others decoded it, where it is asked for."""
     weights: dict[int, float] = field(default_factory=dict)
     """Of the contributions that count, by group; 0 for those left out."""
-    astray: list[int] = field(default_factory=list)
+    diverged: list[int] = field(default_factory=list)
     """Groups that are left out because their outer state is not that of the others."""
 
-    def count(self, heads: Tensor, members: Sequence[tuple[int, ...]]) -> list[float]:
-        """Whose contributions count, of `members` whose messages began with `heads` (a row each): their weights.
+    def count(self, headers: Tensor, members: Sequence[tuple[int, ...]]) -> list[float]:
+        """Whose contributions count, of `members` whose messages began with `headers` (a row each): their weights.
 
-        What was added up with that of a group astray is left out with it.
+        What was added up with that of a group diverged is left out with it.
         """
         groups = [group for member in members for group in member]
-        words = heads.cpu().contiguous().view(len(groups), HEADER_BYTES)
+        words = headers.cpu().contiguous().view(len(groups), HEADER_BYTES)
         said = dict(zip(groups, words.view(torch.float64)[:, 0].tolist(), strict=True))
         digests = dict(zip(groups, words.view(torch.int64)[:, 1].tolist(), strict=True))
-        self.astray = strays({group: digests[group] for group, weight in said.items() if weight > 0})
-        out = {group for member in members if set(member) & set(self.astray) for group in member}
+        self.diverged = strays({group: digests[group] for group, weight in said.items() if weight > 0})
+        out = {group for member in members if set(member) & set(self.diverged) for group in member}
         self.weights = {group: 0.0 if group in out else weight for group, weight in said.items()}
         return [sum(self.weights[group] for group in member) for member in members]
 
@@ -98,3 +97,14 @@ def _mean(parts_n: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
         if weight > 0:
             total = part_n * weight if total is None else total.add_(part_n, alpha=weight)
     return torch.zeros_like(like) if total is None else total.div_(sum(weights))
+
+
+def strays(digests: Mapping[int, int]) -> list[int]:
+    """The groups whose digest is not that of most; of as many on each side, that with the lowest group is trusted."""
+    counts: dict[int, list[int]] = {}
+    for group in sorted(digests):
+        counts.setdefault(digests[group], []).append(group)
+    if len(counts) <= 1:
+        return []
+    trusted = max(counts.values(), key=lambda groups: (len(groups), -groups[0]))
+    return [group for group in sorted(digests) if group not in trusted]

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.world import World
-from thinwire.parallel.shard.engine import Sharded
 from thinwire.plan.sync import Sync
-from thinwire.sync.fragment import Fragment
+from thinwire.sync.fragment import Fragment, Replica
 from thinwire.sync.pending import Pending
 
 
@@ -59,7 +58,7 @@ _CPU_CHUNK = 1 << 17
 """Elements at a time: what the step makes of them is in the processor's cache when they are mixed."""
 
 
-def apply_change(engine: Sharded, fragment: Fragment, change: Tensor, sync: Sync) -> None:
+def apply_change(engine: Replica, fragment: Fragment, change: Tensor, sync: Sync) -> None:
     """Step the outer weights and momentum with `change` (n,), which is used up, and mix. All ranks of the group together."""
     weights, momentum = fragment.take()
     rms = _rms(momentum, engine.world) if sync.gap_penalty else None
@@ -74,7 +73,7 @@ def apply_change(engine: Sharded, fragment: Fragment, change: Tensor, sync: Sync
     fragment.put(weights, momentum)
 
 
-def restart(engine: Sharded, fragment: Fragment, sync: Sync) -> None:
+def restart(engine: Replica, fragment: Fragment, sync: Sync) -> None:
     """Mix with the outer weights as they are: there is nothing to apply, but what was just sent must not be sent again."""
     weights, _ = fragment.take()
     with engine.rewriting(fragment.units):

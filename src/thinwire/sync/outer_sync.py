@@ -20,13 +20,12 @@ from torch import Tensor
 from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.world import World
 from thinwire.errors import PlanError, SyncError
-from thinwire.parallel.shard.engine import Sharded
 from thinwire.plan.rounds import Exchange, Schedule
 from thinwire.plan.sync import Sync
-from thinwire.sync.fragment import make_fragments
-from thinwire.sync.meeting import Meeting
+from thinwire.sync.fragment import Replica, make_fragments
 from thinwire.sync.outer_step import apply_change, fresh_change, restart
-from thinwire.sync.pending import Pending, Round, layout_of, state_of
+from thinwire.sync.peer_groups import PeerGroups, layout_of, state_of
+from thinwire.sync.pending import Pending, Round
 from thinwire.sync.rounds_in_flight import Links
 
 
@@ -40,7 +39,7 @@ class OuterSync:
 
     def __init__(
         self,
-        engine: Sharded,
+        engine: Replica,
         sync: Sync,
         world: World,
         *,
@@ -61,10 +60,10 @@ class OuterSync:
         """Trained on since the last send of each fragment: the weight of its next contribution."""
         self.counted = torch.ones(sync.groups, dtype=torch.float64)
         """Weights, by group, of what an eager update holds in flight when a run is resumed."""
-        self._meeting = Meeting(world, self.groups)
+        self._matched = PeerGroups(world, self.groups)
         self._same = {"parameters": layout_of(engine), "sync": sync.model_dump_json(), **(same or {})}
         self.compare()
-        self.links = Links(sync, world, self._meeting, self.fragments)
+        self.links = Links(sync, world, self._matched, self.fragments)
 
     def compare(self) -> None:
         """Raises ConfigError, naming a group and what differs, if the groups do not hold the same now.
@@ -72,7 +71,7 @@ class OuterSync:
         Compared are `same`, the outer weights and momentum, what is in flight, and frozen weights; of eager updates, whose
         groups have outer weights of their own, only those they start with. Call it again after loading weights.
         """
-        self._meeting.compare({**self._same, **state_of(self.engine, self.fragments, self._pending, self._own_outer)})
+        self._matched.compare({**self._same, **state_of(self.engine, self.fragments, self._pending, self._own_outer)})
 
     @property
     def _own_outer(self) -> bool:
@@ -159,21 +158,21 @@ class OuterSync:
     # -- applying ------------------------------------------------------------------------------------------------------
 
     def _land(self, pending: Pending) -> None:
-        """Wait for what has not come; groups found astray are left out from now on. Raises SyncError if this one is."""
+        """Wait for what has not come; groups found diverged are left out from now on. Raises SyncError if this one is."""
         if not pending.landed:
             self._leave_out(pending.land(), pending.key.fragment, f"before round {pending.key.round}")
 
     def _leave_out(self, found: set[int], fragment: int | None, when: str) -> None:
-        """Go on without the groups that any rank of this group `found` astray: every group finds the same ones.
+        """Go on without the groups that any rank of this group `found` diverged: every group finds the same ones.
 
         This group, if it is one of them, gives the others what they still wait for, then stops.
         """
         named = torch.tensor([float(group in found) for group in range(self.sync.groups)])
         all_reduce_small(named, world=self.engine.world, op="max")
-        astray = {group for group in self.present if named[group] > 0}
-        if not astray:
+        diverged = {group for group in self.present if named[group] > 0}
+        if not diverged:
             return
-        if self.group in astray:
+        if self.group in diverged:
             for pending in self._pending:
                 pending.land()
             self.links.settle()
@@ -183,7 +182,7 @@ class OuterSync:
                 f"stops, start it again from a checkpoint"
             )
         self.epoch += 1
-        self.links.drop(astray)
+        self.links.drop(diverged)
 
     def _apply(self, pending: Pending) -> Round:
         """The outer step of a fragment, and the group's own weights mixed with what comes out."""
@@ -267,14 +266,12 @@ class OuterSync:
         """
         self.engine.drain()
         kept = [[share.master.clone() for share in fragment.shares] for fragment in self.fragments]
-        received = [flat.received for unit in self.engine.units for flat in unit.flats]
-        before = [weights.kept() for weights in received]
+        bring_back = self.engine.as_received()
         self._show([fragment.split(fragment.weights) for fragment in self.fragments])
         try:
             yield
         finally:
-            for weights, (sent, values) in zip(received, before, strict=True):
-                weights.bring_back(sent, values)
+            bring_back()
             self._show(kept)
 
     def _show(self, values: Sequence[Sequence[Tensor]]) -> None:

@@ -3,25 +3,32 @@
 Who exchanges which elements with whom: interval intersections of what the ranks of every group own. Pure.
 
 Elements are numbered in the canonical order: the trained parameters back to back, without padding. Every group owns each
-element exactly once. A clique is a tuple of ranks, one of each group, that own the same elements and so exchange them
-directly. Groups cut alike make K cliques; groups of other sizes or cuts make more, smaller ones.
+element exactly once. A peer group is a tuple of ranks, one of each group, that own the same elements and so exchange them
+directly. Groups cut alike make K peer groups; groups of other sizes or cuts make more, smaller ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from thinwire.comm.world import World
 from thinwire.errors import ConfigError, PlanError
+from thinwire.plan.traffic import HEADER_BYTES
 
 Range = tuple[int, int]
 """Elements start .. end of the canonical order."""
+SEND, RETURN, HEARTBEAT = "outer-send", "outer-return", "outer-beat"
+COLLECTIVES = 3
+"""Inside, of one exchange. Ranks may be as many behind each other: nothing that was sent inside is written to again."""
 
 
-def find_cliques(owned: Sequence[Sequence[tuple[int, Sequence[Range]]]]) -> dict[tuple[int, ...], list[Range]]:
-    """clique -> its ranges, ascending. `owned[g]` lists (rank, ranges) for the ranks of group g.
+def find_peer_groups(owned: Sequence[Sequence[tuple[int, Sequence[Range]]]]) -> dict[tuple[int, ...], list[Range]]:
+    """peer group -> its ranges, ascending. `owned[g]` lists (rank, ranges) for the ranks of group g.
 
     Raises PlanError if a group does not own every element exactly once, or the groups own different numbers of elements.
     """
@@ -31,18 +38,18 @@ def find_cliques(owned: Sequence[Sequence[tuple[int, Sequence[Range]]]]) -> dict
         raise PlanError(f"the groups do not train the same model: they own {sorted(ends)} elements")
     edges = sorted({edge for group in spans for start, end, _ in group for edge in (start, end)})
     positions = [0] * len(spans)
-    cliques: dict[tuple[int, ...], list[Range]] = {}
+    peer_groups: dict[tuple[int, ...], list[Range]] = {}
     for start, end in pairwise(edges):
         for number, group in enumerate(spans):
             while group[positions[number]][1] <= start:
                 positions[number] += 1
-        clique = tuple(group[position][2] for group, position in zip(spans, positions, strict=True))
-        ranges = cliques.setdefault(clique, [])
+        peers = tuple(group[position][2] for group, position in zip(spans, positions, strict=True))
+        ranges = peer_groups.setdefault(peers, [])
         if ranges and ranges[-1][1] == start:
             ranges[-1] = (ranges[-1][0], end)
         else:
             ranges.append((start, end))
-    return dict(sorted(cliques.items()))
+    return dict(sorted(peer_groups.items()))
 
 
 def _spans(group: Sequence[tuple[int, Sequence[Range]]], number: int) -> list[tuple[int, int, int]]:
@@ -104,12 +111,40 @@ def compare(statements: Sequence[Mapping[str, str]], groups: Sequence[int]) -> N
                 )
 
 
-def strays(digests: Mapping[int, int]) -> list[int]:
-    """The groups whose digest is not that of most; of as many on each side, that with the lowest group is trusted."""
-    counts: dict[int, list[int]] = {}
-    for group in sorted(digests):
-        counts.setdefault(digests[group], []).append(group)
-    if len(counts) <= 1:
-        return []
-    trusted = max(counts.values(), key=lambda groups: (len(groups), -groups[0]))
-    return [group for group in sorted(digests) if group not in trusted]
+@dataclass(frozen=True)
+class PeerGroup:
+    """One rank of each group, in the order of their ranks, with a communicator for each hop."""
+
+    groups: tuple[tuple[int, ...], ...]
+    """Of each rank of the communicators, the groups it speaks for: its own, or those whose contributions were added up."""
+    present: tuple[int, ...]
+    """The places in the communicators of those that take part."""
+    communicators: Mapping[str, dist.ProcessGroup]
+    place: int
+    """This rank's own."""
+    levels: tuple[str, ...]
+    """By place: the level whose links lie between this rank and that one."""
+    inside: World | None = None
+    """Those of its ranks that add up their contributions before anything travels farther, this one among them."""
+    across: "PeerGroup | None" = None
+    """The ranks elsewhere, and this one, that hold the same chunk of such sums."""
+
+    @property
+    def size(self) -> int:
+        """How many take part."""
+        return len(self.present)
+
+    @property
+    def members(self) -> list[tuple[int, ...]]:
+        """The groups of those that take part, in the order of their rows."""
+        return [self.groups[place] for place in self.present]
+
+    @property
+    def header_bytes(self) -> int:
+        """Of a message, before its numbers."""
+        return HEADER_BYTES * len(self.groups[self.place])
+
+    def without(self, groups: Collection[int]) -> "PeerGroup":
+        """The peer group of those that are left, who send each other everything themselves from now on."""
+        left = tuple(place for place in self.present if not set(self.groups[place]) & set(groups))
+        return replace(self, present=left, inside=None, across=None)

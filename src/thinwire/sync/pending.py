@@ -1,21 +1,14 @@
-"""What is under way: an exchange of one fragment with all cliques of this rank, from its sending to its applying.
+"""What is under way: an exchange of one fragment with all peer groups of this rank, from its sending to its applying."""
 
-What a group says about what it holds, in words that can be compared however the group cuts it.
-"""
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.handle import Flight
-from thinwire.parallel.shard.engine import Sharded
 from thinwire.plan.rounds import Exchange
-from thinwire.sync.fragment import Fragment
 from thinwire.sync.message import Outcome
-from thinwire.sync.peers import fingerprint
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,7 @@ class Round:
 
 @dataclass
 class Part:
-    """What one clique exchanges of it."""
+    """What one peer group exchanges of it."""
 
     flight: Flight
     outcome: Outcome
@@ -50,7 +43,7 @@ class Pending:
 
     key: Exchange
     change: Tensor
-    """The aggregate, filled as the cliques' parts land."""
+    """The aggregate, filled as the peer groups' parts land."""
     own: Tensor | None
     """This rank's contribution as the others decoded it, where error feedback or eager updates need it."""
     epoch: int
@@ -76,8 +69,8 @@ class Pending:
                 self.stall_s += part.flight.advance()
 
     def land(self) -> set[int]:
-        """Wait for all of it and take it in: the groups that a clique of this rank found astray."""
-        astray: set[int] = set()
+        """Wait for all of it and take it in: the groups that a peer group of this rank found diverged."""
+        diverged: set[int] = set()
         for part in self.parts:
             self.stall_s += part.flight.land()
             weights = part.outcome.weights
@@ -87,9 +80,9 @@ class Pending:
             for group, weight in weights.items():
                 by_group[group] = weight
             self.counted.append((part.places, by_group))
-            astray |= set(part.outcome.astray)
+            diverged |= set(part.outcome.diverged)
         self.parts, self.landed = [], True
-        return astray
+        return diverged
 
 
 def gathered(values: Tensor, places: Sequence[slice]) -> Tensor:
@@ -111,36 +104,3 @@ def fill(target: Tensor, places: Sequence[slice], values: Tensor) -> None:
         size = place.stop - place.start
         target[place] = values[at : at + size]
         at += size
-
-
-def layout_of(engine: Sharded) -> str:
-    """Name, shape and precision of every parameter, in the canonical order."""
-    return str(
-        [
-            (slot.name, slot.shape, str(flat.master.dtype))
-            for unit in engine.units
-            for flat in unit.flats
-            for slot in flat.layout.slots
-        ]
-    )
-
-
-def state_of(
-    engine: Sharded, fragments: Sequence[Fragment], pending: Iterable[Pending], own_outer: bool
-) -> dict[str, str]:
-    """Fingerprints of the outer weights and momentum (unless each group has its `own_outer`), of what is in flight and of
-    frozen weights. All ranks of the group call it together."""
-    sums = {
-        "weights": 0 if own_outer else sum(_sum(fragment, fragment.weights) for fragment in fragments),
-        "outer momentum": 0 if own_outer else sum(_sum(fragment, fragment.momentum) for fragment in fragments),
-        "changes in flight": sum(_sum(fragments[each.key.fragment], each.change) for each in pending),
-        "frozen weights": sum(fingerprint(share.master, share.start) for share in engine.shares(trained=False)),
-    }
-    total = torch.tensor(list(sums.values()), dtype=torch.float64)
-    all_reduce_small(total, world=engine.world, op="sum")
-    return dict(zip(sums, map(str, total.tolist()), strict=True))
-
-
-def _sum(fragment: Fragment, values: torch.Tensor) -> int:
-    pairs = zip(fragment.shares, fragment.split(values), strict=True)
-    return sum(fingerprint(part, share.start) for share, part in pairs)

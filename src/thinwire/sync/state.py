@@ -88,12 +88,12 @@ def own_names(sync: OuterSync, saved: Iterable[str]) -> set[str]:
 
 def _trained(sync: OuterSync) -> set[str]:
     """Names of the trained parameters, also those of which this rank has nothing."""
-    return _names(sync, range(len(sync.engine.units)))
+    return _names(sync, {buffer.unit for buffer in sync.engine.buffers()})
 
 
-def _names(sync: OuterSync, units: Iterable[int]) -> set[str]:
-    flats = [flat for unit in units for flat in sync.engine.units[unit].flats if flat.trained]
-    return {slot.name for flat in flats for slot in flat.layout.slots}
+def _names(sync: OuterSync, units: Container[int]) -> set[str]:
+    buffers = [buffer for buffer in sync.engine.buffers() if buffer.trained and buffer.unit in units]
+    return {slot.name for buffer in buffers for slot in buffer.layout.slots}
 
 
 def _outer(sync: OuterSync) -> list[Piece]:

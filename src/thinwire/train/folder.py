@@ -14,7 +14,7 @@ from thinwire.checkpoint.listing import (
     remove_partial,
     step_of,
 )
-from thinwire.config import differences, dump_toml, load
+from thinwire.config import build, differences, dump_toml, read_toml
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.files.events import read_events
 from thinwire.files.folders import write_whole
@@ -158,7 +158,7 @@ def _refuse_lost_checkpoints(folder: Path) -> None:
 
 def refuse_other_run(job: Job) -> RunConfig:
     """The run file so far. Raise ConfigError, with the differences, if the run in `job.folder` computes something else."""
-    old = load(RunConfig, job.folder / RUN_FILE)
+    old = build(RunConfig, read_toml(job.folder / RUN_FILE), str(job.folder / RUN_FILE))
     changed = [
         (key, before, after)
         for key, before, after in differences(_compared(old), _compared(job.config))

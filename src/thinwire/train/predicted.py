@@ -9,7 +9,7 @@ from functools import partial
 from thinwire.comm.codecs.codec import IDENTITY, Codec
 from thinwire.parallel.shard.engine import Sharded
 from thinwire.parallel.shard.flat import Flat
-from thinwire.parallel.shard.unit import Unit
+from thinwire.parallel.shard.unit import Unit, flow_of
 from thinwire.plan.traffic import step_bytes, total
 
 
@@ -20,11 +20,7 @@ def predicted_bytes(sharded: Sharded, step: int | None = None) -> dict[str, dict
     """
     names = sharded.world.cluster.level_names
     step = sharded.plan.wire.whole_steps if step is None else step
-    flows = [
-        _flow_bytes(sharded, flat, _gathers(unit, sharded.plan.accumulate), step)
-        for unit in sharded.units
-        for flat in unit.flats
-    ]
+    flows = [_flow_bytes(sharded, unit, flat, step) for unit in sharded.units for flat in unit.flats]
     return {names[level]: purposes for level, purposes in sorted(total(flows).items()) if purposes}
 
 
@@ -49,6 +45,7 @@ def held_bytes(sharded: Sharded, state_numbers: int = 2) -> dict[str, int]:
             for state, count in flat.held_bytes().items():
                 sums[state] += count
             trained += flat.master.nbytes if flat.trained else 0
+        sums["grads"] += sum(grads.nbytes for grads in unit.grads.values())
     return {"params": sums["params"], "grads": sums["grads"], "optimizer": sums["master"] + state_numbers * trained}
 
 
@@ -64,7 +61,7 @@ class Uncoded:
 def uncoded(sharded: Sharded) -> dict[str, Uncoded]:
     """level name -> what `lowrank` sums as it is there: what is no matrix, or too small to gain, and padding."""
     found: dict[str, Uncoded] = {}
-    for low_rank in (flat.sums.low_rank for unit in sharded.units for flat in unit.flats):
+    for low_rank in (grads.low_rank for unit in sharded.units for grads in unit.grads.values()):
         if low_rank is not None:
             name = sharded.world.level_name(low_rank.level)
             before = found.get(name, Uncoded("lowrank", 0, 0))
@@ -90,15 +87,16 @@ def _gathers(unit: Unit, accumulate: int) -> int:
     return accumulate if unit.resident else 2 * accumulate
 
 
-def _flow_bytes(sharded: Sharded, flat: Flat, gathers: int, step: int) -> dict[int, dict[str, int]]:
+def _flow_bytes(sharded: Sharded, unit: Unit, flat: Flat, step: int) -> dict[int, dict[str, int]]:
     fanouts = [level.fanout for level in sharded.world.cluster.levels]
 
     def bytes_of(codec: Codec, element_bytes: int, n: int) -> int:
         return element_bytes * n if codec is IDENTITY else codec.wire_bytes(n)
 
     levels = range(len(fanouts))
-    weights = [partial(bytes_of, flat.cut.weights.get(level, IDENTITY), flat.compute_bytes) for level in levels]
-    grads = [partial(bytes_of, flat.cut.grads.get(level, IDENTITY), flat.master.element_size()) for level in levels]
-    return step_bytes(
-        flat.flow(gathers, step), fanouts, accumulate=sharded.plan.accumulate, weights=weights, grads=grads
-    )
+    weights = [partial(bytes_of, flat.sharding.weights.get(level, IDENTITY), flat.compute_bytes) for level in levels]
+    grads = [
+        partial(bytes_of, flat.sharding.grads.get(level, IDENTITY), flat.master.element_size()) for level in levels
+    ]
+    flow = flow_of(unit, flat, _gathers(unit, sharded.plan.accumulate), step)
+    return step_bytes(flow, fanouts, accumulate=sharded.plan.accumulate, weights=weights, grads=grads)

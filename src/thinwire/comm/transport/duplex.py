@@ -22,8 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.comm.compat import all_gather_single
-from thinwire.comm.handle import Waitable
+from thinwire.comm.compat import Waitable, all_gather_single
 from thinwire.comm.transport.local_socket import OtherExchangeError
 from thinwire.comm.transport.same_host import PLAIN, WEIGHTS, Mark, Neighbours
 

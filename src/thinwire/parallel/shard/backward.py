@@ -2,8 +2,8 @@
 
 torch's engine numbers the runs of backward, and knows of each node of the graph whether a run will come to it
 (`torch.autograd.graph.register_multi_grad_hook` asks it the same). So the end of a unit's gradients is known from the
-beginning, also where an expert had no token; a gradient with respect to inputs (a penalty, forces) is told from a backward
-that trains; and the backward of a forward that is recomputed is told from the one around it.
+beginning, also where an expert had no token; a gradient with respect to inputs (a penalty, forces) is distinguished
+from a backward that trains; and the backward of a forward that is recomputed is distinguished from the one around it.
 """
 
 from collections.abc import Callable, Sequence

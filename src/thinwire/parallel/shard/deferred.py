@@ -1,6 +1,6 @@
 """Modules on the meta device, which have shapes and no numbers: a unit's first values are made when its buffer is.
 
-So no rank ever holds the whole model: at most what it keeps of it, and one unit.
+So no rank ever holds the full model: at most what it keeps of it, and one unit.
 """
 
 import math

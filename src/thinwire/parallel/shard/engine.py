@@ -6,8 +6,9 @@ reduction starts behind the rest of backward. `finish_reduce` lands what is stil
 the new weights set out over the outer levels in forward order, and are awaited by their first use.
 
 All collectives are issued from the thread that runs forward and backward, in an order that is the same on all ranks:
-gathers in the order of use, reductions and refreshes in orders recorded on rank 0 in the first micro-batch. `timeline`
-has it, and ranks that gathered in different orders are told so (`thinwire.parallel.shard.order`).
+gathers in the order of use, reductions and all-gathers after a step in orders recorded on rank 0 in the first
+micro-batch. `timeline` has it, and ranks that gathered in different orders get a sentence
+(`thinwire.parallel.shard.order`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,17 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.handle import Flight
 from thinwire.comm.world import World
 from thinwire.errors import PlanError, ThinwireError
 from thinwire.parallel.shard import carried
-from thinwire.parallel.shard.accumulation import Sums
 from thinwire.parallel.shard.backward import Backwards, running
 from thinwire.parallel.shard.deferred import FirstValues, Initial
-from thinwire.parallel.shard.dtypes import norm_of
+from thinwire.parallel.shard.find_units import find_units
 from thinwire.parallel.shard.guard import (
-    Without,
     check_flat,
     check_parameters,
     refuse_backward,
@@ -39,18 +37,18 @@ from thinwire.parallel.shard.guard import (
     tensors_in,
 )
 from thinwire.parallel.shard.hooks import ALIASES, GET_GRAD, Hook, hook_state_dict
-from thinwire.parallel.shard.layout import Piece, Share
-from thinwire.parallel.shard.optimizer import Owned
-from thinwire.parallel.shard.order import Course, Tags
+from thinwire.parallel.shard.layout import Piece
+from thinwire.parallel.shard.order import CallOrder, Tags
 from thinwire.parallel.shard.reductions import Reductions
 from thinwire.parallel.shard.saved import SavedWeights
-from thinwire.parallel.shard.unit import Unit, find_units, unit_of
+from thinwire.parallel.shard.states import ShardedStates
+from thinwire.parallel.shard.unit import Unit, unit_of
 from thinwire.parallel.shard.weights import Weights
 from thinwire.plan.plan import Plan
 
 
-class Sharded:
-    """A module whose states are cut as a plan says. Make it with `shard`."""
+class Sharded(ShardedStates):
+    """A module whose states are sharded as a plan says. Make it with `shard`."""
 
     def __init__(
         self,
@@ -61,16 +59,18 @@ class Sharded:
         *,
         initial: Initial | None = None,
     ) -> None:
-        self.module, self.plan, self.world = module, plan, world
+        self.module = module
         self.timeline: list[str] = []
         """What was issued in the latest micro-batch and step, in order."""
         check_parameters(module)
         first = FirstValues(module, initial, world.device)
-        self.units = [unit_of(found, plan, world, first, self._asked) for found in find_units(module, units)]
+        super().__init__(
+            [unit_of(found, plan, world, first, self._asked) for found in find_units(module, units)], plan, world
+        )
         tags = Tags(world, [unit.label for unit in self.units])
         self._weights = Weights(self.units, world, tags, depth=plan.depths[0], note=self._note)
-        self._reductions = Reductions(self.units, world, tags, note=self._note, before=self._weights.land_refreshes)
-        self._course, self._backwards = Course(), Backwards(self.units, self._backward_begins)
+        self._reductions = Reductions(self.units, world, tags, note=self._note, before=self._weights.land_regathers)
+        self._calls, self._backwards = CallOrder[Unit](), Backwards(self.units, self._backward_begins)
         self._saved, self._saving = SavedWeights(self._weights.use), list[Unit]()
         self._inside = False
         self._trains = False
@@ -82,8 +82,6 @@ class Sharded:
         module.register_forward_hook(Hook(lambda module, args, out: self._after_root()))
         for index, unit in enumerate(self.units):
             self._hook(index, unit)
-        trained = [flat for unit in self.units for flat in unit.flats if flat.trained]
-        self._without = Without(trained, world)
         self._telling: Flight | None = None
         self._full = False
         """Whether `full_parameters` is entered."""
@@ -134,7 +132,7 @@ class Sharded:
         self._inside, self._trains, self.timeline = True, False, []
         self._weights.begin(last=last)
         self._reductions.begin(last=last)
-        self._course.begin()
+        self._calls.begin()
         self._backwards.forget()
         for unit in self.units:
             unit.watch()
@@ -151,7 +149,7 @@ class Sharded:
         if entry is unit.entries[0]:
             self._weights.prefetch(unit, +1)
         unit.hidden += self._inside and (unit.nests or not torch.is_grad_enabled())
-        again = unit.cut and not (unit.keep or unit.resident)
+        again = unit.sharded and not (unit.keep or unit.resident)
         if again and self._inside and torch.is_grad_enabled() and self._saved.enter(unit):
             self._saving.append(unit)
 
@@ -168,7 +166,7 @@ class Sharded:
         if found and not self._inside:
             hook: Callable[[Tensor], None] = refuse_backward
         elif found:
-            hook = partial(self._back_to, self._course.called(unit, again=running()))
+            hook = partial(self._back_to, self._calls.called(unit, again=running()))
         for tensor in found:
             tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
@@ -177,7 +175,7 @@ class Sharded:
         if nested:
             self._reductions.expect(counts, nested=True)
             return
-        self._course.again()
+        self._calls.again()
         if not any(counts):
             return  # with respect to inputs alone
         if self._trains:
@@ -193,10 +191,10 @@ class Sharded:
         self._come_through(number)
 
     def _come_through(self, number: int) -> None:
-        for unit in self._course.back_to(number):
+        for unit in self._calls.back_to(number):
             if self._trains:
-                self._reductions.passed(self._course)
-            self._weights.release_over(self._course)
+                self._reductions.passed(self._calls)
+            self._weights.release_over(self._calls)
             self._weights.use(unit)
             self._weights.prefetch(unit, -1)
 
@@ -226,7 +224,7 @@ class Sharded:
     def _tell_without(self) -> None:
         if self._telling is not None:
             self._telling.land()
-        self._telling = Flight(self._without.chain())
+        self._telling = Flight(self._no_gradients.hops())
 
     def _give_up(self) -> None:
         """The body of a micro-batch has raised: its gradients are forgotten, and the step if they were in its sums."""
@@ -237,11 +235,10 @@ class Sharded:
         self._failed = self._reductions.begun and self._count > 0
         self._first = self._count == 0
         self._reductions.drop()
-        for unit in self.units:
-            for flat in unit.flats:
-                flat.sums.forget_grads()
-                if self._first:
-                    flat.sums.dropped()
+        for grads in self._grads:
+            grads.forget_grads()
+            if self._first:
+                grads.dropped()
 
     # -- parameters that are used elsewhere ----------------------------------------------------------------------------
 
@@ -264,10 +261,9 @@ class Sharded:
 
     def updated(self) -> None:
         """The masters have changed: send the new weights out, outermost level first, in forward order."""
-        for unit in self.units:
-            for flat in unit.flats:
-                flat.sums.applied()
-        self._weights.refresh_all(exact=False)
+        for grads in self._grads:
+            grads.applied()
+        self._weights.regather_all(exact=False)
         self.at_step(self._step + 1)
         self._begin_step()
 
@@ -282,7 +278,7 @@ class Sharded:
         self._step = step
         flats = (flat for unit in self.units for flat in unit.flats)
         for number, flat in enumerate(flats):
-            flat.place.at_step(step, number)
+            flat.spec.at_step(step, number)
 
     def loaded(self) -> None:
         """The masters were written from outside: everything derived from them is stale, and is made anew.
@@ -290,9 +286,8 @@ class Sharded:
         Exactly, or, where `carried_for_load` found how compressed weights had been sent, with the bits they had.
         """
         for unit in self.units:
-            for flat in unit.flats:
-                carried.arrived(flat)
-        self._weights.refresh_all(exact=True)
+            carried.arrived(unit)
+        self._weights.regather_all(exact=True)
         self.drain()
 
     @contextmanager
@@ -303,16 +298,16 @@ class Sharded:
         """
         chosen = [self.units[index] for index in units]
         for unit in chosen:
-            self._weights.land_refresh(unit)
+            self._weights.land_regather(unit)
         yield
         for unit in chosen:
-            Flight(*(flat.spread_chain() for flat in unit.flats if flat.trained)).land()
-            self._weights.refresh(unit, exact=exact)
+            Flight(*(flat.broadcast_hops() for flat in unit.flats if flat.trained)).land()
+            self._weights.regather(unit, exact=exact)
 
     def drain(self) -> None:
         """Land everything in flight; call it before reading state or evaluating."""
         self._reductions.land()
-        self._weights.land_refreshes()
+        self._weights.land_regathers()
         self.world.settle()
         for unit in self.units:
             for flat in unit.flats:
@@ -343,80 +338,33 @@ class Sharded:
                 flat.absorb_edits()
         self._finished = True
 
-    def grad_norm(self) -> float:
-        """Global 2-norm of the summed gradient, every logical element counted once; the same on all ranks.
-
-        Rounded to the gradients' precision, so that it does not depend on how the sum was cut.
-        """
-        own = sum(flat.sums.squares() for unit in self.units for flat in unit.flats if flat.trained)
-        total = torch.tensor([own], dtype=torch.float64)
-        all_reduce_small(total, world=self.world, op="sum", levels=range(self.plan.depths[2] + 1))
-        return norm_of(total.item(), {flat.sums.dtype for unit in self.units for flat in unit.flats if flat.trained})
-
     def dropped(self) -> None:
         """Forget the gradients of a step that is not taken, those still on their way too."""
         if not self._failed:
             self.finish_reduce()
-        for unit in self.units:
-            for flat in unit.flats:
-                flat.sums.dropped()
+        for grads in self._grads:
+            grads.dropped()
         self._finished = True
         self._begin_step()
-
-    # -- state ---------------------------------------------------------------------------------------------------------
-
-    def owned(self) -> list[Owned]:
-        """This rank's trained masters, for the optimizer."""
-        return [part for unit in self.units for flat in unit.flats for part in flat.owned(self._grad_of)]
-
-    def _grad_of(self, sums: Sums, name: str, where: slice) -> Tensor | None:
-        return None if name in self._without.names else sums.reduced_at(where)
-
-    def shares(self, *, trained: bool = True) -> list[Share]:
-        """What this rank alone stands for of every trained (or every frozen) flat buffer, in the model's canonical order."""
-        found, base = [], 0
-        for index, unit in enumerate(self.units):
-            for flat in (flat for flat in unit.flats if flat.trained == trained):
-                first, view = flat.share()
-                named = tuple(flat.place.parts(flat.place.outermost))
-                found.append(Share(index, unit.label, base + first, view, named))
-                base += flat.layout.used
-        return found
-
-    def saves(self, owned: Owned) -> bool:
-        """Whether this rank writes what it owns: of equal replicas only the first does."""
-        return self._first_replica()
-
-    def for_save(self, *, trained_only: bool = False) -> list[Piece]:
-        """The pieces of the model's (or only its trained) parameters that this rank is to write. Lands what is in flight."""
-        self.drain()
-        return self.for_load(trained_only=trained_only) if self._first_replica() else []
-
-    def for_load(self, *, trained_only: bool = False) -> list[Piece]:
-        """Every piece that this rank holds; fill them, then call `loaded`."""
-        flats = [flat for unit in self.units for flat in unit.flats]
-        return [piece for flat in flats if flat.trained or not trained_only for piece in flat.pieces()]
 
     def carried_for_save(self) -> list[Piece]:
         """What this rank is to write of what else a step takes over from the one before. Lands what is in flight."""
         self.drain()
-        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_save(flat)]
+        return [piece for unit in self.units for piece in carried.to_save(unit)]
 
     def carried_for_load(self, saved: Collection[str]) -> list[Piece]:
         """What this rank takes over of it from the tensors named in `saved`; fill them, then call `loaded`."""
-        return [piece for unit in self.units for flat in unit.flats for piece in carried.to_load(flat, saved)]
+        return [piece for unit in self.units for piece in carried.to_load(unit, saved)]
 
     def starts_afresh(self, saved: Collection[str]) -> bool:
         """Whether the tensors named in `saved` do not give compressed weights the bits that they had."""
         return carried.starts_afresh((flat for unit in self.units for flat in unit.flats), saved)
 
-    def _first_replica(self) -> bool:
-        outer = self.world.cluster.coordinates(self.world.rank)[self.plan.depths[2] + 1 :]
-        return not any(outer)
+    # -- full parameters --------------------------------------------------------------------------------------------------
 
     @contextmanager
     def full_parameters(self) -> Iterator[None]:
-        """Inside, every parameter of the module is whole, to be read, or written alike on all ranks.
+        """Inside, every parameter of the module is full, to be read, or written alike on all ranks.
 
         All ranks enter together. Inside another one it does nothing.
         """
@@ -453,7 +401,7 @@ def shard(
     *,
     initial: Initial | None = None,
 ) -> Sharded:
-    """Cut the states of `module` as `plan` says. Its weights must be equal on all ranks; it is changed in place.
+    """Shard the states of `module` as `plan` says. Its weights must be equal on all ranks; it is changed in place.
 
     `units` names submodules whose states move together; the default is every ModuleList entry, and each other child.
     Parameters on the meta device get the values that `initial(name)` makes, on any device, the same on all ranks: asked

@@ -1,15 +1,14 @@
-"""The states of one flat buffer: weights at depth lp, gradient sums at lg, masters at lo, and the chains that move them.
+"""The weights of one flat buffer, sharded at depth lp, their masters at lo, and the collectives that move them.
 
-A chain is a generator: it issues a collective, yields its handle, and goes on when that has arrived. The engine decides
+`..._hops` are generators: each issues a collective, yields its handle, and goes on when that has arrived. The engine decides
 when; this file decides what becomes of the weights, `accumulation` what becomes of the gradients. All numbers
-are those of `layout`: N elements whole, N / S_d at depth d.
+are those of `layout`: N elements unsharded, N / S_d at depth d.
 
-Exactness: the sums of every partition nest in the same order (inner level first, ranks in order), and every rank,
-the owner too, uses what was decoded from the wire, so replicas hold the same bits.
+Exactness: every rank, the owner too, uses what was decoded from a message, so replicas hold the same bits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+import hashlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,102 @@ from thinwire.comm.collectives import all_gather
 from thinwire.comm.handle import Handle
 from thinwire.comm.world import World
 from thinwire.errors import UseError
-from thinwire.parallel.shard.accumulation import Sums
 from thinwire.parallel.shard.deferred import FirstValues
 from thinwire.parallel.shard.dtypes import Kind
 from thinwire.parallel.shard.layout import Interval, Layout, Piece, Slot
-from thinwire.parallel.shard.optimizer import Owned
-from thinwire.parallel.shard.received import EXACT, Received
-from thinwire.parallel.shard.shard_spec import PLAIN, Cut, Draw, Place
-from thinwire.plan.traffic import P_GATHER, P_REFRESH, SPREAD, Flow
+from thinwire.parallel.shard.shard_spec import PLAIN, Draw, ShardSpec
+from thinwire.parallel.shard.sharding import Sharding
+from thinwire.plan.traffic import P_GATHER, P_REFRESH, SPREAD
+
+EXACT = Draw(0, 0)
+"""Nothing was compressed."""
+
+
+class Received:
+    """How the weights at depth lp, `weights`, came about, and how they come back after a load, bit for bit.
+
+    Masters are saved as they are, but a run computes with what was decoded: that takes the fewest bytes that are exact:
+
+        exact    nothing was compressed on the way: the masters in the precision of compute. 16 bytes say so.
+        sent     the latest all-gather after a step was compressed, without differences: the same all-gather of the same
+                 masters with the same seed gives the same bits. 16 bytes, the seed; one more all-gather at the start.
+        kept     differences (weight deltas) add up over all steps, or somebody wrote to weights: they are no function of
+                 the masters. They are saved themselves: 2 or 4 bytes per parameter, in the precision of compute, each
+                 element once, since all ranks that hold an element hold the same bits.
+
+    A seed gives the same bits on the same levels, with the same sharding, codecs and buffers only: `key` is a digest of
+    these, part of the names in a checkpoint. Under another key weights begin with their masters' values.
+    `trained`: whether there are all-gathers after a step.
+    """
+
+    def __init__(self, spec: ShardSpec, weights: Tensor, *, trained: bool) -> None:
+        self.spec, self._weights = spec, weights.data
+        outside = spec.levels(spec.sharding.lp + 1, spec.sharding.lo)
+        self.compressed = trained and any(level in spec.sharding.weights for level in outside)
+        """Whether weights may be other than their masters."""
+        self.sent: Draw | None = EXACT
+        """What the latest all-gather drew; None: the weights are no function of the masters."""
+        self._again = False
+        self._record: Tensor | None = None
+
+    def begins(self, *, exact: bool) -> Draw | None:
+        """An all-gather of the masters begins, after a step or (`exact`) another write: what it draws.
+
+        None: what came back from before the load is in place already, and nothing is to be sent.
+        """
+        again, self._again = self._again and exact, False
+        if again or not self.compressed:
+            return self.sent
+        draw = EXACT if exact else self.spec.draw(P_REFRESH)
+        self.sent = None if self.spec.sharding.delta_levels and not exact else draw
+        return draw
+
+    def edited(self) -> None:
+        """Somebody wrote to weights: where they were compressed, some of them still are, others not."""
+        if self.sent != EXACT:
+            self.sent = None
+
+    # -- to bring back -------------------------------------------------------------------------------------------------
+
+    @property
+    def key(self) -> str:
+        """Of all that the weights depend on beside masters and seed."""
+        spec, sharding = self.spec, self.spec.sharding
+        levels = [(level.name, level.fanout) for level in spec.world.cluster.levels]
+        coded = [
+            (level, sharding.weights[level].definition, level in sharding.delta_levels)
+            for level in spec.levels(sharding.lp + 1, sharding.lo)
+            if level in sharding.weights
+        ]
+        told = repr((levels, sharding.lp, sharding.lo, coded, spec.layout, spec.number, self._weights.dtype))
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+    def kept(self) -> tuple[Draw | None, Tensor | None]:
+        """What brings the weights back as they are now, if the masters come back too: for `bring_back`."""
+        return self.sent, self._weights.clone() if self.sent is None else None
+
+    def bring_back(self, sent: Draw | None, weights: Tensor | None = None) -> None:
+        """From the next exact all-gather of the masters on, hold what was held when `kept` said so."""
+        self.sent, self._again = sent, True
+        if weights is not None:
+            self._weights.copy_(weights)
+
+    def record(self) -> Tensor:
+        """(2,) what `sent` is, to be saved. Only where there is one."""
+        assert self.sent is not None
+        return torch.tensor([self.sent.step, self.sent.number])
+
+    def arriving(self) -> Tensor:
+        """(2,) to be filled with a saved record. It counts from `arrived` on."""
+        self._record = torch.zeros(2, dtype=torch.int64)
+        return self._record
+
+    def arrived(self) -> None:
+        """The tensor of `arriving` is filled."""
+        if self._record is not None:
+            step, number = self._record.tolist()
+            self.bring_back(Draw(step, number))
+            self._record = None
 
 
 class Flat:
@@ -42,31 +129,34 @@ class Flat:
         *,
         kind: Kind,
         multiple: int,
-        cut: Cut,
+        sharding: Sharding,
         world: World,
         first: FirstValues,
     ) -> None:
-        self.parameters, self.cut, self.kind = parameters, cut, kind
+        self.parameters, self.sharding, self.kind = parameters, sharding, kind
         self.trained, self._device = kind.trained, next(iter(parameters.values())).device
         self.layout = Layout.of([(name, kind.shape(p.shape)) for name, p in parameters.items()], multiple=multiple)
-        self.place = Place(self.layout, cut, world, self._device)
-        whole = torch.zeros(self.layout.numel, dtype=kind.master, device=self._device)
+        self.spec = ShardSpec(self.layout, sharding, world, self._device)
+        unsharded = torch.zeros(self.layout.numel, dtype=kind.master, device=self._device)
         for slot, parameter in zip(self.layout.slots, parameters.values(), strict=True):
-            whole[slot.offset : slot.offset + slot.numel] = kind.numbers(first.of(slot.name, parameter))
-        within = self.place.within
-        self.weights = whole[within(cut.lp, -1)].to(kind.compute, copy=True)
-        self.received = Received(self.place, self.weights, trained=self.trained)
-        outside = self.place.levels(cut.lp + 1, cut.lo)
-        self._shared = kind.compute == kind.master and not any(level in cut.weights for level in outside)
+            unsharded[slot.offset : slot.offset + slot.numel] = kind.numbers(first.of(slot.name, parameter))
+        within = self.spec.within
+        self.weights = unsharded[within(sharding.lp, -1)].to(kind.compute, copy=True)
+        self.received = Received(self.spec, self.weights, trained=self.trained)
+        outside = self.spec.levels(sharding.lp + 1, sharding.lo)
+        self._shared = kind.compute == kind.master and not any(level in sharding.weights for level in outside)
         """Whether masters lie in the weights: those are as exact, and the owner's arrive as they are."""
-        self.master = self.weights[within(cut.lo, cut.lp)] if self._shared else whole[within(cut.lo, -1)].clone()
-        self.sums = Sums(parameters, self.place, kind=kind)
+        self.master = (
+            self.weights[within(sharding.lo, sharding.lp)]
+            if self._shared
+            else unsharded[within(sharding.lo, -1)].clone()
+        )
         self._away = [kind.nothing(slot.shape, self._device) for slot in self.layout.slots]
         """What parameters are while their weights are not here: of the right shape, and not a number wherever read."""
-        self.whole: Tensor | None = None
-        """The gathered weights, of which parameters are views; the weights themselves where they are not cut."""
+        self.unsharded: Tensor | None = None
+        """The gathered weights, of which parameters are views; the weights themselves where they are not sharded."""
         self._views: list[Tensor] = self._away
-        if cut.lp < 0:
+        if sharding.lp < 0:
             self._hold(self.weights)
         else:
             self._point(self._away)
@@ -76,78 +166,78 @@ class Flat:
 
     @property
     def gathered(self) -> bool:
-        """Whether the parameters are whole and can be used."""
-        return self.whole is not None
+        """Whether the parameters are full and can be used."""
+        return self.unsharded is not None
 
-    def _hold(self, whole: Tensor) -> None:
-        self.whole = whole
-        self._views = [self.kind.view(whole[s.offset : s.offset + s.numel], s.shape) for s in self.layout.slots]
+    def _hold(self, unsharded: Tensor) -> None:
+        self.unsharded = unsharded
+        self._views = [self.kind.view(unsharded[s.offset : s.offset + s.numel], s.shape) for s in self.layout.slots]
         self._point(self._views)
 
-    def gather_chain(self, tag: int) -> Iterator[Handle]:
-        """Weights from depth lp to whole; the parameters are views of them afterwards. All ranks mean the same `tag`."""
+    def gather_hops(self, tag: int) -> Iterator[Handle]:
+        """Weights from depth lp to full; the parameters are views of them afterwards. All ranks mean the same `tag`."""
         if self.gathered:
             return
-        place, part = self.place, self.weights
-        draw = Draw(place.step, 1)  # the same for all gathers of a step: a recomputed forward sees the same weights
-        for level in reversed(place.levels(0, self.cut.lp)):
-            out = place.empty(level - 1, part.dtype)
-            coding = place.coding(self.cut.weights, level, level, P_GATHER, draw)
+        spec, part = self.spec, self.weights
+        draw = Draw(spec.step, 1)  # the same for all gathers of a step: a recomputed forward sees the same weights
+        for level in reversed(spec.levels(0, self.sharding.lp)):
+            out = spec.empty(level - 1, part.dtype)
+            coding = spec.coding(self.sharding.weights, level, level, P_GATHER, draw)
             yield all_gather(
-                out, part, world=place.world, level=level, purpose=P_GATHER, **coding, tag=tag, lasting=True
+                out, part, world=spec.world, level=level, purpose=P_GATHER, **coding, tag=tag, lasting=True
             )
             part = out
         self._hold(part)
 
     def release(self) -> None:
-        """Let go of the whole weights; the parameters cannot be used until they are gathered again.
+        """Let go of the full weights; the parameters cannot be used until they are gathered again.
 
         What was written into them (a forward that clamps its own weights) is taken over into the states first.
         """
-        if self.cut.lp < 0 or not self.gathered:
+        if self.sharding.lp < 0 or not self.gathered:
             return
         self.absorb_edits()
-        self.whole = None
+        self.unsharded = None
         self._views = self._away
         self._point(self._away)
 
-    def refresh_chain(self, *, exact: bool = False) -> Iterator[Handle]:
+    def regather_hops(self, *, exact: bool = False) -> Iterator[Handle]:
         """Weights at depth lp from the masters at lo: after a step, or (`exact`) after other writes, a load for one.
 
         Exactly means uncoded, unless `received` is to bring back what was held before.
         """
-        place, held, part = self.place, self.weights.data, self.master
+        spec, held, part = self.spec, self.weights.data, self.master
         draw = self.received.begins(exact=exact)
         if draw is None:
             return
-        levels, coded = place.levels(self.cut.lp + 1, self.cut.lo), draw != EXACT
+        levels, coded = spec.levels(self.sharding.lp + 1, self.sharding.lo), draw != EXACT
         for level in reversed(levels):
-            coding = place.coding(self.cut.weights, level, level, P_REFRESH, draw) if coded else PLAIN
-            there = held[place.within(level - 1, self.cut.lp)]
-            if level in self.cut.delta_levels and coded:
-                change = part - held[place.within(level, self.cut.lp)]
-                # In place at the last hop alone: the others' references are what is held before this refresh.
+            coding = spec.coding(self.sharding.weights, level, level, P_REFRESH, draw) if coded else PLAIN
+            there = held[spec.within(level - 1, self.sharding.lp)]
+            if level in self.sharding.delta_levels and coded:
+                change = part - held[spec.within(level, self.sharding.lp)]
+                # In place at the last hop alone: the others' references are what is held before this all-gather.
                 part = there.to(part.dtype, copy=level != levels[0])
-                yield all_gather(part, change, world=place.world, level=level, purpose=P_REFRESH, **coding, add=True)
+                yield all_gather(part, change, world=spec.world, level=level, purpose=P_REFRESH, **coding, add=True)
             else:
                 sent = part.to(self.kind.compute) if coding["codec"] is IDENTITY else part
-                in_place = sent.dtype == held.dtype and not self.cut.delta_levels
-                part = there if in_place else place.empty(level - 1, sent.dtype)
-                yield all_gather(part, sent, world=place.world, level=level, purpose=P_REFRESH, **coding)
+                in_place = sent.dtype == held.dtype and not self.sharding.delta_levels
+                part = there if in_place else spec.empty(level - 1, sent.dtype)
+                yield all_gather(part, sent, world=spec.world, level=level, purpose=P_REFRESH, **coding)
         if part.data_ptr() != held.data_ptr():
             held.copy_(part)
-        held[place.padding(self.cut.lp)] = 0.0  # what codecs that rotate blocks have left there
+        held[spec.padding(self.sharding.lp)] = 0.0  # what codecs that rotate blocks have left there
 
-    def spread_chain(self) -> Iterator[Handle]:
-        """This rank's share of the masters to the replicas of these masters, outermost level first."""
-        place = self.place
-        for level in reversed(place.levels(self.cut.lo + 1, place.outermost)):
-            part, out = (self.master[place.within(depth, self.cut.lo)] for depth in (level, level - 1))
-            yield all_gather(out, part, world=place.world, level=level, purpose=SPREAD)
+    def broadcast_hops(self) -> Iterator[Handle]:
+        """This rank's owned range of the masters to the replicas of these masters, outermost level first."""
+        spec = self.spec
+        for level in reversed(spec.levels(self.sharding.lo + 1, spec.outermost)):
+            part, out = (self.master[spec.within(depth, self.sharding.lo)] for depth in (level, level - 1))
+            yield all_gather(out, part, world=spec.world, level=level, purpose=SPREAD)
 
     def share(self) -> tuple[int, Tensor]:
         """(first element, view of the masters): what this rank alone stands for among all ranks, padding left out."""
-        mine, held = self.place.at(self.place.outermost), self.place.at(self.cut.lo)
+        mine, held = self.spec.at(self.spec.outermost), self.spec.at(self.sharding.lo)
         end = max(mine.start, min(mine.end, self.layout.used))
         return mine.start, self.master[Interval(mine.start, end).inside(held)]
 
@@ -177,25 +267,26 @@ class Flat:
         return found
 
     def absorb_edits(self) -> None:
-        """Take writes into whole parameters (load_state_dict, `p.data = x`, a clamp) over into the states made from them.
+        """Take writes into full parameters (load_state_dict, `p.data = x`, a clamp) over into the states made from them.
 
         Every rank makes the same ones. Raises UseError, naming the parameter, for one that was moved or converted.
         """
         for slot, other in self._written():
             self._refuse_another(slot, other)
             if other is not None:
-                assert self.whole is not None
-                self.whole[slot.offset : slot.offset + slot.numel] = self.kind.numbers(other)
+                assert self.unsharded is not None
+                self.unsharded[slot.offset : slot.offset + slot.numel] = self.kind.numbers(other)
             self._take_over(slot)
             self.received.edited()
-        if self.whole is not None:
+        if self.unsharded is not None:
             self._point(self._views)
         self._seen = self._versions()
 
     def _refuse_another(self, slot: Slot, other: Tensor | None) -> None:
         there = self._away[self.layout.slots.index(slot)]
         if other is not None and (
-            self.whole is None or (other.shape, other.dtype, other.device) != (there.shape, there.dtype, there.device)
+            self.unsharded is None
+            or (other.shape, other.dtype, other.device) != (there.shape, there.dtype, there.device)
         ):
             raise UseError(
                 f"{slot.name} was moved, converted or replaced after shard(); do that before, then shard anew"
@@ -203,13 +294,13 @@ class Flat:
 
     def _take_over(self, slot: Slot) -> None:
         """Of what has changed alone: the rest of a master is finer than the weight that was made of it."""
-        assert self.whole is not None
-        self.place.world.settle()  # others may be reading these weights still
-        written = self.whole.detach()
-        for depth, held in ((self.cut.lo, self.master), (self.cut.lp, self.weights)):
-            mine = self.place.at(depth)
+        assert self.unsharded is not None
+        self.spec.world.settle()  # others may be reading these weights still
+        written = self.unsharded.detach()
+        for depth, held in ((self.sharding.lo, self.master), (self.sharding.lp, self.weights)):
+            mine = self.spec.at(depth)
             met = mine.meet(slot)
-            if held is not self.whole and len(met):
+            if held is not self.unsharded and len(met):
                 old, new = held[met.inside(mine)], written[met.start : met.end]
                 old.copy_(torch.where(old.to(new.dtype) == new, old, new.to(old.dtype)))
 
@@ -223,36 +314,21 @@ class Flat:
 
     # -- what others see -----------------------------------------------------------------------------------------------
 
-    def flow(self, gathers: int, step: int) -> Flow:
-        """What the traffic formula needs to know of this buffer in a step, counted from 0."""
-        summing = self.sums.low_rank_at(step)
-        low_rank = None if summing is None else (summing.level, summing.lengths)
-        return Flow(self.layout.numel, self.cut.lp, self.cut.lg, self.cut.lo, gathers, self.trained, low_rank)
-
     @property
     def compute_bytes(self) -> int:
         """Bytes of a weight as it is computed with."""
         return self.kind.compute.itemsize
 
-    def owned(self, grad_of: Callable[[Sums, str, slice], Tensor | None]) -> list[Owned]:
-        """The masters of this rank that are trained; their gradient is looked up when a step is taken."""
-        return [
-            Owned(name, shape, offset, self.master[where], partial(grad_of, self.sums, name, where))
-            for name, shape, offset, where in self.place.parts(self.cut.lo)
-            if self.trained
-        ]
-
     def pieces(self) -> list[Piece]:
         """The masters of this rank as pieces of logical tensors."""
         return [
             Piece(f"params/{name}", shape, offset, self.master[where])
-            for name, shape, offset, where in self.place.parts(self.cut.lo)
+            for name, shape, offset, where in self.spec.parts(self.sharding.lo)
         ]
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes of each state on this rank; masters that lie in the weights count as optimizer state."""
+        """Bytes of both states on this rank; masters that lie in the weights count as optimizer state."""
         return {
             "params": self.weights.nbytes - (self.master.nbytes if self._shared else 0),
-            "grads": self.sums.nbytes,
             "master": self.master.nbytes,
         }

@@ -1,4 +1,4 @@
-"""Uses of a cut module that would give wrong numbers are refused, each with the way out.
+"""Uses of a sharded module that would give wrong numbers are refused, each with the way out.
 
 Parameters that no rank has a gradient for in a step: the optimizer leaves them alone, as it does where `.grad` is None.
 
@@ -18,13 +18,14 @@ from thinwire.comm.collectives import gather_small
 from thinwire.comm.handle import Handle
 from thinwire.comm.world import World
 from thinwire.errors import UseError
+from thinwire.parallel.shard.accumulation import GradAccumulation
 from thinwire.parallel.shard.flat import Flat
 
 _PLAIN = (str, bytes, bool, int, float, complex, Iterator, torch.dtype, torch.device)
 
 
 def check_parameters(root: nn.Module) -> None:
-    """Before anything is cut: every parameter can be. Raises UseError naming the first that cannot."""
+    """Before anything is sharded: every parameter can be. Raises UseError naming the first that cannot."""
     for name, parameter in root.named_parameters():
         if is_lazy(parameter):
             raise UseError(f"{name} has no shape yet; run one forward before shard()")
@@ -110,19 +111,19 @@ def tensors_in(out: Any) -> Iterator[Tensor]:
             left.extend(getattr(item, "__dict__", {}).values())
 
 
-class Without:
-    """Of the trained `flats`, which are in the same order on all ranks."""
+class NoGradients:
+    """Of the trained buffers' `grads`, which are in the same order on all ranks."""
 
-    def __init__(self, flats: Sequence[Flat], world: World) -> None:
-        self._flats, self._world = flats, world
-        self._names = [name for flat in flats for name in flat.parameters]
+    def __init__(self, grads: Sequence[GradAccumulation], world: World) -> None:
+        self._grads, self._world = grads, world
+        self._names = [name for of_buffer in grads for name in of_buffer.parameters]
         self.names: frozenset[str] = frozenset()
-        """Parameters that nobody has a gradient for, once the latest chain has come to its end."""
+        """Parameters that nobody has a gradient for, once the latest exchange has come to its end."""
 
-    def chain(self) -> Iterator[Handle]:
+    def hops(self) -> Iterator[Handle]:
         """Tell all ranks, level by level, which gradients have come here so far in this step."""
         world = self._world
-        came = _packed([came for flat in self._flats for came in flat.sums.came])
+        came = _packed([came for of_buffer in self._grads for came in of_buffer.came])
         for level in range(len(world.cluster.levels)):
             if world.fanout(level) > 1:
                 everyone = torch.empty(world.fanout(level), len(came), dtype=torch.uint8)

@@ -6,9 +6,10 @@ again: what computes never pays for this, and `torch.compile` never sees it.
 
 Hooks on a module that stay behind when it is copied or pickled, and that `torch.compile` leaves alone.
 
-A copy of a cut module (an EMA, a file) is a plain module: its forward must not drive the engine of the one it is made from.
+A copy of a sharded module (an EMA, a file) is a plain module: its forward must not drive the engine of the one it is
+made from.
 
-The module's own `state_dict` and `load_state_dict` under any cut: they see whole parameters, the newest ones.
+The module's own `state_dict` and `load_state_dict` under any sharding: they see full parameters, the newest ones.
 """
 
 import copy
@@ -136,12 +137,12 @@ class Hook:
         return _nothing, ()
 
 
-def hook_state_dict(module: nn.Module, whole: Callable[[], AbstractContextManager[None]]) -> None:
+def hook_state_dict(module: nn.Module, full: Callable[[], AbstractContextManager[None]]) -> None:
     """Run both inside `whole()`, which all ranks enter together."""
     entered = ExitStack()
 
     def enter(*_: Any) -> None:
-        entered.enter_context(whole())
+        entered.enter_context(full())
 
     def leave(*_: Any) -> None:
         entered.close()

@@ -1,6 +1,6 @@
 """Where parameters lie in a unit's flat buffer, and which interval of it a rank holds at each depth. Pure.
 
-Shards are inner-major: at depth d (cut over levels 0..d) a rank with coordinates c holds the interval that starts at
+Shards are inner-major: at depth d (sharded over levels 0..d) a rank with coordinates c holds the interval that starts at
 sum over l <= d of c_l N / S_l and has N / S_d elements, where S_d is the product of the fanouts up to d. So a
 reduce-scatter of level d takes the interval of depth d - 1 to that of depth d, an all-gather takes it back, and no
 element is ever moved to another place. Depth -1 is the whole buffer.
@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -75,7 +76,7 @@ class Interval:
 def matrices_in(layout: Layout, part: Interval, rank: int) -> list[tuple[int, int, int]]:
     """(start in the part, rows, columns) of whole rows of matrices that rank x (rows + columns) numbers can stand for.
 
-    A parameter's first dimension counts rows, all others columns. Of a matrix that is cut only its whole rows count.
+    A parameter's first dimension counts rows, all others columns. Of a matrix that is sharded only its whole rows count.
     """
     found = []
     for slot in layout.slots:
@@ -90,13 +91,23 @@ def matrices_in(layout: Layout, part: Interval, rank: int) -> list[tuple[int, in
 
 
 def interval(numel: int, fanouts: Sequence[int], coordinates: Sequence[int], depth: int) -> Interval:
-    """What the rank at `coordinates` holds of `numel` elements when they are cut over levels 0..`depth`."""
+    """What the rank at `coordinates` holds of `numel` elements when they are sharded over levels 0..`depth`."""
     start, size = 0, numel
     for fanout, coordinate in zip(fanouts[: depth + 1], coordinates[: depth + 1], strict=True):
         assert size % fanout == 0, (numel, fanouts)
         size //= fanout
         start += coordinate * size
     return Interval(start, start + size)
+
+
+@dataclass(frozen=True)
+class BufferInfo:
+    """A flat buffer of the `unit`-th unit, its precision on masters, and whether it is trained."""
+
+    unit: int
+    layout: Layout
+    master: torch.dtype
+    trained: bool
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ def check_elementwise(build: Build, options: dict[str, Any], like: Tensor) -> No
     with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []), torch.enable_grad():
         generator = torch.Generator().manual_seed(0)
         start, *grads = (torch.randn(4, 4, generator=generator).to(**make) for _ in range(1 + _TRIAL_STEPS))
-        whole = _trained(build, options, [start], [[grad] for grad in grads])
+        full = _trained(build, options, [start], [[grad] for grad in grads])
         parts = _trained(build, options, _parts(start), [_parts(grad) for grad in grads])
-    if whole is None or parts is None or not torch.allclose(whole, parts, rtol=1e-5, atol=1e-7):
+    if full is None or parts is None or not torch.allclose(full, parts, rtol=1e-5, atol=1e-7):
         raise PlanError(
             "this optimizer's update of an element depends on others (its row, its column, a norm), and every rank owns "
             "flat parts of parameters; take one that is elementwise, such as AdamW, SGD or Lion"
@@ -145,7 +145,7 @@ class ShardedOptimizer:
     def for_save(self) -> list[Piece]:
         """The states that this rank is to write: `optimizer.KEY/PARAMETER`. A single number is written by one rank.
 
-        Raises PlanError, on every rank that owns anything, for a state that can be neither cut nor saved.
+        Raises PlanError, on every rank that owns anything, for a state that can be neither sharded nor saved.
         """
         pieces = [(part, piece) for part in self._owned for piece in [*self._pieces(part), *self._fewer_steps(part)]]
         return [piece for part, piece in pieces if self._engine.saves(part) and (piece.shape or part.offset == 0)]

@@ -1,9 +1,9 @@
 """Orders that all ranks must share: a collective pairs what each of them issues first, second, third.
 
 A rank whose forward skips a unit would take the weights of one unit for those of another, without a sound. What can be
-agreed on (reductions, refreshes) is agreed on; what follows the forward itself (gathers) is compared: over sockets and
-inside a host each gather says which one it is, and so does the end of a step; on accelerators the step's are compared at
-its end.
+agreed on (reductions, all-gathers after a step) is agreed on; what follows the forward itself (gathers) is compared:
+over sockets and inside a host each gather says which one it is, and so does the end of a step; on accelerators the
+step's are compared at its end.
 
 The course of a micro-batch: which units its forward called, and how far backward has come back through them.
 
@@ -13,16 +13,17 @@ place of what backward has come through already. Pure.
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 import torch
 
 from thinwire.comm.collectives import all_reduce_small, compare
 from thinwire.comm.transport.local_socket import OtherExchangeError
 from thinwire.comm.world import World
-from thinwire.parallel.shard.unit import Unit
 
+Called = TypeVar("Called", bound=Hashable)
 _END = 1
 _UNITS, _MICRO_BATCHES, _REDUCTION = 2**13, 2**8, 2**21
 """What a reduction's tag tells apart, above the tags of gathers."""
@@ -57,7 +58,7 @@ class Tags:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Inside, ranks that are in different exchanges are told so in words: raises UseError, on all ranks in the end."""
+        """Inside, ranks that are in different exchanges get a sentence: raises UseError, on all ranks in the end."""
         try:
             yield
         except OtherExchangeError as error:
@@ -69,7 +70,7 @@ class Tags:
 
 
 class GatherOrder:
-    """What a rank gathers in a step, compared among the ranks that its weights are cut over.
+    """What a rank gathers in a step, compared among the ranks that its weights are sharded over.
 
     `depth` is that of the weights; levels of one member do not count.
     """
@@ -105,12 +106,12 @@ class GatherOrder:
             )
 
 
-class Course:
-    """Calls are numbered in the order of forward."""
+class CallOrder(Generic[Called]):
+    """Calls of units are numbered in the order of forward."""
 
     def __init__(self) -> None:
-        self._calls: list[Unit] = []
-        self._first: dict[Unit, int] = {}
+        self._calls: list[Called] = []
+        self._first: dict[Called, int] = {}
         self._position = 0
         """Calls from here on are those that backward has come through."""
 
@@ -118,7 +119,7 @@ class Course:
         """A micro-batch begins."""
         self._calls, self._first, self._position = [], {}, 0
 
-    def called(self, unit: Unit, *, again: bool) -> int:
+    def called(self, unit: Called, *, again: bool) -> int:
         """A unit was called, in forward or (`again`) in a recomputed one; the number of the call."""
         if again and self._position < len(self._calls):
             del self._calls[self._position :]
@@ -134,16 +135,16 @@ class Course:
         """Another backward begins at the end."""
         self._position = len(self._calls)
 
-    def back_to(self, number: int) -> Iterator[Unit]:
+    def back_to(self, number: int) -> Iterator[Called]:
         """Backward has come to a call: it and those that have been passed over, latest first."""
         while self._position > number:
             self._position -= 1
             yield self._calls[self._position]
 
-    def is_over(self, unit: Unit) -> bool:
+    def is_over(self, unit: Called) -> bool:
         """Whether backward has come through all calls of a unit, and past the first."""
         return self._first.get(unit, self._position + 1) > self._position
 
-    def has_passed(self, unit: Unit) -> bool:
+    def has_passed(self, unit: Called) -> bool:
         """Whether a unit was called, and backward is past all its calls."""
         return unit in self._first and self.is_over(unit)

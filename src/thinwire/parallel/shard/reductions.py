@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from thinwire.comm.handle import Flight
 from thinwire.comm.world import World
 from thinwire.parallel.shard.guard import refuse_second
-from thinwire.parallel.shard.order import Course, Tags, of_rank_0
+from thinwire.parallel.shard.order import CallOrder, Tags, of_rank_0
 from thinwire.parallel.shard.unit import Unit
 
 
@@ -68,10 +68,11 @@ class Reductions:
     def expect(self, counts: Sequence[int], *, nested: bool) -> None:
         """A backward begins, in which so many trained parameters of each unit will get a gradient.
 
-        Of a cut unit that expects none, whatever other ranks' graphs have of it: its turn comes when backward passes it, as
-        where gradients do come, so that ranks gather and reduce in one order; that of a resident one comes at once. What a
-        forward has hidden from autograd comes in `nested` backwards of recomputed forwards; who knows how many there are
-        of a unit that was hidden more than once, or that is recomputed piece by piece (reversible layers).
+        Of a sharded unit that expects none, whatever other ranks' graphs have of it: its turn comes when backward
+        passes it, as where gradients do come, so that ranks gather and reduce in one order; that of a resident one
+        comes at once. What a forward has hidden from autograd comes in `nested` backwards of recomputed forwards; who
+        knows how many there are of a unit that was hidden more than once, or that is recomputed piece by piece
+        (reversible layers).
         """
         for index, (unit, count) in enumerate(zip(self._units, counts, strict=True)):
             if nested and count and self._take_back(index):
@@ -81,13 +82,13 @@ class Reductions:
                     unit.waiting = count if nested and unit.hidden == 1 and count == len(unit.trained) else None
             else:
                 unit.waiting = count or None
-                if not count and unit.cut and unit.trained:
+                if not count and unit.sharded and unit.trained:
                     (self._complete if unit.resident else self._idle).append(index)
         self._issue()
 
-    def passed(self, course: Course) -> None:
+    def passed(self, calls: CallOrder[Unit]) -> None:
         """Backward has come through some calls: units that it has come past get no gradient any more."""
-        over = [index for index in self._idle if course.has_passed(self._units[index])]
+        over = [index for index in self._idle if calls.has_passed(self._units[index])]
         if over:
             self._idle = [index for index in self._idle if index not in over]
             self._complete += over
@@ -153,7 +154,7 @@ class Reductions:
         """The sums are those of the step when this returns, whether or not a micro-batch said that it was the last."""
         self.land()
         for index in self._order or ():
-            Flight(*(flat.sums.finish_chain() for flat in self._units[index].flats if flat.trained)).land()
+            Flight(*(grads.finish_hops() for grads in self._units[index].grads.values())).land()
         self._world.settle()
 
     def land(self) -> None:
@@ -177,7 +178,7 @@ class Reductions:
             self._note("reduce", unit)
             tag = self._tags.reduction(self._order[self._issued - 1], self._number)
             self._flights.append(
-                Flight(*(flat.sums.reduce_chain(last=self._last, tag=tag) for flat in unit.flats if flat.trained))
+                Flight(*(grads.reduce_hops(last=self._last, tag=tag) for grads in unit.grads.values()))
             )
             unit.summed = True
             unit.watch()
@@ -185,7 +186,7 @@ class Reductions:
             self._drop_landed()
 
     def _advance_older(self) -> None:
-        """Earlier reductions go on by a hop; the latest is let be on the slowest links, which shall never run dry."""
+        """Earlier reductions go on by a hop; the latest stays on the slowest links, which must never run dry."""
         self.leave_host()
         for flight in self._flights:
             if flight is self._left:

@@ -29,13 +29,13 @@ class _Lies:
     offset: int
 
     def read(self) -> Tensor:
-        whole = self.flat.whole
-        assert whole is not None
+        unsharded = self.flat.unsharded
+        assert unsharded is not None
         if self.dtype.is_complex:
-            whole = torch.view_as_complex(whole.view(-1, 2))
-        elif self.dtype != whole.dtype:
-            whole = whole.view(self.dtype)
-        return whole.as_strided(self.size, self.stride, self.offset)
+            unsharded = torch.view_as_complex(unsharded.view(-1, 2))
+        elif self.dtype != unsharded.dtype:
+            unsharded = unsharded.view(self.dtype)
+        return unsharded.as_strided(self.size, self.stride, self.offset)
 
 
 class SavedWeights:
@@ -53,9 +53,9 @@ class SavedWeights:
         if top is not None and top[0] is not self._hooks[0]:
             return False
         for flat in unit.flats:
-            assert flat.whole is not None
-            if flat.cut.lp >= 0:
-                self._holders[flat.whole.untyped_storage()._cdata] = unit, flat
+            assert flat.unsharded is not None
+            if flat.sharding.lp >= 0:
+                self._holders[flat.unsharded.untyped_storage()._cdata] = unit, flat
         torch._C._autograd._push_saved_tensors_default_hooks(*self._hooks)
         return True
 

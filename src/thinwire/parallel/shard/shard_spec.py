@@ -1,7 +1,4 @@
-"""Where the parts of a flat buffer lie on this rank, at each depth of its cut, and the codecs of its hops.
-
-The codecs of a plan, per level index and direction.
-"""
+"""Where the parts of a flat buffer lie on this rank, at each depth of its sharding, and how each of its hops codes."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,73 +9,15 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.codecs.codec import IDENTITY, Codec
-from thinwire.comm.codecs.registry import make_codec
 from thinwire.comm.world import World
-from thinwire.errors import PlanError
 from thinwire.parallel.shard.layout import Interval, Layout, interval
-from thinwire.plan.plan import Plan
+from thinwire.parallel.shard.sharding import Sharding
 from thinwire.plan.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH
-
-Codecs = dict[int, Codec]
-
-
-def codecs_of(plan: Plan, master: torch.dtype) -> tuple[Codecs, Codecs, frozenset[int]]:
-    """(weights by level, gradients by level, levels whose weights travel as differences).
-
-    Raises PlanError where a codec cannot carry `master` numbers without saying so (fp64).
-    """
-    if master == torch.float64 and (plan.wire.weights or plan.wire.grads):
-        raise PlanError("codecs carry fp32 numbers, this model is fp64; leave plan.wire out, or train in fp32")
-    names = list(plan.level_names)
-    sides: list[Codecs] = []
-    for direction in (plan.wire.weights, plan.wire.grads):
-        made = {
-            names.index(level): make_codec(
-                name.removeprefix("delta-"), block=plan.wire.block, rounding=plan.wire.rounding
-            )
-            for level, name in direction.items()
-            if name not in ("fp32", "lowrank")
-        }
-        sides.append(made)
-    deltas = frozenset(names.index(level) for level, name in plan.wire.weights.items() if name.startswith("delta-"))
-    return sides[0], sides[1], deltas
-
-
-@dataclass(frozen=True)
-class LowRankHop:
-    """The gradient hop, the last one, that sums matrices of low rank: its level, that rank, and the step it begins at."""
-
-    level: int
-    rank: int
-    first_step: int
-
-
-def low_rank_of(plan: Plan) -> LowRankHop | None:
-    """The gradient hop that sums matrices of low rank, if there is one."""
-    levels = [plan.level_names.index(level) for level, name in plan.wire.grads.items() if name == "lowrank"]
-    return LowRankHop(levels[0], plan.wire.rank, plan.wire.rank_from) if levels else None
-
 
 _DRAWING = (P_GATHER, P_REFRESH, G_REDUCE, G_GATHER)
 """Purposes that draw random numbers, each its own."""
 Part = tuple[str, tuple[int, ...], int, slice]
 """Of a parameter: its name, its shape, the first element of it that is here, and where those lie in what is held."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How the states of a flat buffer are cut, and how they travel: depths lp, lg, lo and a codec per level."""
-
-    lp: int
-    lg: int
-    lo: int
-    weights: Mapping[int, Codec]
-    grads: Mapping[int, Codec]
-    delta_levels: frozenset[int]
-    """Levels whose weights travel as differences from what the receiver holds."""
-    feedback_level: int | None
-    """The gradient hop whose coding error is carried over to the next step."""
-    low_rank: LowRankHop | None = None
 
 
 class Coding(TypedDict):
@@ -93,17 +32,17 @@ PLAIN: Coding = {"codec": IDENTITY, "seed": 0}
 
 @dataclass(frozen=True)
 class Draw:
-    """Which random numbers a chain draws: it is the `number`-th of its kind since `step` steps were taken."""
+    """Which random numbers a collective draws: it is the `number`-th of its kind since `step` steps were taken."""
 
     step: int
     number: int
 
 
-class Place:
-    """This rank's place in a flat buffer of `layout`."""
+class ShardSpec:
+    """What this rank holds of a flat buffer of `layout`."""
 
-    def __init__(self, layout: Layout, cut: Cut, world: World, device: torch.device) -> None:
-        self.layout, self.cut, self.world, self.device = layout, cut, world, device
+    def __init__(self, layout: Layout, sharding: Sharding, world: World, device: torch.device) -> None:
+        self.layout, self.sharding, self.world, self.device = layout, sharding, world, device
         fanouts, coordinates = [level.fanout for level in world.cluster.levels], world.cluster.coordinates(world.rank)
         self.outermost = len(fanouts) - 1
         self._held = {depth: interval(layout.numel, fanouts, coordinates, depth) for depth in range(-1, len(fanouts))}
@@ -114,7 +53,7 @@ class Place:
         self._draws: Counter[str] = Counter()
 
     def at(self, depth: int) -> Interval:
-        """The interval that this rank holds of a state that is cut at `depth`, -1 (whole) to the outermost level."""
+        """The interval that this rank holds of a state that is sharded at `depth`, -1 (unsharded) to the outermost level."""
         return self._held[depth]
 
     def within(self, depth: int, outer: int) -> slice:
@@ -122,7 +61,7 @@ class Place:
         return self.at(depth).inside(self.at(outer))
 
     def first_replica(self, depth: int) -> bool:
-        """Whether this rank is the first of those that hold the same of a state that is cut at `depth`."""
+        """Whether this rank is the first of those that hold the same of a state that is sharded at `depth`."""
         return not any(self.world.cluster.coordinates(self.world.rank)[depth + 1 :])
 
     def levels(self, first: int, last: int) -> list[int]:
@@ -130,11 +69,11 @@ class Place:
         return [level for level in range(first, last + 1) if self.world.fanout(level) > 1]
 
     def empty(self, depth: int, dtype: torch.dtype) -> Tensor:
-        """Room for a state that is cut at `depth`."""
+        """Room for a state that is sharded at `depth`."""
         return torch.empty(len(self.at(depth)), dtype=dtype, device=self.device)
 
     def padding(self, depth: int) -> slice:
-        """What of a state that is cut at `depth` stands for no parameter: the end of it, on the last ranks."""
+        """What of a state that is sharded at `depth` stands for no parameter: the end of it, on the last ranks."""
         mine = self.at(depth)
         return slice(min(len(mine), max(0, self.layout.used - mine.start)), len(mine))
 
@@ -152,7 +91,8 @@ class Place:
         self._draws.clear()
 
     def draw(self, purpose: str) -> Draw:
-        """What a chain that begins now draws. Its later hops may be issued when the next step has begun: they keep it."""
+        """What a collective that begins now draws. Its later hops may be issued when the next step has begun: they keep
+        it."""
         self._draws[purpose] += 1
         return Draw(self.step, self._draws[purpose])
 

@@ -1,7 +1,8 @@
-"""Whole weights when they are used: gathered before, the next unit's on their way behind; new ones after each step.
+"""Full weights when they are used: gathered before, the next unit's on their way behind; new ones after each step.
 
-Gathers are issued in the order of use. Refreshes are issued, and landed, in the order in which rank 0's first forward used
-units: their inner hops are issued as they land, and forwards may differ between ranks that do not share weights.
+Gathers are issued in the order of use. All-gathers after a step (`regather`) are issued, and landed, in the order in
+which rank 0's first forward used units: their inner hops are issued as they land, and forwards may differ between ranks
+that do not share weights.
 """
 
 from collections import deque
@@ -11,12 +12,12 @@ import torch
 
 from thinwire.comm.handle import Flight
 from thinwire.comm.world import World
-from thinwire.parallel.shard.order import Course, GatherOrder, Tags, of_rank_0
+from thinwire.parallel.shard.order import CallOrder, GatherOrder, Tags, of_rank_0
 from thinwire.parallel.shard.unit import Unit
 
 
 class Weights:
-    """The weights of all units; `depth` is where they are cut. `note(what, unit)` hears of what is issued."""
+    """The weights of all units; `depth` is where they are sharded. `note(what, unit)` hears of what is issued."""
 
     def __init__(
         self, units: Sequence[Unit], world: World, tags: Tags, *, depth: int, note: Callable[[str, Unit], None]
@@ -25,9 +26,9 @@ class Weights:
         self._number = {unit: number for number, unit in enumerate(units)}
         self.used: list[Unit] = []
         """Units in order of first use in forward."""
-        self._refreshes = list(range(len(units)))
-        """The order of refreshes, agreed on after the first micro-batch."""
-        self._refreshing: deque[Unit] = deque()
+        self._regather_order = list(range(len(units)))
+        """The order of all-gathers after a step, agreed on after the first micro-batch."""
+        self._regathering: deque[Unit] = deque()
         """Units whose new weights are on their way, oldest first."""
         self._here: dict[Unit, None] = {}
         """Cut units that are gathered, oldest first."""
@@ -46,20 +47,20 @@ class Weights:
         self._pass(())
 
     def first_use(self, unit: Unit) -> None:
-        """The forward uses a unit: it is whole when this returns."""
+        """The forward uses a unit: it is full when this returns."""
         self.use(unit)
         if unit not in self.used:
             self.used.append(unit)
 
     def use(self, unit: Unit) -> None:
-        """The unit's weights are whole when this returns."""
+        """The unit's weights are full when this returns."""
         if not unit.gathered and unit.gathering is None:
             self._start_gather(unit)
-        self.land_refresh(unit)
+        self.land_regather(unit)
         self._land_gather(unit)
 
     def look(self, units: Sequence[Unit], *, stays: bool) -> None:
-        """Parameters of these units are used outside their forward: they are whole, and new, when this returns.
+        """Parameters of these units are used outside their forward: they are full, and new, when this returns.
 
         They stay so to the end of the micro-batch (`stays`), or until others are looked at: a loop over all parameters
         holds one unit at a time.
@@ -92,10 +93,10 @@ class Weights:
         if not following.gathered and following.gathering is None:
             self._start_gather(following)
 
-    def release_over(self, course: Course) -> None:
+    def release_over(self, calls: CallOrder[Unit]) -> None:
         """Give up the units that backward has come through, unless they are used in several places."""
         for unit in list(self._here):
-            if course.is_over(unit) and not (unit.resident or unit.loose or self._kept(unit)):
+            if calls.is_over(unit) and not (unit.resident or unit.loose or self._kept(unit)):
                 self.release(unit)
 
     def release_all(self, *, unless_kept: bool) -> None:
@@ -108,7 +109,7 @@ class Weights:
                 self.release(unit)
 
     def release(self, unit: Unit) -> None:
-        """Give a unit's whole weights up, unless they are on their way."""
+        """Give a unit's full weights up, unless they are on their way."""
         if unit.gathering is None:
             for flat in unit.flats:
                 flat.release()
@@ -120,14 +121,14 @@ class Weights:
         self._gathers.check()
 
     def _kept(self, unit: Unit) -> bool:
-        """Whether the unit's weights stay whole for the next micro-batch: they do not change before the step."""
+        """Whether the unit's weights stay full for the next micro-batch: they do not change before the step."""
         return unit.keep and not self._last
 
     def _start_gather(self, unit: Unit) -> None:
-        self.land_refresh(unit)
+        self.land_regather(unit)
         self._note("gather", unit)
         tag = self._gathers.tag(self._number[unit])
-        unit.gathering = Flight(*(flat.gather_chain(tag) for flat in unit.flats))
+        unit.gathering = Flight(*(flat.gather_hops(tag) for flat in unit.flats))
 
     def _land_gather(self, unit: Unit) -> None:
         if unit.gathering is not None:
@@ -140,36 +141,39 @@ class Weights:
     # -- after a step --------------------------------------------------------------------------------------------------
 
     def agree(self) -> None:
-        """From now on refreshes go in the order in which rank 0's forward used units; then come the others."""
+        """From now on all-gathers after a step go in the order in which rank 0's forward used units; then come the
+        others."""
         used = [self._number[unit] for unit in self.used]
-        self._refreshes = of_rank_0([*used, *(index for index in self._refreshes if index not in used)], self._world)
+        self._regather_order = of_rank_0(
+            [*used, *(index for index in self._regather_order if index not in used)], self._world
+        )
 
-    def refresh_all(self, *, exact: bool) -> None:
+    def regather_all(self, *, exact: bool) -> None:
         """The masters have changed: send the new weights out, outermost level first, in forward order."""
-        for index in self._refreshes:
-            self.refresh(self._units[index], exact=exact)
+        for index in self._regather_order:
+            self.regather(self._units[index], exact=exact)
 
-    def refresh(self, unit: Unit, *, exact: bool) -> None:
+    def regather(self, unit: Unit, *, exact: bool) -> None:
         """Send a unit's new weights out: coded as after a step, or (`exact`) as they are."""
-        self.land_refresh(unit)
+        self.land_regather(unit)
         self._land_gather(unit)
         self.release(unit)
         self._world.settle()  # others may be reading the old ones
         self._note("refresh", unit)
-        unit.refreshing = Flight(*(flat.refresh_chain(exact=exact) for flat in unit.flats if exact or flat.trained))
-        self._refreshing.append(unit)
+        unit.regathering = Flight(*(flat.regather_hops(exact=exact) for flat in unit.flats if exact or flat.trained))
+        self._regathering.append(unit)
         unit.watch()
 
-    def land_refresh(self, unit: Unit) -> None:
+    def land_regather(self, unit: Unit) -> None:
         """The unit's new weights have arrived when this returns, and those sent before them."""
-        while unit.refreshing is not None:
-            older = self._refreshing.popleft()
-            assert older.refreshing is not None
-            older.refreshing.land()
-            older.refreshing = None
+        while unit.regathering is not None:
+            older = self._regathering.popleft()
+            assert older.regathering is not None
+            older.regathering.land()
+            older.regathering = None
             older.watch()
 
-    def land_refreshes(self) -> None:
+    def land_regathers(self) -> None:
         """All new weights have arrived when this returns."""
-        while self._refreshing:
-            self.land_refresh(self._refreshing[-1])
+        while self._regathering:
+            self.land_regather(self._regathering[-1])

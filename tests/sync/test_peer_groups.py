@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinwire.errors import PlanError
-from thinwire.sync.peers import find_cliques, meet
+from thinwire.sync.peers import find_peer_groups, meet
 
 Cut = list[tuple[int, list[tuple[int, int]]]]
 
@@ -29,28 +29,28 @@ def cuts(draw: st.DrawFn) -> list[Cut]:
 
 
 @given(cuts())
-def test_i9_cliques_cover_every_element_once_with_its_owners(groups: list[Cut]) -> None:
-    cliques = find_cliques(groups)
-    covered = Counter(e for ranges in cliques.values() for a, b in ranges for e in range(a, b))
+def test_i9_peer_groups_cover_every_element_once_with_its_owners(groups: list[Cut]) -> None:
+    peer_groups = find_peer_groups(groups)
+    covered = Counter(e for ranges in peer_groups.values() for a, b in ranges for e in range(a, b))
     total = max(b for _, ranges in groups[0] for _, b in ranges)
     assert covered == Counter(range(total))
-    for clique, ranges in cliques.items():
+    for peers, ranges in peer_groups.items():
         assert ranges == sorted(ranges)
-        for rank, group in zip(clique, groups, strict=True):
+        for rank, group in zip(peers, groups, strict=True):
             owned = {e for a, b in dict(group)[rank] for e in range(a, b)}
             assert all(e in owned for a, b in ranges for e in range(a, b))
 
 
-def test_groups_cut_alike_make_one_clique_for_each_rank() -> None:
+def test_groups_cut_alike_make_one_peer_group_for_each_rank() -> None:
     groups: list[Cut] = [[(0, [(0, 5)]), (1, [(5, 9)])], [(2, [(0, 5)]), (3, [(5, 9)])]]
-    assert find_cliques(groups) == {(0, 2): [(0, 5)], (1, 3): [(5, 9)]}
+    assert find_peer_groups(groups) == {(0, 2): [(0, 5)], (1, 3): [(5, 9)]}
 
 
 def test_a_gap_or_another_model_is_refused() -> None:
     with pytest.raises(PlanError, match="not once"):
-        find_cliques([[(0, [(0, 4)]), (1, [(5, 9)])]])
+        find_peer_groups([[(0, [(0, 4)]), (1, [(5, 9)])]])
     with pytest.raises(PlanError, match="do not train the same model"):
-        find_cliques([[(0, [(0, 4)])], [(1, [(0, 5)])]])
+        find_peer_groups([[(0, [(0, 4)])], [(1, [(0, 5)])]])
 
 
 def test_overlaps_of_ranges() -> None:

@@ -1,23 +1,37 @@
 """How groups meet: what each of them states is compared, and every rank learns with whom it exchanges which elements."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
+from thinwire.comm.collectives import all_reduce_small
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.plan.sync import Sync
-from thinwire.sync.exchange import BEAT, COLLECTIVES, RETURN, SEND, Clique
-from thinwire.sync.fragment import Fragment
-from thinwire.sync.peers import Range, compare, digest, find_cliques, meet
+from thinwire.sync.fragment import Fragment, Replica
+from thinwire.sync.peers import (
+    COLLECTIVES,
+    HEARTBEAT,
+    RETURN,
+    SEND,
+    PeerGroup,
+    Range,
+    compare,
+    digest,
+    find_peer_groups,
+    fingerprint,
+    meet,
+)
+from thinwire.sync.pending import Pending
 
 Stated = TypeVar("Stated")
 
 
-class Meeting:
+class PeerGroups:
     """All ranks of `groups`. Every rank makes it and calls its methods in the same order."""
 
     def __init__(self, world: World, groups: Sequence[Sequence[int]]) -> None:
@@ -31,23 +45,23 @@ class Meeting:
         ranks = [(rank, number) for number, group in enumerate(self._groups) for rank in group]
         compare([said[rank] for rank, _ in ranks], [number for _, number in ranks])
 
-    def cliques(self, owned: Sequence[Range], sync: Sync) -> list[tuple[Clique, list[Range]]]:
-        """This rank's cliques with their elements, in an order that all ranks share. `owned`: what this rank stands for.
+    def peer_groups(self, owned: Sequence[Range], sync: Sync) -> list[tuple[PeerGroup, list[Range]]]:
+        """This rank's peer groups with their elements, in an order that all ranks share. `owned`: what this rank stands for.
 
         Raises PlanError if the groups do not own the same elements, or are cut too differently to sum inside a level.
         """
         ranges = self._gather(list(owned))
-        cliques = find_cliques([[(rank, ranges[rank]) for rank in group] for group in self._groups])
-        memberships = Counter(rank for clique in cliques for rank in clique)
+        peer_groups = find_peer_groups([[(rank, ranges[rank]) for rank in group] for group in self._groups])
+        memberships = Counter(rank for peers in peer_groups for rank in peers)
         one_each = all(memberships[rank] == 1 for group in self._groups for rank in group)
-        made = [(self._clique(ranks, one_each, sync), met) for ranks, met in cliques.items()]
-        own = [(clique, met) for clique, met in made if clique is not None]
+        made = [(self._peer_group(ranks, one_each, sync), met) for ranks, met in peer_groups.items()]
+        own = [(peers, met) for peers, met in made if peers is not None]
         if sync.sum_inside is None:
             return own
         if not one_each:
             raise PlanError(f"sync.sum_inside = {sync.sum_inside!r} needs groups that are cut alike; leave it out")
-        ranks = next(ranks for ranks in cliques if self._world.rank in ranks)
-        return [(self._in_tiers(clique, ranks, sync.level, sync.sum_inside), met) for clique, met in own]
+        ranks = next(ranks for ranks in peer_groups if self._world.rank in ranks)
+        return [(self._in_tiers(peers, ranks, sync.level, sync.sum_inside), met) for peers, met in own]
 
     def _gather(self, own: Stated) -> list[Stated]:
         """What every rank says, by rank."""
@@ -57,13 +71,16 @@ class Meeting:
                 dist.all_gather_object(everyone, own, group=self._everyone)
         return everyone
 
-    def _clique(self, ranks: tuple[int, ...], one_each: bool, sync: Sync) -> Clique | None:
-        """The clique of one rank of each group, with its communicators; None if this rank is not in it."""
-        belongs, kinds = self._world.rank in ranks, (SEND, RETURN) if sync.lead is None else (SEND, RETURN, BEAT)
+    def _peer_group(self, ranks: tuple[int, ...], one_each: bool, sync: Sync) -> PeerGroup | None:
+        """The peer group of one rank of each group, with its communicators; None if this rank is not in it."""
+        belongs, kinds = (
+            self._world.rank in ranks,
+            (SEND, RETURN) if sync.staleness_bound is None else (SEND, RETURN, HEARTBEAT),
+        )
         if one_each and not belongs:
             return None
         made = {
-            kind: self._world.communicator(ranks, members_only=one_each, small=kind == BEAT)
+            kind: self._world.communicator(ranks, members_only=one_each, small=kind == HEARTBEAT)
             for kind in (kinds if len(ranks) > 1 else ())
         }
         if not belongs:
@@ -71,10 +88,10 @@ class Meeting:
         ordered = sorted(ranks)  # as communicators are
         groups = tuple((ranks.index(rank),) for rank in ordered)
         levels = tuple(self._between(rank, sync.level) for rank in ordered)
-        return Clique(groups, tuple(range(len(ranks))), made, ordered.index(self._world.rank), levels)
+        return PeerGroup(groups, tuple(range(len(ranks))), made, ordered.index(self._world.rank), levels)
 
-    def _in_tiers(self, clique: Clique, ranks: tuple[int, ...], level: str, sum_inside: str) -> Clique:
-        """`clique` of `ranks` with those that add up inside a member of level `sum_inside`, and those that hold their sums.
+    def _in_tiers(self, peers: PeerGroup, ranks: tuple[int, ...], level: str, sum_inside: str) -> PeerGroup:
+        """`peers` of `ranks` with those that add up inside a member of level `sum_inside`, and those that hold their sums.
 
         Raises PlanError if there are not as many in each.
         """
@@ -89,7 +106,7 @@ class Meeting:
             raise PlanError(f"sync.sum_inside = {sum_inside!r} needs as many groups in each, and several; leave it out")
         row = [place[inside.index(world.rank)] for place in places]
         joins = cluster.levels[cluster.index(sum_inside)].model_copy(update={"fanout": len(inside)})
-        across = Clique(
+        across = PeerGroup(
             tuple(tuple(ranks.index(rank) for rank in place) for place in places),
             tuple(range(len(places))),
             {kind: world.communicator(row, members_only=True) for kind in (SEND, RETURN)},
@@ -97,7 +114,7 @@ class Meeting:
             tuple(self._between(rank, level) for rank in row),
         )
         near = world.among(inside, cluster.model_copy(update={"levels": (joins,)}), kept=COLLECTIVES)
-        return replace(clique, inside=near, across=across)
+        return replace(peers, inside=near, across=across)
 
     def _between(self, rank: int, level: str) -> str:
         """The outermost level at which this rank and `rank` differ; at least `level`, which groups of one's own may lack."""
@@ -121,3 +138,31 @@ def places_in(fragment: Fragment, ranges: Sequence[Range]) -> list[slice]:
             found.append(here)
         at += end - start
     return [slice(first, last) for first, last in found]
+
+
+def layout_of(engine: Replica) -> str:
+    """Name, shape and precision of every parameter, in the canonical order."""
+    return str(
+        [(slot.name, slot.shape, str(buffer.master)) for buffer in engine.buffers() for slot in buffer.layout.slots]
+    )
+
+
+def state_of(
+    engine: Replica, fragments: Sequence[Fragment], pending: Iterable[Pending], own_outer: bool
+) -> dict[str, str]:
+    """Fingerprints of the outer weights and momentum (unless each group has its `own_outer`), of what is in flight and of
+    frozen weights. All ranks of the group call it together."""
+    sums = {
+        "weights": 0 if own_outer else sum(_sum(fragment, fragment.weights) for fragment in fragments),
+        "outer momentum": 0 if own_outer else sum(_sum(fragment, fragment.momentum) for fragment in fragments),
+        "changes in flight": sum(_sum(fragments[each.key.fragment], each.change) for each in pending),
+        "frozen weights": sum(fingerprint(share.master, share.start) for share in engine.shares(trained=False)),
+    }
+    total = torch.tensor(list(sums.values()), dtype=torch.float64)
+    all_reduce_small(total, world=engine.world, op="sum")
+    return dict(zip(sums, map(str, total.tolist()), strict=True))
+
+
+def _sum(fragment: Fragment, values: torch.Tensor) -> int:
+    pairs = zip(fragment.shares, fragment.split(values), strict=True)
+    return sum(fingerprint(part, share.start) for share, part in pairs)
