@@ -12,7 +12,7 @@ from thinwire.data.tokenizer import Tokenizer
 from thinwire.errors import DataError
 from thinwire.hub.init import HUB
 from thinwire.model.generate import LanguageModel, generate
-from thinwire.parallel.shard.engine import Sharded
+from thinwire.parallel.shard.states import ShardedStates
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.folder import EVENTS_FILE
 from thinwire.train.job import Job
@@ -22,7 +22,7 @@ from thinwire.units import show_bytes
 
 
 def announce(
-    job: Job, sharded: Sharded, sync: OuterSync | None, reporter: Reporter, *, step: int, peak: tuple[float, str]
+    job: Job, sharded: ShardedStates, sync: OuterSync | None, reporter: Reporter, *, step: int, peak: tuple[float, str]
 ) -> None:
     """Say that the run starts after `step`, under which plan. `peak`: FLOP per second of a rank, and how that is known."""
     if not reporter.speaks:
@@ -47,7 +47,7 @@ def announce(
         reporter.show(rounds_table(sync))
 
 
-def plan_table(sharded: Sharded, sync: OuterSync | None = None, *, state_numbers: int = 2) -> Table:
+def plan_table(sharded: ShardedStates, sync: OuterSync | None = None, *, state_numbers: int = 2) -> Table:
     """state -> level -> bytes on this rank; level -> purpose -> bytes per step by the formula; what codecs leave out."""
     partition, held = sharded.plan.partition, held_bytes(sharded, state_numbers)
     table = Table("what", "where", "bytes on rank 0", title=f"plan {partition}", title_justify="left")
@@ -102,7 +102,14 @@ def compare(predicted: dict[str, dict[str, int]], measured: dict[str, dict[str, 
 
 
 def conclude(
-    job: Job, sharded: Sharded, reporter: Reporter, *, step: int, reason: str, checkpoint: str | None, text: str | None
+    job: Job,
+    sharded: ShardedStates,
+    reporter: Reporter,
+    *,
+    step: int,
+    reason: str,
+    checkpoint: str | None,
+    text: str | None,
 ) -> None:
     """Show the summary, and `text` as a sample; `checkpoint` is the newest."""
     reporter.event("run_end", step=step, reason=reason)
@@ -157,6 +164,6 @@ def _prompt(job: Job, tokenizer: Tokenizer) -> Prompt:
     return text_prompt(tokenizer, text)
 
 
-def _codec(sharded: Sharded, level: str, purpose: str) -> str:
+def _codec(sharded: ShardedStates, level: str, purpose: str) -> str:
     side = sharded.plan.compression.weights if purpose.startswith("P-") else sharded.plan.compression.grads
     return f" ({side[level]})" if level in side else ""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from thinwire.comm.codecs.codec import IDENTITY, Codec
-from thinwire.parallel.shard.engine import Sharded
 from thinwire.parallel.shard.flat import Flat
+from thinwire.parallel.shard.states import ShardedStates
 from thinwire.parallel.shard.unit import Unit, flow_of
 from thinwire.plan.traffic import step_bytes, total
 
 
-def predicted_bytes(sharded: Sharded, step: int | None = None) -> dict[str, dict[str, int]]:
+def predicted_bytes(sharded: ShardedStates, step: int | None = None) -> dict[str, dict[str, int]]:
     """level name -> purpose -> bytes this rank sends in an optimizer step, by the formula of `traffic`.
 
     Steps are counted from 0; without one, it is any step after those that send more in the beginning.
@@ -24,7 +24,7 @@ def predicted_bytes(sharded: Sharded, step: int | None = None) -> dict[str, dict
     return {names[level]: purposes for level, purposes in sorted(total(flows).items()) if purposes}
 
 
-def predicted_total(sharded: Sharded, first: int, steps: int) -> dict[str, dict[str, int]]:
+def predicted_total(sharded: ShardedStates, first: int, steps: int) -> dict[str, dict[str, int]]:
     """The same of `steps` steps from `first` on."""
     whole = max(0, min(first + steps, sharded.plan.compression.whole_steps) - first)
     sums: dict[str, dict[str, int]] = {}
@@ -36,7 +36,7 @@ def predicted_total(sharded: Sharded, first: int, steps: int) -> dict[str, dict[
     return sums
 
 
-def held_bytes(sharded: Sharded, state_numbers: int = 2) -> dict[str, int]:
+def held_bytes(sharded: ShardedStates, state_numbers: int = 2) -> dict[str, int]:
     """state -> bytes on this rank; optimizer states are the masters, and `state_numbers` beside each (AdamW has two)."""
     sums = {"params": 0, "grads": 0, "master": 0}
     trained = 0
@@ -58,7 +58,7 @@ class Uncoded:
     of: int
 
 
-def uncoded(sharded: Sharded) -> dict[str, Uncoded]:
+def uncoded(sharded: ShardedStates) -> dict[str, Uncoded]:
     """level name -> what `lowrank` sums as it is there: what is no matrix, or too small to gain, and padding."""
     found: dict[str, Uncoded] = {}
     for low_rank in (grads.low_rank for unit in sharded.units for grads in unit.grads.values()):
@@ -69,7 +69,7 @@ def uncoded(sharded: Sharded) -> dict[str, Uncoded]:
     return {name: counted for name, counted in found.items() if counted.numbers}
 
 
-def idle_codecs(sharded: Sharded) -> dict[str, str]:
+def idle_codecs(sharded: ShardedStates) -> dict[str, str]:
     """`weights.LEVEL` or `grads.LEVEL` -> the codec that the plan names there, where nothing of the kind is sent."""
     sent = predicted_bytes(sharded)
     return {
@@ -87,7 +87,7 @@ def _gathers(unit: Unit, accumulate: int) -> int:
     return accumulate if unit.resident else 2 * accumulate
 
 
-def _flow_bytes(sharded: Sharded, unit: Unit, flat: Flat, step: int) -> dict[int, dict[str, int]]:
+def _flow_bytes(sharded: ShardedStates, unit: Unit, flat: Flat, step: int) -> dict[int, dict[str, int]]:
     fanouts = [level.fanout for level in sharded.world.cluster.levels]
 
     def bytes_of(codec: Codec, element_bytes: int, n: int) -> int:
