@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import dull
 from thinwire.comm.collectives import all_gather, reduce_scatter
-from thinwire.comm.transport import host_groups as same_host
+from thinwire.comm.transport import connect
 from thinwire.comm.transport.local_socket import Line
 from thinwire.comm.transport.same_host import Exchanges
 from thinwire.comm.transport.shared_memory import Run, read_memory
@@ -26,8 +26,7 @@ N = 300_000
 
 def _waited_backwards(world: World) -> bool:
     """Exchanges of both levels in flight together, waited for in another order than issued, and that by rank."""
-    assert world.neighbours(0) is not None
-    assert world.neighbours(1) is not None
+    assert world.reads_memory(0) and world.reads_memory(1)
     torch.manual_seed(world.rank)
     handles, sources, expected, outs = [], [], [], []
     for level in (0, 1, 0, 1):
@@ -99,10 +98,10 @@ def _one_cannot_read(world: World) -> bool:
     def reads(into: torch.Tensor, pid: int, runs: Sequence[Run]) -> bool:
         return world.rank != 1 and read_memory(into, pid, runs)
 
-    same_host.read_memory = reads
+    connect.read_memory = reads
     group = world.group(0, "small")
     assert group is not None
-    return same_host.find_neighbours(group, Exchanges(), timeout_s=10) is None
+    return connect.find_same_host(group, Exchanges(), timeout_s=10) is None
 
 
 def test_where_one_rank_cannot_read_nobody_does() -> None:

@@ -10,9 +10,9 @@ from typing import NoReturn, Protocol
 
 from torch import Tensor
 
-from thinwire.comm.compat import Waitable
 from thinwire.comm.ledger import Entry
 from thinwire.comm.status import Status
+from thinwire.comm.transport.transport import Waitable
 from thinwire.errors import LinkError, UseError
 
 
@@ -35,16 +35,16 @@ class Outstanding(set["Handle"]):
         super().__init__()
         self.status = Status()
         self.accounts: Accounts | None = None
-        self.near: list[Closable] = []
-        """Connections to ranks of this host."""
+        self.same_host: list[Closable] = []
+        """Transports between ranks of this host."""
         self.broken = False
 
     def give_up(self) -> None:
         """Ranks have lost each other: nothing that is outstanding comes any more; who waits on this host hears of it."""
         self.broken = True
         self.clear()
-        for near in self.near:
-            near.close()
+        for transport in self.same_host:
+            transport.close()
 
     def raise_apart(self, sentence: str) -> NoReturn:
         """This rank has found ranks in different collectives: raises UseError here, and on all that wait for others."""

@@ -12,20 +12,13 @@ import threading
 import time
 from collections import defaultdict, deque
 
-from thinwire.errors import LinkError, UseError
+from thinwire.comm.transport.transport import OtherExchangeError
+from thinwire.errors import LinkError
 
 APART = 0
 """The kind of message with which a rank says that it is in another exchange than those at the other ends: two tags."""
 _MESSAGE = struct.Struct("=Bqq")
 _POLL_MS = 1000
-
-
-class OtherExchangeError(UseError):
-    """Two ranks are in exchanges of different tags, `mine` and `theirs`."""
-
-    def __init__(self, message: str, mine: int, theirs: int) -> None:
-        super().__init__(message)
-        self.mine, self.theirs = mine, theirs
 
 
 class Line:

@@ -16,33 +16,29 @@ Both ends of an exchange name what it is for (a tag), and find out at once if th
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from thinwire.comm.transport.local_socket import APART, Line, OtherExchangeError
-from thinwire.comm.transport.shared_memory import Run, add_rows, read_memory
+from thinwire.comm.transport.local_socket import APART, Line
+from thinwire.comm.transport.shared_memory import Run, add_rows, read_memory, rows_of
+from thinwire.comm.transport.transport import (
+    GRADS,
+    OTHERS,
+    PLAIN,
+    WEIGHTS,
+    Issued,
+    Mark,
+    OtherExchangeError,
+    Waitable,
+    joined,
+    sum_of_rows,
+)  # fmt: skip
 from thinwire.errors import LinkError
 
 _ROW, _RUN, _DONE = 1, 2, 3  # kinds of message, of stream 0; each stream has four numbers
-OTHERS, WEIGHTS, GRADS = range(3)
-"""Streams: weight all-gathers, gradient reductions, and all else."""
 _TAG_BIT = 24
 """Below a tag in a message of kind _ROW: the number of its runs."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What is known of an exchange on all its ranks."""
-
-    stream: int = OTHERS
-    tag: int = 0
-    """What it is for: both ends must mean the same."""
-    lasting: bool = False
-    """Rows stay as they are until `Exchanges.end`: a rank goes on before others have read its."""
-
-
-PLAIN = Mark()
 
 
 class Stream:
@@ -128,7 +124,7 @@ class Reading:
 
     def __init__(
         self,
-        others: "Neighbours",
+        others: "SameHostTransport",
         rows: Mapping[int, Row],
         take: Callable[[], None],
         kept: Iterable[Tensor],
@@ -174,25 +170,71 @@ class Reading:
         return all(self._others.lines[place].heard(_kind(_DONE, self._mark.stream)) for place in self._rows)
 
 
-class Neighbours:
-    """The ranks of a group, all on this host: process ids and lines by place. All groups of a rank share its exchanges."""
+class SameHostTransport:
+    """`thinwire.comm.transport.transport.Transport` of ranks that are all on this host, this one at place `me` of them.
 
-    def __init__(self, pids: Sequence[int], lines: Mapping[int, Line], exchanges: Exchanges) -> None:
-        self.pids, self.lines, self.exchanges = pids, lines, exchanges
+    Process ids and lines are by place. All groups of a rank share its exchanges.
+    """
 
-    def exchange(
+    reads_memory, header_bytes = True, 0
+
+    def __init__(self, me: int, pids: Sequence[int], lines: Mapping[int, Line], exchanges: Exchanges) -> None:
+        self._me, self.pids, self.lines, self.exchanges = me, pids, lines, exchanges
+
+    def all_gather(
+        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, mark: Mark = PLAIN
+    ) -> Sequence[Waitable]:
+        places = self._places(among)
+        own = received_kn[places.index(self._me)]
+        if own.data_ptr() != row_n.data_ptr():
+            own.copy_(row_n)
+        return [self._exchange(received_kn, [row_n] * len(places), places, gathers=True, mark=mark)]
+
+    def all_to_all(
         self,
-        received: Mapping[int, Tensor],
-        rows: Mapping[int, Tensor],
+        received_kn: Tensor,
+        sent_kn: Tensor,
         *,
-        gathers: bool,
+        among: Sequence[int] | None = None,
+        copy_own: bool = True,
         mark: Mark = PLAIN,
+    ) -> Sequence[Waitable]:
+        places = self._places(among)
+        if copy_own:
+            own = places.index(self._me)
+            received_kn[own].copy_(sent_kn[own])
+        return [self._exchange(received_kn, list(sent_kn), places, gathers=False, mark=mark)]
+
+    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, mark: Mark = PLAIN) -> Issued:
+        """Pieces are read from where they are, and added up while they are read."""
+        k = len(self.pids)
+        if pieces[0].dtype != out_n.dtype:
+            return sum_of_rows(self, out_n, joined(pieces, k), self._me, mark)
+        rows = rows_of(pieces, k)
+        added = self._add_up(out_n.view(-1), rows, mark)
+        return Issued([added], (out_n, *(piece for row in rows for piece in row)))
+
+    def compare(self, tag: int) -> Sequence[Waitable]:
+        nothing, places = torch.empty(len(self.pids), 0, dtype=torch.uint8), self._places(None)
+        return [self._exchange(nothing, list(nothing), places, gathers=True, mark=Mark(WEIGHTS, tag))]
+
+    def pieces_of(self, whole_n: Tensor) -> int:
+        return 1
+
+    def _places(self, among: Sequence[int] | None) -> list[int]:
+        return list(range(len(self.pids)) if among is None else among)
+
+    def _exchange(
+        self, received_kn: Tensor, sent: Sequence[Tensor], places: Sequence[int], *, gathers: bool, mark: Mark
     ) -> Reading:
-        """`received[place]` becomes what the rank there has for this one; `rows[place]` is for it.
+        """Row j of `received_kn` becomes what the rank at the j-th of the places has for this one; `sent[j]` is for it.
 
         `gathers` tells a gather from an all-to-all: both ends must mean the same one. All are contiguous. Rows must stay
-        as they are until the exchange has been waited for, or longer (`Mark.lasting`).
+        as they are until the exchange has been waited for, or longer (`Mark.lasting`). The next place comes first.
         """
+        me, k = places.index(self._me), len(places)
+        rows = {places[j]: sent[j] for j in ((me + d) % k for d in range(1, k))}
+        received = {places[j]: received_kn[j] for j in ((me - d) % k for d in range(1, k))}
         for place, row in rows.items():
             self._tell(place, [row], _note(row.nbytes, gathers=gathers), mark)
         theirs = {
@@ -205,17 +247,17 @@ class Neighbours:
 
         return Reading(self, theirs, take, rows.values(), mark)
 
-    def add_up(self, out: Tensor, rows: Sequence[Sequence[Tensor]], *, me: int, mark: Mark = PLAIN) -> Reading:
-        """`out` becomes the sum of everybody's row for this rank, `me`, in the order of places.
+    def _add_up(self, out: Tensor, rows: Sequence[Sequence[Tensor]], mark: Mark) -> Reading:
+        """`out` becomes the sum of everybody's row for this rank, in the order of places.
 
         `rows[place]` is for the rank there, in contiguous pieces that follow one another, all of `out`'s precision; they
         must stay as they are until the exchange has been waited for, but that `out` may be this rank's own row.
         """
         note = _note(out.nbytes, gathers=False)
-        theirs = {place: self._row(place, note, mark) for place in range(len(rows)) if place != me}
+        theirs = {place: self._row(place, note, mark) for place in range(len(rows)) if place != self._me}
         for place in theirs:
             self._tell(place, rows[place], note, mark)
-        own = rows[me]
+        own = rows[self._me]
 
         def take() -> None:
             add_rows([theirs.get(place) for place in range(len(rows))], own, out)

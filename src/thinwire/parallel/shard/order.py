@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 import torch
 
 from thinwire.comm.collectives import all_reduce_small, compare
-from thinwire.comm.transport.local_socket import OtherExchangeError
+from thinwire.comm.transport.transport import OtherExchangeError
 from thinwire.comm.world import World
 
 Called = TypeVar("Called", bound=Hashable)

@@ -28,7 +28,7 @@ class Reductions:
         self._units, self._world, self._tags, self._note, self._before = units, world, tags, note, before
         joined = [(index, level.name) for index, level in enumerate(world.cluster.levels) if level.fanout > 1]
         self._slowest = joined[-1][1] if joined else None
-        self._copied = {name for index, name in joined[:-1] if world.neighbours(index) is not None}
+        self._copied = {name for index, name in joined[:-1] if world.reads_memory(index)}
         """Levels whose hops are copies that this thread makes when it waits: it gains nothing by waiting late."""
         self._order: list[int] | None = None
         self._complete: list[int] = []
