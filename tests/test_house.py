@@ -42,7 +42,7 @@ TORCH_FREE = [
     "thinwire.cli.probe", "thinwire.probe.fit", "thinwire.report.page",
     "thinwire.lab.lab", "thinwire.lab.agent", "thinwire.lab.host",
     "thinwire.cli.launch", "thinwire.operate.slurm", "thinwire.operate.kubernetes",
-    "thinwire.plan.sync", "thinwire.cluster.found", "thinwire.cli.presets",
+    "thinwire.plan.sync", "thinwire.cluster.hardware", "thinwire.cli.presets",
     "thinwire.cli.export", "thinwire.cli.import_", "thinwire.hub.families", "thinwire.hub.names", "thinwire.hub.init",
 ]  # fmt: skip
 

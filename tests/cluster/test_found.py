@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from thinwire.cluster.cluster import Cluster, Device, Level
-from thinwire.cluster.found import check_ranks, described, found_device, found_gpus
-from thinwire.cluster.hardware import DEVICES, PRODUCTS, device_preset
+from thinwire.cluster.hardware import DEVICES, PRODUCTS, check_ranks, described, device_preset, found_device, found_gpus
 from thinwire.errors import ConfigError
 
 H200, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"

@@ -13,7 +13,7 @@ import yaml
 
 from runs import CUDA, run_tree, write_run
 from thinwire.cluster.cluster import Cluster, Level
-from thinwire.cluster.found import found_gpus
+from thinwire.cluster.hardware import found_gpus
 from thinwire.operate.allocation import ranks_per_node_of
 
 ROOT = Path(__file__).parents[2]

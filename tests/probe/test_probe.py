@@ -127,7 +127,7 @@ def test_every_level_of_a_real_world_is_timed_and_all_ranks_agree() -> None:
     assert called == foreseen and all(other[0] == timings for other in results)
     assert set(timings.gathers) == {(level, size) for level in (0, 1) for size in TINY.chunks} == set(timings.reduces)
     assert set(timings.exchanges) == {(1, 0, 1)} and set(timings.blocks) == {BLOCK} and set(timings.coding) == {"int8"}
-    assert len(timings.meetings) == 2 * TINY.repeats  # a difference: noise may make one negative
+    assert len(timings.sync_points) == 2 * TINY.repeats  # a difference: noise may make one negative
     assert timings.behind == {0: [0.0], 1: [0.0]}  # ranks of one host copy in the thread that waits
     assert all(
         second > 0 for of in (timings.gathers, timings.matmuls, timings.copies) for t in of.values() for second in t
@@ -142,7 +142,7 @@ def test_every_level_of_a_real_world_is_timed_and_all_ranks_agree() -> None:
 @pytest.mark.slow
 def test_a_link_between_hosts_goes_on_behind_compute() -> None:
     timings = run_world([2], _measure, sockets=[0])[0][0]
-    assert timings.meetings == []  # nobody copies from another's memory
+    assert timings.sync_points == []  # nobody copies from another's memory
     assert len(timings.behind[0]) == TINY.repeats and all(0 <= share <= 1 for share in timings.behind[0])
 
 

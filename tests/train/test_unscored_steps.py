@@ -107,4 +107,4 @@ def test_a_small_or_unscored_validation_is_told(tmp_path: Path) -> None:
     assert exported.returncode == 0, exported.stderr
     assert "validation" not in (tmp_path / "out" / "README.md").read_text()
     scored = thinwire("eval", str(tmp_path / "second"))
-    assert scored.returncode == 2 and "no token of the held-out sequences of" in scored.stderr
+    assert scored.returncode == 2 and "no token of the validation sequences of" in scored.stderr

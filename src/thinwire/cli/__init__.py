@@ -32,7 +32,7 @@ _VERBS = {
     "probe": "Measure this cluster: matmuls, memory, every level's links; writes a cluster file for planning.",
     "report": "One page about runs: loss, step time, bytes and memory, predicted beside measured.",
     "data": "Prepare token files from text, and look at them.",
-    "eval": "Loss, perplexity and bits per byte of a run on held-out text.",
+    "eval": "Loss, perplexity and bits per byte of a run on its validation split.",
     "lab": "An emulated cluster with slow links on this machine; commands, training runs and faults on it.",
     "generate": "Continue a prompt with a run's model.",
     "export": "Write a run's model as a Hugging Face folder.",

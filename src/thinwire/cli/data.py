@@ -32,7 +32,7 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Tokenise text into Megatron's indexed format, with a held-out split chosen by document hash.
+    """Tokenise text into Megatron's indexed format, with a validation split chosen by document hash.
 
     Example: thinwire data prepare stdlib -o corpora/stdlib --tokenizer bpe:4096
     """
@@ -106,6 +106,6 @@ def _describe(folder: Path, manifest: dict[str, Any]) -> None:
         each = split["bytes"] / max(1, split["tokens"])
         typer.echo(
             f"  {name:8} {split['documents']:>10,} documents  {split['tokens']:>14,} tokens  {split['bytes']:>14,} bytes  "
-            f"({each:.2f} bytes a token)"
+            f"({each:.2f} bytes per token)"
             + (f"  {split['answer_tokens']:,} of them answers" if "answer_tokens" in split else "")
         )

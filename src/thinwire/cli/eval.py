@@ -1,4 +1,4 @@
-"""`thinwire eval RUN`: how well a run's model predicts held-out text."""
+"""`thinwire eval RUN`: how well a run's model predicts the validation split."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Loss, perplexity and bits per byte on the held-out split of a corpus.
+    """Loss, perplexity and bits per byte on the validation split of a corpus.
 
     Example: thinwire eval runs/stdlib --data corpora/stdlib
     """
@@ -36,7 +36,7 @@ def run(
     corpus = loaded.corpus(data)
     if corpus.heldout is None or corpus.heldout.tokens < 2:
         raise DataError(
-            f"{data or loaded.data.path} has no held-out text; prepare it with a --heldout-fraction above 0"
+            f"{data or loaded.data.path} has no validation split; prepare it with a --heldout-fraction above 0"
         )
     batches = evaluation_batches(
         corpus.heldout,
@@ -50,8 +50,8 @@ def run(
         result = score(loaded.model, batches, token_bytes=corpus.token_bytes, cross_documents=corpus.cross_documents)
     if result.tokens == 0:
         raise DataError(
-            f"no token of the {sequences or 'held-out'} sequences of {data or loaded.data.path} is scored; score more with "
-            f"--sequences, or prepare it with a larger --heldout-fraction"
+            f"no token of the {sequences or 'validation'} sequences of {data or loaded.data.path} is scored; score more "
+            f"with --sequences, or prepare it with a larger --heldout-fraction"
         )
     figures = {
         "step": loaded.step,

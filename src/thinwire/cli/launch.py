@@ -25,7 +25,7 @@ PER_NODE = typer.Option(help="Default: the ranks inside the run's level called n
 INTERFACE = typer.Option(
     help="Network interface for the ranks to talk over, such as ib0; default: the one that reaches the others."
 )
-PER = typer.Option(help="rank: one task a rank. node: one task a node, which starts its ranks.")
+PER = typer.Option(help="rank: one task per rank. node: one task per node, which starts its ranks.")
 ARRAY = typer.Option(help="Array tasks, such as 0-7%2; {task} in --set is the number.")
 SETUP = typer.Option(help="A line of shell to run first, such as 'module load cuda'; may be repeated, in order.")
 PYTHON = typer.Option(help="The interpreter that runs the ranks; after --setup often just python.")

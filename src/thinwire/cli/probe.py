@@ -19,11 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from thinwire.cli.train import called, leave
 from thinwire.cluster.cluster import Cluster, check_size, read_cluster
 from thinwire.cluster.config import ClusterConfig
-from thinwire.cluster.found import check_ranks, described, found_gpus
+from thinwire.cluster.hardware import check_ranks, described, found_gpus
 from thinwire.comm.place import Place
 from thinwire.config import build, dump_toml
 from thinwire.errors import ConfigError
 from thinwire.files.folders import check_writable, scratch_folder, write_asked
+from thinwire.probe.effort import Effort
+from thinwire.probe.fit import measured_cluster
 from thinwire.train.console import forgive
 from thinwire.train.launch import Share, launch
 from thinwire.train.stop import take_as_usual
@@ -32,7 +34,6 @@ from thinwire.units import show_count, show_rate, show_seconds, whole_number
 
 if TYPE_CHECKING:
     from thinwire.comm.world import World
-    from thinwire.probe.effort import Effort
 
 
 def run(
@@ -106,7 +107,6 @@ def probe_rank(cluster: Cluster, place: Place, out: Path, *, quick: bool) -> Non
 
     from thinwire.comm.device import keep_heap
     from thinwire.comm.world import World
-    from thinwire.probe.effort import Effort
 
     keep_heap()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
@@ -116,9 +116,8 @@ def probe_rank(cluster: Cluster, place: Place, out: Path, *, quick: bool) -> Non
         world.leave()
 
 
-def _measure(world: "World", out: Path, effort: "Effort") -> None:
+def _measure(world: "World", out: Path, effort: Effort) -> None:
     """Measure on all ranks; rank 0 shows how far it is and writes the cluster file."""
-    from thinwire.probe.fit import measured_cluster
     from thinwire.probe.measure import measure, parts
 
     shown = Progress(

@@ -16,15 +16,14 @@ import typer
 
 from thinwire.cli import SET
 from thinwire.cluster.cluster import Cluster, check_size, show_levels
-from thinwire.cluster.found import check_ranks, described, found_gpus
-from thinwire.cluster.hardware import calibration_of
+from thinwire.cluster.hardware import calibration_of, check_ranks, described, found_gpus
 from thinwire.comm.interfaces import addresses, asked
 from thinwire.comm.place import Place
 from thinwire.errors import PlanError
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.partition import resolve_partition
 from thinwire.plan.plan import Plan
-from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.candidate import Candidate, Setting, thinwire_with
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.predict.placement import place
 from thinwire.train.folder import Opened, open_folder, said_if_finished
@@ -147,8 +146,8 @@ def _greet(job: Job, opened: Opened) -> None:
     levels = show_levels(job.cluster.shape)
     typer.echo(
         f"{'going on with' if resuming else 'starting'} {job.folder}: {show_count(job.spec.parameters)} parameters, "
-        f"{levels} = {job.cluster.ranks} ranks, {job.config.batch.sequences} x {job.config.batch.tokens} tokens a step "
-        f"in {job.plan.accumulate} micro-batches of {job.plan.micro_batch} a rank"
+        f"{levels} = {job.cluster.ranks} ranks, {job.config.batch.sequences} x {job.config.batch.tokens} tokens per step "
+        f"in {job.plan.accumulate} micro-batches of {job.plan.micro_batch} per rank"
     )
     for sentence in opened.said:
         typer.echo(sentence)
@@ -206,9 +205,8 @@ def predicted_bytes(job: Job, spec: ModelSpec, plan: Plan) -> float:
     )
     cluster = job.cluster.model_copy(update={"levels": levels})
     calibration, batch = calibration_of(cluster), job.config.batch
-    setting = Setting(
-        spec, cluster, batch.sequences, batch.tokens, calibration=calibration, compute_dtype=plan.compute_dtype
-    )
+    framework, dtype = thinwire_with(job.config.optimizer), plan.compute_dtype
+    setting = Setting(spec, cluster, batch.sequences, batch.tokens, framework, calibration, dtype)
     candidate = Candidate.of_plan(plan, spec.layers)
     try:
         return peak_memory(setting, candidate, place(candidate, cluster, calibration)).total

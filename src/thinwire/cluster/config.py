@@ -8,8 +8,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from thinwire.cluster.cluster import Cluster, Device, Level, read_cluster
-from thinwire.cluster.found import found_device, found_gpus
-from thinwire.cluster.hardware import DEVICES, device_preset, preset
+from thinwire.cluster.hardware import DEVICES, device_preset, found_device, found_gpus, preset
 from thinwire.config import Frozen, build
 from thinwire.errors import ConfigError
 
@@ -85,8 +84,6 @@ class ClusterConfig(Frozen):
         return cluster.model_copy(update=given)
 
     def _device(self, gpus: Sequence[str] | None) -> Device:
-        from thinwire.cluster.hardware import device_preset
-
         if isinstance(self.device, Device):
             return self.device
         if self.device not in (None, "cuda"):

@@ -1,4 +1,4 @@
-"""Loss on held-out text: every rank scores its share, sums are added over ranks. Perplexity and bits per byte follow.
+"""Loss on the validation split: every rank scores its share, sums are added over ranks. Perplexity and bits per byte follow.
 
 Bits per byte (used since arXiv 1308.0850 for text) is independent of the tokenizer: nats / ln 2 / UTF-8 bytes scored.
 """

@@ -42,7 +42,7 @@ class SlurmRequest:
     directory: Path
     """Where the job runs."""
     per: Literal["rank", "node"] = "rank"
-    """One task a rank, or one launcher a node."""
+    """One task per rank, or one launcher per node."""
     cpus_per_rank: int = 1
     time: str | None = None
     stop_before_s: int = 120

@@ -36,7 +36,7 @@ local_sgd: the average of the groups' weights (arXiv 1805.09767). diloco: outer 
 change (2311.08105). streaming_diloco: fragments, 4-bit outer gradients, overlap and mixing (2501.18512); with three
 groups or more its delay is longer, see `least_delay`. eager: one round late, but a group's own part of the change is
 fresh (2502.12996). co2: one round late, with staleness-gap penalty and clipped outer momentum (2401.16265); a change that
-is a round late swings for ever once momentum + (share of the way that a round goes) / gap reaches 1, so the momentum is that
+is a round late diverges once momentum + (share of the way that a round goes) / gap reaches 1, so the momentum is that
 of the authors' example, 0.2, and not their code's default, 0.5. sparse: top-k per chunk in 2 bits with error feedback
 instead of momentum (SparseLoCo, 2508.15706).
 """

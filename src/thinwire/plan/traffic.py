@@ -14,8 +14,8 @@ once a step if it is kept.
 
 Bytes that a rank sends across groups in one exchange, exactly. Pure, no torch.
 
-n elements of this rank, M groups, c(n) bytes of n coded elements, a header of 16 bytes with every message (the weight of
-the contribution, the hash of what it was taken from). Two groups swap their coded changes: (M - 1)(c(n) + 16). More
+n elements of this rank, M groups, c(n) bytes of n compressed elements, a header of 16 bytes with every message (the weight
+of the contribution, the hash of what it was taken from). Two groups swap their compressed changes: (M - 1)(c(n) + 16). More
 groups reduce in two hops, each with a chunk of ceil(n / M) elements, rounded up to whole blocks, for every other group:
 2 (M - 1)(c(chunk) + 16), as what comes back takes as many bytes as what is sent. Sparse changes cannot be summed without
 growing dense, so they are always swapped.
@@ -108,7 +108,7 @@ def chunk_elements(n: int, groups: int, block: int) -> int:
 
 
 def exchange_bytes(n: int, *, groups: int, codec: str, block: int, element_bytes: int = 4, summed: int = 1) -> int:
-    """Bytes that this rank sends coded for `n` elements of a fragment; `summed` of the groups add theirs up before."""
+    """Bytes that this rank sends compressed for `n` elements of a fragment; `summed` of the groups add theirs up before."""
     places, mine, head_bytes = groups // summed, inside_elements(n, summed), HEADER_BYTES * summed
     if places == 1 or n == 0:
         return 0
@@ -116,8 +116,8 @@ def exchange_bytes(n: int, *, groups: int, codec: str, block: int, element_bytes
         return (places - 1) * (wire_bytes(codec, mine, block=block, element_bytes=element_bytes) + head_bytes)
     chunk = chunk_elements(mine, places, block)
     hops = (codec, returned_as(codec))
-    coded = [wire_bytes(name, chunk, block=block, element_bytes=element_bytes) for name in hops]
-    return (places - 1) * sum(coded_bytes + head_bytes for coded_bytes in coded)
+    compressed = [wire_bytes(name, chunk, block=block, element_bytes=element_bytes) for name in hops]
+    return (places - 1) * sum(compressed_bytes + head_bytes for compressed_bytes in compressed)
 
 
 def inside_elements(n: int, summed: int) -> int:

@@ -52,7 +52,7 @@ def report(answer: Choice, setting: Setting, *, top: int) -> list[str]:
     levels = show_levels(cluster.shape)
     lines = [
         f"{show_count(setting.parameters)} parameters on {cluster.ranks} {cluster.device.name} ({levels}), "
-        f"{setting.sequences} x {setting.tokens} tokens a step, {spec.layers} blocks",
+        f"{setting.sequences} x {setting.tokens} tokens per step, {spec.layers} blocks",
         rests_on(setting),
         "",
     ]
@@ -131,7 +131,7 @@ def _memory(memory: Memory, setting: Setting) -> list[str]:
         if count > 0:
             lines.append(f"  {text:<26} {count / 2**30:9.2f} GiB")
     if memory.host > 0:
-        lines.append(f"host memory: {show_bytes(memory.host)} a rank for outer states")
+        lines.append(f"host memory: {show_bytes(memory.host)} per rank for outer states")
     return lines
 
 

@@ -6,14 +6,15 @@ say, and the axes that it cannot say yet. Axes lie on ranks from inner to outer:
 are indices of cluster levels.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from thinwire.cluster.cluster import Calibration, Cluster
 from thinwire.model.spec import ModelSpec
-from thinwire.plan.compression import CodecName, OuterCodecName, Rounding, Wire
+from thinwire.plan.compression import CodecName, Compression, OuterCodecName, Rounding
+from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.plan.partition import Partition
 from thinwire.plan.plan import ComputeDtype, Plan
 from thinwire.plan.rounds import fragment_count
@@ -34,7 +35,7 @@ class Framework:
     grad_wire_bytes: float = 4.0
     """Gradients on the wire where no codec is named."""
     optimizer_bytes: float = 12.0
-    """Master weights and AdamW's two moments."""
+    """Master weights and the optimizer's states, of AdamW two moments."""
     flash_attention: bool = True
     """Attention scores are never stored, and a causal kernel does half of the square."""
     dropout: bool = False
@@ -70,6 +71,12 @@ class Framework:
 
 
 THINWIRE = Framework("thinwire", full_table_grad=True, tied_units=True, packed_qkv=True, fused_loss=True)
+"""With AdamW."""
+
+
+def thinwire_with(optimizer: OptimizerConfig) -> Framework:
+    """thinwire with the states of another optimizer, in fp32; its seconds are still those of AdamW, which takes longest."""
+    return replace(THINWIRE, optimizer_bytes=4.0 * (1 + optimizer.state_numbers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +132,7 @@ class CandidateSync:
         )
 
     def rounds(self, levels: tuple[tuple[str, int], ...]) -> Sync:
-        """What the trainer is told, on these levels."""
+        """What the trainer gets, on these levels."""
         if self.said is not None:
             return self.said
         config = SyncConfig(
@@ -203,7 +210,7 @@ class Candidate:
     @staticmethod
     def of_plan(plan: Plan, blocks: int) -> "Candidate":
         """The point that a plan is for a model of so many blocks."""
-        weights, grads = plan.wire.weights, plan.wire.grads
+        weights, grads = plan.compression.weights, plan.compression.grads
         return Candidate(
             micro_batch=plan.micro_batch,
             recompute=plan.recompute,
@@ -211,7 +218,7 @@ class Candidate:
             keep_gathered=plan.partition.keep_gathered,
             weights=tuple(weights.get(name) for name in plan.level_names) if weights else (),
             grads=tuple(grads.get(name) for name in plan.level_names) if grads else (),
-            coding=CodecOptions(plan.wire.block, plan.wire.rounding, plan.wire.error_feedback),
+            coding=CodecOptions(plan.compression.block, plan.compression.rounding, plan.compression.error_feedback),
             sync=None if plan.sync is None else CandidateSync.of(plan.sync, plan.levels_in_group, blocks),
         )
 
@@ -244,9 +251,9 @@ class Candidate:
         names = ["replica" if depth < 0 else cluster.level_names[depth] for depth in self.depths]
         return Partition(params=names[0], grads=names[1], optimizer=names[2], keep_gathered=self.keep_gathered)
 
-    def wire(self, cluster: Cluster) -> Wire:
+    def compression(self, cluster: Cluster) -> Compression:
         weights, grads = _named(self.weights, cluster), _named(self.grads, cluster)
-        return Wire(weights=weights, grads=grads, **self.coding._asdict())
+        return Compression(weights=weights, grads=grads, **self.coding._asdict())
 
     def to_plan(self, setting: Setting) -> Plan:
         """The document that the trainer runs. Only for `runnable` candidates that divide the batch."""
@@ -255,7 +262,7 @@ class Candidate:
         return Plan(
             levels=levels,
             partition=self.partition(setting.cluster),
-            wire=self.wire(setting.cluster),
+            compression=self.compression(setting.cluster),
             sync=None if self.sync is None else self.sync.rounds(levels),
             recompute="full" if self.recompute == "full" else "none",
             compute_dtype=setting.compute_dtype,

@@ -1,10 +1,8 @@
 """Device memory of a stage's ranks by cause, and whether it fits.
 
 States lie as the engine keeps them: weights in the compute precision at lp, gradient sums in fp32 at lg, masters and
-AdamW's moments at lo. What a step needs beside them, unsharded weights, gradients on their way, activations and the
-loss, is that of its fullest moment.
-
-The moments at which a stage holds most beside its states, and what it holds then.
+the optimizer's states at lo. What a step needs beside them, unsharded weights, gradients on their way, activations and
+the loss, is that at its peak, the largest of these.
 
 At the loss: all activations, the loss's own buffers, unsharded weights. In backward of the head, of the last
 block, and of those before it: less and less activations, the block that is computed again and the gradients inside it,
@@ -107,18 +105,20 @@ def _weights_bytes(setting: Setting, candidate: Candidate, hops: tuple[Hop, ...]
         return 0.0
     lp, _, lo = hop_depths(candidate, hops)
     refreshed = [hop.level for hop in hops[lp + 1 : lo + 1] if hop.fanout > 1]
-    coded = candidate.weights and any(candidate.weights[level] not in (None, "fp32") for level in refreshed)
-    inside = 4.0 * total / shards_o if setting.compute_dtype == "fp32" and not coded else 0.0
+    compressed = candidate.weights and any(candidate.weights[level] not in (None, "fp32") for level in refreshed)
+    inside = 4.0 * total / shards_o if setting.compute_dtype == "fp32" and not compressed else 0.0
     return setting.compute_bytes * total / shards_p - inside
 
 
 def residual_bytes(parameters: float, candidate: Candidate, hops: tuple[Hop, ...]) -> float:
     """fp32, of the sums that enter the outermost hop whose codec loses something (`comm/lowrank.py`)."""
     lg, carries = hop_depths(candidate, hops)[1], candidate.coding.error_feedback and candidate.grads
-    coded = [i for i, hop in enumerate(hops) if carries and i > lg and hop.fanout > 1 and candidate.grads[hop.level]]
-    if not coded:
+    compressed = [
+        i for i, hop in enumerate(hops) if carries and i > lg and hop.fanout > 1 and candidate.grads[hop.level]
+    ]
+    if not compressed:
         return 0.0
-    return 4.0 * parameters / prod(hop.fanout for hop in hops[: coded[-1]])
+    return 4.0 * parameters / prod(hop.fanout for hop in hops[: compressed[-1]])
 
 
 def outer_bytes(parameters: float, setting: Setting, candidate: Candidate) -> tuple[float, float]:
@@ -164,7 +164,7 @@ def fullest(
     hops: tuple[Hop, ...],
     lost: float,
 ) -> PeakBytes:
-    """The moment that needs most.
+    """The largest of the peaks of a step.
 
     `units`: parameters by unit; `flying`: micro-batches whose activations are kept; `shards`: how many
     parameters and gradient sums have; `lost`: bytes that error feedback keeps of a step by its end.
@@ -178,7 +178,7 @@ def fullest(
     each, later = (_reduced_bytes(setting, shards_g, joined, carried=carried, first=first) for first in (True, False))
     block, embedding, head = units["block"], units.get("embedding", 0.0), units.get("head", 0.0)
     table = embedding if setting.spec.tied and kind.first and kind.last else 0.0
-    # The reduction before the last issued one goes on outwards with what is left of it; on the only links it is let be.
+    # The reduction before the last issued one goes on outwards with what is left of it; on the only links it waits.
     alone = len(members) < 2
     older = each if alone else later / members[0]
     left = 0.0 if setting.spec.family == "gpt2" else block  # where the table of positions is a unit after the blocks

@@ -2,7 +2,7 @@
 
 Units are the model's own (embedding, positions, blocks, norm, head), padded as the engine pads them. A level that the data
 axis does not cross does not count: depths are translated to hops of that axis. Numbers that travel under a codec also cost
-device memory traffic for coding and decoding.
+device memory traffic for compressing and decompressing.
 """
 
 import math
@@ -32,7 +32,7 @@ from thinwire.predict.pipeline import kinds, message_bytes, parameters_of
 from thinwire.predict.placement import Axes, Hop, hop_depths, touch_s
 
 CODING_BYTES = 6.0
-"""Device memory read and written to code or decode one number."""
+"""Device memory read and written to compress or decompress one number."""
 
 
 def padded(elements: float, candidate: Candidate, hops: Sequence[Hop]) -> int:
@@ -40,7 +40,7 @@ def padded(elements: float, candidate: Candidate, hops: Sequence[Hop]) -> int:
     ranks = 1
     for hop in hops:
         ranks *= hop.fanout
-    multiple = ranks * (candidate.coding.block if _coded(candidate) else 1)
+    multiple = ranks * (candidate.coding.block if _compressed(candidate) else 1)
     return -(-round(elements) // multiple) * multiple
 
 
@@ -71,13 +71,13 @@ class _Chain:
     def __init__(self) -> None:
         self.behind: Chain = ()
         self.own_s = 0.0
-        self.meeting_s = 0.0
+        self.sync_point_s = 0.0
         """Of the point at which compute stops for the chain, however many hops it has."""
 
     def plus(self, other: "_Chain") -> "_Chain":
         both = _Chain()
         both.behind, both.own_s = self.behind + other.behind, self.own_s + other.own_s
-        both.meeting_s = max(self.meeting_s, other.meeting_s)
+        both.sync_point_s = max(self.sync_point_s, other.sync_point_s)
         return both
 
 
@@ -106,13 +106,13 @@ def unit_moves(
             broadcast = setting.framework.broadcast_refresh and purpose == P_REFRESH and index == lo
             starts = owners if broadcast else 1.0
             moving = sent / hop.bytes_per_s + (hop.fanout - 1) * hop.latency_s + starts * hop.start_s
-            coding, own = _coding(setting, _codec(codecs, hop), held[index], hop, purpose)
+            compressing, own = _compression_s(setting, _codec(codecs, hop), held[index], hop, purpose)
             adding = setting.calibration.sum_s * held[index] if purpose == G_REDUCE else 0.0
             found.own_s += (1 - hop.behind) * moving + own + adding
             if hop.behind == 0:
-                found.meeting_s = setting.calibration.meeting_s
+                found.sync_point_s = setting.calibration.meeting_s
             if hop.behind > 0:
-                found.behind += ((hop.level, hop.behind * moving + coding),)
+                found.behind += ((hop.level, hop.behind * moving + compressing),)
         return found
 
     every = range(len(hops))
@@ -127,17 +127,17 @@ def unit_moves(
     kept = candidate.keep_gathered
     forward = _Chain() if kept else gather
     backward = each if kept or resident else each.plus(gather)
-    # Where a chain that comes once a step meets another one's ranks there anyway, they meet once.
-    first = max(refresh.meeting_s, gather.meeting_s) - forward.meeting_s
-    last = max(0.0, outside.meeting_s - backward.meeting_s)
+    # Where a chain that comes once a step waits at another one's synchronisation point anyway, they wait once.
+    first = max(refresh.sync_point_s, gather.sync_point_s) - forward.sync_point_s
+    last = max(0.0, outside.sync_point_s - backward.sync_point_s)
     return UnitMoves(
         gather=gather.behind,
         again=() if resident else gather.behind,
         reduce_each=each.behind,
         reduce_last=each.behind + outside.behind,
         refresh=refresh.behind,
-        own_forward_s=forward.own_s + forward.meeting_s,
-        own_backward_s=backward.own_s + backward.meeting_s + collect,
+        own_forward_s=forward.own_s + forward.sync_point_s,
+        own_backward_s=backward.own_s + backward.sync_point_s + collect,
         own_once_s=outside.own_s + refresh.own_s + (gather.own_s if kept else 0.0) + first + last,
     )
 
@@ -148,8 +148,8 @@ def _read_in_place(setting: Setting, candidate: Candidate, first: Hop, lg: int) 
     return uncoded and (lg >= 0 or candidate.accumulate(setting) == 1)
 
 
-def _coding(setting: Setting, codec: str | None, full: int, hop: Hop, purpose: str) -> tuple[float, float]:
-    """(seconds beside the hop, seconds of the rank's own) for coding what it sends and decoding what all send.
+def _compression_s(setting: Setting, codec: str | None, full: int, hop: Hop, purpose: str) -> tuple[float, float]:
+    """(seconds beside the hop, seconds of the rank's own) for compressing what it sends and decompressing what all send.
 
     A reduce-scatter codes all of its `full` numbers, a gather its own share of them. Not measured: as long as touching
     their bytes takes, between the hops.
@@ -159,8 +159,8 @@ def _coding(setting: Setting, codec: str | None, full: int, hop: Hop, purpose: s
     known = setting.calibration.coding_s.get(codec.removeprefix("delta-"))
     if known is None:
         return touch_s(CODING_BYTES * 2 * full, setting), 0.0
-    coded = full if purpose == G_REDUCE else full / hop.fanout
-    return 0.0, known[0] * coded + known[1] * full
+    compressed = full if purpose == G_REDUCE else full / hop.fanout
+    return 0.0, known[0] * compressed + known[1] * full
 
 
 def _codec(codecs: Sequence[str | None], hop: Hop) -> str | None:
@@ -172,7 +172,7 @@ def _codec(codecs: Sequence[str | None], hop: Hop) -> str | None:
     return found
 
 
-def _coded(candidate: Candidate) -> bool:
+def _compressed(candidate: Candidate) -> bool:
     return any(codec not in (None, "fp32", "bf16", "fp16") for codec in (*candidate.weights, *candidate.grads))
 
 

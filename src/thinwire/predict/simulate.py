@@ -54,7 +54,7 @@ class Step:
         }
         self.replicas = sorted({-1, *(replica for replica, _ in perturbation.slow_ranks)})
         """Replica -1 stands for all that are as computed."""
-        self._meetings: dict[tuple[object, ...], list[Message]] = {}
+        self._collectives: dict[tuple[object, ...], list[Message]] = {}
         self._arrivals: dict[tuple[object, ...], Signal] = {}
         self.actors = [Actor(self, replica, stage) for replica in self.replicas for stage in range(candidate.pipeline)]
         self._waiting = len(self.actors)
@@ -66,16 +66,16 @@ class Step:
         if self._keep:
             self.spans.append(span)
 
-    def meeting(self, stage: int, key: tuple[object, ...], hops: Chain) -> list[Message]:
+    def collective(self, stage: int, key: tuple[object, ...], hops: Chain) -> list[Message]:
         """The messages of a collective that every replica of `stage` comes to."""
         name = (stage, *key)
-        if name not in self._meetings:
+        if name not in self._collectives:
             slow = self.perturbation.slow_levels
             label = " ".join(str(part) for part in key)
-            self._meetings[name] = [
+            self._collectives[name] = [
                 Message(label, seconds * slow.get(level, 1.0), [], len(self.replicas)) for level, seconds in hops
             ]
-        return self._meetings[name]
+        return self._collectives[name]
 
     def arrival(self, replica: int, stage: int, each: Pass) -> Signal:
         """Fires when what the pass `each` of a stage needs from elsewhere has arrived."""
@@ -123,7 +123,7 @@ class Actor:
                 signal.then(self._advance)
                 return
 
-    # -- the story of a rank -------------------------------------------------------------------------------------------
+    # -- the program of a rank -------------------------------------------------------------------------------------------
 
     def _story(self) -> Program:
         units = self._chunks()
@@ -226,7 +226,7 @@ class Actor:
     def _collective(self, key: tuple[object, ...], hops: Chain, after: Signal | None = None) -> Signal:
         """Come to a collective now, or once `after` has fired."""
         done = Signal()
-        messages = self.step.meeting(self.stage, key, hops)
+        messages = self.step.collective(self.stage, key, hops)
         streams = [self.streams[level] for level, _ in hops]
 
         def come() -> None:

@@ -53,7 +53,7 @@ class Timings:
     """Level index -> share of a gather that goes on while ranks compute."""
     exchanges: Mapping[tuple[int, int, int], Samples] = field(default_factory=dict)
     """(level index, one member, another) -> seconds in which they exchange a chunk, all others silent."""
-    meetings: Samples = ()
+    sync_points: Samples = ()
     """Seconds lost whenever ranks of one host wait for each other between stretches of compute."""
 
 
@@ -198,7 +198,7 @@ def measured_cluster(given: Cluster, timings: Timings) -> Cluster:
         optimizer_s=median(timings.update) if timings.update else None,
         collect_s=median(timings.collect) if timings.collect else 0.0,
         sum_s=_sum_s(given, timings),
-        meeting_s=max(0.0, median(timings.meetings)) if timings.meetings else 0.0,
+        meeting_s=max(0.0, median(timings.sync_points)) if timings.sync_points else 0.0,
         coding_s={name: (median(one), median(other)) for name, (one, other) in timings.coding.items()},
         framework_bytes=timings.runtime_bytes,
         origin="measured",
@@ -249,7 +249,7 @@ def _measured(given: Cluster, timings: Timings) -> list[Measurement]:
         "the loss of a logit, forward and backward": timings.logit,
         "updating a number": timings.update,
         "taking a number of a gradient over": timings.collect,
-        "waiting for each other between stretches of compute": timings.meetings,
+        "waiting for each other between stretches of compute": timings.sync_points,
     }
     found += [summary(what, "s", t) for what, t in single.items() if t]
     for kind, of_kind in (("all-gather", timings.gathers), ("reduce-scatter", timings.reduces)):

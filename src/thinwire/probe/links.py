@@ -30,9 +30,9 @@ LONGEST_S = 1.0
 _BESIDE_S = 0.3
 """The longest gather that computing goes on beside."""
 _STRETCH_S, _MEETINGS_S = 0.01, 0.2
-"""Compute between two meetings, and how long ranks go on meeting in one repetition."""
+"""Compute between two synchronisation points, and how long ranks go on synchronising in one repetition."""
 _TURNS = 2
-"""Repetitions of meeting for each of what else is timed."""
+"""Repetitions of synchronising for each of what else is timed."""
 _MANY = 8
 """In larger groups only members that stand next to each other are paired."""
 
@@ -166,7 +166,7 @@ def _shares(world: World, repeats: int, start: Callable[[], Handle], compute: Ca
     return [min(1.0, max(0.0, 1.0 - (second - gather_s) / alone_s)) for second in timed(world, repeats, both)]
 
 
-def meetings(world: World, effort: Effort, dtype: torch.dtype) -> Samples:
+def sync_points(world: World, effort: Effort, dtype: torch.dtype) -> Samples:
     """Seconds lost whenever ranks that copy from each other's memory meet between stretches of compute.
 
     That is what compute and a small gather over all such levels take together, beyond what each takes alone, timed in
@@ -187,11 +187,11 @@ def meetings(world: World, effort: Effort, dtype: torch.dtype) -> Samples:
         compute()
         meet_all()
 
-    meeting_s = median(timed(world, effort.repeats, meet_all))
+    sync_point_s = median(timed(world, effort.repeats, meet_all))
     found: Samples = []
     for _ in range(_TURNS * effort.repeats):
         alone_s, together_s = (timed(world, 1, work, window_s=_MEETINGS_S)[0] for work in (compute, both))
-        found.append(together_s - alone_s - meeting_s)
+        found.append(together_s - alone_s - sync_point_s)
     return found
 
 

@@ -100,11 +100,11 @@ def measure(world: World, effort: Effort, progress: Callable[[str], None]) -> Ti
     exchanges = links.exchanges(world, min(_PAIR_BYTES, effort.chunks[-1]), effort.repeats, progress)
     progress("compute beside a collective")
     behind, slowdowns = links.beside(world, effort, gathers, dtype)
-    meetings = links.meetings(world, effort, dtype)
+    sync_points = links.sync_points(world, effort, dtype)
     timings = Timings(
         matmuls=matmuls, copies=copies, launches=single[0], gathers=gathers, reduces=reduces, slowdowns=slowdowns,
         memory_bytes=-int(agreed[0].item()), runtime_bytes=int(agreed[1].item()), blocks=blocks, logit=single[1],
-        update=updates[0], collect=updates[1], coding=coding, behind=behind, exchanges=exchanges, meetings=meetings,
+        update=updates[0], collect=updates[1], coding=coding, behind=behind, exchanges=exchanges, sync_points=sync_points,
     )  # fmt: skip
     check(world.cluster, timings)
     return timings

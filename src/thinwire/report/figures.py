@@ -65,7 +65,7 @@ def _loss_traces(run: Run, axis: str, colour: str) -> list[Trace]:
     if not held:
         return [line]
     marks = {
-        "type": "scatter", "mode": "markers", "name": f"{run.name}, held-out", "legendgroup": run.name,
+        "type": "scatter", "mode": "markers", "name": f"{run.name}, validation", "legendgroup": run.name,
         "x": [x for x, _ in held], "y": [y for _, y in held], "marker": {"color": colour, "size": 9, "symbol": "diamond"},
     }  # fmt: skip
     return [line, marks]
@@ -173,9 +173,9 @@ def memory_figures(runs: Sequence[Run], predictions: Sequence[Predicted | str]) 
     everything: list[tuple[str, Mapping[str, float]]] = []
     for run, predicted in zip(runs, predictions, strict=True):
         if not isinstance(predicted, str):
-            told = {name: getattr(predicted.memory, name) for name in MEMORY}
-            held.append((f"{run.name}<br>predicted", told))
-            everything.append((run.name, told))
+            expected = {name: getattr(predicted.memory, name) for name in MEMORY}
+            held.append((f"{run.name}<br>predicted", expected))
+            everything.append((run.name, expected))
         if run.start.get("held"):
             held.append((f"{run.name}<br>held", run.start["held"]))
     drawn = (

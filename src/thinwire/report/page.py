@@ -82,7 +82,9 @@ def _sections(runs: Sequence[Run], predictions: Sequence[Predicted | str]) -> tu
     memory = figures.memory_figures(runs, predictions)
     quiet = [run.name for run in runs if run.thin_level is None]
     still = _text(f"{', '.join(quiet)}: one rank, nothing was sent.") if quiet else ""
-    course = [figure for run, told in zip(runs, predictions, strict=True) if (figure := course_of_a_step(run, told))]
+    course = [
+        figure for run, expected in zip(runs, predictions, strict=True) if (figure := course_of_a_step(run, expected))
+    ]
     drawn = [*loss, *seconds, *course, *wire, *memory]
     # Names of runs may hold anything; ids are numbers.
     ids = {id(figure): f"figure-{index}-{figure.name.split('-')[0]}" for index, figure in enumerate(drawn)}
@@ -130,8 +132,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 _OVERVIEW = (
-    "run", "parameters", "levels", "states (P; G; O)", "steps", "tokens", "last loss", "held-out loss", "median step",
-    "tokens/s", "MFU", "exposed comm", "bytes a step",
+    "run", "parameters", "levels", "states (P; G; O)", "steps", "tokens", "last loss", "validation loss", "median step",
+    "tokens/s", "MFU", "exposed comm", "bytes per step",
 )  # fmt: skip
 
 
@@ -171,29 +173,29 @@ def _time_table(runs: Sequence[Run], predictions: Sequence[Predicted | str]) -> 
         if isinstance(predicted, str):
             parts.append(_text(f"{run.name}: no prediction: {predicted}"))
             continue
-        measured, told = figures.merged(run.seconds), figures.said(predicted)
+        measured, expected = figures.merged(run.seconds), figures.said(predicted)
         rows += [
-            [run.name, cause, *_beside(told.get(cause), measured.get(cause, 0.0), show_seconds)]
-            for cause in dict.fromkeys([*told, *measured])
+            [run.name, cause, *_beside(expected.get(cause), measured.get(cause, 0.0), show_seconds)]
+            for cause in dict.fromkeys([*expected, *measured])
         ]
-        rows.append([run.name, "all", *_beside(sum(told.values()), sum(measured.values()), show_seconds)])
+        rows.append([run.name, "all", *_beside(sum(expected.values()), sum(measured.values()), show_seconds)])
     head = ("run", "cause", "predicted", "measured", "predicted / measured - 1")
     return "".join(parts) + (_table(head, rows) if rows else "")
 
 
 def _wire_table(run: Run) -> str:
     rows = [
-        [run.name, level, purpose, *_beside(told, measured, show_bytes)]
-        for level, purpose, told, measured in figures.wire_rows(run)
+        [run.name, level, purpose, *_beside(expected, measured, show_bytes)]
+        for level, purpose, expected, measured in figures.wire_rows(run)
     ]
     return (
         _table(("run", "level", "purpose", "predicted", "measured", "predicted / measured - 1"), rows) if rows else ""
     )
 
 
-def _beside(told: float | None, measured: float, show: Callable[[float], str]) -> list[str]:
-    error = f"{told / measured - 1:+.2%}" if told is not None and measured > 0 else "-"
-    return ["-" if told is None else show(told), show(measured), error]
+def _beside(expected: float | None, measured: float, show: Callable[[float], str]) -> list[str]:
+    error = f"{expected / measured - 1:+.2%}" if expected is not None and measured > 0 else "-"
+    return ["-" if expected is None else show(expected), show(measured), error]
 
 
 def _plan(run: Run, predicted: Predicted | str) -> str:
@@ -204,13 +206,13 @@ def _plan(run: Run, predicted: Predicted | str) -> str:
         ["optimizer states are sharded over", partition.optimizer],
         [
             "weights travel as",
-            ", ".join(f"{level}: {codec}" for level, codec in plan.wire.weights.items()) or "they are",
+            ", ".join(f"{level}: {codec}" for level, codec in plan.compression.weights.items()) or "they are",
         ],
         [
             "gradients travel as",
-            ", ".join(f"{level}: {codec}" for level, codec in plan.wire.grads.items()) or "they are",
+            ", ".join(f"{level}: {codec}" for level, codec in plan.compression.grads.items()) or "they are",
         ],
-        ["micro-batches", f"{plan.accumulate} of {plan.micro_batch} sequences a rank"],
+        ["micro-batches", f"{plan.accumulate} of {plan.micro_batch} sequences per rank"],
         ["recompute", plan.recompute],
         ["compute precision", plan.compute_dtype],
         ["plan digest", plan.digest],

@@ -25,11 +25,12 @@ from thinwire.files.events import read_events
 from thinwire.files.trace import Span, read_trace
 from thinwire.model.config import ModelConfig
 from thinwire.model.spec import ModelSpec
+from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.plan.plan import Plan
 from thinwire.planner.choose import choose
 from thinwire.planner.explain import report, rests_on
 from thinwire.planner.space import Codecs, Space
-from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.candidate import Candidate, Setting, thinwire_with
 from thinwire.predict.peak_memory import Memory, peak_memory
 from thinwire.predict.placement import check_device, place
 from thinwire.predict.simulate import simulate_step
@@ -58,7 +59,7 @@ class Run:
     def latest(self) -> tuple[dict[str, Any], ...]:
         """Steps since the newest start, left out if there are others: its first (it warms up), and those that send more."""
         since = [record for record in self.steps if record["step"] > self.start["step"]] or list(self.steps)
-        alike = [record for record in since[1:] if record["step"] > self.plan.wire.whole_steps]
+        alike = [record for record in since[1:] if record["step"] > self.plan.compression.whole_steps]
         return tuple(alike or since[1:] or since)
 
     @cached_property
@@ -241,9 +242,8 @@ def setting_of(run: Run, cluster: Cluster) -> Setting:
     spec = _spec(run, build(ModelConfig, tree.get("model", {}), "run.toml: model"), tree.get("data"))
     tokens = tree.get("batch", {}).get("tokens", 256)
     sequences = run.plan.micro_batch * run.plan.accumulate * cluster.ranks
-    return Setting(
-        spec, cluster, sequences, tokens, calibration=calibration_of(cluster), compute_dtype=run.plan.compute_dtype
-    )
+    framework = thinwire_with(build(OptimizerConfig, tree.get("optimizer", {}), "run.toml: optimizer"))
+    return Setting(spec, cluster, sequences, tokens, framework, calibration_of(cluster), run.plan.compute_dtype)
 
 
 def _spec(run: Run, model: ModelConfig, data: object) -> ModelSpec:
@@ -264,6 +264,6 @@ def _spec(run: Run, model: ModelConfig, data: object) -> ModelSpec:
 
 def advice(setting: Setting, run: Run) -> tuple[str, ...]:
     """The best plans that the trainer runs, with weights and gradients as they are unless the run codes them."""
-    codecs: Codecs = "all" if run.plan.wire.weights or run.plan.wire.grads else "none"
+    codecs: Codecs = "all" if run.plan.compression.weights or run.plan.compression.grads else "none"
     answer = choose(setting, Space(runnable=True, codecs=codecs), keep=20, outer="never")
     return tuple(report(answer, setting, top=5))

@@ -19,14 +19,14 @@ def predicted_bytes(sharded: Sharded, step: int | None = None) -> dict[str, dict
     Steps are counted from 0; without one, it is any step after those that send more in the beginning.
     """
     names = sharded.world.cluster.level_names
-    step = sharded.plan.wire.whole_steps if step is None else step
+    step = sharded.plan.compression.whole_steps if step is None else step
     flows = [_flow_bytes(sharded, unit, flat, step) for unit in sharded.units for flat in unit.flats]
     return {names[level]: purposes for level, purposes in sorted(total(flows).items()) if purposes}
 
 
 def predicted_total(sharded: Sharded, first: int, steps: int) -> dict[str, dict[str, int]]:
     """The same of `steps` steps from `first` on."""
-    whole = max(0, min(first + steps, sharded.plan.wire.whole_steps) - first)
+    whole = max(0, min(first + steps, sharded.plan.compression.whole_steps) - first)
     sums: dict[str, dict[str, int]] = {}
     for count, step in ((whole, 0), (steps - whole, None)):
         for level, purposes in predicted_bytes(sharded, step).items() if count else ():
@@ -36,8 +36,8 @@ def predicted_total(sharded: Sharded, first: int, steps: int) -> dict[str, dict[
     return sums
 
 
-def held_bytes(sharded: Sharded) -> dict[str, int]:
-    """state -> bytes on this rank, AdamW's two moments counted with the masters as optimizer states."""
+def held_bytes(sharded: Sharded, state_numbers: int = 2) -> dict[str, int]:
+    """state -> bytes on this rank; optimizer states are the masters, and `state_numbers` beside each (AdamW has two)."""
     sums = {"params": 0, "grads": 0, "master": 0}
     trained = 0
     for unit in sharded.units:
@@ -46,7 +46,7 @@ def held_bytes(sharded: Sharded) -> dict[str, int]:
                 sums[state] += count
             trained += flat.master.nbytes if flat.trained else 0
         sums["grads"] += sum(grads.nbytes for grads in unit.grads.values())
-    return {"params": sums["params"], "grads": sums["grads"], "optimizer": sums["master"] + 2 * trained}
+    return {"params": sums["params"], "grads": sums["grads"], "optimizer": sums["master"] + state_numbers * trained}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def idle_codecs(sharded: Sharded) -> dict[str, str]:
     return {
         f"{direction}.{level}": codec
         for direction, kind in (("weights", "P-"), ("grads", "G-"))
-        for level, codec in getattr(sharded.plan.wire, direction).items()
+        for level, codec in getattr(sharded.plan.compression, direction).items()
         if codec != "fp32" and not any(purpose.startswith(kind) for purpose in sent.get(level, {}))
     }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from thinwire.cluster.cluster import check_size
-from thinwire.cluster.found import described, found_gpus
+from thinwire.cluster.hardware import described, found_gpus
 from thinwire.comm.place import Place
 from thinwire.errors import ShortOfMemory, StopAsked, ThinwireError
 from thinwire.train.console import forgive
