@@ -17,7 +17,7 @@ from torch import Tensor
 from thinwire.comm.codecs.codec import IDENTITY, Codec
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
-from thinwire.comm.transport.transport import GRADS, OTHERS, WEIGHTS, Mark, Transport, all_gather_single, joined
+from thinwire.comm.transport.transport import GRADS, OTHERS, WEIGHTS, Label, Transport, all_gather_single, joined
 from thinwire.comm.world import World
 from thinwire.plan.traffic import G_GATHER, G_REDUCE, P_GATHER
 
@@ -51,18 +51,18 @@ def all_gather(
     assert out_kn.numel() == k * shard_n.numel(), (out_kn.shape, shard_n.shape, k)
     if transport is None:
         return _alone(world, out_kn, shard_n)
-    n, mark = shard_n.numel(), Mark(_stream(purpose), tag, lasting)
+    n, label = shard_n.numel(), Label(_stream(purpose), tag, lasting)
     beside = [_control(world, level, transport)] if tag and transport.header_bytes else []
     if codec is IDENTITY:
         entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, shard_n.nbytes * (k - 1), codec)
         with world.outstanding.issuing():
-            works = transport.all_gather(out_kn.view(k, n), shard_n.reshape(-1), mark=mark)
+            works = transport.all_gather(out_kn.view(k, n), shard_n.reshape(-1), label=label)
         return Handle(world.outstanding, entry, works, keep=(out_kn, shard_n), beside=beside)
     coded = codec.encode(shard_n.reshape(-1), seed=seed)
     received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
     entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, coded.nbytes * (k - 1), codec)
     with world.outstanding.issuing():
-        works = transport.all_gather(received.view(k, -1), coded, mark=mark)
+        works = transport.all_gather(received.view(k, -1), coded, label=label)
 
     def finish() -> None:
         for part, chunk in zip(out_kn.view(k, n), received.view(k, 1, -1), strict=True):
@@ -109,7 +109,7 @@ def reduce_scatter(
     another `tag` is never added up (see `Transport.all_to_all`).
     """
     transport, k = world.transport(level, "reduce"), world.fanout(level)
-    n, mark = out_n.numel(), Mark(_stream(purpose), tag)
+    n, label = out_n.numel(), Label(_stream(purpose), tag)
     pieces = [full_kn.reshape(-1)] if isinstance(full_kn, Tensor) else full_kn
     assert sum(piece.numel() for piece in pieces) == k * n, (n, k)
     if transport is None:
@@ -118,13 +118,13 @@ def reduce_scatter(
     if codec is IDENTITY:
         entry = _entry(world, level, "reduce_scatter", purpose, size, size // k * (k - 1), codec)
         with world.outstanding.issuing():
-            issued = transport.reduce_scatter(out_n, pieces, mark=mark)
+            issued = transport.reduce_scatter(out_n, pieces, label=label)
         return Handle(world.outstanding, entry, issued.works, finish=issued.finish, keep=issued.keep)
     sent = torch.stack([codec.encode(chunk, seed=seed) for chunk in joined(pieces, k)])
     received = torch.empty_like(sent)
     entry = _entry(world, level, "reduce_scatter", purpose, size, sent.nbytes // k * (k - 1), codec)
     with world.outstanding.issuing():
-        works = transport.all_to_all(received, sent, mark=mark)
+        works = transport.all_to_all(received, sent, label=label)
     finish = partial(codec.sum_into, received, out_n.view(-1))
     return Handle(world.outstanding, entry, works, finish=finish, keep=(sent, received))
 

@@ -26,13 +26,13 @@ from torch import Tensor
 from thinwire.comm.transport.transport import (
     PLAIN,
     Issued,
-    Mark,
-    OtherExchangeError,
+    Label,
     Waitable,
     joined,
     places_of,
     sum_of_rows,
 )  # fmt: skip
+from thinwire.errors import OtherExchangeError
 
 NAME = "shared_gloo"
 _Gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack its options and devices
@@ -92,13 +92,13 @@ class GlooTransport:
         self.header_bytes = Headers.sent_bytes(self._k)
 
     def all_gather(
-        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, mark: Mark = PLAIN
+        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, label: Label = PLAIN
     ) -> Sequence[Waitable]:
         places = places_of(self._group, among)
         me = places.index(self._group.rank())
         if received_kn[me].data_ptr() != row_n.data_ptr():
             received_kn[me].copy_(row_n)
-        return self._post(received_kn, [row_n] * len(places), places, gathers=True, mark=mark)
+        return self._post(received_kn, [row_n] * len(places), places, gathers=True, label=label)
 
     def all_to_all(
         self,
@@ -107,16 +107,16 @@ class GlooTransport:
         *,
         among: Sequence[int] | None = None,
         copy_own: bool = True,
-        mark: Mark = PLAIN,
+        label: Label = PLAIN,
     ) -> Sequence[Waitable]:
         places = places_of(self._group, among)
         if copy_own:
             me = places.index(self._group.rank())
             received_kn[me].copy_(sent_kn[me])
-        return self._post(received_kn, list(sent_kn), places, gathers=False, mark=mark)
+        return self._post(received_kn, list(sent_kn), places, gathers=False, label=label)
 
     def _post(
-        self, received: Tensor, rows: list[Tensor], places: list[int], *, gathers: bool, mark: Mark
+        self, received: Tensor, rows: list[Tensor], places: list[int], *, gathers: bool, label: Label
     ) -> Sequence[Waitable]:
         group = self._group
         me, k = places.index(group.rank()), len(places)
@@ -124,18 +124,18 @@ class GlooTransport:
         if received.device.type != "cpu":
             here = torch.empty_like(received, device="cpu")
             sent = [rows[0].cpu()] * k if gathers else [row.cpu() for row in rows]
-            works = self._post(here, sent, places, gathers=gathers, mark=mark)
+            works = self._post(here, sent, places, gathers=gathers, label=label)
             return [_CopyBack(works, here, received, sources)]
         first: list[Waitable] = []
-        if mark.tag and gathers:
-            first = [Headers(group, [places[j] for j in sources], [places[j] for j in targets], mark.tag)]
+        if label.tag and gathers:
+            first = [Headers(group, [places[j] for j in sources], [places[j] for j in targets], label.tag)]
         # The group's own calls: `dist.irecv` looks ranks up in both directions, which costs more than a small message.
         # Messages of another tag are never taken for this one's: a slot of gloo is a queue of its own.
-        both = [group.recv([received[j]], places[j], mark.tag) for j in sources]
-        return first + both + [group.send([rows[j]], places[j], mark.tag) for j in targets]
+        both = [group.recv([received[j]], places[j], label.tag) for j in sources]
+        return first + both + [group.send([rows[j]], places[j], label.tag) for j in targets]
 
-    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, mark: Mark = PLAIN) -> Issued:
-        return sum_of_rows(self, out_n, joined(pieces, self._k), self._group.rank(), mark)
+    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, label: Label = PLAIN) -> Issued:
+        return sum_of_rows(self, out_n, joined(pieces, self._k), self._group.rank(), label)
 
     def compare(self, tag: int) -> Sequence[Waitable]:
         others = [place for place in range(self._k) if place != self._group.rank()]

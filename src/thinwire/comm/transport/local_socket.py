@@ -12,8 +12,7 @@ import threading
 import time
 from collections import defaultdict, deque
 
-from thinwire.comm.transport.transport import OtherExchangeError
-from thinwire.errors import LinkError
+from thinwire.errors import LinkError, OtherExchangeError
 
 APART = 0
 """The kind of message with which a rank says that it is in another exchange than those at the other ends: two tags."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from thinwire.comm.transport.transport import (
     PLAIN,
     Issued,
-    Mark,
+    Label,
     Waitable,
     all_gather_single,
     joined,
@@ -40,7 +40,7 @@ class NcclTransport:
         self._group, self._k = group, group.size()
 
     def all_gather(
-        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, mark: Mark = PLAIN
+        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, label: Label = PLAIN
     ) -> Sequence[Waitable]:
         places = places_of(self._group, among)
         if len(places) == self._k:
@@ -57,7 +57,7 @@ class NcclTransport:
         *,
         among: Sequence[int] | None = None,
         copy_own: bool = True,
-        mark: Mark = PLAIN,
+        label: Label = PLAIN,
     ) -> Sequence[Waitable]:
         places = places_of(self._group, among)
         if len(places) == self._k:
@@ -76,7 +76,7 @@ class NcclTransport:
         go = [dist.P2POp(dist.isend, rows[j], group=group, group_peer=places[j]) for j in targets]
         return list(dist.batch_isend_irecv([*come, *go])) if k > 1 else []
 
-    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, mark: Mark = PLAIN) -> Issued:
+    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, label: Label = PLAIN) -> Issued:
         full_kn = joined(pieces, self._k)
         work = reduce_scatter_single(out_n.view(-1), full_kn.reshape(-1), group=self._group)
         return Issued([work], (out_n, full_kn))

@@ -28,13 +28,12 @@ from thinwire.comm.transport.transport import (
     PLAIN,
     WEIGHTS,
     Issued,
-    Mark,
-    OtherExchangeError,
+    Label,
     Waitable,
     joined,
     sum_of_rows,
 )  # fmt: skip
-from thinwire.errors import LinkError
+from thinwire.errors import LinkError, OtherExchangeError
 
 _ROW, _RUN, _DONE = 1, 2, 3  # kinds of message, of stream 0; each stream has four numbers
 _TAG_BIT = 24
@@ -80,8 +79,8 @@ class Exchanges:
 class Row:
     """What another rank has for this one, to be read from its beginning on."""
 
-    def __init__(self, line: Line, pid: int, note: int, mark: Mark) -> None:
-        self._line, self._pid, self._note, self._stream, self._tag = line, pid, note, mark.stream, mark.tag
+    def __init__(self, line: Line, pid: int, note: int, label: Label) -> None:
+        self._line, self._pid, self._note, self._stream, self._tag = line, pid, note, label.stream, label.tag
         self._runs = deque[Run]()
 
     def hear(self) -> None:
@@ -128,11 +127,11 @@ class Reading:
         rows: Mapping[int, Row],
         take: Callable[[], None],
         kept: Iterable[Tensor],
-        mark: Mark,
+        label: Label,
     ) -> None:
         """`take` reads the rows once they have been heard of; `kept` are this rank's own."""
         self._others, self._rows, self._take, self._kept = others, rows, take, tuple(kept)
-        self._mark, self._stream = mark, others.exchanges.streams[mark.stream]
+        self._label, self._stream = label, others.exchanges.streams[label.stream]
         self.read = False
         self._stream.unread.append(self)
         self._stream.unacknowledged.append(self)
@@ -146,7 +145,7 @@ class Reading:
             for line in self._others.lines.values():  # those that wait for something else would not find out
                 line.say((APART, error.theirs, error.mine))
             raise
-        if self._mark.lasting:
+        if self._label.lasting:
             self._stream.forget_read()
         else:
             self._stream.settle(self)
@@ -162,12 +161,12 @@ class Reading:
     def hear_all(self) -> None:
         """Wait until the others have read this rank's rows."""
         for place in self._rows:
-            self._others.lines[place].hear(_kind(_DONE, self._mark.stream))
+            self._others.lines[place].hear(_kind(_DONE, self._label.stream))
         self._kept = ()
 
     def all_heard(self) -> bool:
         """Whether `hear_all` would return at once."""
-        return all(self._others.lines[place].heard(_kind(_DONE, self._mark.stream)) for place in self._rows)
+        return all(self._others.lines[place].heard(_kind(_DONE, self._label.stream)) for place in self._rows)
 
 
 class SameHostTransport:
@@ -182,13 +181,13 @@ class SameHostTransport:
         self._me, self.pids, self.lines, self.exchanges = me, pids, lines, exchanges
 
     def all_gather(
-        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, mark: Mark = PLAIN
+        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, label: Label = PLAIN
     ) -> Sequence[Waitable]:
         places = self._places(among)
         own = received_kn[places.index(self._me)]
         if own.data_ptr() != row_n.data_ptr():
             own.copy_(row_n)
-        return [self._exchange(received_kn, [row_n] * len(places), places, gathers=True, mark=mark)]
+        return [self._exchange(received_kn, [row_n] * len(places), places, gathers=True, label=label)]
 
     def all_to_all(
         self,
@@ -197,26 +196,26 @@ class SameHostTransport:
         *,
         among: Sequence[int] | None = None,
         copy_own: bool = True,
-        mark: Mark = PLAIN,
+        label: Label = PLAIN,
     ) -> Sequence[Waitable]:
         places = self._places(among)
         if copy_own:
             own = places.index(self._me)
             received_kn[own].copy_(sent_kn[own])
-        return [self._exchange(received_kn, list(sent_kn), places, gathers=False, mark=mark)]
+        return [self._exchange(received_kn, list(sent_kn), places, gathers=False, label=label)]
 
-    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, mark: Mark = PLAIN) -> Issued:
+    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, label: Label = PLAIN) -> Issued:
         """Pieces are read from where they are, and added up while they are read."""
         k = len(self.pids)
         if pieces[0].dtype != out_n.dtype:
-            return sum_of_rows(self, out_n, joined(pieces, k), self._me, mark)
+            return sum_of_rows(self, out_n, joined(pieces, k), self._me, label)
         rows = rows_of(pieces, k)
-        added = self._add_up(out_n.view(-1), rows, mark)
+        added = self._add_up(out_n.view(-1), rows, label)
         return Issued([added], (out_n, *(piece for row in rows for piece in row)))
 
     def compare(self, tag: int) -> Sequence[Waitable]:
         nothing, places = torch.empty(len(self.pids), 0, dtype=torch.uint8), self._places(None)
-        return [self._exchange(nothing, list(nothing), places, gathers=True, mark=Mark(WEIGHTS, tag))]
+        return [self._exchange(nothing, list(nothing), places, gathers=True, label=Label(WEIGHTS, tag))]
 
     def pieces_of(self, whole_n: Tensor) -> int:
         return 1
@@ -225,52 +224,52 @@ class SameHostTransport:
         return list(range(len(self.pids)) if among is None else among)
 
     def _exchange(
-        self, received_kn: Tensor, sent: Sequence[Tensor], places: Sequence[int], *, gathers: bool, mark: Mark
+        self, received_kn: Tensor, sent: Sequence[Tensor], places: Sequence[int], *, gathers: bool, label: Label
     ) -> Reading:
         """Row j of `received_kn` becomes what the rank at the j-th of the places has for this one; `sent[j]` is for it.
 
         `gathers` tells a gather from an all-to-all: both ends must mean the same one. All are contiguous. Rows must stay
-        as they are until the exchange has been waited for, or longer (`Mark.lasting`). The next place comes first.
+        as they are until the exchange has been waited for, or longer (`Label.lasting`). The next place comes first.
         """
         me, k = places.index(self._me), len(places)
         rows = {places[j]: sent[j] for j in ((me + d) % k for d in range(1, k))}
         received = {places[j]: received_kn[j] for j in ((me - d) % k for d in range(1, k))}
         for place, row in rows.items():
-            self._tell(place, [row], _note(row.nbytes, gathers=gathers), mark)
+            self._tell(place, [row], _note(row.nbytes, gathers=gathers), label)
         theirs = {
-            place: self._row(place, _note(into.nbytes, gathers=gathers), mark) for place, into in received.items()
+            place: self._row(place, _note(into.nbytes, gathers=gathers), label) for place, into in received.items()
         }
 
         def take() -> None:
             for place, into in received.items():
                 theirs[place].read(into)
 
-        return Reading(self, theirs, take, rows.values(), mark)
+        return Reading(self, theirs, take, rows.values(), label)
 
-    def _add_up(self, out: Tensor, rows: Sequence[Sequence[Tensor]], mark: Mark) -> Reading:
+    def _add_up(self, out: Tensor, rows: Sequence[Sequence[Tensor]], label: Label) -> Reading:
         """`out` becomes the sum of everybody's row for this rank, in the order of places.
 
         `rows[place]` is for the rank there, in contiguous pieces that follow one another, all of `out`'s precision; they
         must stay as they are until the exchange has been waited for, but that `out` may be this rank's own row.
         """
         note = _note(out.nbytes, gathers=False)
-        theirs = {place: self._row(place, note, mark) for place in range(len(rows)) if place != self._me}
+        theirs = {place: self._row(place, note, label) for place in range(len(rows)) if place != self._me}
         for place in theirs:
-            self._tell(place, rows[place], note, mark)
+            self._tell(place, rows[place], note, label)
         own = rows[self._me]
 
         def take() -> None:
             add_rows([theirs.get(place) for place in range(len(rows))], own, out)
 
-        return Reading(self, theirs, take, (piece for row in rows for piece in row), mark)
+        return Reading(self, theirs, take, (piece for row in rows for piece in row), label)
 
-    def _tell(self, place: int, pieces: Sequence[Tensor], note: int, mark: Mark) -> None:
+    def _tell(self, place: int, pieces: Sequence[Tensor], note: int, label: Label) -> None:
         assert all(piece.is_contiguous() for piece in pieces), "rows are read as runs of bytes"
-        runs = [(_kind(_RUN, mark.stream), piece.data_ptr(), piece.nbytes) for piece in pieces]
-        self.lines[place].say((_kind(_ROW, mark.stream), (mark.tag << _TAG_BIT) + len(runs), note), *runs)
+        runs = [(_kind(_RUN, label.stream), piece.data_ptr(), piece.nbytes) for piece in pieces]
+        self.lines[place].say((_kind(_ROW, label.stream), (label.tag << _TAG_BIT) + len(runs), note), *runs)
 
-    def _row(self, place: int, note: int, mark: Mark) -> Row:
-        return Row(self.lines[place], self.pids[place], note, mark)
+    def _row(self, place: int, note: int, label: Label) -> Row:
+        return Row(self.lines[place], self.pids[place], note, label)
 
     def close(self) -> None:
         for line in self.lines.values():

@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.errors import UseError
-
 OTHERS, WEIGHTS, GRADS = range(3)
 """Streams: weight all-gathers, gradient reductions, and all else."""
 _TORCH: Any = dist  # its stubs know the names of one release
@@ -31,16 +29,8 @@ class Waitable(Protocol):
     def wait(self) -> object: ...
 
 
-class OtherExchangeError(UseError):
-    """Two ranks are in exchanges of different tags, `mine` and `theirs`."""
-
-    def __init__(self, message: str, mine: int, theirs: int) -> None:
-        super().__init__(message)
-        self.mine, self.theirs = mine, theirs
-
-
 @dataclass(frozen=True)
-class Mark:
+class Label:
     """What is known of an exchange on all its ranks."""
 
     stream: int = OTHERS
@@ -50,7 +40,7 @@ class Mark:
     """Rows stay as they are until `World.settle`: a rank may go on before others have read its."""
 
 
-PLAIN = Mark()
+PLAIN = Label()
 
 
 class Issued(NamedTuple):
@@ -78,11 +68,11 @@ class Transport(Protocol):
         ...
 
     def all_gather(
-        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, mark: Mark = PLAIN
+        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, label: Label = PLAIN
     ) -> Sequence[Waitable]:
         """Row i of `received_kn` becomes the i-th rank's `row_n`; the own one may be that row itself.
 
-        With a `mark.tag` the ranks find out, before a byte of another gather is taken for this one's, if they do not mean
+        With a `label.tag` the ranks find out, before a byte of another gather is taken for this one's, if they do not mean
         the same: waiting raises OtherExchangeError. NCCL's have none.
         """
         ...
@@ -94,16 +84,16 @@ class Transport(Protocol):
         *,
         among: Sequence[int] | None = None,
         copy_own: bool = True,
-        mark: Mark = PLAIN,
+        label: Label = PLAIN,
     ) -> Sequence[Waitable]:
         """Row j of `sent_kn` goes to the j-th rank, row i of `received_kn` comes from the i-th.
 
-        Rows of another `mark.tag` are never taken for this exchange's: on one host that raises OtherExchangeError, over
+        Rows of another `label.tag` are never taken for this exchange's: on one host that raises OtherExchangeError, over
         gloo they wait for their own. This rank's own row is copied at once; without `copy_own` it may be left as it is.
         """
         ...
 
-    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, mark: Mark = PLAIN) -> Issued:
+    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, label: Label = PLAIN) -> Issued:
         """`out_n` becomes the sum of everybody's chunk for this rank; k n numbers in flat `pieces` that follow each other.
 
         `out_n` may be this rank's own chunk of them.
@@ -129,11 +119,11 @@ def joined(pieces: Sequence[Tensor], k: int) -> Tensor:
     return flat.view(k, flat.numel() // k)
 
 
-def sum_of_rows(transport: Transport, out_n: Tensor, full_kn: Tensor, me: int, mark: Mark) -> Issued:
+def sum_of_rows(transport: Transport, out_n: Tensor, full_kn: Tensor, me: int, label: Label) -> Issued:
     """A reduce-scatter as an all-to-all and a local sum in the order of the ranks, in `out_n`'s precision: deterministic."""
     sent_kn = full_kn.contiguous()
     received_kn = torch.empty_like(sent_kn)
-    works = transport.all_to_all(received_kn, sent_kn, copy_own=False, mark=mark)
+    works = transport.all_to_all(received_kn, sent_kn, copy_own=False, label=label)
 
     def finish() -> None:
         rows = [sent_kn[me] if rank == me else row for rank, row in enumerate(received_kn)]
