@@ -11,7 +11,7 @@ import torch.distributed as dist
 from other_device import other_device
 from thinwire.cluster.cluster import Cluster, Level
 from thinwire.cluster.hardware import DEVICES
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import make_codec
 from thinwire.comm.collectives import all_gather, all_reduce, reduce_scatter
 from thinwire.comm.device import claim, rank_device
 from thinwire.comm.transport.gloo import GlooTransport

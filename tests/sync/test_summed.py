@@ -7,7 +7,7 @@ import torch
 
 from sync_toy import Group, diverging
 from thinwire.comm import world as world_module
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import make_codec
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.plan.rounds import hops_due

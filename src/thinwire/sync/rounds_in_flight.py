@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.comm.codecs.codec import Codec, Raw
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import Codec, Raw, make_codec
 from thinwire.comm.codecs.topk import TopK
 from thinwire.comm.handle import Flight, Handle
 from thinwire.comm.world import World
