@@ -59,35 +59,11 @@ class Codec(Protocol):
         ...
 
 
-class Identity:
-    """Numbers travel as they are; collectives take a shortcut around `encode` and `decode`."""
-
-    name, definition = "identity", "identity"
-
-    def encode(self, x_n: Tensor, *, seed: int = 0) -> Tensor:
-        return x_n.contiguous().view(torch.uint8)
-
-    def decode(self, coded: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-        return coded.view(dtype)
-
-    def sum_into(self, coded_rc: Tensor, out_n: Tensor, *, add: bool = False) -> None:
-        if not add:
-            out_n.copy_(coded_rc[0].view(out_n.dtype))
-        for coded in coded_rc if add else coded_rc[1:]:
-            out_n.add_(coded.view(out_n.dtype))
-
-    def wire_bytes(self, n: int) -> int:
-        return 4 * n
-
-
-IDENTITY: Codec = Identity()
-
-
 class Raw:
     """Numbers as elements of one type, whatever type the receiver reads them as."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.name = self.definition = "fp32"
+    def __init__(self, dtype: torch.dtype, name: str = "fp32") -> None:
+        self.name = self.definition = name
         self._dtype = dtype
 
     def encode(self, x_n: Tensor, *, seed: int = 0) -> Tensor:
@@ -102,6 +78,10 @@ class Raw:
 
     def wire_bytes(self, n: int) -> int:
         return n * self._dtype.itemsize
+
+
+IDENTITY: Codec = Raw(torch.float32, "identity")
+"""Numbers of any type travel as they are: collectives take a shortcut around it."""
 
 
 def sum_decoded(
