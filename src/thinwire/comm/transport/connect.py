@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from thinwire.comm.transport.gloo import GlooTransport
-from thinwire.comm.transport.local_socket import Line
+from thinwire.comm.transport.local_socket import LocalSocket
 from thinwire.comm.transport.nccl import NcclTransport
+from thinwire.comm.transport.process_memory import permit_siblings, read_memory
 from thinwire.comm.transport.same_host import Exchanges, SameHostTransport
-from thinwire.comm.transport.shared_memory import permit_siblings, read_memory
 from thinwire.comm.transport.transport import Transport, all_gather_single
 from thinwire.errors import LinkError
 
@@ -44,20 +44,20 @@ def find_same_host(group: dist.ProcessGroup, exchanges: Exchanges, *, timeout_s:
     with socket.socket(socket.AF_UNIX) as door:
         is_open = _listen(door, int(token), group.size())
         everyone = _tell_all(group, [_network(), os.getpid(), token.data_ptr(), int(token), is_open])
-        near = all(_readable(other, _network()) for other in everyone)
-        if not all(agrees for (agrees,) in _tell_all(group, [near])):
+        readable = all(_readable(other, _network()) for other in everyone)
+        if not all(agrees for (agrees,) in _tell_all(group, [readable])):
             return None
         pids, tokens = [pid for _, pid, *_ in everyone], [token for *_, token, _ in everyone]
         try:
-            lines = {place: _call(tokens[place], timeout_s) for place in range(group.rank())}
+            sockets = {place: _call(tokens[place], timeout_s) for place in range(group.rank())}
             door.settimeout(timeout_s)
-            while len(lines) < group.size() - 1:
+            while len(sockets) < group.size() - 1:
                 caller, _ = door.accept()
                 if (pid := _pid_of(caller)) in pids:  # anyone may call
-                    lines[pids.index(pid)] = Line(caller, timeout_s)
+                    sockets[pids.index(pid)] = LocalSocket(caller, timeout_s)
         except OSError as error:
             raise LinkError(f"ranks of one host could not connect to each other: {error}") from error
-    return SameHostTransport(group.rank(), pids, lines, exchanges)
+    return SameHostTransport(group.rank(), pids, sockets, exchanges)
 
 
 def _listen(door: socket.socket, token: int, backlog: int) -> bool:
@@ -70,11 +70,11 @@ def _listen(door: socket.socket, token: int, backlog: int) -> bool:
     return True
 
 
-def _call(token: int, timeout_s: float) -> Line:
+def _call(token: int, timeout_s: float) -> LocalSocket:
     end = socket.socket(socket.AF_UNIX)
     end.settimeout(timeout_s)
     end.connect(_name(token))
-    return Line(end, timeout_s)
+    return LocalSocket(end, timeout_s)
 
 
 def _pid_of(end: socket.socket) -> int:

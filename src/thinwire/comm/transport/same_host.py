@@ -5,7 +5,7 @@ receiver, if it is in the same collective, copies it from there, or adds it up a
 MPI libraries do the same between the processes of a node. Everything happens in the thread that issues and waits: gloo's
 event threads, which spin while a send holds the connection, have no part in it.
 
-Rows are read, and what others have read is heard of, in the order in which exchanges of a stream were issued, whichever is
+Rows are read, and what others have read is learnt, in the order in which exchanges of a stream were issued, whichever is
 waited for first. That order is the same on all ranks, so no two of them ever wait for each other. Streams are independent,
 as communicators are: ranks may issue a weight all-gather and a gradient reduction in either order. Ranks that need not be
 equally far keep their rows for some exchanges more, instead of waiting until the slowest has read them; rows that stay as
@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from thinwire.comm.transport.local_socket import APART, Line
-from thinwire.comm.transport.shared_memory import Run, add_rows, read_memory, rows_of
+from thinwire.comm.transport.local_socket import APART, LocalSocket
+from thinwire.comm.transport.process_memory import Run, add_rows, read_memory, rows_of
 from thinwire.comm.transport.transport import (
     GRADS,
     OTHERS,
@@ -50,17 +50,17 @@ class Stream:
     def settle(self, reading: "Reading") -> None:
         """Wait until others have read what was issued `kept` exchanges before `reading`, and all earlier ones."""
         while reading in self.unacknowledged and self.unacknowledged.index(reading) >= self._kept:
-            self.unacknowledged.popleft().hear_all()
+            self.unacknowledged.popleft().await_read()
 
     def forget_read(self) -> None:
         """Let go of the rows that all others are known to have read."""
-        while self.unacknowledged and self.unacknowledged[0].read and self.unacknowledged[0].all_heard():
-            self.unacknowledged.popleft().hear_all()
+        while self.unacknowledged and self.unacknowledged[0].read and self.unacknowledged[0].all_read():
+            self.unacknowledged.popleft().await_read()
 
     def end(self) -> None:
         """Wait until others have read all that this rank has waited for."""
         while self.unacknowledged and self.unacknowledged[0].read:
-            self.unacknowledged.popleft().hear_all()
+            self.unacknowledged.popleft().await_read()
 
 
 class Exchanges:
@@ -79,13 +79,13 @@ class Exchanges:
 class Row:
     """What another rank has for this one, to be read from its beginning on."""
 
-    def __init__(self, line: Line, pid: int, note: int, label: Label) -> None:
-        self._line, self._pid, self._note, self._stream, self._tag = line, pid, note, label.stream, label.tag
+    def __init__(self, socket: LocalSocket, pid: int, note: int, label: Label) -> None:
+        self._socket, self._pid, self._note, self._stream, self._tag = socket, pid, note, label.stream, label.tag
         self._runs = deque[Run]()
 
-    def hear(self) -> None:
+    def locate(self) -> None:
         """Wait to be told where it lies. Raises LinkError if the rank is gone, UseError if it is in another collective."""
-        count, note = self._line.hear(_kind(_ROW, self._stream))
+        count, note = self._socket.receive(_kind(_ROW, self._stream))
         tag, count = count >> _TAG_BIT, count % (1 << _TAG_BIT)
         if (note, tag) != (self._note, self._tag):
             raise OtherExchangeError(
@@ -94,7 +94,7 @@ class Row:
                 self._tag,
                 tag,
             )
-        self._runs.extend(self._line.hear(_kind(_RUN, self._stream)) for _ in range(count))
+        self._runs.extend(self._socket.receive(_kind(_RUN, self._stream)) for _ in range(count))
 
     def read(self, into: Tensor) -> None:
         """The next part of it, as long as `into`. Raises LinkError if the rank is gone."""
@@ -112,7 +112,7 @@ class Row:
         return taken
 
     def done(self) -> None:
-        self._line.say((_kind(_DONE, self._stream), 0, 0))
+        self._socket.send((_kind(_DONE, self._stream), 0, 0))
 
 
 class Reading:
@@ -129,7 +129,7 @@ class Reading:
         kept: Iterable[Tensor],
         label: Label,
     ) -> None:
-        """`take` reads the rows once they have been heard of; `kept` are this rank's own."""
+        """`take` reads the rows once they are located; `kept` are this rank's own."""
         self._others, self._rows, self._take, self._kept = others, rows, take, tuple(kept)
         self._label, self._stream = label, others.exchanges.streams[label.stream]
         self.read = False
@@ -142,8 +142,8 @@ class Reading:
             while not self.read:
                 self._stream.unread.popleft()._carry_out()
         except OtherExchangeError as error:
-            for line in self._others.lines.values():  # those that wait for something else would not find out
-                line.say((APART, error.theirs, error.mine))
+            for socket in self._others.sockets.values():  # those that wait for something else would not find out
+                socket.send((APART, error.theirs, error.mine))
             raise
         if self._label.lasting:
             self._stream.forget_read()
@@ -152,33 +152,33 @@ class Reading:
 
     def _carry_out(self) -> None:
         for row in self._rows.values():
-            row.hear()
+            row.locate()
         self._take()
         for row in self._rows.values():
             row.done()
         self.read = True
 
-    def hear_all(self) -> None:
+    def await_read(self) -> None:
         """Wait until the others have read this rank's rows."""
         for place in self._rows:
-            self._others.lines[place].hear(_kind(_DONE, self._label.stream))
+            self._others.sockets[place].receive(_kind(_DONE, self._label.stream))
         self._kept = ()
 
-    def all_heard(self) -> bool:
-        """Whether `hear_all` would return at once."""
-        return all(self._others.lines[place].heard(_kind(_DONE, self._label.stream)) for place in self._rows)
+    def all_read(self) -> bool:
+        """Whether `await_read` would return at once."""
+        return all(self._others.sockets[place].has_received(_kind(_DONE, self._label.stream)) for place in self._rows)
 
 
 class SameHostTransport:
     """`thinwire.comm.transport.transport.Transport` of ranks that are all on this host, this one at place `me` of them.
 
-    Process ids and lines are by place. All groups of a rank share its exchanges.
+    Process ids and sockets are by place. All groups of a rank share its exchanges.
     """
 
     reads_memory, header_bytes = True, 0
 
-    def __init__(self, me: int, pids: Sequence[int], lines: Mapping[int, Line], exchanges: Exchanges) -> None:
-        self._me, self.pids, self.lines, self.exchanges = me, pids, lines, exchanges
+    def __init__(self, me: int, pids: Sequence[int], sockets: Mapping[int, LocalSocket], exchanges: Exchanges) -> None:
+        self._me, self.pids, self.sockets, self.exchanges = me, pids, sockets, exchanges
 
     def all_gather(
         self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, label: Label = PLAIN
@@ -266,14 +266,14 @@ class SameHostTransport:
     def _tell(self, place: int, pieces: Sequence[Tensor], note: int, label: Label) -> None:
         assert all(piece.is_contiguous() for piece in pieces), "rows are read as runs of bytes"
         runs = [(_kind(_RUN, label.stream), piece.data_ptr(), piece.nbytes) for piece in pieces]
-        self.lines[place].say((_kind(_ROW, label.stream), (label.tag << _TAG_BIT) + len(runs), note), *runs)
+        self.sockets[place].send((_kind(_ROW, label.stream), (label.tag << _TAG_BIT) + len(runs), note), *runs)
 
     def _row(self, place: int, note: int, label: Label) -> Row:
-        return Row(self.lines[place], self.pids[place], note, label)
+        return Row(self.sockets[place], self.pids[place], note, label)
 
     def close(self) -> None:
-        for line in self.lines.values():
-            line.close()
+        for socket in self.sockets.values():
+            socket.close()
 
 
 def _kind(message: int, stream: int) -> int:
