@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from thinwire import Cluster, OuterSync, ShardedOptimizer, World, shard
 from thinwire.cluster.cluster import Level
-from thinwire.comm.handle import Flight, Handle
+from thinwire.comm.handle import Handle, InFlight
 from thinwire.model.presets import preset
 from thinwire.model.transformer import Transformer
 from thinwire.parallel.shard import engine
@@ -222,17 +222,17 @@ def alone(setting: Setting) -> Side:
     return Side(step, partial(loss_of, model), close=leave_torch)
 
 
-class Landed(Flight):
+class Landed(InFlight):
     """Chains that are waited for as soon as they are issued."""
 
     def __init__(self, *chains: Iterator[Handle]) -> None:
         super().__init__(*chains)
-        self.land()
+        self.finish()
 
 
 def waiting_side(setting: Setting, options: Mapping[str, Any]) -> Side:
     """thinwire with nothing behind anything, for the rest of this process."""
-    engine.Flight = Landed
+    engine.InFlight = Landed
     return thinwire_side(setting, options)
 
 
