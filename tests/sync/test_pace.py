@@ -149,17 +149,17 @@ def test_a_diverged_group_is_named_and_the_others_keep_pace_without_it() -> None
 
 
 class _Late:
-    """A flight that was waited for a quarter of a second."""
+    """A collective that was waited for a quarter of a second."""
 
     def __init__(self, *chains: Any) -> None:
         pass
 
-    def land(self) -> float:
+    def finish(self) -> float:
         return 0.25
 
 
 def test_what_was_waited_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace_module, "Flight", _Late)
+    monkeypatch.setattr(pace_module, "InFlight", _Late)
     pace = Pace(2, None)  # type: ignore[arg-type]
     for _ in range(5):
         pace.keep([])

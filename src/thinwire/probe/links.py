@@ -19,7 +19,6 @@ import torch
 
 from thinwire.comm.collectives import all_gather, all_reduce_small, reduce_scatter
 from thinwire.comm.handle import Handle
-from thinwire.comm.transport import duplex
 from thinwire.comm.world import World
 from thinwire.probe.effort import Effort
 
@@ -114,14 +113,14 @@ def exchanges(world: World, chunk: int, repeats: int, progress: Progress) -> dic
 
 def _exchange(world: World, level: int, among: tuple[int, int], chunk: int) -> Callable[[], None]:
     """Does nothing on ranks of other members."""
-    group, near = world.group(level, "gather"), world.neighbours(level)
-    assert group is not None
+    transport = world.transport(level, "gather")
+    assert transport is not None
     row_n = torch.ones(chunk // 4, device=world.device)
     received_kn = torch.empty(2, chunk // 4, device=world.device)
 
     def exchange() -> None:
         if world.coordinate(level) in among:
-            for work in duplex.all_gather(received_kn, row_n, group=group, among=among, near=near):
+            for work in transport.all_gather(received_kn, row_n, among=among):
                 work.wait()
 
     return exchange
@@ -141,7 +140,7 @@ def beside(
     a = torch.rand(256, 256, device=world.device).to(dtype)
     matmul_s = median(timed(world, effort.repeats, lambda: a @ a))
     for level in joined(world):
-        if world.neighbours(level) is not None:
+        if world.reads_memory(level):
             shares[level], slowdowns = [0.0], [0.0]
             continue
         found = sorted((sent, median(t)) for (at, sent), t in gathers.items() if at == level)
@@ -173,7 +172,7 @@ def sync_points(world: World, effort: Effort, dtype: torch.dtype) -> Samples:
     That is what compute and a small gather over all such levels take together, beyond what each takes alone, timed in
     turns: it is a small difference between large figures of a machine whose speed changes. A sample may be negative.
     """
-    near = [level for level in joined(world) if world.neighbours(level) is not None]
+    near = [level for level in joined(world) if world.reads_memory(level)]
     if not near:
         return []
     a = torch.rand(256, 256, device=world.device).to(dtype)

@@ -3,8 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from thinwire.comm.compat import all_gather_single
 from thinwire.comm.handle import Handle
+from thinwire.comm.transport.transport import all_gather_single
 from thinwire.comm.world import World
 
 EVERY = 10
