@@ -94,7 +94,7 @@ def total(flows: Sequence[dict[int, dict[str, int]]]) -> dict[int, dict[str, int
     return out
 
 
-HEADER_BYTES, BEAT_BYTES = 16, 1
+HEADER_BYTES, HEARTBEAT_BYTES = 16, 1
 
 
 def swaps(groups: int, codec: str) -> bool:
