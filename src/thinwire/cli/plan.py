@@ -27,7 +27,7 @@ from thinwire.planner.explain import document, report, show_flips, show_needed
 from thinwire.planner.sensitivity import flips, needed
 from thinwire.planner.space import COMPRESSION, Space
 from thinwire.planner.whynot import why_not
-from thinwire.predict.candidate import Candidate, CandidateSync, Setting
+from thinwire.predict.candidate import Candidate, CandidateSync, Setting, thinwire_with
 from thinwire.train.config import RunFile
 from thinwire.train.job import default_folder, expected_vocabulary
 
@@ -126,6 +126,7 @@ def task(run_file: Path, settings: Sequence[str]) -> Task:
         cluster,
         file.batch.sequences,
         file.batch.tokens,
+        thinwire_with(file.optimizer),
         calibration=calibration_of(cluster),
         compute_dtype=dtype,
     )

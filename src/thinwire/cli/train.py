@@ -24,7 +24,7 @@ from thinwire.model.spec import ModelSpec
 from thinwire.plan.partition import resolve_partition
 from thinwire.plan.plan import Plan
 from thinwire.predict import placement
-from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.candidate import Candidate, Setting, thinwire_with
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.train.folder import Opened, open_folder, said_if_finished
 from thinwire.train.job import Job, crowding, read_config, refuse_crossing, resolve
@@ -200,9 +200,8 @@ def predicted_bytes(job: Job, spec: ModelSpec, plan: Plan) -> float:
     )
     cluster = job.cluster.model_copy(update={"levels": levels})
     calibration, batch = calibration_of(cluster), job.config.batch
-    setting = Setting(
-        spec, cluster, batch.sequences, batch.tokens, calibration=calibration, compute_dtype=plan.compute_dtype
-    )
+    framework, dtype = thinwire_with(job.config.optimizer), plan.compute_dtype
+    setting = Setting(spec, cluster, batch.sequences, batch.tokens, framework, calibration, dtype)
     candidate = Candidate.of_plan(plan, spec.layers)
     try:
         return peak_memory(setting, candidate, placement.place(candidate, cluster, calibration)).total

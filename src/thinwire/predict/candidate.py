@@ -6,7 +6,7 @@ say, and the axes that it cannot say yet. Axes lie on ranks from inner to outer:
 are indices of cluster levels.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from thinwire.cluster.cluster import Calibration, Cluster
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.compression import CodecName, Compression, OuterCodecName, Rounding
+from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.plan.partition import Partition
 from thinwire.plan.plan import ComputeDtype, Plan
 from thinwire.plan.rounds import fragment_count
@@ -34,7 +35,7 @@ class Framework:
     grad_wire_bytes: float = 4.0
     """Gradients on the wire where no codec is named."""
     optimizer_bytes: float = 12.0
-    """Master weights and AdamW's two moments."""
+    """Master weights and the optimizer's states, of AdamW two moments."""
     flash_attention: bool = True
     """Attention scores are never stored, and a causal kernel does half of the square."""
     dropout: bool = False
@@ -70,6 +71,12 @@ class Framework:
 
 
 THINWIRE = Framework("thinwire", full_table_grad=True, tied_units=True, packed_qkv=True, fused_loss=True)
+"""With AdamW."""
+
+
+def thinwire_with(optimizer: OptimizerConfig) -> Framework:
+    """thinwire with the states of another optimizer, in fp32; its seconds are still those of AdamW, which takes longest."""
+    return replace(THINWIRE, optimizer_bytes=4.0 * (1 + optimizer.state_numbers))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """Device memory of a stage's ranks by cause, and whether it fits.
 
 States lie as the engine keeps them: weights in the compute precision at lp, gradient sums in fp32 at lg, masters and
-AdamW's moments at lo. What a step needs beside them, unsharded weights, gradients on their way, activations and the
-loss, is that at its peak, the largest of these.
+the optimizer's states at lo. What a step needs beside them, unsharded weights, gradients on their way, activations and
+the loss, is that at its peak, the largest of these.
 
 At the loss: all activations, the loss's own buffers, unsharded weights. In backward of the head, of the last
 block, and of those before it: less and less activations, the block that is computed again and the gradients inside it,

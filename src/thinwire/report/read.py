@@ -25,11 +25,12 @@ from thinwire.files.events import read_events
 from thinwire.files.trace import Span, read_trace
 from thinwire.model.config import ModelConfig
 from thinwire.model.spec import ModelSpec
+from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.plan.plan import Plan
 from thinwire.planner.choose import choose
 from thinwire.planner.explain import report, rests_on
 from thinwire.planner.space import Codecs, Space
-from thinwire.predict.candidate import Candidate, Setting
+from thinwire.predict.candidate import Candidate, Setting, thinwire_with
 from thinwire.predict.peak_memory import Memory, peak_memory
 from thinwire.predict.placement import check_device, place
 from thinwire.predict.simulate import simulate_step
@@ -241,9 +242,8 @@ def setting_of(run: Run, cluster: Cluster) -> Setting:
     spec = _spec(run, build(ModelConfig, tree.get("model", {}), "run.toml: model"), tree.get("data"))
     tokens = tree.get("batch", {}).get("tokens", 256)
     sequences = run.plan.micro_batch * run.plan.accumulate * cluster.ranks
-    return Setting(
-        spec, cluster, sequences, tokens, calibration=calibration_of(cluster), compute_dtype=run.plan.compute_dtype
-    )
+    framework = thinwire_with(build(OptimizerConfig, tree.get("optimizer", {}), "run.toml: optimizer"))
+    return Setting(spec, cluster, sequences, tokens, framework, calibration_of(cluster), run.plan.compute_dtype)
 
 
 def _spec(run: Run, model: ModelConfig, data: object) -> ModelSpec:

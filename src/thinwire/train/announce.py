@@ -27,6 +27,7 @@ def announce(
     """Say that the run starts after `step`, under which plan. `peak`: FLOP per second of a rank, and how that is known."""
     if not reporter.speaks:
         return
+    held = held_bytes(sharded, job.config.optimizer.state_numbers)
     reporter.event(
         "run_start",
         step=step,
@@ -37,18 +38,18 @@ def announce(
         peak_flops_per_s=peak[0],
         peak_origin=peak[1],
         wire_predicted=predicted_bytes(sharded),
-        held={**held_bytes(sharded), **({"outer": sync.held_bytes()} if sync else {})},
+        held={**held, **({"outer": sync.held_bytes()} if sync else {})},
         uncoded={level: asdict(left) for level, left in uncoded(sharded).items()},
         idle_codecs=idle_codecs(sharded),
     )
-    reporter.show(plan_table(sharded, sync))
+    reporter.show(plan_table(sharded, sync, state_numbers=job.config.optimizer.state_numbers))
     if sync is not None:
         reporter.show(rounds_table(sync))
 
 
-def plan_table(sharded: Sharded, sync: OuterSync | None = None) -> Table:
+def plan_table(sharded: Sharded, sync: OuterSync | None = None, *, state_numbers: int = 2) -> Table:
     """state -> level -> bytes on this rank; level -> purpose -> bytes per step by the formula; what codecs leave out."""
-    partition, held = sharded.plan.partition, held_bytes(sharded)
+    partition, held = sharded.plan.partition, held_bytes(sharded, state_numbers)
     table = Table("what", "where", "bytes on rank 0", title=f"plan {partition}", title_justify="left")
     for state in ("params", "grads", "optimizer"):
         shown = show_bytes(held[state]) if held[state] else "they are the fp32 masters"

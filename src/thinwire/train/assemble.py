@@ -17,6 +17,7 @@ from thinwire.parallel.shard.deferred import Initial
 from thinwire.parallel.shard.dtypes import COMPUTE_DTYPES
 from thinwire.parallel.shard.engine import Sharded
 from thinwire.parallel.shard.optimizer import ShardedOptimizer
+from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
@@ -62,7 +63,7 @@ def assemble(job: Job, world: World) -> Parts:
     model, module, initial = build_model(job, world)
     group = world if job.plan.sync is None else world.inside(job.plan.levels_in_group)
     sharded = apply_plan(module, job.plan.of_group(), group, compile_blocks=config.run.compile, initial=initial)
-    optimizer = adamw(sharded, job)
+    optimizer = build_optimizer(sharded, config.optimizer)
     loader = Loader(
         Packing(
             job.corpus.train,
@@ -130,16 +131,18 @@ def _first_values(job: Job, module: torch.nn.Module) -> Initial:
     return initial
 
 
-def adamw(sharded: Sharded, job: Job) -> ShardedOptimizer:
-    """AdamW over the owned shards, fused where the device has it; vectors are not decayed."""
-    options = job.config.optimizer
+def build_optimizer(sharded: Sharded, options: OptimizerConfig) -> ShardedOptimizer:
+    """The named optimizer over the owned shards, fused where the device has it; vectors are not decayed."""
 
-    def build(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
-        )
+    def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        betas = (options.beta1, options.beta2)
+        return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps, fused=True)
+
+    def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        momentum, nesterov = options.momentum, options.nesterov
+        return torch.optim.SGD(groups, lr=options.lr, momentum=momentum, nesterov=nesterov, fused=True)
 
     def group_of(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         return {"weight_decay": options.weight_decay if len(shape) >= 2 else 0.0}
 
-    return ShardedOptimizer(sharded, build, group_of=group_of)
+    return ShardedOptimizer(sharded, {"adamw": adamw, "sgd": sgd}[options.name], group_of=group_of)

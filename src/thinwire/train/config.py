@@ -11,6 +11,7 @@ from thinwire.cluster.config import ClusterConfig
 from thinwire.config import Frozen
 from thinwire.data.config import DataConfig
 from thinwire.model.config import ModelConfig
+from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.plan.plan import PlanConfig
 from thinwire.train.trackers import TrackingConfig
 from thinwire.units import Seconds, divisors
@@ -42,20 +43,6 @@ class BatchConfig(Frozen):
                 f"does not divide; try micro_batch = {fitting}"
             )
         return micro, share // micro
-
-
-class OptimizerConfig(Frozen):
-    """`[optimizer]`: AdamW (arXiv 1711.05101) and gradient clipping by global norm."""
-
-    lr: float = Field(default=1e-3, gt=0, le=1e6)
-    """Peak learning rate."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, ge=1e-30, le=1)
-    weight_decay: float = Field(default=0.1, ge=0, le=1e6)
-    """Applied to matrices; vectors (norms, biases) are not decayed."""
-    clip_norm: float = Field(default=1.0, ge=0, le=1e30)
-    """Largest global gradient norm; 0 switches clipping off."""
 
 
 WARMUP_STEPS = 20

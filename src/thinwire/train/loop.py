@@ -40,7 +40,7 @@ def train(job: Job, world: World, stop: StopRequest) -> None:
     """
     with shortage_explained(world.device, sharing=world.cluster.levels[0].fanout) as held:
         parts = assemble(job, world)
-        held.update(held_bytes(parts.sharded))
+        held.update(held_bytes(parts.sharded, job.config.optimizer.state_numbers))
         try:
             _train(job, parts, stop)
         finally:

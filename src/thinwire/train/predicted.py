@@ -36,8 +36,8 @@ def predicted_total(sharded: Sharded, first: int, steps: int) -> dict[str, dict[
     return sums
 
 
-def held_bytes(sharded: Sharded) -> dict[str, int]:
-    """state -> bytes on this rank, AdamW's two moments counted with the masters as optimizer states."""
+def held_bytes(sharded: Sharded, state_numbers: int = 2) -> dict[str, int]:
+    """state -> bytes on this rank; optimizer states are the masters, and `state_numbers` beside each (AdamW has two)."""
     sums = {"params": 0, "grads": 0, "master": 0}
     trained = 0
     for unit in sharded.units:
@@ -46,7 +46,7 @@ def held_bytes(sharded: Sharded) -> dict[str, int]:
                 sums[state] += count
             trained += flat.master.nbytes if flat.trained else 0
         sums["grads"] += sum(grads.nbytes for grads in unit.grads.values())
-    return {"params": sums["params"], "grads": sums["grads"], "optimizer": sums["master"] + 2 * trained}
+    return {"params": sums["params"], "grads": sums["grads"], "optimizer": sums["master"] + state_numbers * trained}
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class Saver:
         if found is None:
             self._start()
             return 0
+        self._refuse_other_optimizer(found)
         updates, carried = self._updates(found), self._carried(found)
         meta = self._checkpoints.load(found, self._wanted(found, carried, updated=updates > 0))
         if self._adapters and meta["spec"].get("base") != self._job.spec.model_dump()["base"]:
@@ -71,6 +72,14 @@ class Saver:
             )
         self._last_asked, self._newest = found.step, found.path.name
         return found.step
+
+    def _refuse_other_optimizer(self, found: Found) -> None:
+        saved, now = found.manifest.meta.get("optimizer", "adamw"), self._job.config.optimizer.name
+        if saved != now:
+            raise CheckpointError(
+                f"{found.path} holds the states of {saved}, and optimizer.name is {now!r}; set optimizer.name = {saved!r}, "
+                f"or start anew with --fresh"
+            )
 
     def _updates(self, found: Found) -> int:
         """Optimizer steps taken before; worker groups may have skipped different ones."""
@@ -153,6 +162,7 @@ class Saver:
         meta = {
             "step": step,
             "updates": self._optimizer.updates,
+            "optimizer": self._job.config.optimizer.name,
             "corpus": self._job.corpus.digest,
             "spec": self._job.spec.model_dump(mode="json"),
             "plan": self._job.plan.model_dump(mode="json"),
