@@ -5,11 +5,10 @@
 A host is a network namespace (None: the lab's own namespace, where the switches are). A host's egress is limited at its
 eth0, its ingress at the port of the switch; the same for a site at both ends of its uplink.
 
-What `tc` is told about one end of a link: a token bucket (tbf) for its rate, netem for its delay. Pure functions.
-
-Two ends make a direction: the sender's own interface, and the port of the switch that leads to the receiver.
-The limiter counts the headers of every segment (66 bytes of TCP, IP and Ethernet per 1,448), the interfaces' own
-counters see the large segments before they are cut, and so few headers.
+At one end of a link `tc` sets a token bucket (tbf) for its rate and netem for its delay. Two ends make a direction: the
+sender's own interface, and the port of the switch that leads to the receiver. The limiter counts the headers of every
+segment (66 bytes of TCP, IP and Ethernet per 1,448), the interfaces' own counters see the large segments before they are
+cut, and so few headers.
 """
 
 from collections.abc import Iterator, Mapping
