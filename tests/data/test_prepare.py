@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,7 +212,6 @@ def test_a_killed_preparation_leaves_no_corpus_and_the_next_one_cleans_up(tmp_pa
     process.stdout.close()
     assert not (tmp_path / "out").exists()
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1
-    time.sleep(0.05)
     prepare(Options((str(text),)), tmp_path / "out", workers=1)
     assert not list(tmp_path.glob(".out.partial-*"))
 

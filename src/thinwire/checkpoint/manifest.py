@@ -6,7 +6,6 @@ torch.distributed.checkpoint.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from thinwire.config import explain, parse_json
 from thinwire.errors import CheckpointError, UnreadableError
+from thinwire.files.folders import write_whole
 
 MANIFEST, FORMAT, OLD_FORMAT = "manifest.json", 2, 1
 OLD_METADATA = ".metadata"
@@ -60,10 +60,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write and sync `folder/manifest.json`."""
         tree = asdict(self)
-        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump({**tree, _DIGEST: _digest_of(tree)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(folder / MANIFEST, json.dumps({**tree, _DIGEST: _digest_of(tree)}, indent=1))
 
     @staticmethod
     def read(folder: Path) -> "Manifest":

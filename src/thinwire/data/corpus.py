@@ -8,7 +8,6 @@ each makes its own. Whoever has waited in vain says so instead of trying in turn
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from thinwire.data.indexed import IndexedTokens, paths_of
 from thinwire.data.tokenizer import ByteTokenizer, TokenBytes, Tokenizer, load_file
 from thinwire.errors import DataError, HeldError, StopAsked
 from thinwire.files.locks import Lock, hold
+from thinwire.units import CLOCK, Clock
 
 MANIFEST, FORMAT = "corpus.json", 1
 PREFIXES = ("train", "heldout")
@@ -175,6 +175,7 @@ def make_once(
     there: Callable[[], bool],
     stopped: Callable[[], bool],
     say: Callable[[str], None],
+    clock: Clock = CLOCK,
 ) -> None:
     """Return when `there()`: made by this process through `make`, or by another that was waited for.
 
@@ -187,12 +188,12 @@ def make_once(
             raise _stopped(out)
         try:
             meeting.mkdir(parents=True, exist_ok=True)
-            lock = hold(meeting)
+            lock = hold(meeting, clock=clock)
         except HeldError as error:
             if not waited:  # later holders only look whether it is there
                 waited = error.holder
                 say(f"waiting for {waited}, which makes {out}")
-            time.sleep(_LOOK_S)
+            clock.sleep(_LOOK_S)
             continue
         except FileNotFoundError:  # its holder is done, and has removed it
             continue
@@ -204,7 +205,7 @@ def make_once(
             if not waited:
                 _make(out, make, there, stopped)
                 return
-        if not _shows(out, there):
+        if not _shows(out, there, clock):
             raise DataError(f"{waited} has ended without making {out}; see what it said, and start again")
 
 
@@ -219,12 +220,12 @@ def _make(out: Path, make: Callable[[], object], there: Callable[[], bool], stop
         raise
 
 
-def _shows(out: Path, there: Callable[[], bool]) -> bool:
+def _shows(out: Path, there: Callable[[], bool], clock: Clock) -> bool:
     """Whether it is there, once the file server has been asked anew."""
-    end_s = time.monotonic() + _SETTLE_S
-    while not there() and time.monotonic() < end_s:
+    end_s = clock.now() + _SETTLE_S
+    while not there() and clock.now() < end_s:
         list(out.parent.iterdir())
-        time.sleep(_LOOK_S)
+        clock.sleep(_LOOK_S)
     return there()
 
 

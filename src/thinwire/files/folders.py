@@ -86,15 +86,17 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old text or the new, never half. Raises OSError.
+def write_whole(path: Path, text: str, *, writer: str = "") -> None:
+    """Write beside `path`, sync, then rename: a reader sees the old text or the new, never half. Raises OSError.
+
+    `writer` tells apart those who may write it in the same moment.
 
     What is no plain file (a device, a pipe, a link) is written to, not replaced: nothing may take the place of /dev/null.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_text(text, encoding="utf-8")
         return
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{writer}partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)

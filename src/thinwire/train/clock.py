@@ -5,11 +5,12 @@ device's own stream, read once at the end of the step. Time blocked on communica
 out of the lap it fell into, so that the causes add up to the step.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+from thinwire.units import CLOCK, Clock
 
 Cause = Literal["data", "forward", "backward", "comm", "optimizer", "sync", "checkpoint", "eval", "other"]
 CAUSES: tuple[Cause, ...] = ("data", "forward", "backward", "comm", "optimizer", "sync", "checkpoint", "eval", "other")
@@ -17,7 +18,7 @@ CAUSES: tuple[Cause, ...] = ("data", "forward", "backward", "comm", "optimizer",
 
 @dataclass(frozen=True)
 class Lap:
-    """What some of a step was spent on; times are those of `time.perf_counter()`."""
+    """What some of a step was spent on; times are those of the clock."""
 
     cause: Cause
     start_s: float
@@ -27,17 +28,18 @@ class Lap:
 class StepClock:
     """`start()`, then `lap(cause)` after each part, then `stop()` gives seconds by cause, and `laps` each part."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Clock = CLOCK) -> None:
+        self._clock = clock
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[Cause, float, torch.cuda.Event | None]] = []
         self.laps: list[Lap] = []
 
     def start(self) -> None:
-        self._marks = [("other", time.perf_counter(), self._event())]
+        self._marks = [("other", self._clock.now(), self._event())]
 
     def lap(self, cause: Cause) -> None:
         """The time since the last mark was spent on `cause`."""
-        self._marks.append((cause, time.perf_counter(), self._event()))
+        self._marks.append((cause, self._clock.now(), self._event()))
 
     def stop(self, *, exposed_comm_s: float) -> dict[str, float]:
         """Seconds by cause. `exposed_comm_s` of them, spent inside backward or comm laps, are shown as `comm`."""

@@ -24,9 +24,10 @@ from pathlib import Path
 
 from thinwire.comm.place import Place
 from thinwire.errors import ConfigError, LinkError, RankLost, ThinwireError
-from thinwire.files.folders import scratch_folder
+from thinwire.files.folders import scratch_folder, write_whole
 from thinwire.train.folder import LOGS
 from thinwire.train.stop import INTERRUPTED_STATUS, STOP_SIGNALS, held_for_children
+from thinwire.units import CLOCK, Clock
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,8 @@ class FailureReport:
 
     def write(self, path: Path) -> None:
         """Whole or not at all: the launcher may read it when this process is killed, or the disk is full."""
-        partial = path.with_suffix(".partial")
         with suppress(OSError):
-            partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, json.dumps(asdict(self)))
 
 
 def describe(rank: int, error: BaseException) -> FailureReport:
@@ -173,7 +172,9 @@ class Crew:
         reports: Path,
         worker: str = WORKER,
         lock: int | None = None,
+        clock: Clock = CLOCK,
     ) -> None:
+        self._clock = clock
         self._worker, self._lock = worker, lock
         self._arguments, self._share, self._reports = list(arguments), share, reports
         self._logs = folder / LOGS
@@ -203,7 +204,7 @@ class Crew:
         while self._running():
             if any(process.poll() not in (None, 0) for process in self._processes):
                 return self._stop_rest()
-            time.sleep(_POLL_S)
+            self._clock.sleep(_POLL_S)
         if any(process.returncode for process in self._processes):
             return self._stop_rest()
         return Ending(0)
@@ -263,9 +264,9 @@ class Crew:
         return Ending(failure.exit_status, failure)
 
     def _wait_at_most(self, seconds: float) -> None:
-        end_s = time.monotonic() + seconds
-        while self._running() and time.monotonic() < end_s:
-            time.sleep(_POLL_S)
+        end_s = self._clock.now() + seconds
+        while self._running() and self._clock.now() < end_s:
+            self._clock.sleep(_POLL_S)
 
 
 def refuse_taken(port: int) -> None:

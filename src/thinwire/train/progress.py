@@ -147,7 +147,6 @@ class Totals:
         self.unscored_steps = 0
         self.wire: dict[str, dict[str, int]] = {}
         self.causes: dict[str, float] = {}
-        self.started_s = time.perf_counter()
 
     def add(self, record: dict[str, Any]) -> None:
         self.steps += 1
