@@ -28,12 +28,12 @@ WIRES = {
 }
 
 
-def settings(options: argparse.Namespace, folder: Path, wire: str, seed: int) -> dict[str, Any]:
+def settings(options: argparse.Namespace, folder: Path, compression: str, seed: int) -> dict[str, Any]:
     return {
         "run.folder": folder, "run.steps": options.steps, "run.eval_every": 0, "run.eval_sequences": 0,
         "data.path": options.corpus, "cluster.levels": "[2,2]",
         "batch.sequences": options.sequences, "batch.tokens": options.tokens, "batch.micro_batch": options.sequences // 4,
-        "plan.partition": "auto", "plan.wire": wire, "run.seed": seed,
+        "plan.partition": "auto", "plan.compression": compression, "run.seed": seed,
     }  # fmt: skip
 
 

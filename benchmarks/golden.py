@@ -35,18 +35,18 @@ def plans(levels: list[str]) -> dict[str, dict[str, Any]]:
         "zero1": {"partition": "zero1"},
         "zero3 recomputed": {"partition": "zero3", "recompute": "full"},
         "mixed kept": {"partition": f"amsp({inner};{outer};{outer})", "keep_gathered": True},
-        "coded": {"partition": "zero3", "wire": {"weights": {outer: "int8"}, "grads": {outer: "int4"}}},
+        "coded": {"partition": "zero3", "compression": {"weights": {outer: "int8"}, "grads": {outer: "int4"}}},
         "bf16": {
             "partition": "zero1",
-            "wire": {"weights": {outer: "bf16"}, "grads": {outer: "e3m0"}},
+            "compression": {"weights": {outer: "bf16"}, "grads": {outer: "e3m0"}},
             "compute_dtype": "bf16",
         },
         "error feedback": {
             "partition": inside,
-            "wire": {"grads": {outer: "int4-hadamard"}, "error_feedback": True, "rounding": "stochastic"},
+            "compression": {"grads": {outer: "int4-hadamard"}, "error_feedback": True, "rounding": "stochastic"},
         },
-        "low rank": {"partition": inside, "wire": {"grads": {outer: "lowrank"}, "rank": 2, "rank_from": 3}},
-        "delta": {"partition": inside, "wire": {"weights": {outer: "delta-int8"}, "rounding": "stochastic"}},
+        "low rank": {"partition": inside, "compression": {"grads": {outer: "lowrank"}, "rank": 2, "rank_from": 3}},
+        "delta": {"partition": inside, "compression": {"weights": {outer: "delta-int8"}, "rounding": "stochastic"}},
     }
     inner_only = "ddp" if len(levels) == 1 else "zero1"
     for kind in ("local_sgd", "diloco", "streaming_diloco", "eager", "co2", "sparse"):

@@ -72,7 +72,7 @@ WORLDS = {
 
 
 def _coded(weights: str, grads: str, level: str) -> str:
-    return f"plan.wire={{weights={{{level}='{weights}'}}, grads={{{level}='{grads}'}}}}"
+    return f"plan.compression={{weights={{{level}='{weights}'}}, grads={{{level}='{grads}'}}}}"
 
 
 SMALL, AGAIN = "batch.micro_batch=1", "plan.recompute=full"

@@ -31,19 +31,22 @@ WIRES: dict[str, dict[str, Any]] = {
     "ddp": {"partition": "ddp"},
     "hsdp": {"partition": "hsdp"},
     "auto": {"partition": "auto"},
-    "auto+int8": {"partition": "auto", "wire": {"weights": {"cluster": "int8"}, "grads": {"cluster": "int8"}}},
-    "auto+int4": {"partition": "auto", "wire": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "int4"}}},
+    "auto+int8": {"partition": "auto", "compression": {"weights": {"cluster": "int8"}, "grads": {"cluster": "int8"}}},
+    "auto+int4": {
+        "partition": "auto",
+        "compression": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "int4"}},
+    },
     "auto+int4 kept": {
         "partition": "auto",
         "keep_gathered": True,
-        "wire": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "int4"}},
+        "compression": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "int4"}},
     },
     "auto+lowrank4": {
         "partition": "auto",
-        "wire": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "lowrank"}, "rank": 4},
+        "compression": {"weights": {"cluster": "delta-int4"}, "grads": {"cluster": "lowrank"}, "rank": 4},
     },
-    "hsdp+lowrank4": {"partition": "hsdp", "wire": {"grads": {"cluster": "lowrank"}, "rank": 4}},
-    "hsdp+lowrank5": {"partition": "hsdp", "wire": {"grads": {"cluster": "lowrank"}, "rank": 5}},
+    "hsdp+lowrank4": {"partition": "hsdp", "compression": {"grads": {"cluster": "lowrank"}, "rank": 4}},
+    "hsdp+lowrank5": {"partition": "hsdp", "compression": {"grads": {"cluster": "lowrank"}, "rank": 5}},
 }
 """Plans on the levels node, cluster. `hsdp+lowrank` is what PowerSGD sends: no weights cross the slow link. With rank 5 it
 still sends less than the hook does with rank 4."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from thinwire import Cluster, Partition, Plan, ShardedOptimizer, World, shard
 from thinwire.cluster.cluster import Level
-from thinwire.plan.compression import Wire
+from thinwire.plan.compression import Compression
 
 STEPS, MICRO_BATCHES = 50, 2
 
@@ -22,7 +22,7 @@ def main() -> None:
     plan = Plan(
         levels=(("node", 2), ("cluster", 2)),
         partition=Partition(params="node", grads="node", optimizer="cluster"),
-        wire=Wire(grads={"cluster": "int8"}, weights={"cluster": "delta-int4"}),
+        compression=Compression(grads={"cluster": "int8"}, weights={"cluster": "delta-int4"}),
         accumulate=MICRO_BATCHES,
     )
     torch.manual_seed(0)  # the same weights on every rank

@@ -31,12 +31,12 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(WIDTH, 13), nn.Tanh(), nn.Linear(13, WIDTH)) for _ in range(4)
         )
-        self.header = nn.Linear(WIDTH, 5)
+        self.head = nn.Linear(WIDTH, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = x + block(x)
-        return self.header(x)
+        return self.head(x)
 
 
 class Group:
@@ -52,7 +52,7 @@ class Group:
         build: Callable[[Any], torch.optim.Optimizer] | None = None,
         module: nn.Module | None = None,
         same: dict[str, str] | None = None,
-        wire: dict[str, Any] | None = None,
+        compression: dict[str, Any] | None = None,
     ) -> None:
         self.world = world
         if groups is None:
@@ -65,7 +65,7 @@ class Group:
         self.inner = inner
         levels = tuple((level.name, level.fanout) for level in inner.cluster.levels)
         partition = Partition(params=cut[0], grads=cut[1], optimizer=cut[2])
-        plan = Plan.model_validate({"levels": levels, "partition": partition, "wire": wire or {}})
+        plan = Plan.model_validate({"levels": levels, "partition": partition, "compression": compression or {}})
         self.engine: Sharded = shard(module or Stack(), plan, inner)
         self.optimizer = ShardedOptimizer(self.engine, build or (lambda g: torch.optim.AdamW(g, lr=1e-2)))
         self.sync = OuterSync(self.engine, resolved, world, groups=groups, same=same)

@@ -43,6 +43,13 @@ class Frozen(BaseModel):
                 _refuse_unfit(key, value, cls.model_fields[key].annotation)
         return data
 
+    def __getattr__(self, name: str) -> Any:
+        now = type(self).renamed.get(name)
+        if now is None:
+            return super().__getattr__(name)  # type: ignore[misc]  # there, but only while the code runs
+        warnings.warn(_note(name, now), FutureWarning, stacklevel=2)
+        return getattr(self, now)
+
     @classmethod
     def _with_new_names(cls, data: Mapping[str, Any], notes: list[str] | None) -> Mapping[str, Any]:
         """`data` under the names that its keys have now. Raises ValueError where one is given under both."""
@@ -50,12 +57,15 @@ class Frozen(BaseModel):
         for key in old:
             if cls.renamed[key] in data:
                 raise ValueError(f"{key} is {cls.renamed[key]} now, and both are given; leave {key} out")
-            note = f"{key} is {cls.renamed[key]} now; the old name works for one more release"
             if notes is None:
-                warnings.warn(note, FutureWarning, stacklevel=4)
+                warnings.warn(_note(key, cls.renamed[key]), FutureWarning, stacklevel=4)
             else:
-                notes.append(note)
+                notes.append(_note(key, cls.renamed[key]))
         return {cls.renamed.get(key, key): value for key, value in data.items()} if old else data
+
+
+def _note(old: str, new: str) -> str:
+    return f"{old} is {new} now; the old name works for one more release"
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -42,7 +42,7 @@ def test_a_device_is_found_by_how_its_name_begins(name: str, says: str) -> None:
 
 def test_lowrank_under_rounds_is_not_sent_to_a_level_that_is_refused_too() -> None:
     cluster = build(ClusterConfig, {"levels": [2, 2], "device": "cpu"}, "test").resolve()
-    config = {"wire": {"grads": {"node": "lowrank"}}, "sync": {"inner_steps": 4}}
+    config = {"compression": {"grads": {"node": "lowrank"}}, "sync": {"inner_steps": 4}}
     with pytest.raises(PlanError, match="leave it out") as caught:
         build(PlanConfig, config, "test").resolve(cluster, micro_batch=1, accumulate=1)
     assert "needs the outermost level" not in str(caught.value)

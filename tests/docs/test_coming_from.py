@@ -118,7 +118,7 @@ def test_the_versions_on_the_page_are_those_it_is_checked_against(package: str) 
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The config model in an annotation such as `Wire | None`."""
+    """The config model in an annotation such as `Compression | None`."""
     found = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
     return next((kind for kind in found if issubclass(kind, BaseModel)), None)
 
@@ -181,8 +181,8 @@ def test_a_name_on_the_right_is_ours(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["zero4", "plan.keep_gatherd", "plan.keep_gathered = 7", 'plan.wire.grads = { rack = "bf16" }', "thinwire trian",
-     'plan.wire.grads = { cluster = "fp8" }', "plan.sync.kindd", 'plan.sync.kind = "diloko"', "batch.sequences.more",
+    ["zero4", "plan.keep_gatherd", "plan.keep_gathered = 7", 'plan.compression.grads = { rack = "bf16" }', "thinwire trian",
+     'plan.compression.grads = { cluster = "fp8" }', "plan.sync.kindd", 'plan.sync.kind = "diloko"', "batch.sequences.more",
      "Sharded.micro_batch(final=True)", "Sharded.no_sync()", "shard(unit=...)", "thinwire export RUN --precison bf16"],
 )  # fmt: skip
 def test_a_name_that_is_not_ours_is_found_out(name: str) -> None:

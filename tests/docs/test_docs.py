@@ -158,5 +158,5 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     reference = (tmp_path / "reference.html").read_text()
-    assert "plan.wire" in reference and "Path | None" in reference and "\\|" not in reference
+    assert "plan.compression" in reference and "Path | None" in reference and "\\|" not in reference
     assert "ShardedOptimizer" in (tmp_path / "library.html").read_text()

@@ -39,8 +39,8 @@ def _loss(engine: Any, world: World) -> float:
 
 def _saved(world: World, name: str, folder: Path) -> tuple[Checkpoints, Sharded]:
     """Two steps under the setting, saved."""
-    cut, wire = SETTINGS[name]
-    engine = shard(Toy(), plan_of(world, cut, wire=wire), world)
+    cut, compression = SETTINGS[name]
+    engine = shard(Toy(), plan_of(world, cut, compression=compression), world)
     optimizer = adamw(engine)
     for step in range(2):
         one_step(engine, optimizer, world, step)
@@ -60,8 +60,8 @@ def _all(world: World, folder: Path) -> dict[tuple[str, str], float]:
         store.load(found, twin.for_load())
         twin.loaded()
         out[saved, "twin"] = _loss(twin, world)
-        for name, (cut, wire) in SETTINGS.items():
-            engine = shard(Toy(), plan_of(world, cut, wire=wire), world)
+        for name, (cut, compression) in SETTINGS.items():
+            engine = shard(Toy(), plan_of(world, cut, compression=compression), world)
             optimizer = adamw(engine)
             carried = engine.carried_for_load(found.manifest.tensors)
             store.load(found, [*engine.for_load(), *optimizer.for_load(found.manifest.tensors), *carried])
@@ -86,8 +86,8 @@ def test_the_next_loss_is_that_of_the_exact_masters_under_every_other_set_of_cod
 
 def test_under_its_own_codecs_the_next_loss_is_the_runs_own() -> None:
     for result in results():
-        for saved, (_, wire) in SETTINGS.items():
+        for saved, (_, compression) in SETTINGS.items():
             assert result[saved, saved] == result[saved, "running"]
-            assert "weights" in wire or result[saved, "running"] == result[saved, "twin"], saved
+            assert "weights" in compression or result[saved, "running"] == result[saved, "twin"], saved
     for saved in ("int4 and delta weights", "low rank"):
         assert any(result[saved, "running"] != result[saved, "twin"] for result in results())

@@ -36,11 +36,11 @@ WIRES: dict[str, tuple[tuple[int, int, int], dict[str, Any], float]] = {
 }  # fmt: skip
 
 
-def _run(world: World, cut: tuple[int, int, int], wire: dict[str, Any]) -> Any:
+def _run(world: World, cut: tuple[int, int, int], compression: dict[str, Any]) -> Any:
     exact = train(shard(Toy(), plan_of(world, cut), world), world, 1)
-    train(shard(Toy(), plan_of(world, cut, wire=wire), world), world, 1, steps=1)
+    train(shard(Toy(), plan_of(world, cut, compression=compression), world), world, 1, steps=1)
     world.ledger.drain()
-    engine = shard(Toy(), plan_of(world, cut, wire=wire), world)
+    engine = shard(Toy(), plan_of(world, cut, compression=compression), world)
     seen = train(engine, world, 1)
     sent = world.ledger.drain().sent_bytes()
     for level, purposes in predicted_bytes(engine).items():
@@ -51,8 +51,8 @@ def _run(world: World, cut: tuple[int, int, int], wire: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("name", WIRES)
 def test_coded_training_sends_the_formulas_bytes_and_stays_close(name: str) -> None:
-    cut, wire, tolerance = WIRES[name]
-    results = run_world((2, 2), _run, cut, wire)
+    cut, compression, tolerance = WIRES[name]
+    results = run_world((2, 2), _run, cut, compression)
     for exact, seen, digest in results:
         assert seen != exact, "the codec did nothing"
         assert torch.allclose(torch.tensor(seen), torch.tensor(exact), rtol=tolerance)
@@ -63,7 +63,9 @@ def _rank_of_everything(world: World) -> None:
     for cut in ((0, 0, 1), (0, 0, 0), (-1, -1, -1)):
         exact = shard(Toy(), plan_of(world, cut), world)
         coded = shard(
-            Toy(), plan_of(world, cut, wire={"grads": {"cluster": "lowrank"}, "rank": 1000, "rank_from": 0}), world
+            Toy(),
+            plan_of(world, cut, compression={"grads": {"cluster": "lowrank"}, "rank": 1000, "rank_from": 0}),
+            world,
         )
         assert train(coded, world, 1) == train(exact, world, 1), cut
         assert weights(coded) == weights(exact), cut
@@ -76,11 +78,11 @@ def test_a_rank_that_no_matrix_gains_by_changes_no_bit() -> None:
 def _whole_at_first(world: World) -> None:
     for cut in ((0, 0, 1), (0, 0, 0), (-1, -1, -1)):
         exact = shard(Toy(), plan_of(world, cut), world)
-        coded = shard(Toy(), plan_of(world, cut, wire={"grads": {"cluster": "lowrank"}, "rank": 1}), world)
+        coded = shard(Toy(), plan_of(world, cut, compression={"grads": {"cluster": "lowrank"}, "rank": 1}), world)
         assert train(coded, world, 1, steps=2) == train(exact, world, 1, steps=2), cut
         assert weights(coded) == weights(exact), cut
         world.ledger.drain()
-        fresh = shard(Toy(), plan_of(world, cut, wire={"grads": {"cluster": "lowrank"}, "rank": 1}), world)
+        fresh = shard(Toy(), plan_of(world, cut, compression={"grads": {"cluster": "lowrank"}, "rank": 1}), world)
         train(fresh, world, 1, steps=4)
         counted, foreseen = world.ledger.drain().sent_bytes(), predicted_total(fresh, 0, 4)
         for level, purposes in foreseen.items():
@@ -95,8 +97,8 @@ def test_low_rank_begins_after_two_steps_whose_sums_are_whole() -> None:
 
 def _copies(world: World) -> list[bytes]:
     """The weights after each of three steps, of which every rank has a copy; of the last blocks not all have a matrix."""
-    wire = {"grads": {"node": "int8", "cluster": "lowrank"}, "rank": 1, "rank_from": 0, "block": 64}
-    engine = shard(Toy(), plan_of(world, (-1, -1, -1), wire=wire), world)
+    compression = {"grads": {"node": "int8", "cluster": "lowrank"}, "rank": 1, "rank_from": 0, "block": 64}
+    engine = shard(Toy(), plan_of(world, (-1, -1, -1), compression=compression), world)
     optimizer = adamw(engine)
     return [one_step(engine, optimizer, world, step)[-1] for step in range(3)]
 
@@ -108,8 +110,8 @@ def test_ranks_without_a_matrix_keep_step_with_those_that_have_one() -> None:
 
 def _noise(world: World) -> list[float]:
     """The largest magnitude in the padding of sums after each of 12 steps."""
-    wire = {"grads": {"node": "int4-hadamard"}, "block": 64}
-    engine = shard(Toy(), plan_of(world, (-1, -1, -1), wire=wire), world)
+    compression = {"grads": {"node": "int4-hadamard"}, "block": 64}
+    engine = shard(Toy(), plan_of(world, (-1, -1, -1), compression=compression), world)
     optimizer, seen = adamw(engine), []
     for step in range(12):
         one_step(engine, optimizer, world, step)
@@ -125,8 +127,8 @@ def test_noise_that_rotated_blocks_leave_in_padding_is_not_summed_again() -> Non
 
 
 def _gathered_twice(world: World) -> None:
-    wire = {"weights": {"node": "int4"}, "rounding": "stochastic", "block": 64}
-    engine = shard(Toy(), plan_of(world, (0, 0, 0), wire=wire), world)
+    compression = {"weights": {"node": "int4"}, "rounding": "stochastic", "block": 64}
+    engine = shard(Toy(), plan_of(world, (0, 0, 0), compression=compression), world)
     optimizer = adamw(engine)
     one_step(engine, optimizer, world, 0)
     first = weights(engine)
@@ -142,8 +144,8 @@ def test_all_gathers_of_a_step_round_by_the_same_chance() -> None:
 
 def _references(world: World) -> None:
     """After every step what the sender thinks a receiver holds is what it holds."""
-    wire = {"weights": {"cluster": "delta-int4"}}
-    engine = shard(Toy(), plan_of(world, (0, 0, 1), wire=wire), world)
+    compression = {"weights": {"cluster": "delta-int4"}}
+    engine = shard(Toy(), plan_of(world, (0, 0, 1), compression=compression), world)
     optimizer = adamw(engine)
     for _ in range(4):
         train_one(engine, optimizer, world)
@@ -168,7 +170,7 @@ def test_delta_senders_know_what_receivers_hold() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cut", "wire", "says"),
+    ("cut", "compression", "says"),
     [
         ((0, 0, 0), {"weights": {"cluster": "delta-int4"}}, "needs a copy at the receiver"),
         ((0, 0, 1), {"grads": {"cluster": "delta-int4"}}, "a delta needs something the receiver holds"),
@@ -181,19 +183,19 @@ def test_delta_senders_know_what_receivers_hold() -> None:
         ((0, 0, 1), {"grads": {"cluster": "lowrank"}, "rank": 0}, "rank"),
     ],
 )
-def test_impossible_codecs_get_a_sentence(cut: tuple[int, int, int], wire: dict[str, Any], says: str) -> None:
+def test_impossible_codecs_get_a_sentence(cut: tuple[int, int, int], compression: dict[str, Any], says: str) -> None:
     from worlds import cluster_of
 
     class Anywhere:
         cluster = cluster_of((2, 2))
 
     with pytest.raises(ValueError, match=says):
-        plan_of(Anywhere(), cut, wire=wire)  # type: ignore[arg-type]
+        plan_of(Anywhere(), cut, compression=compression)  # type: ignore[arg-type]
 
 
 def _fp64(world: World) -> str:
     with pytest.raises(PlanError) as caught:
-        shard(Toy().double(), plan_of(world, (0, 0, 1), wire={"grads": {"cluster": "int8"}}), world)
+        shard(Toy().double(), plan_of(world, (0, 0, 1), compression={"grads": {"cluster": "int8"}}), world)
     return str(caught.value)
 
 

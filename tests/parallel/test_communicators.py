@@ -39,7 +39,7 @@ class Blocks(nn.Module):
 
 
 def _after_training(world: World, blocks: int) -> int:
-    engine = shard(Blocks(blocks), plan_of(world, (0, 0, 0), wire={"grads": {"node": "int8"}}), world)
+    engine = shard(Blocks(blocks), plan_of(world, (0, 0, 0), compression={"grads": {"node": "int8"}}), world)
     with engine.micro_batch(last=True):
         engine.module(torch.ones(2, 4)).sum().backward()
     engine.finish_reduce()

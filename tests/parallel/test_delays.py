@@ -24,10 +24,10 @@ WIRE = {"weights": {"node": "int8", "cluster": "delta-int4"}, "grads": {"node": 
 SETTINGS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "codecs, error feedback, kept weights": (
         (0, 0, 1),
-        {"wire": WIRE | {"error_feedback": True}, "keep_gathered": True},
+        {"compression": WIRE | {"error_feedback": True}, "keep_gathered": True},
     ),
-    "low rank": ((0, 0, 1), {"wire": {"grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0}}),
-    "gathers across both levels": ((1, 1, 1), {"wire": {"weights": {"cluster": "int8"}}, "keep_gathered": True}),
+    "low rank": ((0, 0, 1), {"compression": {"grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0}}),
+    "gathers across both levels": ((1, 1, 1), {"compression": {"weights": {"cluster": "int8"}}, "keep_gathered": True}),
 }
 LATE = (None, 1, 2)
 """Which rank is late: none, a neighbour of rank 0 in its node, one in the other node."""
@@ -133,11 +133,11 @@ def _sums(world: World) -> list[float]:
         read(row, into)
 
     Row.read = late_read  # type: ignore[method-assign]
-    wire = {"grads": {"node": "int4-hadamard"}, "block": 128}  # a block has parts of two ranks
+    compression = {"grads": {"node": "int4-hadamard"}, "block": 128}  # a block has parts of two ranks
     torch.manual_seed(world.rank)
     inputs = torch.randn(8, 16)
     torch.manual_seed(0)
-    engine = shard(nn.Linear(16, 15), plan_of(world, (-1, -1, -1), wire=wire), world)
+    engine = shard(nn.Linear(16, 15), plan_of(world, (-1, -1, -1), compression=compression), world)
     with engine.micro_batch(last=True):
         engine.module(inputs).square().sum().backward()
     engine.finish_reduce()

@@ -123,7 +123,7 @@ def _variants(world: World) -> dict[str, Any]:
     for name, more in (
         ("plain", {}),
         ("kept", {"keep_gathered": True}),
-        ("fp32 named", {"wire": {"grads": {"cluster": "fp32"}}}),
+        ("fp32 named", {"compression": {"grads": {"cluster": "fp32"}}}),
     ):
         engine = shard(Toy(), plan_of(world, cut, **more), world)
         out[name] = (train(engine, world, 1), weights(engine))

@@ -52,7 +52,9 @@ def test_evaluation_between_steps_sees_the_newest_weights_and_leaves_nothing_gat
 
 
 def _skip(world: World) -> None:
-    engine = shard(Toy(), plan_of(world, (0, 0, 1), wire={"grads": {"cluster": "int4"}, "error_feedback": True}), world)
+    engine = shard(
+        Toy(), plan_of(world, (0, 0, 1), compression={"grads": {"cluster": "int4"}, "error_feedback": True}), world
+    )
     optimizer = adamw(engine)
     one_step(engine, optimizer, world, 0)
     before = weights(engine)

@@ -44,8 +44,8 @@ def _noted(given: dict[int, Tensor], key: int, plus: Callable[[Tensor], Tensor],
 
 def _conserved(world: World, codec: str) -> list[tuple[float, float, float]]:
     """Per buffer: (what is missing, what one step's coding loses, what was put in), as norms, over all steps."""
-    wire = {"grads": {"cluster": codec}, "error_feedback": True}
-    engine = shard(Toy(), plan_of(world, (0, 0, 1), wire=wire), world)
+    compression = {"grads": {"cluster": codec}, "error_feedback": True}
+    engine = shard(Toy(), plan_of(world, (0, 0, 1), compression=compression), world)
     optimizer = adamw(engine)
     buffers = [grads for unit in engine.units for grads in unit.grads.values()]
     given: dict[int, Tensor] = {}
@@ -73,10 +73,10 @@ def _conserved(world: World, codec: str) -> list[tuple[float, float, float]]:
     return found
 
 
-def _skipped(world: World, wire: dict[str, Any]) -> dict[str, Any]:
+def _skipped(world: World, compression: dict[str, Any]) -> dict[str, Any]:
     """The same steps with one that is skipped in between and without."""
-    with_skip = shard(Toy(), plan_of(world, (0, 0, 1), wire=wire), world)
-    without = shard(Toy(), plan_of(world, (0, 0, 1), wire=wire), world)
+    with_skip = shard(Toy(), plan_of(world, (0, 0, 1), compression=compression), world)
+    without = shard(Toy(), plan_of(world, (0, 0, 1), compression=compression), world)
     skipping, plain = adamw(with_skip), adamw(without)
     for step in range(2):
         one_step(with_skip, skipping, world, step)
@@ -93,7 +93,7 @@ def _skipped(world: World, wire: dict[str, Any]) -> dict[str, Any]:
 
 def _all(world: World) -> dict[str, Any]:
     conserved = {codec: _conserved(world, codec) for codec in CODECS}
-    return conserved | {name: _skipped(world, wire) for name, wire in SKIPS.items()}
+    return conserved | {name: _skipped(world, compression) for name, compression in SKIPS.items()}
 
 
 @cache
@@ -122,6 +122,6 @@ def test_a_skipped_step_leaves_references_residuals_and_warm_starts_as_they_were
 
 def test_feedback_is_at_the_outermost_level_that_joins_more_than_one() -> None:
     world = World(0, 2, 0, cluster_of((2, 1)), torch.device("cpu"))
-    wire = {"grads": {"node": "int4", "cluster": "int4"}, "error_feedback": True}
-    engine = shard(Toy(), plan_of(world, (-1, -1, 1), wire=wire), world)
+    compression = {"grads": {"node": "int4", "cluster": "int4"}, "error_feedback": True}
+    engine = shard(Toy(), plan_of(world, (-1, -1, 1), compression=compression), world)
     assert {grads.feedback_level for unit in engine.units for grads in unit.grads.values()} == {0}

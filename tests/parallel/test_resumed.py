@@ -100,14 +100,18 @@ def _settings(levels: Sequence[int], *, stochastic: bool) -> dict[str, Setting]:
                 name: codec if cut[0] < at <= cut[2] else INSIDE.get(codec, codec) for at, name in enumerate(names)
             }
             grads = {names[-1]: GRADS[number % len(GRADS)]} if cut[1] < outer else {}
-            wire = {**base, "weights": within, "grads": grads}
-            found[f"weights {codec} {cut}"] = {"cut": cut, "wire": wire, "accumulate": 1 + number % 2}
+            compression = {**base, "weights": within, "grads": grads}
+            found[f"weights {codec} {cut}"] = {"cut": cut, "compression": compression, "accumulate": 1 + number % 2}
     for number, codec in enumerate(GRADS):
         within = {name: codec if name == names[-1] else INSIDE.get(codec, codec) for name in names}
         for cut in [(-1, -1, -1), (outer - 1, outer - 1, outer)]:
             for feedback in (False,) if codec == "lowrank" else (False, True):
-                wire = {**base, "grads": within, "error_feedback": feedback, "rank_from": 2}
-                found[f"gradients {codec} {cut} {feedback}"] = {"cut": cut, "wire": wire, "accumulate": 2 - number % 2}
+                compression = {**base, "grads": within, "error_feedback": feedback, "rank_from": 2}
+                found[f"gradients {codec} {cut} {feedback}"] = {
+                    "cut": cut,
+                    "compression": compression,
+                    "accumulate": 2 - number % 2,
+                }
     return found
 
 
@@ -152,7 +156,7 @@ BOTH = {"weights": {"node": "int8", "cluster": "int8"}, "rounding": "stochastic"
 
 def _rewritten(world: World, *, landing: bool) -> tuple[list[list[float]], bytes]:
     """Three steps, after each of which masters are written by hand; `landing`: whether everything lands in between."""
-    run = Run(world, {"cut": (-1, -1, 1), "wire": BOTH})
+    run = Run(world, {"cut": (-1, -1, 1), "compression": BOTH})
     for step in range(3):
         run.train(step, step + 1)
         if landing:
@@ -175,7 +179,7 @@ def test_when_a_hop_sets_out_changes_no_bit() -> None:
 
 def _edited(world: World) -> None:
     """Somebody writes to weights that were compressed: some of them still are."""
-    setting = {"cut": (-1, -1, 0), "wire": {"weights": {"node": "int8"}, "block": 64}}
+    setting = {"cut": (-1, -1, 0), "compression": {"weights": {"node": "int8"}, "block": 64}}
     run = Run(world, setting)
     run.train(0, 2)
     with run.engine.full_parameters(), torch.no_grad():
@@ -194,8 +198,8 @@ def test_weights_that_somebody_wrote_to_come_back_as_they_were() -> None:
 
 def _afresh(world: World) -> None:
     cut = (-1, -1, 0)
-    int8, none = ({"cut": cut, "wire": {"weights": weights, "block": 64}} for weights in ({"node": "int8"}, {}))
-    by_chance = {"cut": cut, "wire": {**int8["wire"], "rounding": "stochastic"}}
+    int8, none = ({"cut": cut, "compression": {"weights": weights, "block": 64}} for weights in ({"node": "int8"}, {}))
+    by_chance = {"cut": cut, "compression": {**int8["compression"], "rounding": "stochastic"}}
     run, plain = Run(world, int8), Run(world, none)
     run.train(0, 2)
     plain.train(0, 2)

@@ -43,10 +43,10 @@ LOSSY = {
 }
 
 
-def _carries(world: World, wire: dict[str, Any]) -> None:
+def _carries(world: World, compression: dict[str, Any]) -> None:
     """Saved after two steps and resumed under each cut, what error feedback carries goes on as if never stopped."""
     cuts = [(0, 0, 1), (-1, 0, 1), (-1, -1, 1)]
-    engine = shard(Toy(), plan_of(world, cuts[0], wire=wire), world)
+    engine = shard(Toy(), plan_of(world, cuts[0], compression=compression), world)
     optimizer = adamw(engine)
     for step in range(2):
         one_step(engine, optimizer, world, step)
@@ -56,7 +56,7 @@ def _carries(world: World, wire: dict[str, Any]) -> None:
     assert any(name.startswith("carried/residual/1/") for name in carried)
     assert all(value.abs().max() > 0 for name, value in carried.items() if name.endswith("0.0.weight"))
     for cut in cuts:
-        engine = shard(Toy(), plan_of(world, cut, wire=wire), world)
+        engine = shard(Toy(), plan_of(world, cut, compression=compression), world)
         optimizer = adamw(engine)
         again = engine.carried_for_load(saved)
         fill([*engine.for_load(), *optimizer.for_load(saved), *again], saved)
@@ -65,14 +65,14 @@ def _carries(world: World, wire: dict[str, Any]) -> None:
         assert [one_step(engine, optimizer, world, step) for step in (2, 3)] == on, cut
 
 
-@pytest.mark.parametrize("wire", LOSSY.values(), ids=LOSSY)
-def test_what_error_feedback_carries_is_saved_and_goes_on_bit_for_bit(wire: dict[str, Any]) -> None:
-    run_world((2, 2), _carries, wire)
+@pytest.mark.parametrize("compression", LOSSY.values(), ids=LOSSY)
+def test_what_error_feedback_carries_is_saved_and_goes_on_bit_for_bit(compression: dict[str, Any]) -> None:
+    run_world((2, 2), _carries, compression)
 
 
 def _regrouped(world: World) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the residuals of four members as they were put in, as two members carry them on), summed over all members."""
-    wire = {"grads": {"cluster": "int4"}, "error_feedback": True}
+    compression = {"grads": {"cluster": "int4"}, "error_feedback": True}
     names = [name for name, parameter in Toy().named_parameters() if parameter.requires_grad]
     shapes = {name: parameter.numel() for name, parameter in Toy().named_parameters()}
     saved = {
@@ -80,7 +80,7 @@ def _regrouped(world: World) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for member in range(4)
         for name in names
     }
-    engine = shard(Toy(), plan_of(world, (0, 0, 1), wire=wire), world)
+    engine = shard(Toy(), plan_of(world, (0, 0, 1), compression=compression), world)
     fill(engine.carried_for_load(saved), saved)
     engine.loaded()
     now = put_together(world, engine.carried_for_save())

@@ -27,7 +27,7 @@ def rows(table: Table) -> list[tuple[str, ...]]:
 
 def test_the_table_before_the_first_step_has_the_bytes_of_every_state_and_hop() -> None:
     """Seven buffers of 256 numbers (4 ranks, blocks of 64), six of them trained; root and embedding are gathered once."""
-    made = plan_table(sharded((0, 0, 1), wire={"grads": {"cluster": "int8"}, "block": 64}))
+    made = plan_table(sharded((0, 0, 1), compression={"grads": {"cluster": "int8"}, "block": 64}))
     assert made.title == "plan (node; node; cluster)"
     assert rows(made) == [
         ("params", "node", "1.75 KiB"),  # 7 x (128 - 64) x 4: the masters lie in them
@@ -57,29 +57,32 @@ def test_the_table_after_the_run_sets_what_was_counted_beside_the_formula() -> N
 
 def test_what_low_rank_sums_as_it_is_is_counted_and_told() -> None:
     """Rank 0's halves: 13 x 6 of each block's 88, five rows of the embedding's 34; norm and root have no matrix."""
-    toy = sharded((0, 0, 1), wire={"grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0})
+    toy = sharded((0, 0, 1), compression={"grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0})
     assert uncoded(toy) == {"cluster": Uncoded("lowrank", 3 * 10 + 4 + 6 + 4, 3 * 88 + 34 + 6 + 4)}
     assert rows(plan_table(toy))[-1] == ("not coded", "cluster (lowrank)", "44 of 308 numbers")
 
 
 def test_steps_that_are_summed_whole_before_low_rank_begins_are_told() -> None:
     """They send what the same cut sends without any codec."""
-    wire = {"grads": {"cluster": "lowrank"}, "rank": 1}
+    compression = {"grads": {"cluster": "lowrank"}, "rank": 1}
     plain = predicted_bytes(sharded((0, 0, 1)))["cluster"]["G-reduce"]
-    said = [row for row in rows(plan_table(sharded((0, 0, 1), wire=wire))) if row[0].startswith("gradients")]
+    said = [
+        row for row in rows(plan_table(sharded((0, 0, 1), compression=compression))) if row[0].startswith("gradients")
+    ]
     assert said == [("gradients, first 2 steps", "cluster (whole)", show_bytes(plain))]
     assert not any(
-        row[0].startswith("gradients") for row in rows(plan_table(sharded((0, 0, 1), wire={**wire, "rank_from": 0})))
+        row[0].startswith("gradients")
+        for row in rows(plan_table(sharded((0, 0, 1), compression={**compression, "rank_from": 0})))
     )
 
 
 def test_a_rank_that_no_matrix_gains_by_leaves_everything_uncoded() -> None:
-    left = uncoded(sharded((0, 0, 1), wire={"grads": {"cluster": "lowrank"}, "rank": 1000}))["cluster"]
+    left = uncoded(sharded((0, 0, 1), compression={"grads": {"cluster": "lowrank"}, "rank": 1000}))["cluster"]
     assert left.numbers == left.of == 308
 
 
 @pytest.mark.parametrize(
-    ("cut", "wire", "idle"),
+    ("cut", "compression", "idle"),
     [
         ((0, 0, 0), {"weights": {"cluster": "int8"}}, {"weights.cluster": "int8"}),
         ((0, 0, 0), {"weights": {"cluster": "fp32"}}, {}),
@@ -89,9 +92,9 @@ def test_a_rank_that_no_matrix_gains_by_leaves_everything_uncoded() -> None:
     ],
 )
 def test_codecs_with_nothing_to_code_are_told(
-    cut: tuple[int, int, int], wire: dict[str, Any], idle: dict[str, str]
+    cut: tuple[int, int, int], compression: dict[str, Any], idle: dict[str, str]
 ) -> None:
-    toy = sharded(cut, wire=wire)
+    toy = sharded(cut, compression=compression)
     assert idle_codecs(toy) == idle
     assert [row for row in rows(plan_table(toy)) if row[0] == "nothing to code"] == [
         ("nothing to code", f"{where} ({codec})", "-") for where, codec in idle.items()

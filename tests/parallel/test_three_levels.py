@@ -119,10 +119,10 @@ def _held(engine: Sharded, optimizer: ShardedOptimizer) -> str:
     return _digest([flat.master for unit in engine.units for flat in unit.flats] + moments)
 
 
-def _coded(world: World, name: str, cut: Depths, wire: dict[str, Any]) -> tuple[list[Any], Bytes, Bytes]:
+def _coded(world: World, name: str, cut: Depths, compression: dict[str, Any]) -> tuple[list[Any], Bytes, Bytes]:
     """(per step: loss, whole weights, what lies at depth lp, masters and moments), bytes sent, bytes predicted."""
     dtype = "bf16" if name.startswith("bf16") else "fp32"
-    engine = shard(Wide(), plan_of(world, cut, wire={"block": 64, **wire}, compute_dtype=dtype), world)
+    engine = shard(Wide(), plan_of(world, cut, compression={"block": 64, **compression}, compute_dtype=dtype), world)
     optimizer, seen = adamw(engine), []
     counted: Bytes = {}
     for step in range(STEPS):
@@ -152,7 +152,7 @@ def _all(world: World) -> dict[str, Any]:
     exact = shard(Wide(), plan_of(world, (0, 0, 1)), world)
     plain = adamw(exact)
     losses = [one_step(exact, plain, world, step)[0] for step in range(STEPS)]
-    coded = {name: _coded(world, name, cut, wire) for name, (cut, wire) in (CODED | CHANCE).items()}
+    coded = {name: _coded(world, name, cut, compression) for name, (cut, compression) in (CODED | CHANCE).items()}
     return {"exact": _exact(world), "coded": coded, "uncoded losses": losses}
 
 

@@ -206,8 +206,10 @@ STOCHASTIC: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
 }
 
 
-def _replicas(world: World, cut: tuple[int, int, int], wire: dict[str, Any]) -> list[bytes]:
-    engine = shard(Toy(), plan_of(world, cut, wire={**wire, "rounding": "stochastic", "block": 64}), world)
+def _replicas(world: World, cut: tuple[int, int, int], compression: dict[str, Any]) -> list[bytes]:
+    engine = shard(
+        Toy(), plan_of(world, cut, compression={**compression, "rounding": "stochastic", "block": 64}), world
+    )
     optimizer = adamw(engine)
     return [one_step(engine, optimizer, world, step)[2] for step in range(3)]
 

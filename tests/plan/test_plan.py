@@ -40,9 +40,9 @@ def test_auto_on_one_level_does_not_cut_what_is_gathered_each_micro_batch() -> N
 
 
 def test_zero_plus_plus_brings_its_codecs() -> None:
-    wire = resolve_partition("zero++", LEVELS)[1]
-    assert dict(wire.weights) == {"cluster": "int8"}
-    assert dict(wire.grads) == {"cluster": "int4"}
+    compression = resolve_partition("zero++", LEVELS)[1]
+    assert dict(compression.weights) == {"cluster": "int8"}
+    assert dict(compression.grads) == {"cluster": "int4"}
 
 
 def test_exactly_the_ordered_cuts_are_legal() -> None:
@@ -118,11 +118,11 @@ def test_zero_plus_plus_without_a_level_between_nodes_is_refused(levels: tuple[s
 
 def test_codecs_given_beside_zero_plus_plus_count_level_by_level() -> None:
     given = {"grads": {"cluster": "bf16", "node": "int8"}, "block": 64, "rounding": "stochastic"}
-    tree = {"partition": "zero++", "wire": given}
-    wire = build(PlanConfig, tree, "run.toml").resolve(CLUSTER, micro_batch=1, accumulate=1).wire
-    assert dict(wire.weights) == {"cluster": "int8"}
-    assert dict(wire.grads) == {"cluster": "bf16", "node": "int8"}
-    assert (wire.block, wire.rounding) == (64, "stochastic")
+    tree = {"partition": "zero++", "compression": given}
+    compression = build(PlanConfig, tree, "run.toml").resolve(CLUSTER, micro_batch=1, accumulate=1).compression
+    assert dict(compression.weights) == {"cluster": "int8"}
+    assert dict(compression.grads) == {"cluster": "bf16", "node": "int8"}
+    assert (compression.block, compression.rounding) == (64, "stochastic")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_codecs_given_beside_zero_plus_plus_count_level_by_level() -> None:
         ({"partition": {"parms": "node"}}, "did you mean 'params'"),
         ({"partition": "amsp(all;replica;replica)"}, "is illegal"),
         ({"recompute": "some"}, "recompute"),
-        ({"wire": {"block": 100}}, "block"),
+        ({"compression": {"block": 100}}, "block"),
     ],
 )
 def test_wrong_plans_get_a_sentence(tree: dict[str, object], says: str) -> None:
@@ -150,7 +150,7 @@ def test_wrong_plans_get_a_sentence(tree: dict[str, object], says: str) -> None:
     ],
 )
 def test_error_feedback_that_could_not_be_is_refused(grads: dict[str, str], says: str) -> None:
-    tree = {"partition": "ddp", "wire": {"grads": grads, "error_feedback": True}}
+    tree = {"partition": "ddp", "compression": {"grads": grads, "error_feedback": True}}
     with pytest.raises(PlanError, match=says):
         build(PlanConfig, tree, "run.toml").resolve(CLUSTER, micro_batch=1, accumulate=1)
 

@@ -82,7 +82,7 @@ def test_bytes_and_memory_of_a_real_run_are_foreseen(tmp_path: Path, world: str,
 @pytest.mark.slow
 def test_what_error_feedback_carries_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 of every sum that enters the coded hop, and as much again of the step under way."""
-    settings = ["plan.partition=zero1", "plan.wire={grads={node='int4'}, error_feedback=true}"]
+    settings = ["plan.partition=zero1", "plan.compression={grads={node='int4'}, error_feedback=true}"]
     monkeypatch.setattr(predict_own_runs, "plans_of", lambda world: {"feedback": settings})
     foresee(tmp_path, "2 ranks", "feedback", 4)
 

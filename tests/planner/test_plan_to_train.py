@@ -13,7 +13,7 @@ from own_runs import clean
 
 from runs import make_corpus, thinwire, write_run
 from thinwire.files.events import steps
-from thinwire.plan.compression import Wire
+from thinwire.plan.compression import Compression
 from thinwire.plan.plan import Plan
 from thinwire.train.folder import EVENTS_FILE
 
@@ -99,15 +99,17 @@ def test_rounds_that_the_run_file_decides_are_planned_with_and_written(run_file:
 
 
 @pytest.mark.parametrize(
-    "wire", [{"weights": {"node": "int4"}, "grads": {"node": "e3m0"}, "block": 64, "rounding": "stochastic"}, {}]
+    "compression", [{"weights": {"node": "int4"}, "grads": {"node": "e3m0"}, "block": 64, "rounding": "stochastic"}, {}]
 )
-def test_codecs_that_the_run_file_decides_are_kept(tmp_path: Path, wire: dict[str, Any]) -> None:
+def test_codecs_that_the_run_file_decides_are_kept(tmp_path: Path, compression: dict[str, Any]) -> None:
     """Also those that no search would choose, on levels where it would choose none, to the bytes of a block's scales."""
     corpus, out = make_corpus(tmp_path / "data"), tmp_path / "plan.json"
-    file = write_run(tmp_path, corpus, cluster=CLUSTER, plan={"wire": wire}, run={"steps": 3, "sample_tokens": 0})
+    file = write_run(
+        tmp_path, corpus, cluster=CLUSTER, plan={"compression": compression}, run={"steps": 3, "sample_tokens": 0}
+    )
     planned = thinwire("plan", file, "--runnable", "-o", out, "--json")
     assert planned.returncode == 0, planned.stderr
-    assert Plan.model_validate_json(out.read_text()).wire == Wire.model_validate(wire)
+    assert Plan.model_validate_json(out.read_text()).compression == Compression.model_validate(compression)
     bare = write_run(tmp_path, corpus, "bare", cluster=CLUSTER, run={"steps": 3, "sample_tokens": 0})
     trained = thinwire("train", bare, "--plan", out)
     assert trained.returncode == 0, trained.stderr
@@ -118,7 +120,7 @@ def test_codecs_that_the_run_file_decides_are_kept(tmp_path: Path, wire: dict[st
 def test_gradients_of_low_rank_are_not_planned_and_that_is_said(tmp_path: Path) -> None:
     (node,) = CLUSTER["levels"]
     cluster = {**CLUSTER, "levels": [node, {**node, "name": "cluster"}]}
-    wire = {"grads": {"cluster": "lowrank"}}
-    file = write_run(tmp_path, make_corpus(tmp_path / "data"), cluster=cluster, plan={"wire": wire})
+    compression = {"grads": {"cluster": "lowrank"}}
+    file = write_run(tmp_path, make_corpus(tmp_path / "data"), cluster=cluster, plan={"compression": compression})
     done = thinwire("plan", file)
     assert done.returncode == 2 and "low rank" in done.stderr, done.stderr

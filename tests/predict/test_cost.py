@@ -274,7 +274,7 @@ def test_bytes_of_the_data_axis_are_the_engines(depths: tuple[int, int, int], co
 
 
 Rounds = tuple[tuple[int, int, int], int, int, OuterCodecName]
-"""Depths, the level across which groups agree, fragments, codec."""
+"""Depths, the level across which groups synchronise, fragments, codec."""
 
 
 def _of_rounds(rounds: Rounds) -> Candidate:
@@ -283,7 +283,7 @@ def _of_rounds(rounds: Rounds) -> Candidate:
 
 
 def _round_bytes(world: World, rounds: Rounds) -> dict[str, dict[str, int]]:
-    """level -> purpose -> bytes of H steps that only agree."""
+    """level -> purpose -> bytes of H steps that only synchronise."""
     return _candidates_round_bytes(world, _of_rounds(rounds))
 
 
@@ -305,7 +305,7 @@ def _candidates_round_bytes(world: World, candidate: Candidate) -> dict[str, dic
 
 
 Summed = tuple[int, int, int]
-"""The levels across which groups agree and inside which they add up, fragments."""
+"""The levels across which groups synchronise and inside which they add up, fragments."""
 
 
 def _of_sums(sums: Summed, fanouts: tuple[int, ...]) -> Candidate:

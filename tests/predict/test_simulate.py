@@ -62,7 +62,7 @@ def test_without_contention_the_simulator_is_the_closed_form(
     assert simulate(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=1e-3)
 
 
-def test_interleaving_agrees_without_sends_to_wait_for() -> None:
+def test_interleaving_equals_the_closed_form_without_sends_to_wait_for() -> None:
     given = setting(8, latency=0.0, rate=1e15)
     for chunks in (2, 4):
         candidate = Candidate(pipeline=8, chunks=chunks)
@@ -77,7 +77,7 @@ def slower_outside(times: float, sequences: int) -> Setting:
     return replace(given, cluster=given.cluster.model_copy(update={"levels": (fast, slow)}))
 
 
-def test_the_closed_form_is_near_where_cuts_contend_for_lanes() -> None:
+def test_the_closed_form_is_near_where_partitions_contend_for_streams() -> None:
     """Every cut over two levels, with 1, 2 and 8 micro-batches: ZeRO-3's gathers and reductions share streams."""
     cuts = [
         Candidate(depths=depths, keep_gathered=keep)
@@ -114,7 +114,7 @@ def test_every_stage_passes_every_micro_batch_forward_then_backward(
             assert needed is None or (0 <= needed[0] < stages and 0 <= needed[1].chunk < chunks)
 
 
-def test_lanes_carry_one_message_at_a_time_and_collectives_wait_for_all() -> None:
+def test_streams_carry_one_message_at_a_time_and_collectives_wait_for_all() -> None:
     clock, spans = Clock(), list[Span]()
     streams = [SendStream(clock, rank, "node", None, spans.append) for rank in range(2)]
     both, alone = Message("both", 2.0, [], 2), Message("alone", 1.0, [], 1)
@@ -142,7 +142,7 @@ def test_compute_is_slower_only_while_messages_are_under_way() -> None:
 
 @pytest.mark.parametrize("depths", [(-1, -1, -1), (-1, -1, 1), (0, 0, 1), (0, 1, 1), (1, 1, 1)])
 @pytest.mark.parametrize("keep", [False, True])
-def test_lanes_are_busy_for_as_long_as_the_formulas_bytes_take(depths: tuple[int, int, int], keep: bool) -> None:
+def test_streams_are_busy_for_as_long_as_the_formulas_bytes_take(depths: tuple[int, int, int], keep: bool) -> None:
     given = setting(4, 2, latency=0.0, sequences=16)
     candidate = Candidate(depths=depths, keep_gathered=keep and depths[0] >= 0)
     axes = place(candidate, given.cluster, given.calibration)

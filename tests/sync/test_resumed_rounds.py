@@ -170,15 +170,20 @@ INSIDE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("wire", INSIDE.values(), ids=INSIDE)
-def test_every_kind_over_groups_whose_own_weights_are_compressed(wire: dict[str, Any]) -> None:
+@pytest.mark.parametrize("compression", INSIDE.values(), ids=INSIDE)
+def test_every_kind_over_groups_whose_own_weights_are_compressed(compression: dict[str, Any]) -> None:
     kinds = _kinds(codec="int8").items()
-    _agree([("node", 2), ("site", 2)], {name: {**kind, "wire": {"block": 64, **wire}} for name, kind in kinds})
+    _agree(
+        [("node", 2), ("site", 2)],
+        {name: {**kind, "compression": {"block": 64, **compression}} for name, kind in kinds},
+    )
 
 
 def test_groups_whose_own_weights_are_compressed() -> None:
     base = {"inner_steps": 4, "kind": "streaming_diloco", "fragments": 2}
-    settings = {name: {"sync": base, "wire": {"block": 64, **wire}} for name, wire in INSIDE.items()}
+    settings = {
+        name: {"sync": base, "compression": {"block": 64, **compression}} for name, compression in INSIDE.items()
+    }
     _agree([("node", 2), ("site", 2)], settings)
 
 

@@ -14,7 +14,7 @@ def _strangers(world: World, what: str) -> str:
     if what == "parameters" and world.rank == 1:
         module = Toy()  # type: ignore[assignment]
     if what == "frozen weights":
-        module.header.requires_grad_(False).weight.data[2, 3] += 1e-6 * world.rank
+        module.head.requires_grad_(False).weight.data[2, 3] += 1e-6 * world.rank
     same = {"corpus": "a" if what != "corpus" or world.rank == 0 else "b"}
     try:
         Group(world, {"inner_steps": 2}, module=module, same=same)

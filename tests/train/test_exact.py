@@ -133,10 +133,12 @@ WIRES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
-def test_a_run_with_compressed_weights_resumes_bit_for_bit(corpus: Path, tmp_path: Path, wire: dict[str, Any]) -> None:
+@pytest.mark.parametrize("compression", WIRES.values(), ids=WIRES)
+def test_a_run_with_compressed_weights_resumes_bit_for_bit(
+    corpus: Path, tmp_path: Path, compression: dict[str, Any]
+) -> None:
     plan: dict[str, Any] = {
-        "plan": {"partition": "zero1", "wire": wire},
+        "plan": {"partition": "zero1", "compression": compression},
         "schedule": {"kind": "constant", "warmup_steps": 1},
     }
     whole = losses([2], tmp_path / "whole", corpus, run={"steps": 8}, **plan)
@@ -149,11 +151,11 @@ def test_a_run_with_compressed_weights_resumes_bit_for_bit(corpus: Path, tmp_pat
 
 def test_weights_that_begin_uncompressed_after_a_change_of_plan_are_told(corpus: Path, tmp_path: Path) -> None:
     run, schedule = {"steps": 3}, {"kind": "constant"}
-    plan = {"partition": "zero1", "wire": {"weights": {"node": "int8"}}}
+    plan = {"partition": "zero1", "compression": {"weights": {"node": "int8"}}}
     path = write_run(tmp_path, corpus, cluster={"levels": [2]}, run=run, schedule=schedule, plan=plan)
     told = "weights begin uncompressed"
     for steps_in_all, codec, expected in [(3, "int8", False), (4, "int8", False), (5, "bf16", True)]:
-        changed = ["--set", f"run.steps={steps_in_all}", "--set", f"plan.wire.weights.node={codec}"]
+        changed = ["--set", f"run.steps={steps_in_all}", "--set", f"plan.compression.weights.node={codec}"]
         done = thinwire("train", path, *changed)
         assert done.returncode == 0, done.stderr
         assert (told in " ".join((done.stdout + done.stderr).split())) == expected, done.stdout

@@ -59,7 +59,7 @@ def _train_and_go_on(world: World, run_file: Path, elsewhere: bool) -> tuple[lis
     ("ranks", "plan"),
     [
         pytest.param(1, {}, marks=pytest.mark.slow),
-        (2, {"wire": {"grads": {"node": "int8"}}}),
+        (2, {"compression": {"grads": {"node": "int8"}}}),
         pytest.param(2, {"partition": "ddp", "sync": {"inner_steps": 1, "level": "node"}}, marks=pytest.mark.slow),
     ],
     ids=["one rank", "two ranks", "two groups"],

@@ -25,7 +25,7 @@ from thinwire.plan.plan import Plan, read_plan
 from thinwire.planner.choose import Choice, choose
 from thinwire.planner.explain import document, report, show_flips, show_needed
 from thinwire.planner.sensitivity import flips, needed
-from thinwire.planner.space import WIRE, Space
+from thinwire.planner.space import COMPRESSION, Space
 from thinwire.planner.whynot import why_not
 from thinwire.predict.candidate import Candidate, CandidateSync, Setting, thinwire_with
 from thinwire.train.config import RunFile
@@ -158,12 +158,14 @@ def _decided(file: RunFile, cluster: Cluster) -> Plan:
 def _names(file: RunFile, plan: Plan) -> list[str]:
     """Fields of a candidate that the file decides; `partition = "auto"` decides nothing."""
     if file.plan.file is not None:
-        return ["depths", "keep_gathered", "recompute", "micro_batch", *WIRE]
+        return ["depths", "keep_gathered", "recompute", "micro_batch", *COMPRESSION]
     given = file.plan.model_fields_set
     found = ["micro_batch"] if file.batch.micro_batch is not None else []
     found += [name for name in ("recompute", "keep_gathered") if name in given]
     found += ["depths"] if file.plan.partition != "auto" else []
-    return found + ([*WIRE] if "wire" in given or plan.wire.weights or plan.wire.grads else [])
+    return found + (
+        [*COMPRESSION] if "compression" in given or plan.compression.weights or plan.compression.grads else []
+    )
 
 
 def tell_notes(found: Task) -> None:

@@ -5,12 +5,12 @@ import warnings
 from typing import Any
 
 _MOVED = {
-    "Partition": "thinwire.plan.partition",
-    "Plan": "thinwire.plan.plan",
-    "PlanConfig": "thinwire.plan.plan",
-    "Wire": "thinwire.plan.compression",
-    "read_plan": "thinwire.plan.plan",
-    "resolve_partition": "thinwire.plan.partition",
+    "Partition": ("thinwire.plan.partition", "Partition"),
+    "Plan": ("thinwire.plan.plan", "Plan"),
+    "PlanConfig": ("thinwire.plan.plan", "PlanConfig"),
+    "Wire": ("thinwire.plan.compression", "Compression"),
+    "read_plan": ("thinwire.plan.plan", "read_plan"),
+    "resolve_partition": ("thinwire.plan.partition", "resolve_partition"),
 }
 _PUBLIC = ("Partition", "Plan", "PlanConfig")
 
@@ -18,6 +18,7 @@ _PUBLIC = ("Partition", "Plan", "PlanConfig")
 def __getattr__(name: str) -> Any:
     if name not in _MOVED:
         raise AttributeError(f"module 'thinwire.plan' has no attribute {name!r}")
-    home = "thinwire" if name in _PUBLIC else _MOVED[name]
-    warnings.warn(f"thinwire.plan.{name} is {home}.{name} now", FutureWarning, stacklevel=2)
-    return getattr(importlib.import_module(_MOVED[name]), name)
+    home, now = _MOVED[name]
+    shown = "thinwire" if name in _PUBLIC else home
+    warnings.warn(f"thinwire.plan.{name} is {shown}.{now} now", FutureWarning, stacklevel=2)
+    return getattr(importlib.import_module(home), now)

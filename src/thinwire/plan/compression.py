@@ -17,7 +17,7 @@ BLOCK_CODECS = ("int8", "int4", "int4-hadamard", "e3m0")
 Rounding = Literal["nearest", "stochastic"]
 
 
-class Wire(Frozen):
+class Compression(Frozen):
     """How numbers travel: a codec per level and direction; what is not named travels as it is."""
 
     weights: Mapping[str, CodecName] = Field(default_factory=dict)
@@ -58,7 +58,7 @@ class Wire(Frozen):
         """Steps at the start that send more than those after them."""
         return self.rank_from if "lowrank" in self.grads.values() else 0
 
-    def over(self, named: "Wire") -> "Wire":
+    def over(self, named: "Compression") -> "Compression":
         """This, and at levels that it does not name the codecs of `named`."""
         weights, grads = {**named.weights, **self.weights}, {**named.grads, **self.grads}
         return self.model_copy(update={"weights": weights, "grads": grads})

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from thinwire.config import Frozen
 from thinwire.errors import PlanError
-from thinwire.plan.compression import Wire
+from thinwire.plan.compression import Compression
 
 REPLICA, ALL = "replica", "all"
 
@@ -83,7 +83,7 @@ def _depth(name: str, levels: Sequence[str], state: str) -> int:
     return list(levels).index(name)
 
 
-def resolve_partition(name: str, levels: Sequence[str]) -> tuple[Partition, Wire]:
+def resolve_partition(name: str, levels: Sequence[str]) -> tuple[Partition, Compression]:
     """The point that a name means on `levels` (inner to outer), and the codecs that belong to it.
 
     `node` below is the level of that name, else the outermost but one, else the only one. Raises PlanError.
@@ -116,14 +116,16 @@ def resolve_partition(name: str, levels: Sequence[str]) -> tuple[Partition, Wire
     )
     partition.depths(levels)
     if name != "zero++":
-        return partition, Wire()
+        return partition, Compression()
     between_nodes = list(levels)[list(levels).index(node) + 1 :] if levels else []
     if not between_nodes:
         raise PlanError(
             f"zero++ codes what crosses nodes, and here nothing does (levels: {', '.join(levels) or 'none'}): take zero3, "
-            "which is the same partition without codecs, and name codecs in plan.wire if you want them"
+            "which is the same partition without codecs, and name codecs in plan.compression if you want them"
         )
-    return partition, Wire(weights=dict.fromkeys(between_nodes, "int8"), grads=dict.fromkeys(between_nodes, "int4"))
+    return partition, Compression(
+        weights=dict.fromkeys(between_nodes, "int8"), grads=dict.fromkeys(between_nodes, "int4")
+    )
 
 
 def _outer(name: str, everything: str) -> str:

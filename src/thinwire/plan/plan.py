@@ -9,14 +9,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from thinwire.cluster.cluster import Cluster, show_levels
 from thinwire.config import Frozen, explain, read_document
 from thinwire.errors import PlanError
-from thinwire.plan.compression import Wire
+from thinwire.plan.compression import Compression
 from thinwire.plan.partition import REPLICA, Partition, resolve_partition
 from thinwire.plan.sync import Sync, SyncConfig
 
@@ -27,10 +27,11 @@ ComputeDtype = Literal["fp64", "fp32", "bf16"]
 class Plan(Frozen):
     """Every decision of a run. `levels` repeats names and fanouts of the cluster the plan was made for."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"wire": "compression"}
     version: Literal[1] = 1
     levels: tuple[tuple[str, int], ...] = Field(min_length=1)
     partition: Partition = Partition()
-    wire: Wire = Wire()
+    compression: Compression = Compression()
     sync: Sync | None = None
     """How replicas synchronise across a level and those outside it; without it they synchronise every step."""
     recompute: Recompute = "none"
@@ -50,38 +51,38 @@ class Plan(Frozen):
         if self.sync is not None:
             self._sync_fits(self.sync)
         for direction in ("weights", "grads"):
-            for level in getattr(self.wire, direction):
+            for level in getattr(self.compression, direction):
                 if level not in names:
-                    raise ValueError(f"wire.{direction} names the level {level!r}; there are {', '.join(names)}")
+                    raise ValueError(f"compression.{direction} names the level {level!r}; there are {', '.join(names)}")
         lp, _, lo = self.depths
-        for level, codec in self.wire.weights.items():
+        for level, codec in self.compression.weights.items():
             if codec.startswith("delta-") and not lp < names.index(level) <= lo:
                 raise ValueError(
-                    f"wire.weights.{level} = {codec!r} needs a copy at the receiver between steps: {level} must lie outside "
-                    f"the parameters' level and inside the optimizer's; partition is {self.partition}"
+                    f"compression.weights.{level} = {codec!r} needs a copy at the receiver between steps: {level} must lie "
+                    f"outside the parameters' level and inside the optimizer's; partition is {self.partition}"
                 )
         _, lg, _ = self.depths
-        for level, codec in self.wire.grads.items():
+        for level, codec in self.compression.grads.items():
             if codec == "lowrank" and self.sync is not None:
                 raise ValueError(
-                    f"wire.grads.{level} = 'lowrank' runs across the outermost level ({names[-1]}), which groups cross "
-                    f"once a round under plan.sync: leave it out (sync.codec makes rounds smaller), or leave plan.sync out"
+                    f"compression.grads.{level} = 'lowrank' runs across the outermost level ({names[-1]}), which groups "
+                    f"cross once a round under plan.sync: leave it out (sync.codec makes rounds smaller), or plan.sync"
                 )
             if codec == "lowrank" and not lg < names.index(level) == len(names) - 1:
                 raise ValueError(
-                    f"wire.grads.{level} = 'lowrank' needs the outermost level ({names[-1]}) and gradients sharded inside "
-                    f"it, so that it runs once a step; partition is {self.partition}"
+                    f"compression.grads.{level} = 'lowrank' needs the outermost level ({names[-1]}) and gradients sharded "
+                    f"inside it, so that it runs once a step; partition is {self.partition}"
                 )
-        if self.wire.error_feedback and "lowrank" in self.wire.grads.values():
+        if self.compression.error_feedback and "lowrank" in self.compression.grads.values():
             raise ValueError(
-                "wire.error_feedback: lowrank carries over what it loses without being asked, and only one hop can; leave "
-                "error_feedback out"
+                "compression.error_feedback: lowrank carries over what it loses without being asked, and only one hop can; "
+                "leave error_feedback out"
             )
-        compressed = [level for level, codec in self.wire.grads.items() if codec != "fp32"]
-        if self.wire.error_feedback and not any(names.index(level) > lg for level in compressed):
+        compressed = [level for level, codec in self.compression.grads.items() if codec != "fp32"]
+        if self.compression.error_feedback and not any(names.index(level) > lg for level in compressed):
             raise ValueError(
-                "wire.error_feedback needs a compressed gradient hop that runs once a step, outside the gradients' level; "
-                f"partition is {self.partition}, compressed gradient levels are {', '.join(compressed) or 'none'}"
+                "compression.error_feedback needs a compressed gradient hop that runs once a step, outside the gradients' "
+                f"level; partition is {self.partition}, compressed gradient levels are {', '.join(compressed) or 'none'}"
             )
         return self
 
@@ -102,9 +103,9 @@ class Plan(Frozen):
             )
         for direction in ("weights", "grads"):
             for level in names[inside:]:
-                if level in getattr(self.wire, direction):
+                if level in getattr(self.compression, direction):
                     raise ValueError(
-                        f"wire.{direction}.{level}: nothing crosses {level} step by step; set sync.codec instead"
+                        f"compression.{direction}.{level}: nothing crosses {level} step by step; set sync.codec instead"
                     )
 
     def _sums_fit(self, sync: Sync, inside: str) -> None:
@@ -151,10 +152,11 @@ class Plan(Frozen):
 class PlanConfig(Frozen):
     """`[plan]` of a run file: what the user decides about it."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"wire": "compression"}
     partition: Partition | str = "auto"
     """A name (auto, ddp, zero1, zero2, zero3, hsdp, mics, zero++, frontier, `amsp(P;G;O)`) or the three levels."""
     keep_gathered: bool = False
-    wire: Wire | None = None
+    compression: Compression | None = None
     """Where the partition's name brings codecs of its own (zero++), those given here count, level by level."""
     sync: SyncConfig | None = None
     """`[plan.sync]`: groups synchronise once a round across a level and those outside it, instead of every step."""
@@ -182,14 +184,14 @@ class PlanConfig(Frozen):
         named, levels = self.partition, cluster.shape
         sync = None if self.sync is None else self.sync.resolve(levels)
         inner = cluster.level_names if sync is None else cluster.level_names[: cluster.index(sync.level)]
-        partition, wire = resolve_partition(named, inner) if isinstance(named, str) else (named, Wire())
+        partition, compression = resolve_partition(named, inner) if isinstance(named, str) else (named, Compression())
         if self.keep_gathered:
             partition = partition.model_copy(update={"keep_gathered": True})
         try:
             return Plan(
                 levels=levels,
                 partition=partition,
-                wire=wire if self.wire is None else self.wire.over(wire),
+                compression=compression if self.compression is None else self.compression.over(compression),
                 sync=sync,
                 recompute=self.recompute,
                 compute_dtype=self.compute_dtype,

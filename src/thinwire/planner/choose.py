@@ -197,6 +197,4 @@ def _with_more(setting: Setting, factor: int) -> Setting:
         levels = (last, last.model_copy(update={"name": f"{last.name}s", "fanout": factor}))
     cluster = setting.cluster.model_copy(update={"levels": levels})
     sequences = -(-setting.sequences // cluster.ranks) * cluster.ranks
-    return Setting(
-        setting.spec, cluster, sequences, setting.tokens, setting.framework, setting.calibration, setting.compute_dtype
-    )
+    return replace(setting, cluster=cluster, sequences=sequences)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from thinwire.errors import PlanError
-from thinwire.planner.space import WIRE, Space, cores, partitions, with_codecs
+from thinwire.planner.space import COMPRESSION, Space, cores, partitions, with_codecs
 from thinwire.predict.block import Passes
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.overlap import Chain, UnitMoves, added
@@ -239,7 +239,9 @@ def _nothing_divides(setting: Setting, space: Space) -> str:
     share = max(1, round(sequences / ranks)) * ranks
     what = "data-parallel plans" if space.runnable else "plans"
     if share == sequences:  # they do divide: what is decided does not go with them
-        decided = ", ".join(f"{name} = {value}" for name, value in space.fixed.items() if name not in ("depths", *WIRE))
+        decided = ", ".join(
+            f"{name} = {value}" for name, value in space.fixed.items() if name not in ("depths", *COMPRESSION)
+        )
         return (
             f"no {what} divide {sequences} sequences of {setting.tokens} tokens over {ranks} ranks with "
             f"{decided or 'what [plan] decides'}; leave that open, or change it"

@@ -41,10 +41,7 @@ def with_rate(setting: Setting, level: int, bytes_per_s: float) -> Setting:
     levels = list(setting.cluster.levels)
     levels[level] = levels[level].model_copy(update={"bytes_per_s": bytes_per_s})
     cluster = setting.cluster.model_copy(update={"levels": tuple(levels)})
-    return Setting(
-        setting.spec, cluster, setting.sequences, setting.tokens, setting.framework, setting.calibration,
-        setting.compute_dtype,
-    )  # fmt: skip
+    return replace(setting, cluster=cluster)
 
 
 def shape_of(candidate: Candidate) -> Shape:

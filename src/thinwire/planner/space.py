@@ -19,7 +19,7 @@ from thinwire.predict.placement import Axes
 from thinwire.units import divisors
 
 Codecs = Literal["none", "bf16", "all"]
-WIRE = ("weights", "grads", "coding")
+COMPRESSION = ("weights", "grads", "coding")
 """Fields of a candidate that say how states travel."""
 
 
@@ -42,7 +42,7 @@ class Space:
 
     def allows(self, candidate: Candidate, *, partition: bool = False) -> bool:
         """Whether a core (with `partition`: also its partition and codecs) has every field that is decided."""
-        names = [name for name in self.fixed if partition or name not in ("depths", "keep_gathered", *WIRE)]
+        names = [name for name in self.fixed if partition or name not in ("depths", "keep_gathered", *COMPRESSION)]
         return all(getattr(candidate, name) == self.fixed[name] for name in names)
 
 
@@ -112,7 +112,7 @@ def partitions(setting: Setting, space: Space, core: Candidate, axes: Axes) -> I
 
 def with_codecs(setting: Setting, space: Space, candidate: Candidate, axes: Axes) -> Iterator[Candidate]:
     """The candidate as it is and with codecs on every level but the innermost; or with those that are decided."""
-    decided = {name: space.fixed[name] for name in WIRE if name in space.fixed}
+    decided = {name: space.fixed[name] for name in COMPRESSION if name in space.fixed}
     if decided:
         chosen = replace(candidate, **decided)
         if _carries(chosen, setting):
@@ -138,7 +138,7 @@ def _carries(chosen: Candidate, setting: Setting) -> bool:
     cluster = setting.cluster
     levels = cluster.shape
     try:
-        Plan(levels=levels, partition=chosen.partition(cluster), wire=chosen.wire(cluster))
+        Plan(levels=levels, partition=chosen.partition(cluster), compression=chosen.compression(cluster))
     except ValidationError:
         return False
     return True

@@ -133,11 +133,11 @@ def _field(key: str, value: str, setting: Setting) -> dict[str, object]:
             raise PlanError(f"order = {value!r} is unknown; there are pipeline-outside and data-outside")
         return {"pipeline_outside": value == "pipeline-outside"}
     levels = setting.cluster.level_names
-    partition, wire = resolve_partition(value, levels)
+    partition, compression = resolve_partition(value, levels)
     found: dict[str, object] = {"depths": partition.depths(levels)}
-    if wire.weights:
-        found["weights"] = tuple(wire.weights.get(level) for level in levels)
-        found["grads"] = tuple(wire.grads.get(level) for level in levels)
+    if compression.weights:
+        found["weights"] = tuple(compression.weights.get(level) for level in levels)
+        found["grads"] = tuple(compression.grads.get(level) for level in levels)
     return found
 
 

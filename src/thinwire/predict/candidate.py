@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from thinwire.cluster.cluster import Calibration, Cluster
 from thinwire.model.spec import ModelSpec
-from thinwire.plan.compression import CodecName, OuterCodecName, Rounding, Wire
+from thinwire.plan.compression import CodecName, Compression, OuterCodecName, Rounding
 from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.plan.partition import Partition
 from thinwire.plan.plan import ComputeDtype, Plan
@@ -210,7 +210,7 @@ class Candidate:
     @staticmethod
     def of_plan(plan: Plan, blocks: int) -> "Candidate":
         """The point that a plan is for a model of so many blocks."""
-        weights, grads = plan.wire.weights, plan.wire.grads
+        weights, grads = plan.compression.weights, plan.compression.grads
         return Candidate(
             micro_batch=plan.micro_batch,
             recompute=plan.recompute,
@@ -218,7 +218,7 @@ class Candidate:
             keep_gathered=plan.partition.keep_gathered,
             weights=tuple(weights.get(name) for name in plan.level_names) if weights else (),
             grads=tuple(grads.get(name) for name in plan.level_names) if grads else (),
-            coding=CodecOptions(plan.wire.block, plan.wire.rounding, plan.wire.error_feedback),
+            coding=CodecOptions(plan.compression.block, plan.compression.rounding, plan.compression.error_feedback),
             sync=None if plan.sync is None else CandidateSync.of(plan.sync, plan.levels_in_group, blocks),
         )
 
@@ -251,9 +251,9 @@ class Candidate:
         names = ["replica" if depth < 0 else cluster.level_names[depth] for depth in self.depths]
         return Partition(params=names[0], grads=names[1], optimizer=names[2], keep_gathered=self.keep_gathered)
 
-    def wire(self, cluster: Cluster) -> Wire:
+    def compression(self, cluster: Cluster) -> Compression:
         weights, grads = _named(self.weights, cluster), _named(self.grads, cluster)
-        return Wire(weights=weights, grads=grads, **self.coding._asdict())
+        return Compression(weights=weights, grads=grads, **self.coding._asdict())
 
     def to_plan(self, setting: Setting) -> Plan:
         """The document that the trainer runs. Only for `runnable` candidates that divide the batch."""
@@ -262,7 +262,7 @@ class Candidate:
         return Plan(
             levels=levels,
             partition=self.partition(setting.cluster),
-            wire=self.wire(setting.cluster),
+            compression=self.compression(setting.cluster),
             sync=None if self.sync is None else self.sync.rounds(levels),
             recompute="full" if self.recompute == "full" else "none",
             compute_dtype=setting.compute_dtype,

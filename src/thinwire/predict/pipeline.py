@@ -1,6 +1,6 @@
 """How blocks fall onto pipeline stages, what each stage holds and sends, and the seconds of 1F1B from those of its stages.
 
-Blocks are dealt out as evenly as they go; what is left over goes to the first stages. The first also has the embedding,
+Blocks are assigned as evenly as they go; what is left over goes to the first stages. The first also has the embedding,
 the last the final norm and the head. Stages of the same kind are counted, not repeated.
 
 1F1B and its interleaved form are those of arXiv 2104.04473, section 2.2. Equal stages without sends take

@@ -206,11 +206,11 @@ def _plan(run: Run, predicted: Predicted | str) -> str:
         ["optimizer states are sharded over", partition.optimizer],
         [
             "weights travel as",
-            ", ".join(f"{level}: {codec}" for level, codec in plan.wire.weights.items()) or "they are",
+            ", ".join(f"{level}: {codec}" for level, codec in plan.compression.weights.items()) or "they are",
         ],
         [
             "gradients travel as",
-            ", ".join(f"{level}: {codec}" for level, codec in plan.wire.grads.items()) or "they are",
+            ", ".join(f"{level}: {codec}" for level, codec in plan.compression.grads.items()) or "they are",
         ],
         ["micro-batches", f"{plan.accumulate} of {plan.micro_batch} sequences per rank"],
         ["recompute", plan.recompute],

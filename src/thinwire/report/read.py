@@ -59,7 +59,7 @@ class Run:
     def latest(self) -> tuple[dict[str, Any], ...]:
         """Steps since the newest start, left out if there are others: its first (it warms up), and those that send more."""
         since = [record for record in self.steps if record["step"] > self.start["step"]] or list(self.steps)
-        alike = [record for record in since[1:] if record["step"] > self.plan.wire.whole_steps]
+        alike = [record for record in since[1:] if record["step"] > self.plan.compression.whole_steps]
         return tuple(alike or since[1:] or since)
 
     @cached_property
@@ -264,6 +264,6 @@ def _spec(run: Run, model: ModelConfig, data: object) -> ModelSpec:
 
 def advice(setting: Setting, run: Run) -> tuple[str, ...]:
     """The best plans that the trainer runs, with weights and gradients as they are unless the run codes them."""
-    codecs: Codecs = "all" if run.plan.wire.weights or run.plan.wire.grads else "none"
+    codecs: Codecs = "all" if run.plan.compression.weights or run.plan.compression.grads else "none"
     answer = choose(setting, Space(runnable=True, codecs=codecs), keep=20, outer="never")
     return tuple(report(answer, setting, top=5))

@@ -61,10 +61,10 @@ def plan_table(sharded: Sharded, sync: OuterSync | None = None, *, state_numbers
         for purpose, count in purposes.items():
             codec = _codec(sharded, level, purpose)
             table.add_row(f"{purpose} a step", f"{level}{codec}", show_bytes(count))
-    first = sharded.plan.wire.whole_steps
+    first = sharded.plan.compression.whole_steps
     for level, purposes in predicted_bytes(sharded, 0).items() if first else ():
         whole = sum(count for purpose, count in purposes.items() if purpose.startswith("G-"))
-        if sharded.plan.wire.grads.get(level) == "lowrank":
+        if sharded.plan.compression.grads.get(level) == "lowrank":
             table.add_row(f"gradients, first {first} steps", f"{level} (whole)", show_bytes(whole))
     table.add_section()
     for level, left in uncoded(sharded).items():
@@ -158,5 +158,5 @@ def _prompt(job: Job, tokenizer: Tokenizer) -> Prompt:
 
 
 def _codec(sharded: Sharded, level: str, purpose: str) -> str:
-    side = sharded.plan.wire.weights if purpose.startswith("P-") else sharded.plan.wire.grads
+    side = sharded.plan.compression.weights if purpose.startswith("P-") else sharded.plan.compression.grads
     return f" ({side[level]})" if level in side else ""

@@ -19,14 +19,14 @@ def predicted_bytes(sharded: Sharded, step: int | None = None) -> dict[str, dict
     Steps are counted from 0; without one, it is any step after those that send more in the beginning.
     """
     names = sharded.world.cluster.level_names
-    step = sharded.plan.wire.whole_steps if step is None else step
+    step = sharded.plan.compression.whole_steps if step is None else step
     flows = [_flow_bytes(sharded, unit, flat, step) for unit in sharded.units for flat in unit.flats]
     return {names[level]: purposes for level, purposes in sorted(total(flows).items()) if purposes}
 
 
 def predicted_total(sharded: Sharded, first: int, steps: int) -> dict[str, dict[str, int]]:
     """The same of `steps` steps from `first` on."""
-    whole = max(0, min(first + steps, sharded.plan.wire.whole_steps) - first)
+    whole = max(0, min(first + steps, sharded.plan.compression.whole_steps) - first)
     sums: dict[str, dict[str, int]] = {}
     for count, step in ((whole, 0), (steps - whole, None)):
         for level, purposes in predicted_bytes(sharded, step).items() if count else ():
@@ -75,7 +75,7 @@ def idle_codecs(sharded: Sharded) -> dict[str, str]:
     return {
         f"{direction}.{level}": codec
         for direction, kind in (("weights", "P-"), ("grads", "G-"))
-        for level, codec in getattr(sharded.plan.wire, direction).items()
+        for level, codec in getattr(sharded.plan.compression, direction).items()
         if codec != "fp32" and not any(purpose.startswith(kind) for purpose in sent.get(level, {}))
     }
 

@@ -122,7 +122,7 @@ class GradAccumulation:
         if self.feedback_level is not None:
             raise UseError(
                 "a step with error feedback or low-rank sums has one last backward; pass last=True to one micro_batch and "
-                "add the losses up before backward, or leave plan.wire.error_feedback and lowrank out"
+                "add the losses up before backward, or leave plan.compression.error_feedback and lowrank out"
             )
         self._earlier = self.reduced.clone()
         self._begun = self.complete = False

@@ -18,20 +18,22 @@ def codecs_of(plan: Plan, master: torch.dtype) -> tuple[Codecs, Codecs, frozense
 
     Raises PlanError where a codec cannot carry `master` numbers without saying so (fp64).
     """
-    if master == torch.float64 and (plan.wire.weights or plan.wire.grads):
-        raise PlanError("codecs carry fp32 numbers, this model is fp64; leave plan.wire out, or train in fp32")
+    if master == torch.float64 and (plan.compression.weights or plan.compression.grads):
+        raise PlanError("codecs carry fp32 numbers, this model is fp64; leave plan.compression out, or train in fp32")
     names = list(plan.level_names)
     sides: list[Codecs] = []
-    for direction in (plan.wire.weights, plan.wire.grads):
+    for direction in (plan.compression.weights, plan.compression.grads):
         made = {
             names.index(level): make_codec(
-                name.removeprefix("delta-"), block=plan.wire.block, rounding=plan.wire.rounding
+                name.removeprefix("delta-"), block=plan.compression.block, rounding=plan.compression.rounding
             )
             for level, name in direction.items()
             if name not in ("fp32", "lowrank")
         }
         sides.append(made)
-    deltas = frozenset(names.index(level) for level, name in plan.wire.weights.items() if name.startswith("delta-"))
+    deltas = frozenset(
+        names.index(level) for level, name in plan.compression.weights.items() if name.startswith("delta-")
+    )
     return sides[0], sides[1], deltas
 
 
@@ -46,8 +48,8 @@ class LowRankHop:
 
 def low_rank_of(plan: Plan) -> LowRankHop | None:
     """The gradient hop that sums matrices of low rank, if there is one."""
-    levels = [plan.level_names.index(level) for level, name in plan.wire.grads.items() if name == "lowrank"]
-    return LowRankHop(levels[0], plan.wire.rank, plan.wire.rank_from) if levels else None
+    levels = [plan.level_names.index(level) for level, name in plan.compression.grads.items() if name == "lowrank"]
+    return LowRankHop(levels[0], plan.compression.rank, plan.compression.rank_from) if levels else None
 
 
 @dataclass(frozen=True)

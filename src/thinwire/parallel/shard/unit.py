@@ -102,10 +102,10 @@ def _flat(parameters: dict[str, nn.Parameter], plan: Plan, world: World, first: 
         weights=weights,
         grads=grads,
         delta_levels=deltas,
-        feedback_level=max(outer) if plan.wire.error_feedback and outer else None,
+        feedback_level=max(outer) if plan.compression.error_feedback and outer else None,
         low_rank=low_rank_of(plan),
     )
-    multiple = world.size * (plan.wire.block if plan.wire.coded else 1)
+    multiple = world.size * (plan.compression.block if plan.compression.coded else 1)
     if kind.seen is not None:
         multiple *= (
             kind.seen.itemsize
