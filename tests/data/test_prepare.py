@@ -16,8 +16,7 @@ import zstandard
 from tokenizers import Tokenizer
 
 from runs import make_text
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus
+from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.data.notes import notes
 from thinwire.data.prepare import Options, held_out, prepare
 from thinwire.data.sources import documents, files_of

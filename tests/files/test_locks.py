@@ -17,8 +17,8 @@ import pytest
 
 from jump import Jump
 from thinwire.errors import ConfigError
+from thinwire.files.folders import Process, owner_has_ended
 from thinwire.files.locks import LOCK, hold
-from thinwire.files.processes import Process, owner_has_ended
 
 _HOLDER = """
 import errno, fcntl, os, sys, time
@@ -230,4 +230,4 @@ def test_a_tag_tells_a_process_that_has_ended_from_one_that_runs() -> None:
         assert not owner_has_ended(name)
 
 
-_TAG = "import time; from thinwire.files.processes import Process; print(Process.this().tag, flush=True)"
+_TAG = "import time; from thinwire.files.folders import Process; print(Process.this().tag, flush=True)"

@@ -26,8 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.checkpoint.listing import list_checkpoints, open_checkpoint, step_of
-from thinwire.checkpoint.manifest import OLD_FORMAT, OLD_METADATA, FileInfo, Manifest, Part, reading
+from thinwire.checkpoint.manifest import (
+    OLD_FORMAT,
+    OLD_METADATA,
+    FileInfo,
+    Manifest,
+    Part,
+    list_checkpoints,
+    open_checkpoint,
+    reading,
+    step_of,
+)
 from thinwire.errors import CheckpointError, UnreadableError
 from thinwire.parallel.shard.layout import Piece
 

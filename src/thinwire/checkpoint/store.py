@@ -18,7 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from thinwire.checkpoint.listing import (
+from thinwire.checkpoint.manifest import (
+    FileInfo,
+    Manifest,
+    Part,
+    TensorInfo,
     list_checkpoints,
     list_torn,
     new_partial,
@@ -27,7 +31,6 @@ from thinwire.checkpoint.listing import (
     put_aside,
     step_of,
 )
-from thinwire.checkpoint.manifest import FileInfo, Manifest, Part, TensorInfo
 from thinwire.checkpoint.pieces import PiecesReader, write_pieces
 from thinwire.comm.world import World
 from thinwire.errors import CheckpointError, ThinwireError, UnreadableError

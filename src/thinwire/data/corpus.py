@@ -1,9 +1,8 @@
-"""A corpus on disk: a prepared folder (two splits, a tokenizer, a manifest) or a bare Megatron dataset.
+"""A corpus on disk: a prepared folder (two splits, a tokenizer, a manifest) or a bare Megatron dataset; `[data]` names it.
 
-A corpus that is made on first use, once: of all processes that see its folder one makes it, the others wait.
-
-They meet at a lock in a hidden folder beside it. Where hosts do not see each other's disks there is a lock on each, and
-each makes its own. Whoever has waited in vain says so instead of trying in turn: what failed once would fail again.
+On first use it is made once: of all processes that see its folder one makes it, the others wait. They meet at a lock in a
+hidden folder beside it. Where hosts do not see each other's disks there is a lock on each, and each makes its own. Whoever
+has waited in vain says so instead of trying in turn: what failed once would fail again.
 """
 
 import hashlib
@@ -12,12 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from thinwire.config import explain, read_json
-from thinwire.data.config import DataConfig
+from thinwire.config import Frozen, explain, read_json
 from thinwire.data.indexed import IndexedTokens, paths_of
 from thinwire.data.tokenizer import ByteTokenizer, TokenBytes, Tokenizer, load_file
 from thinwire.errors import DataError, HeldError, StopAsked
@@ -55,6 +53,31 @@ class _Manifest(_Part):
     format: Literal[1]
     tokenizer: _Tokens
     splits: _Splits
+
+
+class DataConfig(Frozen):
+    """Which token files a run reads, and how to make them on first use if `sources` is given."""
+
+    path: Path
+    """A folder made by `thinwire data prepare`, or the prefix of a Megatron indexed dataset (PREFIX.bin, PREFIX.idx)."""
+    heldout: Path | None = None
+    """Prefix of a second indexed dataset to validate on; a prepared folder has its own."""
+    cross_documents: bool | None = None
+    """False: attention stays inside a document, positions start again at 0, and no token predicts the next document.
+
+    Default: true; of conversations false, which never attend to one another.
+    """
+    sources: tuple[str, ...] = ()
+    """If `path` is not there yet, it is prepared from these: files, folders, `stdlib`, or `hf:NAME[:CONFIG[:SPLIT]]`."""
+    tokenizer: str = "bytes"
+    """`bytes`, `bpe:SIZE` or the path of a tokenizer.json; used when `path` is prepared."""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    field: str = "text"
+    """Field of JSON rows, or column of parquet and of `hf:` data sets, that holds the text."""
+    special_tokens: bool = False
+    """True: special tokens spelled out in a text, such as <|endoftext|>, become special; else they are ordinary text."""
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import torch
 from thinwire.checkpoint.config import CheckpointConfig
 from thinwire.checkpoint.pieces import newest_whole, read_tensors
 from thinwire.config import build, read_toml
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus
+from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.hub.native_spec import AnySpec, NativeSpec, read_any_spec
 from thinwire.model.generate import LanguageModel

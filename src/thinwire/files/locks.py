@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from thinwire.errors import HeldError
-from thinwire.files.folders import write_whole
-from thinwire.files.processes import Process
+from thinwire.files.folders import Process, write_whole
 from thinwire.units import CLOCK, Clock
 
 LOCK = ".lock"

@@ -12,9 +12,8 @@ from thinwire.errors import CheckpointError
 from thinwire.files.folders import whole_folder
 from thinwire.hub.families import family_of, understand
 from thinwire.hub.files import CONFIG, SIDE_FILES, copy_files, read_json, same_mode
-from thinwire.hub.held import Held, full_names
 from thinwire.hub.init import HUB, Init
-from thinwire.hub.names import EMBEDDING, HEAD, Part, Recipe, recipes
+from thinwire.hub.names import EMBEDDING, HEAD, Held, Part, Recipe, full_names, recipes
 from thinwire.hub.shards import DEFAULT_SHARD_BYTES, ShardReader, write_shards
 from thinwire.model.spec import ModelSpec
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus, exists
+from thinwire.data.corpus import Corpus, DataConfig, exists
 from thinwire.data.tokenizer import CONFIG as TOKENIZER_CONFIG
 from thinwire.data.tokenizer import END_OF_TEXT, SPECIAL, ByteTokenizer, FileTokenizer, load_file
 from thinwire.hub.files import CONFIG, GENERATION, TOKENIZER, TOKENIZER_FILES, copy_files, read_json, write_json

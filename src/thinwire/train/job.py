@@ -10,8 +10,7 @@ from typing import Any
 from thinwire import __version__
 from thinwire.cluster.cluster import Cluster
 from thinwire.config import load
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus, exists
+from thinwire.data.corpus import Corpus, DataConfig, exists
 from thinwire.data.inputs import check_files
 from thinwire.data.tokenizer import ByteTokenizer, load_file, parse_choice
 from thinwire.errors import ConfigError, DataError
