@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from thinwire.units import Clock
+from thinwire.units import SystemClock
 
 
-class Jump(Clock):
+class Jump(SystemClock):
     """Sleeping moves the time on, and does what was to happen `at` a moment that has come."""
 
     def __init__(self, **at: Callable[[], object]) -> None:

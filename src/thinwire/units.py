@@ -4,7 +4,7 @@ Inside thinwire every number is in bytes, seconds, bytes per second or FLOP per 
 Only the edges (TOML, command line, tables) use the functions and annotated types of this file.
 Network rates follow their trade: bits, powers of ten. Memory follows its own: bytes, `KiB`..`TiB` powers of two.
 
-What measures time or waits for it takes a `Clock`, so that a test can let hours pass.
+What measures time or waits for it takes a `SystemClock`, so that a test can let hours pass.
 """
 
 import math
@@ -147,7 +147,7 @@ def show_seconds(value: float) -> str:
     return _scaled(value, {"": 1.0, "m": 1e-3, "µ": 1e-6, "n": 1e-9}, "s") if value > 0 else "0 s"
 
 
-class Clock:
+class SystemClock:
     """The machine's time."""
 
     def now(self) -> float:
@@ -158,5 +158,5 @@ class Clock:
         time.sleep(seconds)
 
 
-CLOCK = Clock()
+SYSTEM_CLOCK = SystemClock()
 """Without state: the default of whatever takes a clock."""

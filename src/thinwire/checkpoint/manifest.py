@@ -28,7 +28,7 @@ OLD_METADATA = ".metadata"
 _DIGEST = "sha256"
 
 
-class Part(NamedTuple):
+class StoredPart(NamedTuple):
     """Elements offset .. offset + length of a flattened tensor: in `file`, from byte `start` on."""
 
     offset: int
@@ -43,7 +43,7 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: str
-    parts: tuple[Part, ...] = ()
+    parts: tuple[StoredPart, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from thinwire.checkpoint.manifest import (
     FileInfo,
     Manifest,
-    Part,
+    StoredPart,
     TensorInfo,
     list_checkpoints,
     list_torn,
@@ -35,7 +35,7 @@ from thinwire.checkpoint.pieces import PiecesReader, write_pieces
 from thinwire.comm.world import World
 from thinwire.errors import CheckpointError, ThinwireError, UnreadableError
 from thinwire.parallel.shard.layout import Piece
-from thinwire.units import CLOCK, Clock
+from thinwire.units import SYSTEM_CLOCK, SystemClock
 
 _PATIENCE = timedelta(minutes=30)
 """For the slowest rank's files."""
@@ -101,7 +101,7 @@ class Checkpoints:
         keep_every: int,
         world: World,
         verify: bool = True,
-        clock: Clock = CLOCK,
+        clock: SystemClock = SYSTEM_CLOCK,
     ) -> None:
         self._clock = clock
         self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
@@ -240,7 +240,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-Spans = dict[str, tuple[tuple[int, ...], str, list[Part]]]
+Spans = dict[str, tuple[tuple[int, ...], str, list[StoredPart]]]
 """Tensor name -> shape, dtype, and the parts that a rank wrote."""
 Written = tuple[Path, FileInfo, Spans]
 """A rank's file, and what is in it."""
@@ -248,7 +248,7 @@ Written = tuple[Path, FileInfo, Spans]
 
 def complete(spans_by_rank: Sequence[Spans]) -> dict[str, TensorInfo]:
     """All logical tensors. Raises CheckpointError if an element was written by nobody or by two."""
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[StoredPart]] = {}
     kinds: dict[str, tuple[tuple[int, ...], str]] = {}
     for spans in spans_by_rank:
         for name, (shape, dtype, own) in spans.items():

@@ -20,36 +20,36 @@ from thinwire.data.indexed import IndexedTokens, paths_of
 from thinwire.data.tokenizer import ByteTokenizer, TokenBytes, Tokenizer, load_file
 from thinwire.errors import DataError, HeldError, StopAsked
 from thinwire.files.locks import Lock, hold
-from thinwire.units import CLOCK, Clock
+from thinwire.units import SYSTEM_CLOCK, SystemClock
 
 MANIFEST, FORMAT = "corpus.json", 1
 PREFIXES = ("train", "heldout")
 _SAMPLE_BYTES = 1 << 20
 
 
-class _Part(BaseModel):
+class _ManifestPart(BaseModel):
     """A part of the manifest: what is read of it; more may stand there."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class _Split(_Part):
+class _Split(_ManifestPart):
     documents: int = Field(ge=0)
     tokens: int = Field(ge=0)
     bytes: int = Field(ge=0)
 
 
-class _Splits(_Part):
+class _Splits(_ManifestPart):
     train: _Split
     heldout: _Split
 
 
-class _Tokens(_Part):
+class _Tokens(_ManifestPart):
     file: str
     vocab_size: int = Field(ge=1)
 
 
-class _Manifest(_Part):
+class _Manifest(_ManifestPart):
     format: Literal[1]
     tokenizer: _Tokens
     splits: _Splits
@@ -198,7 +198,7 @@ def make_once(
     there: Callable[[], bool],
     stopped: Callable[[], bool],
     say: Callable[[str], None],
-    clock: Clock = CLOCK,
+    clock: SystemClock = SYSTEM_CLOCK,
 ) -> None:
     """Return when `there()`: made by this process through `make`, or by another that was waited for.
 
@@ -243,7 +243,7 @@ def _make(out: Path, make: Callable[[], object], there: Callable[[], bool], stop
         raise
 
 
-def _shows(out: Path, there: Callable[[], bool], clock: Clock) -> bool:
+def _shows(out: Path, there: Callable[[], bool], clock: SystemClock) -> bool:
     """Whether it is there, once the file server has been asked anew."""
     end_s = clock.now() + _SETTLE_S
     while not there() and clock.now() < end_s:

@@ -24,7 +24,7 @@ Counts = dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
-class Mark:
+class ReadMark:
     """Everything before this has been read."""
 
     done: int = 0
@@ -50,17 +50,17 @@ class Journal:
     def __init__(self, folder: Path, key: str | None) -> None:
         self._path, self._key, self._chunks = folder / _FILE, key, 0
 
-    def begun(self) -> tuple[Counts, Mark] | None:
+    def begun(self) -> tuple[Counts, ReadMark] | None:
         """The last note, or None if there is nothing to take up: no note, another key, or files shorter than it says."""
         try:
             note = parse_json(self._path.read_bytes())
             if self._key is None or note["key"] != self._key or not self._holds(note["bytes"]):
                 return None
-            return note["counts"], Mark(**note["mark"])
+            return note["counts"], ReadMark(**note["mark"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no note of ours
             return None
 
-    def note(self, writers: Iterable[IndexedWriter], counts: Counts, mark: Mark) -> None:
+    def note(self, writers: Iterable[IndexedWriter], counts: Counts, mark: ReadMark) -> None:
         """Called after each chunk."""
         self._chunks += 1
         if self._key is None or mark.place is None or self._chunks % _EVERY:

@@ -92,7 +92,7 @@ def _own(spec: ModelSpec, state: dict[str, torch.Tensor]) -> Transformer:
 def _native(
     spec: NativeSpec, state: dict[str, torch.Tensor], tree: dict[str, Any], device: torch.device
 ) -> LanguageModel:
-    from thinwire.hub.native import filled, with_adapters
+    from thinwire.hub.pretrained import filled, with_adapters
 
     if spec.lora is not None:
         model = with_adapters(spec, Path(tree["model"]["hf"]), state.__getitem__)

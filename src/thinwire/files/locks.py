@@ -20,7 +20,7 @@ from typing import Literal
 
 from thinwire.errors import HeldError
 from thinwire.files.folders import Process, write_whole
-from thinwire.units import CLOCK, Clock
+from thinwire.units import SYSTEM_CLOCK, SystemClock
 
 LOCK = ".lock"
 _BEAT_S, _LEASE_S = 10.0, 60.0
@@ -78,7 +78,7 @@ class Lock:
                 os.utime(self._path)
 
 
-def hold(folder: Path, *, clock: Clock = CLOCK) -> Lock:
+def hold(folder: Path, *, clock: SystemClock = SYSTEM_CLOCK) -> Lock:
     """Take the lock of `folder`, which exists. Raises HeldError naming the holder if there is one, and OSError."""
     path, since_s = folder / LOCK, clock.now()
     while True:
@@ -109,7 +109,7 @@ def _try_lock(descriptor: int) -> Literal["yes", "busy", "none"]:
     return "yes"
 
 
-def _await_leaving(path: Path, since_s: float, clock: Clock) -> None:
+def _await_leaving(path: Path, since_s: float, clock: SystemClock) -> None:
     """Ranks whose launcher was killed leave in a moment; raises HeldError for anybody else who holds the lock."""
     note = _read(path)
     leaving = note is None or note.holder.state() == "ended"
@@ -118,7 +118,7 @@ def _await_leaving(path: Path, since_s: float, clock: Clock) -> None:
     clock.sleep(_POLL_S)
 
 
-def _lock(path: Path, descriptor: int, clock: Clock) -> Lock:
+def _lock(path: Path, descriptor: int, clock: SystemClock) -> Lock:
     """The locked file is ours, unless it is the lease of somebody who sees no locks."""
     old = _read(path)
     if old is not None and old.lease and _lives(path, old, clock):
@@ -130,7 +130,7 @@ def _lock(path: Path, descriptor: int, clock: Clock) -> Lock:
     return Lock(path, note, descriptor)
 
 
-def _lease(path: Path, clock: Clock) -> Lock:
+def _lease(path: Path, clock: SystemClock) -> Lock:
     old = _read(path)
     if old is not None and _lives(path, old, clock):
         raise _held(path, old)
@@ -147,7 +147,7 @@ def _new_note(*, lease: bool) -> _Note:
     return _Note(Process.this(), lease, secrets.token_hex(8))
 
 
-def _lives(path: Path, note: _Note, clock: Clock) -> bool:
+def _lives(path: Path, note: _Note, clock: SystemClock) -> bool:
     """Whether the holder of a lease still runs; of one on another machine: whether it touches the file."""
     state = note.holder.state()
     if state != "unknown":

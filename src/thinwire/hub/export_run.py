@@ -168,7 +168,7 @@ def export_run(
     with whole_folder(out, force=force) as folder:
         ends = write_tokenizer(folder, run / HUB, data)
         if isinstance(spec, NativeSpec):
-            from thinwire.hub.native import write_adapters, write_native
+            from thinwire.hub.pretrained import write_adapters, write_native
 
             if spec.lora is not None:
                 base = Path(tree["model"]["hf"])

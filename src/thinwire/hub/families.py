@@ -220,7 +220,7 @@ def stand_in(folder: Path, *, kept: Path, lora: LoraOptions | None) -> tuple[Mod
 
 
 def _llama_like(folder: Path, kept: Path) -> tuple[ModelSpec, str]:
-    from thinwire.hub.native import describe
+    from thinwire.hub.pretrained import describe
 
     native = describe(folder, kept=kept)
     text = _text_config(native.config)

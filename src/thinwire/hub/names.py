@@ -44,7 +44,7 @@ BASE_PREFIX = {"llama": "model.", "gpt2": "transformer."}
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """One Hugging Face tensor: `rows` of a parameter's first dimension, transposed if `transposed`."""
 
     name: str
@@ -58,9 +58,9 @@ class Recipe:
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
-    def part_shape(self, part: Part) -> tuple[int, ...]:
+    def part_shape(self, part: TensorPart) -> tuple[int, ...]:
         """Shape of a part as it is stored there."""
         shape = (part.rows, *self.shape[1:])
         return shape[::-1] if part.transposed else shape
@@ -72,23 +72,23 @@ def recipes(spec: ModelSpec) -> Iterator[Recipe]:
         yield Recipe(name, shape, tuple(_parts(spec, name, shape)))
 
 
-def _parts(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> Iterator[Part]:
+def _parts(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> Iterator[TensorPart]:
     module, _, kind = name.rpartition(".")
     if not module.startswith("blocks."):
-        yield Part(f"{_OUTSIDE[spec.family][module]}.{kind}", shape[0])
+        yield TensorPart(f"{_OUTSIDE[spec.family][module]}.{kind}", shape[0])
         return
     _, layer, inside = module.split(".", 2)
     block = f"{_BLOCKS[spec.family]}.{layer}"
     if spec.family == "gpt2":
-        yield Part(f"{block}.{_GPT2_BLOCK[inside]}.{kind}", shape[0], transposed=len(shape) == 2)
+        yield TensorPart(f"{block}.{_GPT2_BLOCK[inside]}.{kind}", shape[0], transposed=len(shape) == 2)
     elif inside == "attention.qkv":
         for letter, heads in (("q", spec.heads), ("k", spec.kv_heads), ("v", spec.kv_heads)):
-            yield Part(f"{block}.self_attn.{letter}_proj.{kind}", heads * spec.head_size)
+            yield TensorPart(f"{block}.self_attn.{letter}_proj.{kind}", heads * spec.head_size)
     elif inside == "ffn.up":
-        yield Part(f"{block}.mlp.gate_proj.{kind}", spec.ffn)
-        yield Part(f"{block}.mlp.up_proj.{kind}", spec.ffn)
+        yield TensorPart(f"{block}.mlp.gate_proj.{kind}", spec.ffn)
+        yield TensorPart(f"{block}.mlp.up_proj.{kind}", spec.ffn)
     else:
-        yield Part(f"{block}.{_LLAMA_BLOCK[inside]}.{kind}", shape[0])
+        yield TensorPart(f"{block}.{_LLAMA_BLOCK[inside]}.{kind}", shape[0])
 
 
 Shape = dict[str, Any]

@@ -19,7 +19,7 @@ import torch
 from thinwire.comm.ledger import Entry
 from thinwire.files.folders import write_whole
 from thinwire.files.trace import COMPUTE, STEPS, Span, trace_text
-from thinwire.units import CLOCK, Clock, show_bytes
+from thinwire.units import SYSTEM_CLOCK, SystemClock, show_bytes
 
 Cause = Literal["data", "forward", "backward", "comm", "optimizer", "sync", "checkpoint", "eval", "other"]
 CAUSES: tuple[Cause, ...] = ("data", "forward", "backward", "comm", "optimizer", "sync", "checkpoint", "eval", "other")
@@ -37,7 +37,7 @@ class Lap:
 class StepClock:
     """`start()`, then `lap(cause)` after each part, then `stop()` gives seconds by cause, and `laps` each part."""
 
-    def __init__(self, device: torch.device, clock: Clock = CLOCK) -> None:
+    def __init__(self, device: torch.device, clock: SystemClock = SYSTEM_CLOCK) -> None:
         self._clock = clock
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[Cause, float, torch.cuda.Event | None]] = []

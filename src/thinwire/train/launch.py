@@ -27,7 +27,7 @@ from thinwire.errors import ConfigError, LinkError, RankLost, ThinwireError
 from thinwire.files.folders import scratch_folder, write_whole
 from thinwire.train.folder import LOGS
 from thinwire.train.stop import INTERRUPTED_STATUS, STOP_SIGNALS, held_for_children
-from thinwire.units import CLOCK, Clock
+from thinwire.units import SYSTEM_CLOCK, SystemClock
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _first_outgoing() -> int:
 
 
 @dataclass(frozen=True)
-class Share:
+class LocalRanks:
     """The ranks of a world that one launcher starts: `first` .. `first + count - 1` of `size`, which meet at host:port."""
 
     first: int
@@ -132,21 +132,23 @@ class Share:
     port: int
 
     @staticmethod
-    def whole(ranks: int, port: int | None = None) -> "Share":
+    def whole(ranks: int, port: int | None = None) -> "LocalRanks":
         """All ranks, on this machine."""
-        return Share(0, ranks, ranks, "127.0.0.1", port or free_port())
+        return LocalRanks(0, ranks, ranks, "127.0.0.1", port or free_port())
 
     @staticmethod
-    def of_node(place: Place, ranks_per_node: int) -> "Share":
+    def of_node(place: Place, ranks_per_node: int) -> "LocalRanks":
         """Those of one node, for a launcher that is itself one of `place.size` (one a node)."""
-        return Share(place.rank * ranks_per_node, ranks_per_node, place.size * ranks_per_node, place.host, place.port)
+        return LocalRanks(
+            place.rank * ranks_per_node, ranks_per_node, place.size * ranks_per_node, place.host, place.port
+        )
 
 
 WORKER = "thinwire.train.worker"
 
 
 def launch(
-    arguments: Sequence[str], *, share: Share, folder: Path, worker: str = WORKER, lock: int | None = None
+    arguments: Sequence[str], *, share: LocalRanks, folder: Path, worker: str = WORKER, lock: int | None = None
 ) -> Ending:
     """Run `python -m WORKER PLACE ARGUMENTS` as the ranks of `share` and wait for their end.
 
@@ -167,12 +169,12 @@ class Crew:
         self,
         arguments: Sequence[str],
         *,
-        share: Share,
+        share: LocalRanks,
         folder: Path,
         reports: Path,
         worker: str = WORKER,
         lock: int | None = None,
-        clock: Clock = CLOCK,
+        clock: SystemClock = SYSTEM_CLOCK,
     ) -> None:
         self._clock = clock
         self._worker, self._lock = worker, lock

@@ -18,7 +18,7 @@ from thinwire.parallel.shard.engine import Sharded
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.job import Job
 from thinwire.train.progress import Reporter
-from thinwire.units import CLOCK, Clock, show_seconds
+from thinwire.units import SYSTEM_CLOCK, SystemClock, show_seconds
 
 
 def validate(
@@ -30,7 +30,7 @@ def validate(
     reporter: Reporter,
     *,
     step: int,
-    clock: Clock = CLOCK,
+    clock: SystemClock = SYSTEM_CLOCK,
 ) -> Score | None:
     """Score the first `run.eval_sequences` held-out sequences and say the result; None if there is no held-out text."""
     if job.corpus.heldout is None or job.corpus.heldout.tokens == 0:
