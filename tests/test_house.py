@@ -31,7 +31,7 @@ WINGS = {
 """Rooms of a wing, and how many modules the longest chain of imports inside it may have: each figure only ever goes down."""
 TORCH_FREE = [
     "thinwire.cli", "thinwire.cli.train", "thinwire.cli.data", "thinwire.train.config", "thinwire.train.job",
-    "thinwire.checkpoint.listing", "thinwire.files.locks",
+    "thinwire.checkpoint.manifest", "thinwire.files.locks",
     "thinwire.train.folder", "thinwire.train.launch", "thinwire.train.worker", "thinwire.plan.plan", "thinwire.model.spec",
     "thinwire.model.config", "thinwire.cluster.cluster", "thinwire.data.prepare", "thinwire.data.loader",
     "thinwire.comm.place", "thinwire.comm.interfaces", "thinwire.cli.eval", "thinwire.cli.generate",

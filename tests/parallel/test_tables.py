@@ -9,8 +9,7 @@ from rich.table import Table
 from partition_toy import Toy, plan_of
 from thinwire.comm.world import World
 from thinwire.parallel.shard.engine import Sharded, shard
-from thinwire.train.announce import compare, plan_table
-from thinwire.train.predicted import Uncoded, idle_codecs, predicted_bytes, uncoded
+from thinwire.train.announce import Uncoded, compare, idle_codecs, plan_table, predicted_bytes, uncoded
 from thinwire.units import show_bytes
 from worlds import cluster_of
 

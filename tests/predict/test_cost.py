@@ -29,7 +29,7 @@ from thinwire.predict.sent import Sent, data_bytes, sent_bytes, unit_moves
 from thinwire.predict.simulate import simulate_step
 from thinwire.predict.step import StepTime, core_of, optimizer_s, step_time
 from thinwire.sync.outer_sync import OuterSync
-from thinwire.train.predicted import predicted_bytes
+from thinwire.train.announce import predicted_bytes
 from worlds import run_world
 
 SPEC = ModelSpec(vocab_size=320, hidden=48, layers=3, heads=4, kv_heads=2, head_size=12, ffn=100, max_tokens=64)

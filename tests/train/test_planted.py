@@ -19,8 +19,7 @@ from dcp_writer import write_format_1
 from hub_models import save_model
 from planted import Bomb, bomb_went_off
 from runs import make_corpus, run_tree
-from thinwire.checkpoint.listing import list_checkpoints
-from thinwire.checkpoint.manifest import Manifest, describe_files
+from thinwire.checkpoint.manifest import Manifest, describe_files, list_checkpoints
 from thinwire.checkpoint.pieces import PiecesReader
 from thinwire.cli import main
 from thinwire.comm.world import World

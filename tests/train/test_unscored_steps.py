@@ -23,8 +23,7 @@ UNSCORED = (2, 3, 4)
 
 def mark_all_but(corpus: Path, tree: dict[str, Any], unscored: tuple[int, ...]) -> None:
     """Of `corpus` every token is to be learned, but none in the sequences of the steps `unscored` (1 is the first)."""
-    from thinwire.data.config import DataConfig
-    from thinwire.data.corpus import Corpus
+    from thinwire.data.corpus import Corpus, DataConfig
     from thinwire.data.loader import Loader, Packing
 
     split, tokens = Corpus.open(DataConfig(path=corpus)).train, tree["batch"]["tokens"]

@@ -28,7 +28,7 @@ from thinwire.predict.candidate import Candidate, Setting, thinwire_with
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.train.folder import Opened, open_folder, said_if_finished
 from thinwire.train.job import Job, crowding, read_config, refuse_crossing, resolve
-from thinwire.train.launch import Ending, Share, launch, refuse_taken
+from thinwire.train.launch import Ending, LocalRanks, launch, refuse_taken
 from thinwire.train.stop import listening
 from thinwire.train.worker import run_external
 from thinwire.units import show_bytes, show_count
@@ -89,13 +89,13 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
         _greet(job, opened)
         if warning:
             typer.secho(f"warning: {warning}", fg="yellow", err=True)
-        share = Share.whole(job.cluster.ranks, port)
+        share = LocalRanks.whole(job.cluster.ranks, port)
         leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=opened.lock.descriptor), job)
 
 
 def _train_node(place: Place, run_file: Path, settings: list[str], ranks_per_node: int, *, fresh: bool) -> None:
     """Start the ranks of one node; a launcher like this one does so on every other. The first makes the run folder."""
-    config, share = read_config(run_file, settings), Share.of_node(place, ranks_per_node)
+    config, share = read_config(run_file, settings), LocalRanks.of_node(place, ranks_per_node)
     config.tracking.check()
     check_size(config.cluster.resolve(run_file.parent), share.size)
     with listening() as stop:

@@ -73,7 +73,7 @@ def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module,
     model: LanguageModel
     module: torch.nn.Module
     if isinstance(job.spec, NativeSpec):
-        from thinwire.hub.native import build_native
+        from thinwire.hub.pretrained import build_native
 
         model = build_native(job.spec, job.config.model.hf, seed=job.config.run.seed)
         module = model.module.to(world.device)

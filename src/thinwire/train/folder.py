@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinwire.checkpoint.listing import (
+from thinwire.checkpoint.manifest import (
     list_checkpoints,
     list_torn,
     open_checkpoint,

@@ -10,8 +10,7 @@ from typing import Any
 from thinwire import __version__
 from thinwire.cluster.cluster import Cluster
 from thinwire.config import load
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus, exists
+from thinwire.data.corpus import Corpus, DataConfig, exists
 from thinwire.data.inputs import check_files
 from thinwire.data.tokenizer import ByteTokenizer, load_file, parse_choice
 from thinwire.errors import ConfigError, DataError
@@ -164,7 +163,7 @@ def _check_rounds(sync: Sync, spec: ModelSpec) -> None:
 def _spec(config: RunConfig, vocabulary: int | None, folder: Path) -> AnySpec:
     if config.model.hf is None:
         return config.model.resolve(vocabulary)
-    from thinwire.hub.native import describe
+    from thinwire.hub.pretrained import describe
 
     return describe(config.model.hf, kept=folder, lora=config.model.lora)
 
@@ -202,13 +201,11 @@ def refuse_crossing(job: Job) -> None:
     """
     if not isinstance(job.spec, NativeSpec) or job.corpus.cross_documents:
         return
-    from thinwire.hub import crossing
-    from thinwire.hub.native import build_native
+    from thinwire.hub.native import refuse_if_crossing
+    from thinwire.hub.pretrained import build_native
 
     model = build_native(job.spec, job.config.model.hf, seed=job.config.run.seed)
-    crossing.refuse_crossing(
-        model, job.spec.vocab_size, source=str(job.config.model.hf), talks=job.corpus.conversations
-    )
+    refuse_if_crossing(model, job.spec.vocab_size, source=str(job.config.model.hf), talks=job.corpus.conversations)
 
 
 RANKS_A_CORE = 64

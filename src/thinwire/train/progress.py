@@ -16,10 +16,9 @@ from rich.table import Table
 from thinwire.cluster.cluster import Device
 from thinwire.comm.ledger import Entry
 from thinwire.files.events import EventLog
-from thinwire.train.clock import Lap
+from thinwire.train.clock import Lap, Tracer
 from thinwire.train.folder import EVENTS_FILE, TRACE_FILE
 from thinwire.train.job import Job
-from thinwire.train.tracing import Tracer
 from thinwire.train.trackers import Tracker, open_trackers
 from thinwire.units import show_count, show_seconds
 
@@ -147,7 +146,6 @@ class Totals:
         self.unscored_steps = 0
         self.wire: dict[str, dict[str, int]] = {}
         self.causes: dict[str, float] = {}
-        self.started_s = time.perf_counter()
 
     def add(self, record: dict[str, Any]) -> None:
         self.steps += 1

@@ -3,7 +3,6 @@
 Worker groups score the outer weights, which are what a checkpoint exports.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -19,7 +18,7 @@ from thinwire.parallel.shard.engine import Sharded
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.job import Job
 from thinwire.train.progress import Reporter
-from thinwire.units import show_seconds
+from thinwire.units import SYSTEM_CLOCK, SystemClock, show_seconds
 
 
 def validate(
@@ -31,17 +30,18 @@ def validate(
     reporter: Reporter,
     *,
     step: int,
+    clock: SystemClock = SYSTEM_CLOCK,
 ) -> Score | None:
     """Score the first `run.eval_sequences` held-out sequences and say the result; None if there is no held-out text."""
     if job.corpus.heldout is None or job.corpus.heldout.tokens == 0:
         if step == 0:
             reporter.say(f"no validation: {job.config.data.path} holds no validation split")
         return None
-    start_s = time.perf_counter()
+    start_s = clock.now()
     sharded.drain()
     with world.ledger.apart():
         total = _score(job, world, model, sync)
-    _tell(reporter, step, total, time.perf_counter() - start_s)
+    _tell(reporter, step, total, clock.now() - start_s)
     return total
 
 

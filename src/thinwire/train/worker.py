@@ -60,9 +60,9 @@ def run_rank(job: Job, place: Place, stop: StopRequest, *, advise: Advise | None
 
 def train_job(job: Job, world: "World", stop: StopRequest) -> None:
     """Train `job` in a world that has been joined. Raises what training raises."""
+    from thinwire.train.announce import held_bytes
     from thinwire.train.assemble import assemble
     from thinwire.train.loop import train
-    from thinwire.train.predicted import held_bytes
     from thinwire.train.shortage import shortage_explained
 
     with shortage_explained(world.device, sharing=world.cluster.levels[0].fanout) as held:
