@@ -9,6 +9,7 @@ from thinwire.checkpoint.store import Checkpoints
 from thinwire.comm.world import World
 from thinwire.data.loader import Loader, Packing, Prefetcher
 from thinwire.hub.native_spec import NativeSpec
+from thinwire.hub.pretrained import build_native
 from thinwire.model.generate import LanguageModel
 from thinwire.model.spec import ModelSpec
 from thinwire.model.transformer import Transformer, initial_weight
@@ -31,7 +32,7 @@ class Parts:
     job: Job
     world: World
     group: World
-    """The ranks that agree every step: the whole world, or this rank's worker group."""
+    """The ranks that agree every step: all of the world, or those of this rank's replica."""
     sync: OuterSync | None
     model: LanguageModel
     sharded: Sharded
@@ -106,8 +107,6 @@ def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module,
     model: LanguageModel
     module: torch.nn.Module
     if isinstance(job.spec, NativeSpec):
-        from thinwire.hub.pretrained import build_native
-
         model = build_native(job.spec, job.config.model.hf, seed=job.config.run.seed)
         module = model.module.to(world.device)
     else:
