@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from thinwire.comm.codecs.codec import Codec
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import Codec, make_codec
 
 NAMES = ("bf16", "int8", "int4", "int4-hadamard", "e3m0")
 RANKS = 4

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from gpu_rows import Row
 from torch import Tensor
 
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import make_codec
 from thinwire.model.loss import linear_loss
 from thinwire.model.packed import attend_packed, dense_mask, pack
 

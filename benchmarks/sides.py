@@ -20,10 +20,10 @@ from torch.distributed.fsdp import fully_shard
 
 from thinwire import Cluster, OuterSync, ShardedOptimizer, World, shard
 from thinwire.cluster.cluster import Level
-from thinwire.comm.handle import Flight, Handle
+from thinwire.comm.handle import Handle, InFlight
 from thinwire.model.presets import preset
 from thinwire.model.transformer import Transformer
-from thinwire.parallel.shard import engine
+from thinwire.parallel.shard import engine, reductions, weights
 from thinwire.plan.plan import PlanConfig
 
 CLUSTER = Cluster(levels=(Level(name="node", fanout=2), Level(name="cluster", fanout=2)))
@@ -222,17 +222,18 @@ def alone(setting: Setting) -> Side:
     return Side(step, partial(loss_of, model), close=leave_torch)
 
 
-class Landed(Flight):
-    """Chains that are waited for as soon as they are issued."""
+class Blocking(InFlight):
+    """Collectives that are waited for as soon as they are issued."""
 
-    def __init__(self, *chains: Iterator[Handle]) -> None:
-        super().__init__(*chains)
-        self.land()
+    def __init__(self, *hops: Iterator[Handle]) -> None:
+        super().__init__(*hops)
+        self.finish()
 
 
 def waiting_side(setting: Setting, options: Mapping[str, Any]) -> Side:
     """thinwire with nothing behind anything, for the rest of this process."""
-    engine.Flight = Landed
+    for module in (engine, reductions, weights):
+        module.InFlight = Blocking
     return thinwire_side(setting, options)
 
 

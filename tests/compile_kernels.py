@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from thinwire.comm.codecs import kernels
 from thinwire.comm.codecs.blocks import BlockFormat
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import make_codec
 from thinwire.comm.codecs.triton_blocks import encode_blocks, sum_blocks
 from thinwire.model.triton_loss import MOST, softmax_gradient
 

@@ -17,6 +17,7 @@
         DivergenceError       1
         SyncError             1
         UseError              1
+            OtherExchangeError 1
 
 The exit status is what the command line returns: 2 when the user's input is wrong, 1 when the run itself failed.
 """
@@ -112,3 +113,11 @@ class SyncError(ThinwireError):
 
 class UseError(ThinwireError):
     """A model was used in the user's own loop in a way that would give wrong numbers."""
+
+
+class OtherExchangeError(UseError):
+    """Two ranks are in exchanges of different tags, `mine` and `theirs`."""
+
+    def __init__(self, message: str, mine: int, theirs: int) -> None:
+        super().__init__(message)
+        self.mine, self.theirs = mine, theirs

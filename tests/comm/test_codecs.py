@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from thinwire.comm.codecs.blocks import hadamard, pack, round_up_bf16, unpack
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import make_codec
 from thinwire.comm.codecs.rng import CounterRng, uniform
 from thinwire.errors import PlanError
 from thinwire.plan.compression import wire_bytes

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from thinwire.comm.collectives import all_gather, all_reduce_small, reduce_scatter
-from thinwire.comm.compat import all_gather_single, reduce_scatter_single
+from thinwire.comm.transport.transport import all_gather_single, reduce_scatter_single
 from thinwire.comm.world import World
 from worlds import run_world
 
@@ -33,7 +33,7 @@ def _numbers(world: World, older: bool) -> dict[str, Any]:
         summed, gathered = torch.empty(2), torch.empty(4)
         reduce_scatter(summed, out, world=part, level=0, purpose="test").wait()
         all_gather(gathered, own, world=part, level=0, purpose="test").wait()
-    near = part.neighbours(0) is not None
+    near = part.reads_memory(0)
     found = {"out": out, "chunk": chunk, "total": total, "summed": summed, "gathered": gathered}
     return {"near": near, **{name: tensor.tolist() for name, tensor in found.items()}}
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from other_device import other_device
 from thinwire.cluster.cluster import Cluster, Level
 from thinwire.cluster.hardware import DEVICES
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import make_codec
 from thinwire.comm.collectives import all_gather, all_reduce, reduce_scatter
 from thinwire.comm.device import claim, rank_device
-from thinwire.comm.transport import duplex
+from thinwire.comm.transport.gloo import GlooTransport
 from thinwire.comm.world import World
 from thinwire.errors import ConfigError
 from worlds import run_world
@@ -90,12 +90,12 @@ def _everything(world: World, device: torch.device) -> list[list[float]]:
     reduce_scatter(decoded, gathered * (rank + 1), codec=make_codec("int4"), **how).wait()
     odd = torch.arange(7.0).to(device) + rank
     all_reduce(odd, **how)
-    group, among = world.group(0, "gather"), [0, k - 1]
-    assert group is not None
+    transport, among = world.transport(0, "gather"), [0, k - 1]
+    assert transport is not None
     swapped = torch.zeros(2, 3, device=device)
     if rank in among:
         rows = torch.arange(6.0).to(device).view(2, 3) + 10 * rank
-        for work in duplex.all_to_all(swapped, rows, group=group, among=among):
+        for work in transport.all_to_all(swapped, rows, among=among):
             work.wait()
     return [each.cpu().flatten().tolist() for each in (gathered, coded, in_place, summed, decoded, odd, swapped)]
 
@@ -103,10 +103,7 @@ def _everything(world: World, device: torch.device) -> list[list[float]]:
 def _over_host(world: World) -> tuple[list[list[float]], list[list[float]]]:
     """(on the CPU, on the other device over host memory)."""
     there = replace(world, device=other_device(), over_host=True).among(range(world.size), world.cluster)
-    group = there.group(0, "gather")
-    assert group is not None
-    assert there.neighbours(0) is None
-    assert not duplex.carries(group, torch.ones(1, device=there.device))
+    assert isinstance(there.transport(0, "gather"), GlooTransport)
     return _everything(world, world.device), _everything(there, there.device)
 
 

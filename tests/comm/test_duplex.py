@@ -2,21 +2,20 @@
 
 import torch
 
-from thinwire.comm.transport import duplex
 from thinwire.comm.world import World
 from worlds import run_world
 
 
 def _exchanged(world: World, among: list[int] | None, copy_own: bool) -> list[list[float]] | None:
     """What came, one row a rank that takes part; row j that rank i sends is full of 10 i + j."""
-    group = world.group(0, "reduce")
-    assert group is not None
+    transport = world.through_sockets([0]).transport(0, "reduce")
+    assert transport is not None
     places = list(range(world.size)) if among is None else among
     if world.rank not in places:
         return None
     sent = torch.tensor([[10.0 * world.rank + j] * 3 for j in places])
     received = torch.full((len(places), 3), -1.0)
-    for work in duplex.all_to_all(received, sent, group=group, among=among, copy_own=copy_own):
+    for work in transport.all_to_all(received, sent, among=among, copy_own=copy_own):
         work.wait()
     return received.tolist()
 
@@ -37,12 +36,12 @@ def test_ranks_that_are_not_among_them_are_left_out() -> None:
 
 
 def _gathered(world: World, in_place: bool) -> list[list[float]]:
-    group = world.group(0, "gather")
-    assert group is not None
+    transport = world.through_sockets([0]).transport(0, "gather")
+    assert transport is not None
     received = torch.full((world.size, 2), -1.0)
     row = received[world.rank] if in_place else torch.empty(2)
     row.fill_(world.rank)
-    for work in duplex.all_gather(received, row, group=group):
+    for work in transport.all_gather(received, row):
         work.wait()
     return received.tolist()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from thinwire.comm.codecs import blocks
 from thinwire.comm.codecs.blocks import BlockFormat
-from thinwire.comm.codecs.registry import Blocks, arithmetic, make_codec
+from thinwire.comm.codecs.codec import Blocks, arithmetic, make_codec
 from thinwire.comm.codecs.rng import uniform
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install thinwire[gpu]")

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from partition_toy import Toy, plan_of, train, weights
-from thinwire.comm.compat import Waitable
 from thinwire.comm.handle import Handle
-from thinwire.comm.transport import duplex
-from thinwire.comm.transport.same_host import GRADS, Row
+from thinwire.comm.transport.gloo import GlooTransport
+from thinwire.comm.transport.same_host import Row, SameHostTransport
+from thinwire.comm.transport.transport import GRADS
 from thinwire.comm.world import World
 from thinwire.parallel.shard.engine import shard
 from worlds import run_world
@@ -42,26 +42,30 @@ LINKS = pytest.mark.parametrize(
 def late(seed: int) -> Iterator[list[float]]:
     """Random waits between this rank's receives and its sends, and before it looks whether something has arrived."""
     chance, waits = random.Random(seed), list[float]()
-    post, wait = duplex._post, Handle.wait
+    post, exchange, wait = GlooTransport._post, SameHostTransport._exchange, Handle.wait
 
     def pause() -> None:
         if chance.random() < 0.1:
             waits.append(chance.uniform(0.001, 0.004))
             time.sleep(waits[-1])
 
-    def held_up(received: Any, rows: Any, *where: Any, **how: Any) -> list[Waitable]:
-        """As `_post`, a pause before every single message."""
-        return post(received, _Pausing(rows, pause), *where, **how)
+    def held_up(plain: Callable[..., Any]) -> Callable[..., Any]:
+        """What sends `rows`, with a pause before every single message."""
+        return lambda transport, received, rows, *where, **how: plain(
+            transport, received, _Pausing(rows, pause), *where, **how
+        )
 
     def slowly(handle: Handle) -> float:
         pause()
         return wait(handle)
 
-    duplex._post, Handle.wait = held_up, slowly  # type: ignore[method-assign]
+    GlooTransport._post, SameHostTransport._exchange = held_up(post), held_up(exchange)  # type: ignore[method-assign]
+    Handle.wait = slowly  # type: ignore[method-assign]
     try:
         yield waits
     finally:
-        duplex._post, Handle.wait = post, wait  # type: ignore[method-assign]
+        GlooTransport._post, SameHostTransport._exchange = post, exchange  # type: ignore[method-assign]
+        Handle.wait = wait  # type: ignore[method-assign]
 
 
 class _Pausing(list[Any]):

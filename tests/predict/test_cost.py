@@ -117,8 +117,8 @@ def test_matmuls_approach_the_calibrated_peak_and_never_pass_it() -> None:
 @pytest.mark.parametrize(("layers", "stages"), [(96, 8), (126, 16), (5, 4), (7, 7), (4, 1), (9, 2)])
 def test_stages_hold_every_block_and_every_parameter_once(layers: int, stages: int) -> None:
     dealt = kinds(layers, stages)
-    assert sum(item.count for item in dealt) == stages
-    assert sum(item.count * item.kind.blocks for item in dealt) == layers
+    assert sum(item.many for item in dealt) == stages
+    assert sum(item.many * item.kind.blocks for item in dealt) == layers
     assert dealt[0].kind.first
     assert dealt[-1].kind.last
     spec = preset("llama-2-7b").model_copy(update={"layers": layers})
@@ -126,7 +126,7 @@ def test_stages_hold_every_block_and_every_parameter_once(layers: int, stages: i
     held = 0.0
     for item in dealt:
         sizes = parameters_of(given, item.kind, 1)
-        held += item.count * (item.kind.blocks * sizes["block"] + sum(v for k, v in sizes.items() if k != "block"))
+        held += item.many * (item.kind.blocks * sizes["block"] + sum(v for k, v in sizes.items() if k != "block"))
     assert held == spec.parameters
 
 

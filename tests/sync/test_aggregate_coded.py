@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from sync_toy import Group
-from thinwire.comm.codecs.codec import Codec, Raw
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import Codec, Raw, make_codec
 from thinwire.comm.codecs.topk import TopK
 from thinwire.comm.world import World
 from thinwire.plan.sync import Aggregate

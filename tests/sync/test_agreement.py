@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sync_toy import SITES, Group, Stack
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import make_codec
 from thinwire.comm.world import World
 from thinwire.plan.compression import returned_as, wire_bytes
 from thinwire.plan.traffic import chunk_elements, exchange_bytes

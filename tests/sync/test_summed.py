@@ -7,7 +7,7 @@ import torch
 
 from sync_toy import Group, diverging
 from thinwire.comm import world as world_module
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import make_codec
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.plan.rounds import hops_due
@@ -60,7 +60,7 @@ def test_uncoded_sums_give_what_an_exchange_of_every_group_with_every_other_give
 
 
 def _through_sockets(world: World, sync: dict[str, Any]) -> torch.Tensor:
-    world_module.find_neighbours = lambda *_, **__: None
+    world_module.find_same_host = lambda *_, **__: None
     return _round(world, sync)[1]
 
 

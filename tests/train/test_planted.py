@@ -28,8 +28,8 @@ from thinwire.hub.import_folder import import_folder
 from thinwire.parallel.shard.layout import Piece
 from thinwire.train.folder import open_folder
 from thinwire.train.job import read_config, resolve
-from thinwire.train.loop import train
 from thinwire.train.stop import StopRequest
+from thinwire.train.worker import train_job
 from worlds import cluster_of
 
 KINDS: dict[str, Callable[[Bomb], bytes]] = {
@@ -54,7 +54,7 @@ def train_on(run_file: Path) -> None:
     job = resolve(run_file, read_config(run_file))
     with open_folder(job, fresh=False):
         world = alone()
-        train(job, world, StopRequest())
+        train_job(job, world, StopRequest())
         world.leave()
 
 

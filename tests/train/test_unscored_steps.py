@@ -14,8 +14,8 @@ from thinwire.data.indexed import answers_path
 from thinwire.files.events import read_events, steps
 from thinwire.report.read import read_run
 from thinwire.train import loop
-from thinwire.train.assemble import Parts
 from thinwire.train.folder import EVENTS_FILE
+from thinwire.train.parts import Parts
 from worlds import run_world
 
 UNSCORED = (2, 3, 4)

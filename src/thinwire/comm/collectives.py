@@ -1,33 +1,27 @@
 """Collectives of one level. Each returns a Handle, and the ledger has an entry for it before the first byte leaves.
 
 A group of k ranks; V bytes in the whole tensor. All-gather and reduce-scatter send V (k-1)/k from each rank, the least
-possible. gloo's own reduce-scatter sends twice that (it is an all-reduce inside), so here it is an all-to-all and a
-local sum in the order of the ranks: deterministic, and the same bits whoever owns the result. On CPUs both exchanges are
-those of `thinwire.comm.transport.duplex`, which use both directions of a link at once; NCCL's own are used on accelerators.
-`tests/dull.py` has the plain twins that tests compare with.
+possible. Sums on CPUs are in the order of the ranks: deterministic, and the same bits whoever owns the result. How rows
+travel is decided by the level's `Transport` alone. `tests/dull.py` has the plain twins that tests compare with.
 
 Shapes: k ranks of the group, n elements of one rank's chunk
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from thinwire.comm.codecs.codec import IDENTITY, Codec
-from thinwire.comm.compat import all_gather_single, reduce_scatter_single
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
-from thinwire.comm.transport import duplex
-from thinwire.comm.transport.same_host import GRADS, OTHERS, WEIGHTS, Mark
-from thinwire.comm.transport.shared_memory import rows_of
+from thinwire.comm.transport.transport import GRADS, OTHERS, WEIGHTS, Label, Transport, all_gather_single, joined
 from thinwire.comm.world import World
 from thinwire.plan.traffic import G_GATHER, G_REDUCE, P_GATHER
 
 _DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8
-_PIECE_BYTES = 2**22
-"""Of the whole tensor, in a large all-reduce; smaller ones were no faster over four hosts at 1 Gbit/s."""
 
 
 def all_gather(
@@ -52,24 +46,23 @@ def all_gather(
     A `lasting` shard is left with the others until `World.settle`: it must not be written to before. If other ranks mean
     another `tag` (0: none), waiting raises OtherExchangeError, except on accelerators.
     """
-    group, k = world.group(level, "gather"), world.fanout(level)
-    assert not add or (codec is not IDENTITY and group is not None)
+    transport, k = world.transport(level, "gather"), world.fanout(level)
+    assert not add or (codec is not IDENTITY and transport is not None)
     assert out_kn.numel() == k * shard_n.numel(), (out_kn.shape, shard_n.shape, k)
-    if group is None:
+    if transport is None:
         return _alone(world, out_kn, shard_n)
-    n = shard_n.numel()
-    to: dict[str, Any] = {"group": group, "near": world.neighbours(level), "mark": Mark(_stream(purpose), tag, lasting)}
-    beside = [_control(world, level)] if tag and _has_headers(world, level) else []
+    n, label = shard_n.numel(), Label(_stream(purpose), tag, lasting)
+    beside = [_control(world, level, transport)] if tag and transport.header_bytes else []
     if codec is IDENTITY:
         entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, shard_n.nbytes * (k - 1), codec)
         with world.outstanding.issuing():
-            works = duplex.all_gather(out_kn.view(k, n), shard_n.reshape(-1), **to)
+            works = transport.all_gather(out_kn.view(k, n), shard_n.reshape(-1), label=label)
         return Handle(world.outstanding, entry, works, keep=(out_kn, shard_n), beside=beside)
     coded = codec.encode(shard_n.reshape(-1), seed=seed)
     received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
     entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, coded.nbytes * (k - 1), codec)
     with world.outstanding.issuing():
-        works = duplex.all_gather(received.view(k, -1), coded, **to)
+        works = transport.all_gather(received.view(k, -1), coded, label=label)
 
     def finish() -> None:
         for part, chunk in zip(out_kn.view(k, n), received.view(k, 1, -1), strict=True):
@@ -81,20 +74,16 @@ def all_gather(
 def compare(tag: int, *, world: World, levels: Sequence[int]) -> None:
     """Raises OtherExchangeError if a rank that these levels join is in a tagged gather, or compares another tag. On CPUs."""
     for level in levels:
-        group = world.group(level, "gather")
-        if group is not None:
-            entry = _control(world, level) if _has_headers(world, level) else None
+        transport = world.transport(level, "gather")
+        if transport is not None:
+            entry = _control(world, level, transport) if transport.header_bytes else None
             with world.outstanding.issuing():
-                works = duplex.compare(tag, group=group, near=world.neighbours(level))
+                works = transport.compare(tag)
             Handle(world.outstanding, entry, works).wait()
 
 
-def _has_headers(world: World, level: int) -> bool:
-    return (world.device.type == "cpu" or world.over_host) and world.neighbours(level) is None
-
-
-def _control(world: World, level: int) -> Entry:
-    sent = duplex.Headers.sent_bytes(world.fanout(level))
+def _control(world: World, level: int, transport: Transport) -> Entry:
+    sent = transport.header_bytes
     return _entry(world, level, "all_gather", "control", sent, sent, IDENTITY)
 
 
@@ -117,58 +106,27 @@ def reduce_scatter(
 
     Sums are in `out_n`'s precision and in rank order. `out_n` may be this rank's own chunk of `full_kn`, which may be given
     in flat pieces that follow one another: on one host they are read from where they are. What other ranks send under
-    another `tag` is never added up (see `thinwire.comm.transport.duplex`).
+    another `tag` is never added up (see `Transport.all_to_all`).
     """
-    group, k = world.group(level, "reduce"), world.fanout(level)
-    n = out_n.numel()
-    near = world.neighbours(level)
+    transport, k = world.transport(level, "reduce"), world.fanout(level)
+    n, label = out_n.numel(), Label(_stream(purpose), tag)
     pieces = [full_kn.reshape(-1)] if isinstance(full_kn, Tensor) else full_kn
     assert sum(piece.numel() for piece in pieces) == k * n, (n, k)
-    if near is not None and codec is IDENTITY and pieces[0].dtype == out_n.dtype:
-        rows = rows_of(pieces, k)
-        entry = _entry(world, level, "reduce_scatter", purpose, k * out_n.nbytes, out_n.nbytes * (k - 1), codec)
+    if transport is None:
+        return _alone(world, out_n, joined(pieces, k))
+    size = sum(piece.nbytes for piece in pieces)
+    if codec is IDENTITY:
+        entry = _entry(world, level, "reduce_scatter", purpose, size, size // k * (k - 1), codec)
         with world.outstanding.issuing():
-            mark = Mark(_stream(purpose), tag)
-            added = near.add_up(out_n.view(-1), rows, me=world.coordinate(level), mark=mark)
-        return Handle(world.outstanding, entry, [added], keep=(out_n, *(piece for row in rows for piece in row)))
-    full = (pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))).view(k, n)
-    if group is None:
-        return _alone(world, out_n, full)
-    if codec is IDENTITY and duplex.carries(group, out_n):
-        entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, full.nbytes // k * (k - 1), codec)
-        work = reduce_scatter_single(out_n.view(-1), full.reshape(-1), group=group)
-        return Handle(world.outstanding, entry, [work], keep=(out_n, full))
-    sent = full if codec is IDENTITY else torch.stack([codec.encode(chunk, seed=seed) for chunk in full])
+            issued = transport.reduce_scatter(out_n, pieces, label=label)
+        return Handle(world.outstanding, entry, issued.works, finish=issued.finish, keep=issued.keep)
+    sent = torch.stack([codec.encode(chunk, seed=seed) for chunk in joined(pieces, k)])
     received = torch.empty_like(sent)
-    entry = _entry(world, level, "reduce_scatter", purpose, full.nbytes, sent.nbytes // k * (k - 1), codec)
-    sent = sent.contiguous()
-    me = world.coordinate(level)
-    to: dict[str, Any] = {"group": group, "near": near, "mark": Mark(_stream(purpose), tag)}
+    entry = _entry(world, level, "reduce_scatter", purpose, size, sent.nbytes // k * (k - 1), codec)
     with world.outstanding.issuing():
-        works = duplex.all_to_all(received, sent, copy_own=codec is not IDENTITY, **to)
-
-    def finish() -> None:
-        if codec is IDENTITY:
-            _sum(
-                [sent[me] if rank == me else row for rank, row in enumerate(received)],
-                out_n.view(-1),
-                spare=received[me],
-            )
-        else:
-            codec.sum_into(received, out_n.view(-1))
-
+        works = transport.all_to_all(received, sent, label=label)
+    finish = partial(codec.sum_into, received, out_n.view(-1))
     return Handle(world.outstanding, entry, works, finish=finish, keep=(sent, received))
-
-
-def _sum(rows: Sequence[Tensor], out: Tensor, *, spare: Tensor) -> None:
-    """`out` becomes the sum of the rows in their order, in its precision; `spare` is scratch of a row's shape.
-
-    `out` may be one of the rows: it is written by the last addition only.
-    """
-    total, *others = (row.to(out.dtype) for row in rows)
-    spare = spare if spare.dtype == out.dtype else torch.empty_like(out)
-    for number, row in enumerate(others, 1):
-        total = torch.add(total, row, out=out if number == len(others) else spare)
 
 
 def all_reduce(x: Tensor, *, world: World, level: int, purpose: str, codec: Codec = IDENTITY) -> None:
@@ -177,16 +135,15 @@ def all_reduce(x: Tensor, *, world: World, level: int, purpose: str, codec: Code
     Over a link in pieces, all on their way at once: one is summed and gathered while the next still arrives. Of a padded
     copy, if `x` is not contiguous or its elements cannot be dealt out evenly.
     """
-    k = world.fanout(level)
-    if world.group(level, "reduce") is None:
+    transport, k = world.transport(level, "reduce"), world.fanout(level)
+    if transport is None:
         return
     n = -(-x.numel() // k)
     in_place = x.is_contiguous() and x.numel() == k * n
     whole = x.view(-1) if in_place else torch.zeros(k * n, dtype=x.dtype, device=x.device)
     if not in_place:
         whole[: x.numel()] = x.reshape(-1)
-    cut = codec is IDENTITY and world.neighbours(level) is None and world.device.type == "cpu"
-    count = _pieces(whole, k) if cut else 1
+    count = transport.pieces_of(whole) if codec is IDENTITY else 1
     pieces = whole.view(count, k, n // count)
     how: dict[str, Any] = {"world": world, "level": level, "purpose": purpose, "codec": codec}
     own = pieces[:, world.coordinate(level)]
@@ -219,11 +176,6 @@ def all_reduce_hops(message_m: Tensor, *, world: World, level: int, purposes: tu
         yield Handle(world.outstanding, entry, [])
 
 
-def _pieces(whole: Tensor, k: int) -> int:
-    """The most pieces of `_PIECE_BYTES` or more that `k` ranks can share."""
-    return next(p for p in range(max(1, whole.nbytes // _PIECE_BYTES), 0, -1) if whole.numel() % (p * k) == 0)
-
-
 def all_reduce_small(
     x: Tensor,
     *,
@@ -241,7 +193,7 @@ def all_reduce_small(
         group, k = world.group(level, "small"), world.fanout(level)
         if group is None:
             continue
-        if op == "sum" and world.device.type == "cpu" and not one_round_is_cheaper(x.nbytes, k, world, level):
+        if op == "sum" and x.device == world.device and not one_round_is_cheaper(x.nbytes, k, world, level):
             all_reduce(x, world=world, level=level, purpose=purpose)
             continue
         gathered = torch.empty(k, x.numel(), dtype=x.dtype)

@@ -1,6 +1,6 @@
 """A collective in flight. It is waited for exactly once; one that is dropped is found when the world is left.
 
-Chains of collectives in flight: each hop is issued when the one before has arrived, always from one thread.
+Collectives in several hops: each hop is issued when the one before has arrived, always from one thread.
 """
 
 import time
@@ -10,9 +10,9 @@ from typing import NoReturn, Protocol
 
 from torch import Tensor
 
-from thinwire.comm.compat import Waitable
 from thinwire.comm.ledger import Entry
 from thinwire.comm.status import Status
+from thinwire.comm.transport.transport import Waitable
 from thinwire.errors import LinkError, UseError
 
 
@@ -35,16 +35,16 @@ class Outstanding(set["Handle"]):
         super().__init__()
         self.status = Status()
         self.accounts: Accounts | None = None
-        self.near: list[Closable] = []
-        """Connections to ranks of this host."""
+        self.same_host: list[Closable] = []
+        """Transports between ranks of this host."""
         self.broken = False
 
     def give_up(self) -> None:
         """Ranks have lost each other: nothing that is outstanding comes any more; who waits on this host hears of it."""
         self.broken = True
         self.clear()
-        for near in self.near:
-            near.close()
+        for transport in self.same_host:
+            transport.close()
 
     def raise_apart(self, sentence: str) -> NoReturn:
         """This rank has found ranks in different collectives: raises UseError here, and on all that wait for others."""
@@ -146,14 +146,17 @@ class Handle:
         return f"Handle({self._entry})"
 
 
-class Flight:
-    """Drives chains side by side. A chain yields a handle for each hop that it has issued; starting issues the first."""
+class InFlight:
+    """Drives collectives of several hops side by side.
 
-    def __init__(self, *chains: Iterator[Handle]) -> None:
-        self._under_way = _issued(chains)
+    Each is an iterator that yields a handle for every hop that it has issued; to start issues the first.
+    """
+
+    def __init__(self, *hops: Iterator[Handle]) -> None:
+        self._under_way = _issued(hops)
 
     @property
-    def landed(self) -> bool:
+    def finished(self) -> bool:
         return not self._under_way
 
     @property
@@ -162,22 +165,22 @@ class Flight:
         return {handle.level for _, handle in self._under_way if handle.level is not None}
 
     def advance(self) -> float:
-        """Wait for the hop in flight of every chain and issue its next one, if there is one; seconds waited."""
+        """Wait for the hop in flight of every collective and issue its next one, if there is one; seconds waited."""
         going_on, waited_s = [], 0.0
-        for chain, handle in self._under_way:
+        for hops, handle in self._under_way:
             waited_s += handle.wait()
-            going_on += _issued((chain,))
+            going_on += _issued((hops,))
         self._under_way = going_on
         return waited_s
 
-    def land(self) -> float:
+    def finish(self) -> float:
         """Advance to the end; seconds waited."""
         waited_s = 0.0
-        while not self.landed:
+        while not self.finished:
             waited_s += self.advance()
         return waited_s
 
 
-def _issued(chains: tuple[Iterator[Handle], ...]) -> list[tuple[Iterator[Handle], Handle]]:
-    """The chains that have a next hop, with it."""
-    return [(chain, handle) for chain in chains if (handle := next(chain, None)) is not None]
+def _issued(collectives: tuple[Iterator[Handle], ...]) -> list[tuple[Iterator[Handle], Handle]]:
+    """Those that have a next hop, with it."""
+    return [(hops, handle) for hops in collectives if (handle := next(hops, None)) is not None]

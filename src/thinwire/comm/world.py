@@ -24,9 +24,10 @@ from thinwire.comm.lost import Peers
 from thinwire.comm.place import Place
 from thinwire.comm.rendezvous import Rendezvous
 from thinwire.comm.status import Desk, Status
-from thinwire.comm.transport import gloo
-from thinwire.comm.transport.host_groups import find_neighbours
-from thinwire.comm.transport.same_host import Exchanges, Neighbours
+from thinwire.comm.transport import gloo, nccl
+from thinwire.comm.transport.connect import find_same_host, transport_of
+from thinwire.comm.transport.same_host import Exchanges
+from thinwire.comm.transport.transport import Transport
 from thinwire.errors import ConfigError, LinkError, RankLost
 
 Kind = Literal["gather", "reduce", "small"]
@@ -46,7 +47,7 @@ class World:
     """Handles not waited for yet, and what others may ask of this rank."""
     _peers: Peers | None = None
     _groups: dict[tuple[int, Kind], dist.ProcessGroup] = field(default_factory=dict)
-    _neighbours: dict[int, Neighbours] = field(default_factory=dict)
+    _transports: dict[tuple[int, Kind], Transport] = field(default_factory=dict)
     timeout: timedelta = timedelta(seconds=600)
     over_host: bool = False
     """Tensors of an accelerator travel as copies in host memory, over gloo: several ranks may share one."""
@@ -106,14 +107,16 @@ class World:
         assert peers is not None
         self._devices = gloo.open_devices(peers.route)
         claim(store, self.device, rank=self.rank, share=self.over_host)
-        if self.device.type != "cpu" and not self.over_host:
+        if self._has_nccl:
             tell_libraries(os.environ, peers.interfaces, between_hosts=not peers.on_one_host)
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl", store=store, rank=self.rank, world_size=self.size, timeout=self.timeout
-            )
+            nccl.join(store, self.rank, self.size, self.timeout)
         else:
             gloo.join(store, self.rank, self.size, self._devices, self.timeout)
         self._make_groups()
+
+    @property
+    def _has_nccl(self) -> bool:
+        return self.device.type != "cpu" and not self.over_host
 
     @property
     def status(self) -> Status:
@@ -159,11 +162,13 @@ class World:
                 continue
             for kind in get_args(Kind):
                 self._groups[index, kind] = self.communicator(ranks, members_only=True, small=kind == "small")
-            if self.device.type == "cpu":
-                found = find_neighbours(self._groups[index, "small"], exchanges, timeout_s=self.timeout.total_seconds())
-                if found is not None:
-                    self._neighbours[index] = found
-                    self.outstanding.near.append(found)
+                self._transports[index, kind] = transport_of(self._groups[index, kind])
+            if self.device.type != "cpu":  # what others may read is in this machine's memory
+                continue
+            found = find_same_host(self._groups[index, "small"], exchanges, timeout_s=self.timeout.total_seconds())
+            if found is not None:
+                self._transports |= {(index, "gather"): found, (index, "reduce"): found}
+                self.outstanding.same_host.append(found)
 
     def inside(self, level: int) -> "World":
         """The world of one group: the levels below `level` alone, with this world's communicators, ledger and handles.
@@ -173,10 +178,10 @@ class World:
         levels = self.cluster.levels[:level] or (Level(name="rank", fanout=1),)
         cluster = Cluster(device=self.cluster.device, levels=levels)
         groups = {key: group for key, group in self._groups.items() if key[0] < level}
-        near = {index: found for index, found in self._neighbours.items() if index < level}
+        transports = {key: found for key, found in self._transports.items() if key[0] < level}
         return World(
             self.rank % cluster.ranks, cluster.ranks, self.local_rank, cluster, self.device, self.ledger,
-            self.outstanding, self._peers, groups, near, self.timeout, self.over_host, self._devices, self._exchanges,
+            self.outstanding, self._peers, groups, transports, self.timeout, self.over_host, self._devices, self._exchanges,
         )  # fmt: skip
 
     def among(self, ranks: Sequence[int], cluster: Cluster, *, kept: int = 0) -> "World":
@@ -195,8 +200,8 @@ class World:
 
     def through_sockets(self, levels: Container[int]) -> "World":
         """This world, except that at the given levels ranks of one host talk as if they were on several."""
-        far = {index: near for index, near in self._neighbours.items() if index not in levels}
-        return replace(self, _neighbours=far)
+        far = {key: transport_of(group) for key, group in self._groups.items() if key[0] in levels}
+        return replace(self, _transports=self._transports | far)
 
     def communicator(
         self, ranks: Sequence[int], *, members_only: bool, small: bool = False, timeout: timedelta | None = None
@@ -207,20 +212,22 @@ class World:
         the members do, and only if all of them have made the same number of communicators before: torch derives the
         name under which they meet from that number.
         """
-        if small or self.over_host or self.device.type == "cpu":
-            return gloo.new_group(ranks, self._devices, timeout or self.timeout, members_only=members_only)
-        made: dist.ProcessGroup = dist.new_group(
-            list(ranks), timeout=timeout or self.timeout, backend="nccl", use_local_synchronization=members_only
-        )
-        return made
+        if self._has_nccl and not small:
+            return nccl.new_group(ranks, timeout or self.timeout, members_only=members_only)
+        return gloo.new_group(ranks, self._devices, timeout or self.timeout, members_only=members_only)
 
     def group(self, level: int, kind: Kind) -> dist.ProcessGroup | None:
         """This rank's communicator at a level; None where the level joins only one member."""
         return self._groups.get((level, kind))
 
-    def neighbours(self, level: int) -> Neighbours | None:
-        """The group at a level, if its ranks are on one host and read each other's memory."""
-        return self._neighbours.get(level)
+    def transport(self, level: int, kind: Kind) -> Transport | None:
+        """How this rank's group at a level sends rows; None where the level joins only one member."""
+        return self._transports.get((level, kind))
+
+    def reads_memory(self, level: int) -> bool:
+        """Whether the ranks of the group at a level are on one host and read each other's memory."""
+        transport = self.transport(level, "gather")
+        return transport is not None and transport.reads_memory
 
     def fanout(self, level: int) -> int:
         return self.cluster.levels[level].fanout
@@ -243,8 +250,8 @@ class World:
         for world in (self, *self._parts):
             if not self.outstanding.broken:
                 world.settle()
-            for near in world._neighbours.values():
-                near.close()
+        for same_host in self.outstanding.same_host:
+            same_host.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         if self._peers is not None:

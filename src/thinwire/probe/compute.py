@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import make_codec
 from thinwire.comm.world import World
 from thinwire.model.loss import softmax_gradient_
 from thinwire.model.transformer import Block, Context, rope_tables

@@ -1,11 +1,9 @@
 """Times of what ranks say to each other: collectives by size on every level, pairs of members, and both beside compute.
 
-Seconds of something that all ranks do at once, agreed on: the slowest rank's, of windows long enough to trust.
-
-Ranks that share cores take turns on them for some milliseconds at a time, so a window is longer than that. An accelerator
-is given work ahead of time: a window ends when all of it is done, and windows that grow up to the length of the first that
-counts bring its clock rates up. Repetitions are as many as the time for one thing allows: a slow link is timed less often,
-not for longer.
+What all ranks do at once takes the seconds of the slowest, in windows long enough to trust. Ranks that share cores take
+turns on them for some milliseconds at a time, so a window is longer than that. An accelerator is given work ahead of time: a
+window ends when all of it is done, and windows that grow up to the length of the first that counts bring its clock rates up.
+Repetitions are as many as the time for one thing allows: a slow link is timed less often, not for longer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +17,6 @@ import torch
 
 from thinwire.comm.collectives import all_gather, all_reduce_small, reduce_scatter
 from thinwire.comm.handle import Handle
-from thinwire.comm.transport import duplex
 from thinwire.comm.world import World
 from thinwire.probe.effort import Effort
 
@@ -114,14 +111,14 @@ def exchanges(world: World, chunk: int, repeats: int, progress: Progress) -> dic
 
 def _exchange(world: World, level: int, among: tuple[int, int], chunk: int) -> Callable[[], None]:
     """Does nothing on ranks of other members."""
-    group, near = world.group(level, "gather"), world.neighbours(level)
-    assert group is not None
+    transport = world.transport(level, "gather")
+    assert transport is not None
     row_n = torch.ones(chunk // 4, device=world.device)
     received_kn = torch.empty(2, chunk // 4, device=world.device)
 
     def exchange() -> None:
         if world.coordinate(level) in among:
-            for work in duplex.all_gather(received_kn, row_n, group=group, among=among, near=near):
+            for work in transport.all_gather(received_kn, row_n, among=among):
                 work.wait()
 
     return exchange
@@ -141,7 +138,7 @@ def beside(
     a = torch.rand(256, 256, device=world.device).to(dtype)
     matmul_s = median(timed(world, effort.repeats, lambda: a @ a))
     for level in joined(world):
-        if world.neighbours(level) is not None:
+        if world.reads_memory(level):
             shares[level], slowdowns = [0.0], [0.0]
             continue
         found = sorted((sent, median(t)) for (at, sent), t in gathers.items() if at == level)
@@ -173,7 +170,7 @@ def sync_points(world: World, effort: Effort, dtype: torch.dtype) -> Samples:
     That is what compute and a small gather over all such levels take together, beyond what each takes alone, timed in
     turns: it is a small difference between large figures of a machine whose speed changes. A sample may be negative.
     """
-    near = [level for level in joined(world) if world.neighbours(level) is not None]
+    near = [level for level in joined(world) if world.reads_memory(level)]
     if not near:
         return []
     a = torch.rand(256, 256, device=world.device).to(dtype)

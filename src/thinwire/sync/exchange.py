@@ -25,12 +25,12 @@ from torch import Tensor
 
 from thinwire.comm.codecs.codec import Codec, Raw
 from thinwire.comm.collectives import all_gather, reduce_scatter
-from thinwire.comm.compat import Waitable
 from thinwire.comm.handle import Handle
-from thinwire.comm.transport import duplex
+from thinwire.comm.transport.connect import transport_of
+from thinwire.comm.transport.transport import Waitable
 from thinwire.comm.world import World
 from thinwire.plan.sync import Aggregate
-from thinwire.plan.traffic import BEAT_BYTES, HEADER_BYTES, chunk_elements, inside_elements, swaps
+from thinwire.plan.traffic import HEADER_BYTES, HEARTBEAT_BYTES, chunk_elements, inside_elements, swaps
 from thinwire.sync.message import Outcome, aggregate, aggregate_coded, header
 from thinwire.sync.peers import HEARTBEAT, RETURN, SEND, PeerGroup
 
@@ -88,8 +88,8 @@ def check(headers: Tensor, outcome: Outcome, *, peers: PeerGroup, world: World) 
 def heartbeat(*, peers: PeerGroup, world: World) -> Iterator[Handle]:
     """Tell the others that a step is over, and hear it of them."""
     if peers.size > 1:
-        message = torch.zeros(BEAT_BYTES, dtype=torch.uint8)  # on the CPU: no accelerator has to wait for it
-        yield from _Hop(world, peers, Raw(torch.uint8)).gather(message, HEARTBEAT, BEAT_BYTES)
+        message = torch.zeros(HEARTBEAT_BYTES, dtype=torch.uint8)  # on the CPU: no accelerator has to wait for it
+        yield from _Hop(world, peers, Raw(torch.uint8)).gather(message, HEARTBEAT, HEARTBEAT_BYTES)
 
 
 class _Hop:
@@ -104,7 +104,7 @@ class _Hop:
         peers = self._peer_group
         self._received = torch.empty(peers.size, message.numel(), dtype=torch.uint8, device=message.device)
         with self._world.outstanding.issuing():
-            works = duplex.all_gather(self._received, message, group=peers.communicators[hop], among=peers.present)
+            works = transport_of(peers.communicators[hop]).all_gather(self._received, message, among=peers.present)
         yield self._handle("all_gather", said or hop, payload_bytes, message.numel(), works, message)
 
     def scatter(self, messages: Tensor, payload_bytes: int) -> Iterator[Handle]:
@@ -112,7 +112,7 @@ class _Hop:
         peers = self._peer_group
         self._received = torch.empty_like(messages)
         with self._world.outstanding.issuing():
-            works = duplex.all_to_all(self._received, messages, group=peers.communicators[SEND], among=peers.present)
+            works = transport_of(peers.communicators[SEND]).all_to_all(self._received, messages, among=peers.present)
         yield self._handle("all_to_all", SEND, payload_bytes, messages.shape[1], works, messages)
 
     def count(self, outcome: Outcome) -> list[float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from thinwire.comm.handle import Flight
+from thinwire.comm.handle import InFlight
 from thinwire.plan.rounds import Exchange
 from thinwire.sync.message import Outcome
 
@@ -31,7 +31,7 @@ class Round:
 class Part:
     """What one peer group exchanges of it."""
 
-    flight: Flight
+    flight: InFlight
     outcome: Outcome
     places: list[slice]
     """Its elements in the fragment's vector."""
@@ -72,7 +72,7 @@ class Pending:
         """Wait for all of it and take it in: the groups that a peer group of this rank found diverged."""
         diverged: set[int] = set()
         for part in self.parts:
-            self.stall_s += part.flight.land()
+            self.stall_s += part.flight.finish()
             weights = part.outcome.weights
             self.groups = min(self.groups, sum(weight > 0 for weight in weights.values()))
             fill(self.change, part.places, part.outcome.change)

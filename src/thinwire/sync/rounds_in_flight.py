@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.comm.codecs.codec import Codec, Raw
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import Codec, Raw, make_codec
 from thinwire.comm.codecs.topk import TopK
-from thinwire.comm.handle import Flight, Handle
+from thinwire.comm.handle import Handle, InFlight
 from thinwire.comm.world import World
 from thinwire.plan.compression import returned_as
 from thinwire.plan.rounds import Exchange, hops_due
@@ -91,7 +90,7 @@ class Links:
             outcome = Outcome(landing(pending.change, places), own)
             told = digest([whole[place] for whole in state for place in places], epoch, key.round, key.fragment)
             chain = self._chain(key, part, outcome, weight, told, peers)
-            pending.parts.append(Part(Flight(chain), outcome, places))
+            pending.parts.append(Part(InFlight(chain), outcome, places))
             if whole_own is not None and own is not None:
                 fill(whole_own, places, own)
         return pending
@@ -132,9 +131,9 @@ class Links:
             ]
             outcome = Outcome(torch.empty(0), None)
             said = header(1.0, digest(parts, epoch), self._world.device)
-            flights.append((Flight(check(said, outcome, peers=peers, world=self._world)), outcome))
+            flights.append((InFlight(check(said, outcome, peers=peers, world=self._world)), outcome))
         for flight, _ in flights:
-            flight.land()
+            flight.finish()
         return {group for _, outcome in flights for group in outcome.diverged}
 
     def keep_pace(self) -> None:
@@ -167,13 +166,13 @@ class Pace:
 
     def __init__(self, staleness_bound: int | None, world: World) -> None:
         self._staleness_bound, self._world = staleness_bound, world
-        self._told: deque[Flight] = deque()
+        self._told: deque[InFlight] = deque()
         self._waited_s = 0.0
 
     def keep(self, peer_groups: Collection[PeerGroup]) -> None:
         """A step is over: say so to `peer groups`, and wait for those that are more than `staleness_bound` steps behind."""
         if self._staleness_bound is not None:
-            self._told.append(Flight(*(heartbeat(peers=peers, world=self._world) for peers in peer_groups)))
+            self._told.append(InFlight(*(heartbeat(peers=peers, world=self._world) for peers in peer_groups)))
             self._hear(self._staleness_bound)
 
     def settle(self) -> None:
@@ -187,4 +186,4 @@ class Pace:
 
     def _hear(self, ahead: int) -> None:
         while len(self._told) > ahead:
-            self._waited_s += self._told.popleft().land()
+            self._waited_s += self._told.popleft().finish()

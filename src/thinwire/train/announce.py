@@ -15,8 +15,8 @@ from thinwire.data.tokenizer import Tokenizer
 from thinwire.errors import DataError
 from thinwire.hub.init import HUB
 from thinwire.model.generate import LanguageModel, generate
-from thinwire.parallel.shard.engine import Sharded
 from thinwire.parallel.shard.flat import Flat
+from thinwire.parallel.shard.states import ShardedStates
 from thinwire.parallel.shard.unit import Unit, flow_of
 from thinwire.plan.traffic import step_bytes, total
 from thinwire.sync.outer_sync import OuterSync
@@ -27,7 +27,7 @@ from thinwire.units import show_bytes
 
 
 def announce(
-    job: Job, sharded: Sharded, sync: OuterSync | None, reporter: Reporter, *, step: int, peak: tuple[float, str]
+    job: Job, sharded: ShardedStates, sync: OuterSync | None, reporter: Reporter, *, step: int, peak: tuple[float, str]
 ) -> None:
     """Say that the run starts after `step`, under which plan. `peak`: FLOP per second of a rank, and how that is known."""
     if not reporter.speaks:
@@ -52,7 +52,7 @@ def announce(
         reporter.show(rounds_table(sync))
 
 
-def plan_table(sharded: Sharded, sync: OuterSync | None = None, *, state_numbers: int = 2) -> Table:
+def plan_table(sharded: ShardedStates, sync: OuterSync | None = None, *, state_numbers: int = 2) -> Table:
     """state -> level -> bytes on this rank; level -> purpose -> bytes per step by the formula; what codecs leave out."""
     partition, held = sharded.plan.partition, held_bytes(sharded, state_numbers)
     table = Table("what", "where", "bytes on rank 0", title=f"plan {partition}", title_justify="left")
@@ -107,7 +107,14 @@ def compare(predicted: dict[str, dict[str, int]], measured: dict[str, dict[str, 
 
 
 def conclude(
-    job: Job, sharded: Sharded, reporter: Reporter, *, step: int, reason: str, checkpoint: str | None, text: str | None
+    job: Job,
+    sharded: ShardedStates,
+    reporter: Reporter,
+    *,
+    step: int,
+    reason: str,
+    checkpoint: str | None,
+    text: str | None,
 ) -> None:
     """Show the summary, and `text` as a sample; `checkpoint` is the newest."""
     reporter.event("run_end", step=step, reason=reason)
@@ -162,12 +169,12 @@ def _prompt(job: Job, tokenizer: Tokenizer) -> Prompt:
     return text_prompt(tokenizer, text)
 
 
-def _codec(sharded: Sharded, level: str, purpose: str) -> str:
+def _codec(sharded: ShardedStates, level: str, purpose: str) -> str:
     side = sharded.plan.compression.weights if purpose.startswith("P-") else sharded.plan.compression.grads
     return f" ({side[level]})" if level in side else ""
 
 
-def predicted_bytes(sharded: Sharded, step: int | None = None) -> dict[str, dict[str, int]]:
+def predicted_bytes(sharded: ShardedStates, step: int | None = None) -> dict[str, dict[str, int]]:
     """level name -> purpose -> bytes this rank sends in an optimizer step, by the formula of `traffic`.
 
     Steps are counted from 0; without one, it is any step after those that send more in the beginning.
@@ -178,7 +185,7 @@ def predicted_bytes(sharded: Sharded, step: int | None = None) -> dict[str, dict
     return {names[level]: purposes for level, purposes in sorted(total(flows).items()) if purposes}
 
 
-def predicted_total(sharded: Sharded, first: int, steps: int) -> dict[str, dict[str, int]]:
+def predicted_total(sharded: ShardedStates, first: int, steps: int) -> dict[str, dict[str, int]]:
     """The same of `steps` steps from `first` on."""
     whole = max(0, min(first + steps, sharded.plan.compression.whole_steps) - first)
     sums: dict[str, dict[str, int]] = {}
@@ -190,7 +197,7 @@ def predicted_total(sharded: Sharded, first: int, steps: int) -> dict[str, dict[
     return sums
 
 
-def held_bytes(sharded: Sharded, state_numbers: int = 2) -> dict[str, int]:
+def held_bytes(sharded: ShardedStates, state_numbers: int = 2) -> dict[str, int]:
     """state -> bytes on this rank; optimizer states are the masters, and `state_numbers` beside each (AdamW has two)."""
     sums = {"params": 0, "grads": 0, "master": 0}
     trained = 0
@@ -212,7 +219,7 @@ class Uncompressed:
     of: int
 
 
-def uncompressed(sharded: Sharded) -> dict[str, Uncompressed]:
+def uncompressed(sharded: ShardedStates) -> dict[str, Uncompressed]:
     """level name -> what `lowrank` sums as it is there: what is no matrix, or too small to gain, and padding."""
     found: dict[str, Uncompressed] = {}
     for low_rank in (grads.low_rank for unit in sharded.units for grads in unit.grads.values()):
@@ -223,7 +230,7 @@ def uncompressed(sharded: Sharded) -> dict[str, Uncompressed]:
     return {name: counted for name, counted in found.items() if counted.numbers}
 
 
-def idle_codecs(sharded: Sharded) -> dict[str, str]:
+def idle_codecs(sharded: ShardedStates) -> dict[str, str]:
     """`weights.LEVEL` or `grads.LEVEL` -> the codec that the plan names there, where nothing of the kind is sent."""
     sent = predicted_bytes(sharded)
     return {
@@ -241,7 +248,7 @@ def _gathers(unit: Unit, accumulate: int) -> int:
     return accumulate if unit.resident else 2 * accumulate
 
 
-def _flow_bytes(sharded: Sharded, unit: Unit, flat: Flat, step: int) -> dict[int, dict[str, int]]:
+def _flow_bytes(sharded: ShardedStates, unit: Unit, flat: Flat, step: int) -> dict[int, dict[str, int]]:
     fanouts = [level.fanout for level in sharded.world.cluster.levels]
 
     def bytes_of(codec: Codec, element_bytes: int, n: int) -> int:

@@ -21,7 +21,7 @@ from thinwire.hub.native_spec import AnySpec, NativeSpec
 from thinwire.model.config import check_vocabulary
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.plan import Plan
-from thinwire.plan.rounds import deal, fragment_count
+from thinwire.plan.rounds import assign_units, fragment_count
 from thinwire.plan.sync import Sync
 from thinwire.train.config import RunConfig
 
@@ -158,7 +158,7 @@ def _check_rounds(sync: Sync, spec: ModelSpec) -> None:
     shapes = spec.parameter_shapes()
     units = [(unit.name, sum(math.prod(shapes[name]) for name in unit.parameters)) for unit in spec.units()]
     fragments = fragment_count(sync.fragments, spec.layers)
-    deal(units, fragments, sync.order)
+    assign_units(units, fragments, sync.order)
     sync.schedule(fragments)
 
 

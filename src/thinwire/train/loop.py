@@ -17,40 +17,29 @@ import torch
 import torch.distributed as dist
 
 from thinwire.comm.collectives import all_reduce_small
-from thinwire.comm.compat import all_gather_single
 from thinwire.comm.handle import Handle
+from thinwire.comm.transport.transport import all_gather_single
 from thinwire.comm.world import World
 from thinwire.data.loader import Batch
 from thinwire.errors import DivergenceError
-from thinwire.train.announce import announce, conclude, held_bytes, sample
-from thinwire.train.assemble import Parts, assemble
+from thinwire.train.announce import announce, conclude, sample
 from thinwire.train.clock import StepClock
 from thinwire.train.job import Job
+from thinwire.train.parts import Parts
 from thinwire.train.progress import mfu
 from thinwire.train.saving import Saver
 from thinwire.train.schedule import lr_at
-from thinwire.train.shortage import shortage_explained
 from thinwire.train.stop import StopRequest
 from thinwire.train.validate import validate
 
 # B batch, T tokens
 
 
-def train(job: Job, world: World, stop: StopRequest) -> None:
-    """Train `job` to its last step, or until a stop is asked for; resumes what its folder holds.
+def train(job: Job, parts: Parts, stop: StopRequest) -> None:
+    """Train to the last step of `job`, or until a stop is asked for; resumes what its folder holds.
 
     Raises DivergenceError after `run.max_bad_steps` non-finite steps in a row, and whatever a rank raises.
     """
-    with shortage_explained(world.device, sharing=world.cluster.levels[0].fanout) as held:
-        parts = assemble(job, world)
-        held.update(held_bytes(parts.sharded, job.config.optimizer.state_numbers))
-        try:
-            _train(job, parts, stop)
-        finally:
-            parts.close()
-
-
-def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
     saver = Saver(job, parts.checkpoints, parts.sharded, parts.optimizer, parts.sync, parts.reporter)
     parts.world.status.enter("the start of the run")
     step = saver.resume()

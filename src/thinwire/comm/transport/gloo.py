@@ -1,4 +1,13 @@
-"""gloo communicators that share one thread for their sockets.
+"""Over sockets, by gloo: communicators that share one thread, and exchanges that use a link in both directions at once.
+
+A gloo receive announces itself to the sender on their one connection, and nothing is sent before that. gloo's own
+all-to-all and ring send first: the announcement then waits behind this rank's own data, and the two directions of a link
+take turns. Here every receive is posted before the first send. Sends start with the next rank of the group, so that no
+two ranks begin with the same receiver. gloo's own reduce-scatter sends twice the least (it is an all-reduce inside), so
+here it is an all-to-all and a local sum.
+
+An accelerator's tensors (where ranks share one) travel as copies in host memory: what was computed is waited for before it
+is sent, and what came is copied back when it is waited for.
 
 torch gives every gloo group a device of its own, with a thread that wakes up a hundred times a second even if nothing
 comes. A world has a dozen groups, the default one among them: that many idle threads cost 23 ms of processor time in a
@@ -12,10 +21,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from thinwire.comm.transport.transport import (
+    PLAIN,
+    Issued,
+    Label,
+    Waitable,
+    joined,
+    places_of,
+    sum_of_rows,
+)  # fmt: skip
+from thinwire.errors import OtherExchangeError
 
 NAME = "shared_gloo"
 _Gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack its options and devices
 Devices = Sequence[Any]
+_HEADERS = 2**30
+"""gloo's slot of headers; those of messages are their tags."""
+_PIECE_BYTES = 2**22
+"""Of the whole tensor, in a large all-reduce; smaller ones were no faster over four hosts at 1 Gbit/s."""
 
 
 def open_devices(addresses: Sequence[str]) -> Devices:
@@ -55,3 +80,104 @@ def _shared() -> Devices:
 
 
 dist.Backend.register_backend(NAME, _make, extended_api=True, devices=["cpu"])
+
+
+class GlooTransport:
+    """`thinwire.comm.transport.transport.Transport`."""
+
+    reads_memory = False
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group, self._k = group, group.size()
+        self.header_bytes = Headers.sent_bytes(self._k)
+
+    def all_gather(
+        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, label: Label = PLAIN
+    ) -> Sequence[Waitable]:
+        places = places_of(self._group, among)
+        me = places.index(self._group.rank())
+        if received_kn[me].data_ptr() != row_n.data_ptr():
+            received_kn[me].copy_(row_n)
+        return self._post(received_kn, [row_n] * len(places), places, gathers=True, label=label)
+
+    def all_to_all(
+        self,
+        received_kn: Tensor,
+        sent_kn: Tensor,
+        *,
+        among: Sequence[int] | None = None,
+        copy_own: bool = True,
+        label: Label = PLAIN,
+    ) -> Sequence[Waitable]:
+        places = places_of(self._group, among)
+        if copy_own:
+            me = places.index(self._group.rank())
+            received_kn[me].copy_(sent_kn[me])
+        return self._post(received_kn, list(sent_kn), places, gathers=False, label=label)
+
+    def _post(
+        self, received: Tensor, rows: list[Tensor], places: list[int], *, gathers: bool, label: Label
+    ) -> Sequence[Waitable]:
+        group = self._group
+        me, k = places.index(group.rank()), len(places)
+        sources, targets = [(me - d) % k for d in range(1, k)], [(me + d) % k for d in range(1, k)]
+        if received.device.type != "cpu":
+            here = torch.empty_like(received, device="cpu")
+            sent = [rows[0].cpu()] * k if gathers else [row.cpu() for row in rows]
+            works = self._post(here, sent, places, gathers=gathers, label=label)
+            return [_CopyBack(works, here, received, sources)]
+        first: list[Waitable] = []
+        if label.tag and gathers:
+            first = [Headers(group, [places[j] for j in sources], [places[j] for j in targets], label.tag)]
+        # The group's own calls: `dist.irecv` looks ranks up in both directions, which costs more than a small message.
+        # Messages of another tag are never taken for this one's: a slot of gloo is a queue of its own.
+        both = [group.recv([received[j]], places[j], label.tag) for j in sources]
+        return first + both + [group.send([rows[j]], places[j], label.tag) for j in targets]
+
+    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, label: Label = PLAIN) -> Issued:
+        return sum_of_rows(self, out_n, joined(pieces, self._k), self._group.rank(), label)
+
+    def compare(self, tag: int) -> Sequence[Waitable]:
+        others = [place for place in range(self._k) if place != self._group.rank()]
+        return [Headers(self._group, others, others, tag)]
+
+    def pieces_of(self, whole_n: Tensor) -> int:
+        """The most pieces of `_PIECE_BYTES` or more that k ranks can share: one is summed while the next still arrives."""
+        most = max(1, whole_n.nbytes // _PIECE_BYTES) if whole_n.device.type == "cpu" else 1
+        return next((p for p in range(most, 1, -1) if whole_n.numel() % (p * self._k) == 0), 1)
+
+
+class _CopyBack:
+    """Rows on their way into host memory: waiting for them puts them where they belong."""
+
+    def __init__(self, works: Sequence[Waitable], here: Tensor, there: Tensor, places: Sequence[int]) -> None:
+        self._works, self._here, self._there, self._places = works, here, there, places
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        for place in self._places:
+            self._there[place].copy_(self._here[place])
+
+
+class Headers:
+    """The tag of this rank's gather to all others of it, and theirs to this one; on a slot of gloo's, so in order."""
+
+    def __init__(self, group: dist.ProcessGroup, sources: Sequence[int], targets: Sequence[int], tag: int) -> None:
+        self._mine, self._theirs = torch.tensor([tag]), torch.zeros(len(sources), 1, dtype=torch.int64)
+        self._works = [group.recv([row], place, _HEADERS) for row, place in zip(self._theirs, sources, strict=True)]
+        self._works += [group.send([self._mine], place, _HEADERS) for place in targets]
+
+    @staticmethod
+    def sent_bytes(k: int) -> int:
+        """By one rank in a gather of k."""
+        return 8 * (k - 1)
+
+    def wait(self) -> None:
+        """Raises OtherExchangeError."""
+        for work in self._works:
+            work.wait()
+        mine = int(self._mine)
+        for theirs in self._theirs.view(-1).tolist():
+            if theirs != mine:
+                raise OtherExchangeError("ranks are in different all-gathers", mine, theirs)

@@ -1,6 +1,6 @@
 """A socket between two ranks of one host, for short messages: a kind and two numbers each.
 
-Saying never blocks, however many messages are on their way: what the socket cannot take is sent by a thread, which exists
+Sending never blocks, however many messages are on their way: what the socket cannot take is sent by a thread, which exists
 only as long as there is such a rest. If a rank waited there until the other end reads, ranks that all post before anybody
 reads (a deep model's weight all-gathers after the step) would wait for each other for ever.
 """
@@ -12,7 +12,7 @@ import threading
 import time
 from collections import defaultdict, deque
 
-from thinwire.errors import LinkError, UseError
+from thinwire.errors import LinkError, OtherExchangeError
 
 APART = 0
 """The kind of message with which a rank says that it is in another exchange than those at the other ends: two tags."""
@@ -20,16 +20,8 @@ _MESSAGE = struct.Struct("=Bqq")
 _POLL_MS = 1000
 
 
-class OtherExchangeError(UseError):
-    """Two ranks are in exchanges of different tags, `mine` and `theirs`."""
-
-    def __init__(self, message: str, mine: int, theirs: int) -> None:
-        super().__init__(message)
-        self.mine, self.theirs = mine, theirs
-
-
-class Line:
-    """Says and hears messages; those of one kind arrive in the order in which they were said.
+class LocalSocket:
+    """Sends and receives messages; those of one kind arrive in the order in which they were sent.
 
     `name` is the rank at the other end, as errors call it.
     """
@@ -38,20 +30,20 @@ class Line:
         end.setblocking(False)
         self.name = name
         self._socket, self._timeout_s, self._unread = end, timeout_s, b""
-        self._heard: defaultdict[int, deque[tuple[int, int]]] = defaultdict(deque)
+        self._received: defaultdict[int, deque[tuple[int, int]]] = defaultdict(deque)
         self._unsent, self._sending, self._closed = bytearray(), threading.Lock(), False
 
-    def say(self, *messages: tuple[int, int, int]) -> None:
-        """Each is a kind and two numbers. Never fails: that the other end is gone is heard, after its last words."""
+    def send(self, *messages: tuple[int, int, int]) -> None:
+        """Each is a kind and two numbers. Never fails: `receive` tells that the other end is gone, at last."""
         data = b"".join(_MESSAGE.pack(*message) for message in messages)
         with self._sending:
             if not self._unsent:
-                data = data[self._send(data) :]
+                data = data[self._push(data) :]
                 if data:
-                    threading.Thread(target=self._send_rest, name="line", daemon=True).start()
+                    threading.Thread(target=self._push_rest, name="local socket", daemon=True).start()
             self._unsent += data
 
-    def _send(self, data: bytes | bytearray) -> int:
+    def _push(self, data: bytes | bytearray) -> int:
         """Bytes of `data` that are done with: the socket takes them, or nobody will."""
         try:
             return self._socket.send(data)
@@ -60,36 +52,36 @@ class Line:
         except OSError:
             return len(data)
 
-    def _send_rest(self) -> None:
+    def _push_rest(self) -> None:
         room = select.poll()
         room.register(self._socket, select.POLLOUT)
         while True:
             room.poll(_POLL_MS)
             with self._sending:
                 if not self._closed:
-                    del self._unsent[: self._send(self._unsent)]
+                    del self._unsent[: self._push(self._unsent)]
                 if self._closed or not self._unsent:
                     return
 
-    def hear(self, kind: int) -> tuple[int, int]:
+    def receive(self, kind: int) -> tuple[int, int]:
         """The next message of a kind, as (number, note).
 
         Raises LinkError if the other end is gone or silent for long, OtherExchangeError if it says so.
         """
         end_s = time.monotonic() + self._timeout_s
-        while not self._heard[kind]:
-            if self._heard[APART]:
-                raise OtherExchangeError("another rank of this host is in another exchange", *self._heard[APART][0])
-            self._receive(end_s - time.monotonic())
-        return self._heard[kind].popleft()
+        while not self._received[kind]:
+            if self._received[APART]:
+                raise OtherExchangeError("another rank of this host is in another exchange", *self._received[APART][0])
+            self._take_in(end_s - time.monotonic())
+        return self._received[kind].popleft()
 
-    def heard(self, kind: int) -> bool:
-        """Whether a message of a kind is there to be heard at once."""
-        if not self._heard[kind]:
-            self._receive(None)
-        return bool(self._heard[kind])
+    def has_received(self, kind: int) -> bool:
+        """Whether `receive` of a kind would return at once."""
+        if not self._received[kind]:
+            self._take_in(None)
+        return bool(self._received[kind])
 
-    def _receive(self, wait_s: float | None) -> None:
+    def _take_in(self, wait_s: float | None) -> None:
         """Take in what has arrived; if nothing has, the first that does within `wait_s` seconds (None: do not wait)."""
         try:
             received = self._socket.recv(4096)
@@ -103,8 +95,8 @@ class Line:
             raise LinkError(f"lost {self.name}: it closed its connection")
         data = self._unread + received
         whole = len(data) - len(data) % _MESSAGE.size
-        for said, number, note in _MESSAGE.iter_unpack(data[:whole]):
-            self._heard[said].append((number, note))
+        for kind, number, note in _MESSAGE.iter_unpack(data[:whole]):
+            self._received[kind].append((number, note))
         self._unread = data[whole:]
 
     def _wait(self, wait_s: float) -> None:

@@ -5,7 +5,7 @@ receiver, if it is in the same collective, copies it from there, or adds it up a
 MPI libraries do the same between the processes of a node. Everything happens in the thread that issues and waits: gloo's
 event threads, which spin while a send holds the connection, have no part in it.
 
-Rows are read, and what others have read is heard of, in the order in which exchanges of a stream were issued, whichever is
+Rows are read, and what others have read is learnt, in the order in which exchanges of a stream were issued, whichever is
 waited for first. That order is the same on all ranks, so no two of them ever wait for each other. Streams are independent,
 as communicators are: ranks may issue a weight all-gather and a gradient reduction in either order. Ranks that need not be
 equally far keep their rows for some exchanges more, instead of waiting until the slowest has read them; rows that stay as
@@ -16,33 +16,28 @@ Both ends of an exchange name what it is for (a tag), and find out at once if th
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from thinwire.comm.transport.local_socket import APART, Line, OtherExchangeError
-from thinwire.comm.transport.shared_memory import Run, add_rows, read_memory
-from thinwire.errors import LinkError
+from thinwire.comm.transport.local_socket import APART, LocalSocket
+from thinwire.comm.transport.process_memory import Run, add_rows, read_memory, rows_of
+from thinwire.comm.transport.transport import (
+    GRADS,
+    OTHERS,
+    PLAIN,
+    WEIGHTS,
+    Issued,
+    Label,
+    Waitable,
+    joined,
+    sum_of_rows,
+)  # fmt: skip
+from thinwire.errors import LinkError, OtherExchangeError
 
 _ROW, _RUN, _DONE = 1, 2, 3  # kinds of message, of stream 0; each stream has four numbers
-OTHERS, WEIGHTS, GRADS = range(3)
-"""Streams: weight all-gathers, gradient reductions, and all else."""
 _TAG_BIT = 24
 """Below a tag in a message of kind _ROW: the number of its runs."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What is known of an exchange on all its ranks."""
-
-    stream: int = OTHERS
-    tag: int = 0
-    """What it is for: both ends must mean the same."""
-    lasting: bool = False
-    """Rows stay as they are until `Exchanges.end`: a rank goes on before others have read its."""
-
-
-PLAIN = Mark()
 
 
 class Stream:
@@ -55,17 +50,17 @@ class Stream:
     def settle(self, reading: "Reading") -> None:
         """Wait until others have read what was issued `kept` exchanges before `reading`, and all earlier ones."""
         while reading in self.unacknowledged and self.unacknowledged.index(reading) >= self._kept:
-            self.unacknowledged.popleft().hear_all()
+            self.unacknowledged.popleft().await_read()
 
     def forget_read(self) -> None:
         """Let go of the rows that all others are known to have read."""
-        while self.unacknowledged and self.unacknowledged[0].read and self.unacknowledged[0].all_heard():
-            self.unacknowledged.popleft().hear_all()
+        while self.unacknowledged and self.unacknowledged[0].read and self.unacknowledged[0].all_read():
+            self.unacknowledged.popleft().await_read()
 
     def end(self) -> None:
         """Wait until others have read all that this rank has waited for."""
         while self.unacknowledged and self.unacknowledged[0].read:
-            self.unacknowledged.popleft().hear_all()
+            self.unacknowledged.popleft().await_read()
 
 
 class Exchanges:
@@ -84,13 +79,13 @@ class Exchanges:
 class Row:
     """What another rank has for this one, to be read from its beginning on."""
 
-    def __init__(self, line: Line, pid: int, note: int, mark: Mark) -> None:
-        self._line, self._pid, self._note, self._stream, self._tag = line, pid, note, mark.stream, mark.tag
+    def __init__(self, socket: LocalSocket, pid: int, note: int, label: Label) -> None:
+        self._socket, self._pid, self._note, self._stream, self._tag = socket, pid, note, label.stream, label.tag
         self._runs = deque[Run]()
 
-    def hear(self) -> None:
+    def locate(self) -> None:
         """Wait to be told where it lies. Raises LinkError if the rank is gone, UseError if it is in another collective."""
-        count, note = self._line.hear(_kind(_ROW, self._stream))
+        count, note = self._socket.receive(_kind(_ROW, self._stream))
         tag, count = count >> _TAG_BIT, count % (1 << _TAG_BIT)
         if (note, tag) != (self._note, self._tag):
             raise OtherExchangeError(
@@ -99,7 +94,7 @@ class Row:
                 self._tag,
                 tag,
             )
-        self._runs.extend(self._line.hear(_kind(_RUN, self._stream)) for _ in range(count))
+        self._runs.extend(self._socket.receive(_kind(_RUN, self._stream)) for _ in range(count))
 
     def read(self, into: Tensor) -> None:
         """The next part of it, as long as `into`. Raises LinkError if the rank is gone."""
@@ -117,7 +112,7 @@ class Row:
         return taken
 
     def done(self) -> None:
-        self._line.say((_kind(_DONE, self._stream), 0, 0))
+        self._socket.send((_kind(_DONE, self._stream), 0, 0))
 
 
 class Reading:
@@ -128,15 +123,15 @@ class Reading:
 
     def __init__(
         self,
-        others: "Neighbours",
+        others: "SameHostTransport",
         rows: Mapping[int, Row],
         take: Callable[[], None],
         kept: Iterable[Tensor],
-        mark: Mark,
+        label: Label,
     ) -> None:
-        """`take` reads the rows once they have been heard of; `kept` are this rank's own."""
+        """`take` reads the rows once they are located; `kept` are this rank's own."""
         self._others, self._rows, self._take, self._kept = others, rows, take, tuple(kept)
-        self._mark, self._stream = mark, others.exchanges.streams[mark.stream]
+        self._label, self._stream = label, others.exchanges.streams[label.stream]
         self.read = False
         self._stream.unread.append(self)
         self._stream.unacknowledged.append(self)
@@ -147,92 +142,138 @@ class Reading:
             while not self.read:
                 self._stream.unread.popleft()._carry_out()
         except OtherExchangeError as error:
-            for line in self._others.lines.values():  # those that wait for something else would not find out
-                line.say((APART, error.theirs, error.mine))
+            for socket in self._others.sockets.values():  # those that wait for something else would not find out
+                socket.send((APART, error.theirs, error.mine))
             raise
-        if self._mark.lasting:
+        if self._label.lasting:
             self._stream.forget_read()
         else:
             self._stream.settle(self)
 
     def _carry_out(self) -> None:
         for row in self._rows.values():
-            row.hear()
+            row.locate()
         self._take()
         for row in self._rows.values():
             row.done()
         self.read = True
 
-    def hear_all(self) -> None:
+    def await_read(self) -> None:
         """Wait until the others have read this rank's rows."""
         for place in self._rows:
-            self._others.lines[place].hear(_kind(_DONE, self._mark.stream))
+            self._others.sockets[place].receive(_kind(_DONE, self._label.stream))
         self._kept = ()
 
-    def all_heard(self) -> bool:
-        """Whether `hear_all` would return at once."""
-        return all(self._others.lines[place].heard(_kind(_DONE, self._mark.stream)) for place in self._rows)
+    def all_read(self) -> bool:
+        """Whether `await_read` would return at once."""
+        return all(self._others.sockets[place].has_received(_kind(_DONE, self._label.stream)) for place in self._rows)
 
 
-class Neighbours:
-    """The ranks of a group, all on this host: process ids and lines by place. All groups of a rank share its exchanges."""
+class SameHostTransport:
+    """`thinwire.comm.transport.transport.Transport` of ranks that are all on this host, this one at place `me` of them.
 
-    def __init__(self, pids: Sequence[int], lines: Mapping[int, Line], exchanges: Exchanges) -> None:
-        self.pids, self.lines, self.exchanges = pids, lines, exchanges
+    Process ids and sockets are by place. All groups of a rank share its exchanges.
+    """
 
-    def exchange(
+    reads_memory, header_bytes = True, 0
+
+    def __init__(self, me: int, pids: Sequence[int], sockets: Mapping[int, LocalSocket], exchanges: Exchanges) -> None:
+        self._me, self.pids, self.sockets, self.exchanges = me, pids, sockets, exchanges
+
+    def all_gather(
+        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, label: Label = PLAIN
+    ) -> Sequence[Waitable]:
+        places = self._places(among)
+        own = received_kn[places.index(self._me)]
+        if own.data_ptr() != row_n.data_ptr():
+            own.copy_(row_n)
+        return [self._exchange(received_kn, [row_n] * len(places), places, gathers=True, label=label)]
+
+    def all_to_all(
         self,
-        received: Mapping[int, Tensor],
-        rows: Mapping[int, Tensor],
+        received_kn: Tensor,
+        sent_kn: Tensor,
         *,
-        gathers: bool,
-        mark: Mark = PLAIN,
+        among: Sequence[int] | None = None,
+        copy_own: bool = True,
+        label: Label = PLAIN,
+    ) -> Sequence[Waitable]:
+        places = self._places(among)
+        if copy_own:
+            own = places.index(self._me)
+            received_kn[own].copy_(sent_kn[own])
+        return [self._exchange(received_kn, list(sent_kn), places, gathers=False, label=label)]
+
+    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, label: Label = PLAIN) -> Issued:
+        """Pieces are read from where they are, and added up while they are read."""
+        k = len(self.pids)
+        if pieces[0].dtype != out_n.dtype:
+            return sum_of_rows(self, out_n, joined(pieces, k), self._me, label)
+        rows = rows_of(pieces, k)
+        added = self._add_up(out_n.view(-1), rows, label)
+        return Issued([added], (out_n, *(piece for row in rows for piece in row)))
+
+    def compare(self, tag: int) -> Sequence[Waitable]:
+        nothing, places = torch.empty(len(self.pids), 0, dtype=torch.uint8), self._places(None)
+        return [self._exchange(nothing, list(nothing), places, gathers=True, label=Label(WEIGHTS, tag))]
+
+    def pieces_of(self, whole_n: Tensor) -> int:
+        return 1
+
+    def _places(self, among: Sequence[int] | None) -> list[int]:
+        return list(range(len(self.pids)) if among is None else among)
+
+    def _exchange(
+        self, received_kn: Tensor, sent: Sequence[Tensor], places: Sequence[int], *, gathers: bool, label: Label
     ) -> Reading:
-        """`received[place]` becomes what the rank there has for this one; `rows[place]` is for it.
+        """Row j of `received_kn` becomes what the rank at the j-th of the places has for this one; `sent[j]` is for it.
 
         `gathers` tells a gather from an all-to-all: both ends must mean the same one. All are contiguous. Rows must stay
-        as they are until the exchange has been waited for, or longer (`Mark.lasting`).
+        as they are until the exchange has been waited for, or longer (`Label.lasting`). The next place comes first.
         """
+        me, k = places.index(self._me), len(places)
+        rows = {places[j]: sent[j] for j in ((me + d) % k for d in range(1, k))}
+        received = {places[j]: received_kn[j] for j in ((me - d) % k for d in range(1, k))}
         for place, row in rows.items():
-            self._tell(place, [row], _note(row.nbytes, gathers=gathers), mark)
+            self._tell(place, [row], _note(row.nbytes, gathers=gathers), label)
         theirs = {
-            place: self._row(place, _note(into.nbytes, gathers=gathers), mark) for place, into in received.items()
+            place: self._row(place, _note(into.nbytes, gathers=gathers), label) for place, into in received.items()
         }
 
         def take() -> None:
             for place, into in received.items():
                 theirs[place].read(into)
 
-        return Reading(self, theirs, take, rows.values(), mark)
+        return Reading(self, theirs, take, rows.values(), label)
 
-    def add_up(self, out: Tensor, rows: Sequence[Sequence[Tensor]], *, me: int, mark: Mark = PLAIN) -> Reading:
-        """`out` becomes the sum of everybody's row for this rank, `me`, in the order of places.
+    def _add_up(self, out: Tensor, rows: Sequence[Sequence[Tensor]], label: Label) -> Reading:
+        """`out` becomes the sum of everybody's row for this rank, in the order of places.
 
         `rows[place]` is for the rank there, in contiguous pieces that follow one another, all of `out`'s precision; they
         must stay as they are until the exchange has been waited for, but that `out` may be this rank's own row.
         """
         note = _note(out.nbytes, gathers=False)
-        theirs = {place: self._row(place, note, mark) for place in range(len(rows)) if place != me}
+        theirs = {place: self._row(place, note, label) for place in range(len(rows)) if place != self._me}
         for place in theirs:
-            self._tell(place, rows[place], note, mark)
-        own = rows[me]
+            self._tell(place, rows[place], note, label)
+        own = rows[self._me]
 
         def take() -> None:
             add_rows([theirs.get(place) for place in range(len(rows))], own, out)
 
-        return Reading(self, theirs, take, (piece for row in rows for piece in row), mark)
+        return Reading(self, theirs, take, (piece for row in rows for piece in row), label)
 
-    def _tell(self, place: int, pieces: Sequence[Tensor], note: int, mark: Mark) -> None:
+    def _tell(self, place: int, pieces: Sequence[Tensor], note: int, label: Label) -> None:
         assert all(piece.is_contiguous() for piece in pieces), "rows are read as runs of bytes"
-        runs = [(_kind(_RUN, mark.stream), piece.data_ptr(), piece.nbytes) for piece in pieces]
-        self.lines[place].say((_kind(_ROW, mark.stream), (mark.tag << _TAG_BIT) + len(runs), note), *runs)
+        runs = [(_kind(_RUN, label.stream), piece.data_ptr(), piece.nbytes) for piece in pieces]
+        self.sockets[place].send((_kind(_ROW, label.stream), (label.tag << _TAG_BIT) + len(runs), note), *runs)
 
-    def _row(self, place: int, note: int, mark: Mark) -> Row:
-        return Row(self.lines[place], self.pids[place], note, mark)
+    def _row(self, place: int, note: int, label: Label) -> Row:
+        return Row(self.sockets[place], self.pids[place], note, label)
 
     def close(self) -> None:
-        for line in self.lines.values():
-            line.close()
+        for socket in self.sockets.values():
+            socket.close()
 
 
 def _kind(message: int, stream: int) -> int:

@@ -182,7 +182,7 @@ class GradAccumulation:
         """Whether the first hop of unsharded sums takes gradients from where backward has left them."""
         spec = self.spec
         hop = next(iter(spec.levels(0, spec.outermost)), None)
-        if hop is None or spec.world.neighbours(hop) is None or hop in self._sharding.grads:
+        if hop is None or not spec.world.reads_memory(hop) or hop in self._sharding.grads:
             return False
         low_rank = self.low_rank_at(spec.step)
         return low_rank is None or low_rank.level != hop

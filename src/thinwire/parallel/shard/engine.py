@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thinwire.comm.handle import Flight
+from thinwire.comm.handle import InFlight
 from thinwire.comm.world import World
 from thinwire.errors import PlanError, ThinwireError
 from thinwire.parallel.shard import carried
@@ -82,7 +82,7 @@ class Sharded(ShardedStates):
         module.register_forward_hook(Hook(lambda module, args, out: self._after_root()))
         for index, unit in enumerate(self.units):
             self._hook(index, unit)
-        self._telling: Flight | None = None
+        self._telling: InFlight | None = None
         self._full = False
         """Whether `full_parameters` is entered."""
         hook_state_dict(module, self.full_parameters)
@@ -223,8 +223,8 @@ class Sharded(ShardedStates):
 
     def _tell_without(self) -> None:
         if self._telling is not None:
-            self._telling.land()
-        self._telling = Flight(self._no_gradients.hops())
+            self._telling.finish()
+        self._telling = InFlight(self._no_gradients.hops())
 
     def _give_up(self) -> None:
         """The body of a micro-batch has raised: its gradients are forgotten, and the step if they were in its sums."""
@@ -301,7 +301,7 @@ class Sharded(ShardedStates):
             self._weights.land_regather(unit)
         yield
         for unit in chosen:
-            Flight(*(flat.broadcast_hops() for flat in unit.flats if flat.trained)).land()
+            InFlight(*(flat.broadcast_hops() for flat in unit.flats if flat.trained)).finish()
             self._weights.regather(unit, exact=exact)
 
     def drain(self) -> None:
@@ -328,7 +328,7 @@ class Sharded(ShardedStates):
         if self._telling is None:
             self._tell_without()
         assert self._telling is not None
-        self._telling.land()
+        self._telling.finish()
         self._telling = None
         self._weights.check()
         self._weights.release_all(unless_kept=False)

@@ -20,8 +20,8 @@ from typing import Generic, TypeVar
 import torch
 
 from thinwire.comm.collectives import all_reduce_small, compare
-from thinwire.comm.transport.local_socket import OtherExchangeError
 from thinwire.comm.world import World
+from thinwire.errors import OtherExchangeError
 
 Called = TypeVar("Called", bound=Hashable)
 _END = 1

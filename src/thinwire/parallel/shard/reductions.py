@@ -6,7 +6,7 @@ Reductions are issued in the order in which gradients came on rank 0 in the firs
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from thinwire.comm.handle import Flight
+from thinwire.comm.handle import InFlight
 from thinwire.comm.world import World
 from thinwire.parallel.shard.guard import refuse_second
 from thinwire.parallel.shard.order import CallOrder, Tags, of_rank_0
@@ -28,7 +28,7 @@ class Reductions:
         self._units, self._world, self._tags, self._note, self._before = units, world, tags, note, before
         joined = [(index, level.name) for index, level in enumerate(world.cluster.levels) if level.fanout > 1]
         self._slowest = joined[-1][1] if joined else None
-        self._copied = {name for index, name in joined[:-1] if world.neighbours(index) is not None}
+        self._copied = {name for index, name in joined[:-1] if world.reads_memory(index)}
         """Levels whose hops are copies that this thread makes when it waits: it gains nothing by waiting late."""
         self._order: list[int] | None = None
         self._complete: list[int] = []
@@ -37,9 +37,9 @@ class Reductions:
         self._issued, self._last = 0, False
         self._number = 0
         """Of the micro-batch: a rank that has left one out takes no other rank's sums for its own."""
-        self._flights: deque[Flight] = deque()
+        self._flights: deque[InFlight] = deque()
         """In flight, oldest first."""
-        self._left: Flight | None = None
+        self._left: InFlight | None = None
         """The latest in flight, once it has left the host."""
 
     def begin(self, *, last: bool) -> None:
@@ -154,7 +154,7 @@ class Reductions:
         """The sums are those of the step when this returns, whether or not a micro-batch said that it was the last."""
         self.land()
         for index in self._order or ():
-            Flight(*(grads.finish_hops() for grads in self._units[index].grads.values())).land()
+            InFlight(*(grads.finish_hops() for grads in self._units[index].grads.values())).finish()
         self._world.settle()
 
     def land(self) -> None:
@@ -178,7 +178,7 @@ class Reductions:
             self._note("reduce", unit)
             tag = self._tags.reduction(self._order[self._issued - 1], self._number)
             self._flights.append(
-                Flight(*(grads.reduce_hops(last=self._last, tag=tag) for grads in unit.grads.values()))
+                InFlight(*(grads.reduce_hops(last=self._last, tag=tag) for grads in unit.grads.values()))
             )
             unit.summed = True
             unit.watch()
@@ -196,5 +196,5 @@ class Reductions:
                     flight.advance()
 
     def _drop_landed(self) -> None:
-        while self._flights and self._flights[0].landed:
+        while self._flights and self._flights[0].finished:
             self._flights.popleft()

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from thinwire.comm.codecs.codec import Codec
-from thinwire.comm.codecs.registry import make_codec
+from thinwire.comm.codecs.codec import Codec, make_codec
 from thinwire.errors import PlanError
 from thinwire.plan.plan import Plan
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from thinwire.comm.handle import Flight
+from thinwire.comm.handle import InFlight
 from thinwire.comm.world import World
 from thinwire.parallel.shard.accumulation import GradAccumulation
 from thinwire.parallel.shard.deferred import FirstValues
@@ -26,8 +26,8 @@ class Unit:
         self.resident = found.resident
         self.keep = keep
         """Gathered once a step: from its first use to the backward of the last micro-batch."""
-        self.gathering: Flight | None = None
-        self.regathering: Flight | None = None
+        self.gathering: InFlight | None = None
+        self.regathering: InFlight | None = None
         self.loose = False
         """Used outside its own forward in this micro-batch: it stays gathered to the end of it."""
         self.hidden = 0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from thinwire.comm.handle import Flight
+from thinwire.comm.handle import InFlight
 from thinwire.comm.world import World
 from thinwire.parallel.shard.order import CallOrder, GatherOrder, Tags, of_rank_0
 from thinwire.parallel.shard.unit import Unit
@@ -128,12 +128,12 @@ class Weights:
         self.land_regather(unit)
         self._note("gather", unit)
         tag = self._gathers.tag(self._number[unit])
-        unit.gathering = Flight(*(flat.gather_hops(tag) for flat in unit.flats))
+        unit.gathering = InFlight(*(flat.gather_hops(tag) for flat in unit.flats))
 
     def _land_gather(self, unit: Unit) -> None:
         if unit.gathering is not None:
             with self._tags.told():
-                unit.gathering.land()
+                unit.gathering.finish()
             unit.gathering = None
             self._here[unit] = None
             unit.watch()
@@ -160,7 +160,7 @@ class Weights:
         self.release(unit)
         self._world.settle()  # others may be reading the old ones
         self._note("refresh", unit)
-        unit.regathering = Flight(*(flat.regather_hops(exact=exact) for flat in unit.flats if exact or flat.trained))
+        unit.regathering = InFlight(*(flat.regather_hops(exact=exact) for flat in unit.flats if exact or flat.trained))
         self._regathering.append(unit)
         unit.watch()
 
@@ -169,7 +169,7 @@ class Weights:
         while unit.regathering is not None:
             older = self._regathering.popleft()
             assert older.regathering is not None
-            older.regathering.land()
+            older.regathering.finish()
             older.regathering = None
             older.watch()
 

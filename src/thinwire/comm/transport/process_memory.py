@@ -1,8 +1,8 @@
-"""Adding up rows that lie in other ranks' memory while they are read, chunk by chunk, and dealing flat pieces into rows.
+"""The memory of other processes of this host: reading it, and adding up rows while they are read, chunk by chunk.
 
-Plain tensors and whatever can be read from: how a row is heard of and read is `thinwire.comm.transport.same_host`'s.
-
-Reading the memory of another process of this host: Linux's cross-memory attach, one copy by the kernel.
+Linux's cross-memory attach (process_vm_readv): one copy by the kernel, from wherever the rows lie. A segment of POSIX shared
+memory has to hold a copy of every row that is under way; all-gathers over one took 1.07 to 1.24 times as long (2 ranks, 16
+and 64 MiB), reduce-scatters 0.80 to 0.98.
 """
 
 import ctypes

@@ -1,4 +1,6 @@
-"""Finding out, when ranks meet, which groups are on one host and may read each other's memory: by trying it.
+"""Which transport a group has: what its communicators take, or, where ranks are on one host, reading memory.
+
+Whether ranks may read each other's memory is found out when they meet, by trying it.
 
 Containers, users and machines keep processes apart, and network namespaces are hosts: processes in different ones talk
 over links, even on one machine.
@@ -10,20 +12,29 @@ import socket
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
-from thinwire.comm.compat import all_gather_single
-from thinwire.comm.transport.local_socket import Line
-from thinwire.comm.transport.same_host import Exchanges, Neighbours
-from thinwire.comm.transport.shared_memory import permit_siblings, read_memory
+from thinwire.comm.transport.gloo import GlooTransport
+from thinwire.comm.transport.local_socket import LocalSocket
+from thinwire.comm.transport.nccl import NcclTransport
+from thinwire.comm.transport.process_memory import permit_siblings, read_memory
+from thinwire.comm.transport.same_host import Exchanges, SameHostTransport
+from thinwire.comm.transport.transport import Transport, all_gather_single
 from thinwire.errors import LinkError
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred
 
 
-def find_neighbours(group: dist.ProcessGroup, exchanges: Exchanges, *, timeout_s: float) -> Neighbours | None:
+def transport_of(group: dist.ProcessGroup) -> Transport:
+    """What the group's library makes of it. NCCL takes tensors of accelerators as they are, gloo does not."""
+    kinds = cast(Any, group)._device_types  # torch's stubs lack what a group was made for
+    return NcclTransport(group) if any(kind.type != "cpu" for kind in kinds) else GlooTransport(group)
+
+
+def find_same_host(group: dist.ProcessGroup, exchanges: Exchanges, *, timeout_s: float) -> SameHostTransport | None:
     """The ranks of a gloo group, if every one can read every other's memory and talk to it; the same answer on all.
 
     Raises LinkError if ranks that can do so do not connect in time.
@@ -33,20 +44,20 @@ def find_neighbours(group: dist.ProcessGroup, exchanges: Exchanges, *, timeout_s
     with socket.socket(socket.AF_UNIX) as door:
         is_open = _listen(door, int(token), group.size())
         everyone = _tell_all(group, [_network(), os.getpid(), token.data_ptr(), int(token), is_open])
-        near = all(_readable(other, _network()) for other in everyone)
-        if not all(agrees for (agrees,) in _tell_all(group, [near])):
+        readable = all(_readable(other, _network()) for other in everyone)
+        if not all(agrees for (agrees,) in _tell_all(group, [readable])):
             return None
         pids, tokens = [pid for _, pid, *_ in everyone], [token for *_, token, _ in everyone]
         try:
-            lines = {place: _call(tokens[place], timeout_s) for place in range(group.rank())}
+            sockets = {place: _call(tokens[place], timeout_s) for place in range(group.rank())}
             door.settimeout(timeout_s)
-            while len(lines) < group.size() - 1:
+            while len(sockets) < group.size() - 1:
                 caller, _ = door.accept()
                 if (pid := _pid_of(caller)) in pids:  # anyone may call
-                    lines[pids.index(pid)] = Line(caller, timeout_s)
+                    sockets[pids.index(pid)] = LocalSocket(caller, timeout_s)
         except OSError as error:
             raise LinkError(f"ranks of one host could not connect to each other: {error}") from error
-    return Neighbours(pids, lines, exchanges)
+    return SameHostTransport(group.rank(), pids, sockets, exchanges)
 
 
 def _listen(door: socket.socket, token: int, backlog: int) -> bool:
@@ -59,11 +70,11 @@ def _listen(door: socket.socket, token: int, backlog: int) -> bool:
     return True
 
 
-def _call(token: int, timeout_s: float) -> Line:
+def _call(token: int, timeout_s: float) -> LocalSocket:
     end = socket.socket(socket.AF_UNIX)
     end.settimeout(timeout_s)
     end.connect(_name(token))
-    return Line(end, timeout_s)
+    return LocalSocket(end, timeout_s)
 
 
 def _pid_of(end: socket.socket) -> int:

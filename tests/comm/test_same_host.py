@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 import dull
 from thinwire.comm.collectives import all_gather, reduce_scatter
-from thinwire.comm.transport import host_groups as same_host
-from thinwire.comm.transport.local_socket import Line
+from thinwire.comm.transport import connect
+from thinwire.comm.transport.local_socket import LocalSocket
+from thinwire.comm.transport.process_memory import Run, read_memory
 from thinwire.comm.transport.same_host import Exchanges
-from thinwire.comm.transport.shared_memory import Run, read_memory
 from thinwire.comm.world import World
 from thinwire.errors import LinkError
 from thinwire.train.launch import describe
@@ -26,8 +26,7 @@ N = 300_000
 
 def _waited_backwards(world: World) -> bool:
     """Exchanges of both levels in flight together, waited for in another order than issued, and that by rank."""
-    assert world.neighbours(0) is not None
-    assert world.neighbours(1) is not None
+    assert world.reads_memory(0) and world.reads_memory(1)
     torch.manual_seed(world.rank)
     handles, sources, expected, outs = [], [], [], []
     for level in (0, 1, 0, 1):
@@ -99,10 +98,10 @@ def _one_cannot_read(world: World) -> bool:
     def reads(into: torch.Tensor, pid: int, runs: Sequence[Run]) -> bool:
         return world.rank != 1 and read_memory(into, pid, runs)
 
-    same_host.read_memory = reads
+    connect.read_memory = reads
     group = world.group(0, "small")
     assert group is not None
-    return same_host.find_neighbours(group, Exchanges(), timeout_s=10) is None
+    return connect.find_same_host(group, Exchanges(), timeout_s=10) is None
 
 
 def test_where_one_rank_cannot_read_nobody_does() -> None:
@@ -137,53 +136,58 @@ def ends() -> Iterator[Sequence[socket.socket]]:
         yield here, there
 
 
-def test_a_line_hears_each_kind_in_order_however_the_bytes_arrive(ends: Sequence[socket.socket]) -> None:
+def test_a_socket_receives_each_kind_in_order_however_the_bytes_arrive(ends: Sequence[socket.socket]) -> None:
     here, there = ends
-    sender, line = Line(here, 5), Line(there, 5)
-    sender.say((1, 10, 3))
-    sender.say((2, -1, 0), (1, 2**62, -5), (2, 0, 2**40))
-    assert [line.hear(2), line.hear(2), line.hear(1), line.hear(1)] == [(-1, 0), (0, 2**40), (10, 3), (2**62, -5)]
+    sender, local = LocalSocket(here, 5), LocalSocket(there, 5)
+    sender.send((1, 10, 3))
+    sender.send((2, -1, 0), (1, 2**62, -5), (2, 0, 2**40))
+    assert [local.receive(2), local.receive(2), local.receive(1), local.receive(1)] == [
+        (-1, 0),
+        (0, 2**40),
+        (10, 3),
+        (2**62, -5),
+    ]
     message = b"\x01" + (77).to_bytes(8, "little") + (78).to_bytes(8, "little")
     here.sendall(message[:4])
     there.setblocking(True)
     here.sendall(message[4:] + message)
-    assert [line.hear(1), line.hear(1)] == [(77, 78), (77, 78)]
+    assert [local.receive(1), local.receive(1)] == [(77, 78), (77, 78)]
 
 
-def test_a_line_tells_of_an_end_that_is_gone_or_silent(ends: Sequence[socket.socket]) -> None:
+def test_a_socket_tells_of_an_end_that_is_gone_or_silent(ends: Sequence[socket.socket]) -> None:
     here, there = ends
-    line = Line(there, 0.05)
+    local = LocalSocket(there, 0.05)
     with pytest.raises(LinkError, match="lost a rank of this host while waiting for it: timed out"):
-        line.hear(1)
+        local.receive(1)
     here.close()
     with pytest.raises(LinkError, match="closed its connection"):
-        line.hear(1)
-    line.say((1, 0, 0))
+        local.receive(1)
+    local.send((1, 0, 0))
     with pytest.raises(LinkError, match="lost a rank of this host"):
-        line.hear(1)
+        local.receive(1)
 
 
-def test_the_last_words_of_an_end_that_is_gone_are_heard_though_nothing_can_be_said_to_it(
+def test_the_last_messages_of_an_end_that_is_gone_are_received_though_nothing_can_be_sent_to_it(
     ends: Sequence[socket.socket],
 ) -> None:
     here, there = ends
-    gone, line = Line(here, 5), Line(there, 5)
-    gone.say((1, 7, 8))
+    gone, local = LocalSocket(here, 5), LocalSocket(there, 5)
+    gone.send((1, 7, 8))
     gone.close()
-    line.say((2, 0, 0))
-    assert line.hear(1) == (7, 8)
+    local.send((2, 0, 0))
+    assert local.receive(1) == (7, 8)
     with pytest.raises(LinkError, match="lost a rank of this host"):
-        line.hear(1)
+        local.receive(1)
 
 
-def test_saying_never_blocks_however_much_is_unheard(ends: Sequence[socket.socket]) -> None:
-    """Both ends say 20,000 messages, more than a socket holds by far, before either hears one."""
-    one, other = Line(ends[0], 5), Line(ends[1], 5)
+def test_sending_never_blocks_however_much_is_unread(ends: Sequence[socket.socket]) -> None:
+    """Both ends send 20,000 messages, more than a socket holds by far, before either receives one."""
+    one, other = LocalSocket(ends[0], 5), LocalSocket(ends[1], 5)
     for number in range(20_000):
-        one.say((1, number, -number))
-        other.say((1, number, number))
-    assert [other.hear(1) for _ in range(20_000)] == [(number, -number) for number in range(20_000)]
-    assert [one.hear(1) for _ in range(20_000)] == [(number, number) for number in range(20_000)]
+        one.send((1, number, -number))
+        other.send((1, number, number))
+    assert [other.receive(1) for _ in range(20_000)] == [(number, -number) for number in range(20_000)]
+    assert [one.receive(1) for _ in range(20_000)] == [(number, number) for number in range(20_000)]
 
 
 def test_memory_that_is_not_there_is_not_read() -> None:
