@@ -96,11 +96,11 @@ def test_a_small_or_unscored_validation_is_told(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "data")
     sections: dict[str, Any] = {"run": {"steps": 3, "eval_sequences": 2}}
     done = thinwire("train", str(write_run(tmp_path, corpus, **sections)))
-    assert "(64 held-out tokens, too few to compare losses by" in done.stdout
+    assert "(64 tokens, too few to compare losses by" in done.stdout
     held = json.loads((corpus / "corpus.json").read_text())["splits"]["heldout"]["tokens"]
     answers_path(corpus / "heldout").write_bytes(bytes(held))
     done = thinwire("train", str(write_run(tmp_path, corpus, "second", **sections)))
-    assert "validation at step 3: no token of the held-out sequences is scored" in done.stdout
+    assert "validation at step 3: no token of the validation split is scored" in done.stdout
     assert {event["loss"] for event in read_events(tmp_path / "second" / EVENTS_FILE, "eval")} == {None}
     exported = thinwire("export", str(tmp_path / "second"), "-o", str(tmp_path / "out"))
     assert exported.returncode == 0, exported.stderr

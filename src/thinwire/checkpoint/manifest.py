@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from thinwire.config import explain, parse_json
 from thinwire.errors import CheckpointError, UnreadableError
-from thinwire.files.folders import write_whole
+from thinwire.files.folders import write_atomic
 
 MANIFEST, FORMAT, OLD_FORMAT = "manifest.json", 2, 1
 OLD_METADATA = ".metadata"
@@ -65,7 +65,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write and sync `folder/manifest.json`."""
         tree = asdict(self)
-        write_whole(folder / MANIFEST, json.dumps({**tree, _DIGEST: _digest_of(tree)}, indent=1))
+        write_atomic(folder / MANIFEST, json.dumps({**tree, _DIGEST: _digest_of(tree)}, indent=1))
 
     @staticmethod
     def read(folder: Path) -> "Manifest":

@@ -24,7 +24,7 @@ from thinwire.data.prepare import digests, held_out, mended, nothing_to_train_on
 from thinwire.data.template import Ends, Message, Template, answer_spans, complete_template, one_line, template_of
 from thinwire.data.tokenizer import CONFIG, FileTokenizer, Tokenizer, load_file
 from thinwire.errors import DataError
-from thinwire.files.folders import whole_folder
+from thinwire.files.folders import atomic_folder
 
 _TOKENIZER = "tokenizer.json"
 _COUNTED = ("documents", "tokens", "bytes", "answer_tokens", "unknown_tokens", "spelling_special_tokens")
@@ -78,7 +78,7 @@ def prepare_chat(options: ChatOptions, out: Path, *, force: bool = False) -> dic
     tokenizer = load_file(options.tokenizer / _TOKENIZER, otherwise="the folder of a chat model's tokenizer")
     template = template_of(options.tokenizer)
     inputs = rows_of(options.sources, field=options.field, also=template.fields)
-    with whole_folder(out, force=force, error=DataError) as folder:
+    with atomic_folder(out, force=force, error=DataError) as folder:
         return _fill(folder, options, inputs, tokenizer, template)
 
 

@@ -27,7 +27,7 @@ from thinwire.data.inputs import Input, identities, texts_of
 from thinwire.data.tokenizer import ByteTokenizer, Tokenizer, load_file, parse_choice, train_bpe
 from thinwire.data.unfinished import Journal, ReadMark, key_of
 from thinwire.errors import DataError
-from thinwire.files.folders import whole_folder
+from thinwire.files.folders import atomic_folder
 
 _CHUNK_CHARS = 1 << 21
 _HASH_BYTES = 8
@@ -64,7 +64,7 @@ def prepare(
     inputs = texts_of(options.sources, field=options.field, include=options.include, exclude=options.exclude)
     choice = parse_choice(options.tokenizer)
     key = _key(options, inputs, choice)
-    with whole_folder(
+    with atomic_folder(
         out, force=force, error=DataError, goes_on=lambda f: Journal(f, key).begun() is not None
     ) as folder:
         journal = Journal(folder, key)
@@ -168,7 +168,7 @@ def _tokenizer(
 
 
 def held_out(text: bytes, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: decided by its content alone, so copies stay together."""
+    """Whether a document belongs to the validation split: decided by its content alone, so copies stay together."""
     digest = hashlib.blake2b(text, digest_size=_HASH_BYTES).digest()
     return int.from_bytes(digest, "little") < int(fraction * 2.0 ** (8 * _HASH_BYTES))
 
@@ -245,7 +245,7 @@ def _tokenised(
 
 
 def tokenise(texts: Sequence[str], tokenizer: Tokenizer, fraction: float, *, special: bool = False) -> dict[str, _Part]:
-    """Documents to ids, parted into training and held-out text."""
+    """Documents to ids, parted into training and validation split."""
     dtype = dtype_for(tokenizer.vocab_size)
     end = np.array([tokenizer.eot], dtype)
     rows: dict[str, list[NDArray[Any]]] = {name: [] for name in PREFIXES}

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+import zstandard
+
 from thinwire.errors import DataError
 
 STDLIB = "stdlib"
@@ -217,8 +219,6 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
 @contextmanager
 def sentences(path: Path) -> Iterator[None]:
     """Whatever the system and the libraries say of `path` as a DataError."""
-    import zstandard
-
     try:
         yield
     except UnicodeDecodeError as error:
@@ -243,8 +243,6 @@ class _Zst(io.RawIOBase):
     """Frames of zstd back to back. Raises EOFError inside a frame, where the library's own reader just ends."""
 
     def __init__(self, path: Path) -> None:
-        import zstandard
-
         self._file = path.open("rb")
         self._library = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
         self._frame: Any = None

@@ -15,7 +15,7 @@ from typing import Any
 from thinwire.config import parse_json
 from thinwire.data.hub import Place
 from thinwire.data.indexed import IndexedWriter, paths_of, sizes_path
-from thinwire.files.folders import write_whole
+from thinwire.files.folders import write_atomic
 
 _FILE = "unfinished.json"
 _EVERY = 8
@@ -69,7 +69,7 @@ class Journal:
             writer.sync()
         sizes = {path.name: path.stat().st_size for name in counts for path in self._files(name)}
         note = {"key": self._key, "counts": counts, "mark": vars(mark), "bytes": sizes}
-        write_whole(self._path, json.dumps(note))
+        write_atomic(self._path, json.dumps(note))
 
     def remove(self) -> None:
         """The corpus is whole."""

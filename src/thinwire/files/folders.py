@@ -27,7 +27,7 @@ def _never(folder: Path) -> bool:
 
 
 @contextmanager
-def whole_folder(
+def atomic_folder(
     target: Path, *, force: bool, error: type[ThinwireError] = ConfigError, goes_on: Callable[[Path], bool] = _never
 ) -> Iterator[Path]:
     """A new hidden folder to write into; when the context ends well it becomes `target`, else nothing is left.
@@ -91,7 +91,7 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def write_whole(path: Path, text: str, *, writer: str = "") -> None:
+def write_atomic(path: Path, text: str, *, writer: str = "") -> None:
     """Write beside `path`, sync, then rename: a reader sees the old text or the new, never half. Raises OSError.
 
     `writer` tells apart those who may write it in the same moment.
@@ -115,9 +115,9 @@ def write_whole(path: Path, text: str, *, writer: str = "") -> None:
 
 
 def write_asked(path: Path, text: str, *, option: str) -> None:
-    """`write_whole` where the user said, with `option`. Raises ConfigError."""
+    """`write_atomic` where the user said, with `option`. Raises ConfigError."""
     with _asked(path, option):
-        write_whole(path, text)
+        write_atomic(path, text)
 
 
 def check_writable(path: Path, *, option: str) -> None:

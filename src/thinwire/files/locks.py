@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from thinwire.errors import HeldError
-from thinwire.files.folders import Process, write_whole
+from thinwire.files.folders import Process, write_atomic
 from thinwire.units import SYSTEM_CLOCK, SystemClock
 
 LOCK = ".lock"
@@ -135,7 +135,7 @@ def _lease(path: Path, clock: SystemClock) -> Lock:
     if old is not None and _lives(path, old, clock):
         raise _held(path, old)
     note = _new_note(lease=True)
-    write_whole(path, _text(note), writer=note.nonce)  # another may take it over in this moment
+    write_atomic(path, _text(note), writer=note.nonce)  # another may take it over in this moment
     clock.sleep(_SETTLE_S)
     there = _read(path)
     if there is not None and there != note:

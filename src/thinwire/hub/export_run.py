@@ -18,13 +18,14 @@ from thinwire.config import build, read_toml
 from thinwire.data.corpus import DataConfig
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.files.events import read_events, steps
-from thinwire.files.folders import whole_folder
+from thinwire.files.folders import atomic_folder
 from thinwire.hub.families import FAMILIES, write_config
 from thinwire.hub.files import CONFIG, GENERATION, TOKENIZER, Precision, read_json, same_mode, write_json
 from thinwire.hub.import_folder import split
 from thinwire.hub.init import HUB
 from thinwire.hub.names import recipes
 from thinwire.hub.native_spec import AnySpec, NativeSpec, read_any_spec
+from thinwire.hub.pretrained import write_adapters, write_native
 from thinwire.hub.shards import DEFAULT_SHARD_BYTES, write_shards
 from thinwire.hub.tokenizer_out import write_ends, write_tokenizer
 from thinwire.model.spec import ModelSpec
@@ -165,11 +166,9 @@ def export_run(
     came_from = read_json(run / HUB / CONFIG) if (run / HUB / CONFIG).is_file() else {}
     config = _config(spec, model_type, came_from)
     reader, dtype = TensorReader(path, manifest), _DTYPES[precision]
-    with whole_folder(out, force=force) as folder:
+    with atomic_folder(out, force=force) as folder:
         ends = write_tokenizer(folder, run / HUB, data)
         if isinstance(spec, NativeSpec):
-            from thinwire.hub.pretrained import write_adapters, write_native
-
             if spec.lora is not None:
                 base = Path(tree["model"]["hf"])
                 write_adapters(folder, spec, base.absolute(), lambda name: reader.read(f"params/{name}").to(dtype))

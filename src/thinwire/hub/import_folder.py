@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thinwire.checkpoint.manifest import describe_files
 from thinwire.errors import CheckpointError
-from thinwire.files.folders import whole_folder
+from thinwire.files.folders import atomic_folder
 from thinwire.hub.families import family_of, understand
 from thinwire.hub.files import CONFIG, SIDE_FILES, copy_files, read_json, same_mode
 from thinwire.hub.init import HUB, Init
@@ -43,7 +43,7 @@ def import_folder(
     spec, reader = found.spec, Renamed(shards, found.spec)
     sizes = {recipe.name: reader.bytes(recipe) for recipe in recipes(spec)}
     reader.refuse_others()
-    with whole_folder(out, force=force) as folder:
+    with atomic_folder(out, force=force) as folder:
         tensors = ((recipe.name, reader.read(recipe)) for recipe in recipes(spec))
         files = write_shards(folder, tensors, sizes, limit=shard_bytes)
         copy_files(source, folder / HUB, SIDE_FILES)

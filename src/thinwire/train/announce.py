@@ -44,7 +44,7 @@ def announce(
         peak_origin=peak[1],
         wire_predicted=predicted_bytes(sharded),
         held={**held, **({"outer": sync.held_bytes()} if sync else {})},
-        uncoded={level: asdict(left) for level, left in uncoded(sharded).items()},
+        uncoded={level: asdict(left) for level, left in uncompressed(sharded).items()},
         idle_codecs=idle_codecs(sharded),
     )
     reporter.show(plan_table(sharded, sync, state_numbers=job.config.optimizer.state_numbers))
@@ -72,15 +72,15 @@ def plan_table(sharded: ShardedStates, sync: OuterSync | None = None, *, state_n
         if sharded.plan.compression.grads.get(level) == "lowrank":
             table.add_row(f"gradients, first {first} steps", f"{level} (whole)", show_bytes(whole))
     table.add_section()
-    for level, left in uncoded(sharded).items():
-        table.add_row("not coded", f"{level} ({left.codec})", f"{left.numbers:,} of {left.of:,} numbers")
+    for level, left in uncompressed(sharded).items():
+        table.add_row("not compressed", f"{level} ({left.codec})", f"{left.numbers:,} of {left.of:,} numbers")
     for where, codec in idle_codecs(sharded).items():
-        table.add_row("nothing to code", f"{where} ({codec})", "-")
+        table.add_row("nothing to compress", f"{where} ({codec})", "-")
     return table
 
 
 def rounds_table(sync: OuterSync) -> Table:
-    """What worker groups agree on when, and the bytes of each exchange by the formula."""
+    """When replicas synchronise what, and the bytes of each exchange by the formula."""
     point, ours = sync.sync, sync.world.rank
     title = f"{point.groups} groups across {point.level}: {point.kind}, every {point.inner_steps} steps ({point.codec})"
     table = Table("fragment", "units", "first sent, applied after step", f"bytes of rank {ours} a round", title=title)
@@ -211,7 +211,7 @@ def held_bytes(sharded: ShardedStates, state_numbers: int = 2) -> dict[str, int]
 
 
 @dataclass(frozen=True)
-class Uncoded:
+class Uncompressed:
     """Of `of` numbers that this rank sums at a level per step, `numbers` travel without the codec that the plan names."""
 
     codec: str
@@ -219,14 +219,14 @@ class Uncoded:
     of: int
 
 
-def uncoded(sharded: ShardedStates) -> dict[str, Uncoded]:
+def uncompressed(sharded: ShardedStates) -> dict[str, Uncompressed]:
     """level name -> what `lowrank` sums as it is there: what is no matrix, or too small to gain, and padding."""
-    found: dict[str, Uncoded] = {}
+    found: dict[str, Uncompressed] = {}
     for low_rank in (grads.low_rank for unit in sharded.units for grads in unit.grads.values()):
         if low_rank is not None:
             name = sharded.world.level_name(low_rank.level)
-            before = found.get(name, Uncoded("lowrank", 0, 0))
-            found[name] = Uncoded("lowrank", before.numbers + low_rank.uncoded, before.of + low_rank.numbers)
+            before = found.get(name, Uncompressed("lowrank", 0, 0))
+            found[name] = Uncompressed("lowrank", before.numbers + low_rank.uncoded, before.of + low_rank.numbers)
     return {name: counted for name, counted in found.items() if counted.numbers}
 
 

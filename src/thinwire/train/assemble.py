@@ -8,6 +8,7 @@ from thinwire.checkpoint.store import Checkpoints
 from thinwire.comm.world import World
 from thinwire.data.loader import Loader, Packing, Prefetcher
 from thinwire.hub.native_spec import NativeSpec
+from thinwire.hub.pretrained import build_native
 from thinwire.model.generate import LanguageModel
 from thinwire.model.spec import ModelSpec
 from thinwire.model.transformer import Transformer, initial_weight
@@ -73,8 +74,6 @@ def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module,
     model: LanguageModel
     module: torch.nn.Module
     if isinstance(job.spec, NativeSpec):
-        from thinwire.hub.pretrained import build_native
-
         model = build_native(job.spec, job.config.model.hf, seed=job.config.run.seed)
         module = model.module.to(world.device)
     else:

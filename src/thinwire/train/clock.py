@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from thinwire.comm.ledger import Entry
-from thinwire.files.folders import write_whole
+from thinwire.files.folders import write_atomic
 from thinwire.files.trace import COMPUTE, STEPS, Span, trace_text
 from thinwire.units import SYSTEM_CLOCK, SystemClock, show_bytes
 
@@ -120,7 +120,7 @@ class Tracer:
             spans = [*self._spans, *_on_the_wire(self._entries, steps[-1].end_s)]
             zero = steps[0].start_s
             moved = [Span(s.rank, s.lane, s.name, s.start_s - zero, s.end_s - zero) for s in spans]
-            write_whole(self._path, trace_text(moved, {0: "rank 0"}))
+            write_atomic(self._path, trace_text(moved, {0: "rank 0"}))
         self._spans, self._entries, self._count = [], [], 0
 
 

@@ -10,8 +10,10 @@ from typing import Any
 from thinwire import __version__
 from thinwire.cluster.cluster import Cluster
 from thinwire.config import load
-from thinwire.data.corpus import Corpus, DataConfig, exists
+from thinwire.data.corpus import Corpus, DataConfig, exists, make_once
 from thinwire.data.inputs import check_files
+from thinwire.data.notes import prepare_shown
+from thinwire.data.prepare import Options
 from thinwire.data.tokenizer import ByteTokenizer, load_file, parse_choice
 from thinwire.errors import ConfigError, DataError
 from thinwire.hub.init import Init, read_init
@@ -228,10 +230,6 @@ def corpus_for(
     config: RunConfig, *, stopped: Callable[[], bool] = _never, say: Callable[[str], None] = _silent
 ) -> None:
     """Prepare `data.path` from `data.sources` if nothing is there yet, once however many ask. Raises as `make_once` does."""
-    from thinwire.data.corpus import make_once
-    from thinwire.data.notes import prepare_shown
-    from thinwire.data.prepare import Options
-
     data = config.data
     if not data.sources:
         return

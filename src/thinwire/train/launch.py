@@ -24,7 +24,7 @@ from pathlib import Path
 
 from thinwire.comm.place import Place
 from thinwire.errors import ConfigError, LinkError, RankLost, ThinwireError
-from thinwire.files.folders import scratch_folder, write_whole
+from thinwire.files.folders import scratch_folder, write_atomic
 from thinwire.train.folder import LOGS
 from thinwire.train.stop import INTERRUPTED_STATUS, STOP_SIGNALS, held_for_children
 from thinwire.units import SYSTEM_CLOCK, SystemClock
@@ -51,7 +51,7 @@ class FailureReport:
     def write(self, path: Path) -> None:
         """Whole or not at all: the launcher may read it when this process is killed, or the disk is full."""
         with suppress(OSError):
-            write_whole(path, json.dumps(asdict(self)))
+            write_atomic(path, json.dumps(asdict(self)))
 
 
 def describe(rank: int, error: BaseException) -> FailureReport:
@@ -157,12 +157,12 @@ def launch(
     """
     with (
         scratch_folder() as reports,
-        Crew(arguments, share=share, folder=folder, reports=reports, worker=worker, lock=lock) as crew,
+        RankProcesses(arguments, share=share, folder=folder, reports=reports, worker=worker, lock=lock) as processes,
     ):
-        return crew.wait()
+        return processes.wait()
 
 
-class Crew:
+class RankProcesses:
     """The processes of one launch. A context: leaving it leaves no process behind."""
 
     def __init__(
@@ -183,7 +183,7 @@ class Crew:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._stops = 0
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "RankProcesses":
         self._logs.mkdir(parents=True, exist_ok=True)
         self._before = {number: signal.signal(number, self._on_stop) for number in STOP_SIGNALS}
         watched, self._alive = os.pipe()

@@ -58,7 +58,7 @@ def train(job: Job, parts: Parts, stop: StopRequest) -> None:
         record, asked = train_step(job, parts, step, clock, stop)
         step += 1
         stopping = vote.after(step, asked=asked)
-        agree(parts, step, tokens=record["tokens"], last=step == total)
+        synchronise(parts, step, tokens=record["tokens"], last=step == total)
         clock.lap("sync")
         parts.world.status.enter("the end (records, checkpoint, validation)", step)
         if record["loss"] is not None:  # a step without a scored token says nothing of the others
@@ -117,9 +117,9 @@ def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRe
         valid_tokens += valid
     parts.world.status.enter("the sums and the optimizer", step + 1)
     parts.sharded.finish_reduce()
-    agreed = torch.tensor([summed.item(), valid_tokens, stop.asked], dtype=torch.float64)
-    all_reduce_small(agreed, world=parts.group, op="sum")
-    loss_sum, tokens, stops = agreed.tolist()
+    sums = torch.tensor([summed.item(), valid_tokens, stop.asked], dtype=torch.float64)
+    all_reduce_small(sums, world=parts.group, op="sum")
+    loss_sum, tokens, stops = sums.tolist()
     scale = parts.nominal_tokens / max(1.0, tokens)
     grad_norm = parts.sharded.grad_norm() * scale
     clock.lap("comm")
@@ -138,8 +138,8 @@ def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRe
     return record, stops > 0
 
 
-def agree(parts: Parts, step: int, *, tokens: int, last: bool) -> None:
-    """Worker groups send and apply what the schedule of their rounds says; after the last step what is still in flight."""
+def synchronise(parts: Parts, step: int, *, tokens: int, last: bool) -> None:
+    """Replicas send and apply what the schedule of their rounds says; after the last step what is still in flight."""
     if parts.sync is None:
         return
     rounds = parts.sync.after(step, tokens=tokens)
@@ -182,7 +182,7 @@ def _give_up_if_diverged(job: Job, saver: Saver, bad_in_a_row: int, step: int) -
 def close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepClock) -> None:
     """Add timings and wire bytes to the step's record and publish it. Every token processed takes time, scored or not.
 
-    With worker groups the loss is that of rank 0's group, and every group's tokens are taken to be as many as its.
+    With several replicas the loss is that of rank 0's, and every replica's tokens are taken to be as many as its.
     """
     wire = parts.world.ledger.drain()
     seconds = clock.stop(exposed_comm_s=wire.exposed_s)

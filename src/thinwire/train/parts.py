@@ -1,4 +1,4 @@
-"""What the loop works with: model, engine, optimizer, data feed, checkpoints and reporter of one rank."""
+"""The parts of a run on one rank: model, engine, optimizer, data feed, checkpoints and reporter."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class Parts:
     job: Job
     world: World
     group: World
-    """The ranks that synchronise every step: the whole world, or this rank's worker group."""
+    """The ranks that synchronise every step: the whole world, or those of this rank's replica."""
     sync: OuterSync | None
     model: LanguageModel
     sharded: Sharded

@@ -109,11 +109,11 @@ class Telemetry:
 
     def _write(self, kind: str, **fields: Any) -> None:
         """A record in the log. One that cannot be written waits; that is told once."""
-        fine = self.log.failure is None
+        fine = self.log.refused is None
         self.log.write(kind, **fields)
-        if fine and self.log.failure is not None:
+        if fine and self.log.refused is not None:
             self._say_warning(
-                f"{EVENTS_FILE} cannot be written: {self.log.failure}; training goes on, and what it says is kept in memory "
+                f"{EVENTS_FILE} cannot be written: {self.log.refused}; training goes on, and what it says is kept in memory "
                 f"until there is room"
             )
 
@@ -133,7 +133,7 @@ class Telemetry:
                 self.warn(f"{name} could not be closed: {error}; its last records may be missing")
         if gone := self.log.waiting + self.log.lost:
             self._say_warning(
-                f"{gone:,} records of {EVENTS_FILE} could not be written: {self.log.failure}; they are lost"
+                f"{gone:,} records of {EVENTS_FILE} could not be written: {self.log.refused}; they are lost"
             )
         self.log.close()
 
