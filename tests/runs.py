@@ -48,7 +48,7 @@ def make_text(folder: Path, documents: int = 60, *, seed: int = 0) -> Path:
 
 def make_corpus(folder: Path, *, tokenizer: str = "bytes") -> Path:
     """A prepared corpus of about 20 kB."""
-    options = Options((str(make_text(folder / "text")),), tokenizer, heldout_fraction=0.1)
+    options = Options((str(make_text(folder / "text")),), tokenizer, validation_fraction=0.1)
     prepare(options, folder / "corpus", workers=1)
     return folder / "corpus"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import ended, environment, make_corpus, make_text, thinwire, warm, write_run
+from runs import command, ended, environment, make_corpus, make_text, thinwire, warm, write_run
 from thinwire.cli import main
 from thinwire.model.presets import preset_names
 from thinwire.train.launch import free_port
@@ -188,7 +188,7 @@ def test_eval_and_generate_read_a_run(finished: Path) -> None:
         (["eval", "RUN", "--data", "nowhere"], "there is no corpus at nowhere"),
         (["data", "show", "nowhere"], "cannot be read"),
         (["data", "prepare", "nowhere", "-o", "x"], "does not exist"),
-        (["data", "prepare", "stdlib", "-o", "x", "--heldout-fraction", "2"], "must be at least 0 and below 1"),
+        (["data", "prepare", "stdlib", "-o", "x", "--validation-fraction", "2"], "must be at least 0 and below 1"),
     ],
 )
 def test_wrong_arguments_get_one_sentence(finished: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
@@ -229,3 +229,26 @@ def test_presets_are_listed_with_their_figures(capsys: pytest.CaptureFixture[str
     listed = json.loads(capsys.readouterr().out)
     assert listed["devices"]["h100"]["peak_flops_per_s"] == 989e12
     assert set(listed["models"]) == set(preset_names())
+
+
+def _anew(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """As a shell does it: warnings are not errors there."""
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=environment(), cwd=folder, check=False
+    )
+
+
+def test_old_names_of_keys_and_options_work_and_a_line_has_the_new_ones(tmp_path: Path) -> None:
+    text = make_text(tmp_path / "text")
+    done = _anew(tmp_path, "data", "prepare", text, "-o", tmp_path / "corpus", "--heldout-fraction", "0.2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("thinwire: note: --heldout-fraction is --validation-fraction now; the old name works")
+    old = tmp_path / "old.toml"
+    old.write_text(
+        f'[data]\npath = "{tmp_path / "corpus"}"\n[model]\npreset = "llama-1m"\n[batch]\nsequences = 4\ntokens = 32\n'
+        "[cluster]\nlevels = [2]\n[plan]\nwire = { grads = { node = 'int8' } }\n[run]\nsteps = 2\nsample_tokens = 0\n"
+    )
+    done = _anew(tmp_path, "train", old)
+    assert done.returncode == 0, done.stderr
+    assert f"thinwire: note: {old}: wire is compression now; the old name works for one more release" in done.stderr
+    assert "[plan.compression" in (tmp_path / "runs" / "old" / "run.toml").read_text()

@@ -29,7 +29,7 @@ from thinwire.train.config import RunConfig
 CLUSTER = {"preset": "dgx-a100-4"}
 TINY = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EVERY_SECTION: dict[str, Any] = {
-    "data": {"path": "nowhere", "sources": ["stdlib"], "tokenizer": "bpe:512", "heldout_fraction": 0.1},
+    "data": {"path": "nowhere", "sources": ["stdlib"], "tokenizer": "bpe:512", "validation_fraction": 0.1},
     "optimizer": {"lr": 1e-3, "clip_norm": 0.5},
     "schedule": {"kind": "wsd", "warmup_steps": 3},
     "checkpoint": {"every_steps": 7},

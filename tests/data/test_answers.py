@@ -77,7 +77,7 @@ def chat(folder: Path, tokenizer: Path, rows: Sequence[Any], **options: Any) -> 
     file = folder / "talks.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return prepare_chat(
-        ChatOptions((str(file),), tokenizer, heldout_fraction=0.0, **options), folder / "corpus", force=True
+        ChatOptions((str(file),), tokenizer, validation_fraction=0.0, **options), folder / "corpus", force=True
     )
 
 

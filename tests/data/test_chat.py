@@ -40,7 +40,7 @@ def write(path: Path, rows: Sequence[Any]) -> Path:
 
 def make(folder: Path, tokenizer: Path, talks: Sequence[Any] = TALKS, **options: Any) -> Corpus:
     file = write(folder / "talks.jsonl", [{"messages": talk(turns)} for turns in talks])
-    prepare_chat(ChatOptions((str(file),), tokenizer, heldout_fraction=0.0, **options), folder / "corpus")
+    prepare_chat(ChatOptions((str(file),), tokenizer, validation_fraction=0.0, **options), folder / "corpus")
     return Corpus.open(DataConfig(path=folder / "corpus"))
 
 

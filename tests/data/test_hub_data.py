@@ -76,7 +76,7 @@ def make_set(folder: Path, kind: str, column: str = "text") -> str:
 
 def corpus_of(source: str, out: Path, **options: Any) -> tuple[str, dict[str, Any]]:
     """The digest and the manifest of a corpus made from `source`."""
-    manifest = prepare(Options((source,), **{"heldout_fraction": 0.3, **options}), out, workers=1)
+    manifest = prepare(Options((source,), **{"validation_fraction": 0.3, **options}), out, workers=1)
     return Corpus.open(DataConfig(path=out)).digest, manifest
 
 
@@ -302,7 +302,7 @@ def test_a_preparation_that_broke_goes_on_where_it_was_and_gives_the_same(
 ) -> None:
     monkeypatch.setattr("thinwire.data.prepare._CHUNK_CHARS", 1)  # each document a chunk, a note every eighth
     source, passes = _long_set(tmp_path / "set", kind), 2 if tokenizer_.startswith("bpe") else 1
-    options = Options((source,), tokenizer_, heldout_fraction=0.3)
+    options = Options((source,), tokenizer_, validation_fraction=0.3)
     expected = prepare(options, tmp_path / "whole", workers=workers)
     with monkeypatch.context() as patch:
         Reading(patch, breaks_after=40 * (passes - 1) + 30)
@@ -335,7 +335,7 @@ def test_what_was_begun_otherwise_is_begun_anew(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr("datasets.__version__", "9.9")
     elif change == "a lost file":
         (partial / "train.bin").write_bytes(b"")
-    options = {"heldout_fraction": 0.5 if change == "options" else 0.3}
+    options = {"validation_fraction": 0.5 if change == "options" else 0.3}
     with monkeypatch.context() as patch:
         second = Reading(patch)
         found, _ = corpus_of(source, tmp_path / "out", **options)
@@ -360,7 +360,7 @@ def test_a_killed_preparation_is_not_taken_for_whole_and_the_next_one_goes_on(
         "    calls.append(done)\n"
         "    if len(calls) == 20:\n"
         "        print('going', flush=True); time.sleep(60)\n"
-        "prepare(Options((sys.argv[1],), heldout_fraction=0.3), Path(sys.argv[2]), workers=1, progress=slow)\n"
+        "prepare(Options((sys.argv[1],), validation_fraction=0.3), Path(sys.argv[2]), workers=1, progress=slow)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, source, str(tmp_path / "out")], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -396,7 +396,7 @@ def test_conversations_are_read_as_from_json_lines(tokenizer: Path, tmp_path: Pa
     file = write_jsonl(tmp_path / "set" / "train.jsonl", rows)
     digests = []
     for name, source in (("from file", str(file)), ("from set", f"hf:{tmp_path / 'set'}")):
-        prepare_chat(ChatOptions((source,), tokenizer, heldout_fraction=0.0), tmp_path / name)
+        prepare_chat(ChatOptions((source,), tokenizer, validation_fraction=0.0), tmp_path / name)
         digests.append(Corpus.open(DataConfig(path=tmp_path / name)).digest)
     assert digests[0] == digests[1]
     with pytest.raises(DataError, match=r"has no column 'talks' \(it has: messages, n\)"):

@@ -61,7 +61,7 @@ def write_source(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ""])
 def test_every_source_gives_its_documents_back(tmp_path: Path, kind: str) -> None:
     source = write_source(tmp_path, kind)
-    manifest = prepare(Options((str(source),), heldout_fraction=0.0), tmp_path / "out", workers=1)
+    manifest = prepare(Options((str(source),), validation_fraction=0.0), tmp_path / "out", workers=1)
     assert corpus_texts(tmp_path / "out") == TEXTS
     assert manifest["splits"]["train"]["bytes"] == sum(len(text.encode()) for text in TEXTS)
 
@@ -69,23 +69,23 @@ def test_every_source_gives_its_documents_back(tmp_path: Path, kind: str) -> Non
 def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     text = make_text(tmp_path / "text", 50)
     for workers in (1, 2):
-        prepare(Options((str(text),), "bpe:300", heldout_fraction=0.2), tmp_path / str(workers), workers=workers)
+        prepare(Options((str(text),), "bpe:300", validation_fraction=0.2), tmp_path / str(workers), workers=workers)
     for name in ("train.bin", "train.idx", "heldout.bin", "corpus.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
 def test_the_held_out_split_is_decided_by_content(tmp_path: Path) -> None:
     text = make_text(tmp_path / "text", 200)
-    prepare(Options((str(text),), heldout_fraction=0.25), tmp_path / "out", workers=1)
-    heldout = corpus_texts(tmp_path / "out", "heldout")
-    assert 25 < len(heldout) < 75
-    assert all(held_out(document.encode(), 0.25) for document in heldout)
-    assert not set(heldout) & set(corpus_texts(tmp_path / "out"))
+    prepare(Options((str(text),), validation_fraction=0.25), tmp_path / "out", workers=1)
+    validation = corpus_texts(tmp_path / "out", "validation")
+    assert 25 < len(validation) < 75
+    assert all(held_out(document.encode(), 0.25) for document in validation)
+    assert not set(validation) & set(corpus_texts(tmp_path / "out"))
 
 
 def test_bpe_round_trips_and_knows_its_bytes(tmp_path: Path) -> None:
     source = write_source(tmp_path, "")
-    prepare(Options((str(source),), "bpe:280", heldout_fraction=0.0), tmp_path / "out", workers=1)
+    prepare(Options((str(source),), "bpe:280", validation_fraction=0.0), tmp_path / "out", workers=1)
     assert corpus_texts(tmp_path / "out") == TEXTS
     corpus = Corpus.open(DataConfig(path=tmp_path / "out"))
     assert corpus.token_bytes is not None
@@ -95,12 +95,12 @@ def test_bpe_round_trips_and_knows_its_bytes(tmp_path: Path) -> None:
 
 def test_settings_inside_a_tokenizer_file_neither_shorten_nor_fill_a_corpus(tmp_path: Path) -> None:
     source = write_source(tmp_path, "")
-    prepare(Options((str(source),), "bpe:280", heldout_fraction=0.0), tmp_path / "a", workers=1)
+    prepare(Options((str(source),), "bpe:280", validation_fraction=0.0), tmp_path / "a", workers=1)
     library = Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json"))
     library.enable_truncation(7)
     library.enable_padding(length=64, pad_id=3, pad_token="!")
     library.save(str(tmp_path / "set.json"))
-    prepare(Options((str(source),), str(tmp_path / "set.json"), heldout_fraction=0.0), tmp_path / "b", workers=1)
+    prepare(Options((str(source),), str(tmp_path / "set.json"), validation_fraction=0.0), tmp_path / "b", workers=1)
     assert (tmp_path / "a" / "train.bin").read_bytes() == (tmp_path / "b" / "train.bin").read_bytes()
     kept = json.loads((tmp_path / "b" / "tokenizer.json").read_text())
     assert kept["truncation"] is None and kept["padding"] is None
@@ -108,9 +108,11 @@ def test_settings_inside_a_tokenizer_file_neither_shorten_nor_fill_a_corpus(tmp_
 
 def test_a_tokenizer_file_is_taken_as_it_is(tmp_path: Path) -> None:
     source = write_source(tmp_path, "")
-    prepare(Options((str(source),), "bpe:280", heldout_fraction=0.0), tmp_path / "a", workers=1)
+    prepare(Options((str(source),), "bpe:280", validation_fraction=0.0), tmp_path / "a", workers=1)
     prepare(
-        Options((str(source),), str(tmp_path / "a" / "tokenizer.json"), heldout_fraction=0.0), tmp_path / "b", workers=1
+        Options((str(source),), str(tmp_path / "a" / "tokenizer.json"), validation_fraction=0.0),
+        tmp_path / "b",
+        workers=1,
     )
     assert (tmp_path / "a" / "train.bin").read_bytes() == (tmp_path / "b" / "train.bin").read_bytes()
 
@@ -127,18 +129,18 @@ def test_globs_choose_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fraction", [0.999999, 0.02])
 def test_an_empty_or_small_split_is_told(tmp_path: Path, fraction: float) -> None:
-    options = Options((str(make_text(tmp_path / "text", 5)),), heldout_fraction=fraction)
+    options = Options((str(make_text(tmp_path / "text", 5)),), validation_fraction=fraction)
     if fraction > 0.5:
         with pytest.raises(DataError, match="all 5 documents fell into the validation split; lower"):
             prepare(options, tmp_path / "out", workers=1)
         return
     assert notes(prepare(options, tmp_path / "out", workers=1)) == [
-        "none of the 5 documents was held out (heldout_fraction = 0.02), so there is no validation; raise it"
+        "none of the 5 documents was held out (validation_fraction = 0.02), so there is no validation; raise it"
     ]
-    more = replace(options, heldout_fraction=0.5)
+    more = replace(options, validation_fraction=0.5)
     (told,) = notes(prepare(more, tmp_path / "more", workers=1))
     assert re.match(r"validation has [1-4] of the 5 documents with \d+ scored tokens, too few", told)
-    assert notes(prepare(replace(options, heldout_fraction=0.0), tmp_path / "none", workers=1)) == []
+    assert notes(prepare(replace(options, validation_fraction=0.0), tmp_path / "none", workers=1)) == []
 
 
 def test_the_library_of_this_interpreter_is_a_corpus() -> None:

@@ -32,9 +32,9 @@ def make_chat(folder: Path, talks: int = 30, **options: Any) -> Path:
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
 def test_the_opening_of_conversations_is_a_prompt_for_an_answer(tmp_path: Path, fraction: float) -> None:
-    corpus = Corpus.open(DataConfig(path=make_chat(tmp_path, heldout_fraction=fraction)))
+    corpus = Corpus.open(DataConfig(path=make_chat(tmp_path, validation_fraction=fraction)))
     library = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    split = corpus.heldout if fraction else corpus.train
+    split = corpus.validation if fraction else corpus.train
     assert split is not None
     end = int(split.starts[1])
     whole = library.decode(split.stream[:end].tolist())
@@ -61,8 +61,8 @@ def test_a_message_is_written_as_the_template_writes_it(tmp_path: Path) -> None:
 
 def test_text_begins_as_its_data_does(tmp_path: Path) -> None:
     corpus = Corpus.open(DataConfig(path=make_corpus(tmp_path)))
-    assert corpus.heldout is not None
-    assert opening(corpus).ids == corpus.heldout.stream[:16].tolist()
+    assert corpus.validation is not None
+    assert opening(corpus).ids == corpus.validation.stream[:16].tolist()
 
 
 def test_a_corpus_without_a_template_answers_no_messages(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_conversations_never_attend_to_one_another(tmp_path: Path) -> None:
 
 
 def test_a_run_on_conversations_shows_an_answer_and_gives_some(tmp_path: Path) -> None:
-    corpus = make_chat(tmp_path, heldout_fraction=0.2)
+    corpus = make_chat(tmp_path, validation_fraction=0.2)
     model = {"preset": "llama-1m", "hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 64, "max_tokens": 128}
     sections: dict[str, Any] = {
         "model": model, "batch": {"sequences": 4, "tokens": 64}, "optimizer": {"lr": 1e-2},
@@ -116,7 +116,7 @@ def test_a_template_whose_class_stands_in_a_models_config_is_read_from_the_corpu
     config.write_text(json.dumps(stated))
     (tmp_path / "tokenizer" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk(TURNS)}) + "\n")
-    options = ChatOptions((str(tmp_path / "talks.jsonl"),), tmp_path / "tokenizer", heldout_fraction=0.0)
+    options = ChatOptions((str(tmp_path / "talks.jsonl"),), tmp_path / "tokenizer", validation_fraction=0.0)
     prepare_chat(options, tmp_path / "corpus")
     tokenizer = Corpus.open(DataConfig(path=tmp_path / "corpus")).tokenizer
     assert tokenizer is not None

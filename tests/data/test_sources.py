@@ -184,7 +184,7 @@ def test_halves_of_surrogate_pairs_are_replaced_and_told(tmp_path: Path) -> None
     lines = ['{"text": "good"}', r'{"text": "cut \ud83d here"}', r'{"text": "\udc00\ude00 whole \ud83d\ude00"}']
     (tmp_path / "s.jsonl").write_text("\n".join(lines))
     for tokenizer in ("bytes", "bpe:280"):
-        options = Options((str(tmp_path / "s.jsonl"),), tokenizer, heldout_fraction=0.0)
+        options = Options((str(tmp_path / "s.jsonl"),), tokenizer, validation_fraction=0.0)
         manifest = prepare(options, tmp_path / tokenizer, workers=1)
         assert manifest["mended"] == {"documents": 2, "first": f"{tmp_path / 's.jsonl'} line 2"}
         text = "good" + "cut \ufffd here" + "\ufffd\ufffd whole \U0001f600"

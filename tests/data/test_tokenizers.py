@@ -129,7 +129,7 @@ def test_special_tokens_that_a_text_spells_out_are_ordinary_text_unless_asked_fo
 def test_prepare_says_that_texts_spell_out_special_tokens(tmp_path: Path) -> None:
     byte_level().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "l.txt").write_text(SPELLED * 50)
-    options = Options((str(tmp_path / "l.txt"),), str(tmp_path / "tokenizer.json"), heldout_fraction=0.0)
+    options = Options((str(tmp_path / "l.txt"),), str(tmp_path / "tokenizer.json"), validation_fraction=0.0)
     for special, ends in ((False, 1), (True, 51)):
         out = tmp_path / str(special)
         manifest = prepare(replace(options, special_tokens=special), out, workers=1)
@@ -140,7 +140,7 @@ def test_prepare_says_that_texts_spell_out_special_tokens(tmp_path: Path) -> Non
 def test_what_a_vocabulary_cannot_write_is_told(tmp_path: Path) -> None:
     unigram().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "l.txt").write_text("ab ÄÖ c")
-    options = Options((str(tmp_path / "l.txt"),), str(tmp_path / "tokenizer.json"), heldout_fraction=0.0)
+    options = Options((str(tmp_path / "l.txt"),), str(tmp_path / "tokenizer.json"), validation_fraction=0.0)
     lost, changed = notes(prepare(options, tmp_path / "out", workers=1))
     assert lost == "1 tokens are unknown to the tokenizer's vocabulary, and what they stood for is lost"
     assert changed.startswith("the tokens stand for 5 of 9 bytes")

@@ -101,7 +101,7 @@ def test_the_commands_of_the_first_page_train_score_and_write(tmp_path: Path) ->
         "thinwire generate runs/stdlib --prompt",
     ):
         assert line in page
-    own = [f"--set=data.sources=['{texts}']", "--set=data.tokenizer=bytes", "--set=data.heldout_fraction=0.3"]
+    own = [f"--set=data.sources=['{texts}']", "--set=data.tokenizer=bytes", "--set=data.validation_fraction=0.3"]
     _thinwire(["train", "examples/stdlib.toml", *small, *own, "--set=model.preset=llama-1m"], tmp_path)
     _thinwire(["eval", "runs/stdlib"], tmp_path)
     assert _thinwire(["generate", "runs/stdlib", "--prompt", "class Stack:"], tmp_path).startswith("class Stack:")

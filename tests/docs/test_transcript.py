@@ -31,7 +31,7 @@ def _section() -> str:
 def _less_text() -> list[str]:
     """A package of the library instead of all of it: the corpus is made in a second instead of twenty."""
     sources = f"data.sources=['{Path(email.__file__).parent}']"
-    return ["--set", sources, "--set", "data.include=['*.py']", "--set", "data.heldout_fraction=0.2"]
+    return ["--set", sources, "--set", "data.include=['*.py']", "--set", "data.validation_fraction=0.2"]
 
 
 def _command(words: list[str], folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> str:

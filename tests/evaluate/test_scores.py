@@ -26,10 +26,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def _heldout(loaded: LoadedRun, sequences: int) -> list[Batch]:
-    heldout = loaded.corpus().heldout
-    assert heldout is not None
-    return list(evaluation_batches(heldout, loaded.tokens, sequences, vocab_size=loaded.spec.vocab_size))
+def _validation(loaded: LoadedRun, sequences: int) -> list[Batch]:
+    validation = loaded.corpus().validation
+    assert validation is not None
+    return list(evaluation_batches(validation, loaded.tokens, sequences, vocab_size=loaded.spec.vocab_size))
 
 
 def _scored(loaded: LoadedRun, batches: list[Batch]) -> Score:
@@ -38,7 +38,7 @@ def _scored(loaded: LoadedRun, batches: list[Batch]) -> Score:
 
 def test_the_score_is_torchs_cross_entropy_and_that_of_the_run(trained: Path) -> None:
     loaded = load_run(trained)
-    batches = _heldout(loaded, 8)
+    batches = _validation(loaded, 8)
     expected, tokens = 0.0, 0
     for batch in batches:
         with torch.no_grad():
@@ -57,7 +57,7 @@ def test_the_score_is_torchs_cross_entropy_and_that_of_the_run(trained: Path) ->
 def test_bits_per_byte_are_those_of_the_bytes_scored(trained: Path) -> None:
     """Of the tokenizer of bytes every token but the end of a document is one byte."""
     loaded = load_run(trained)
-    batches = _heldout(loaded, 8)
+    batches = _validation(loaded, 8)
     ends = loaded.corpus().token_bytes
     assert ends is not None
     scored = sum(int(((b.targets_BT >= 0) & (b.targets_BT != ends.eot)).sum()) for b in batches)
@@ -70,8 +70,8 @@ def test_bits_per_byte_are_those_of_the_bytes_scored(trained: Path) -> None:
 
 def test_shares_add_up_to_the_whole(trained: Path) -> None:
     loaded = load_run(trained)
-    whole = _scored(loaded, _heldout(loaded, 8))
-    single = _heldout(loaded, 1)
+    whole = _scored(loaded, _validation(loaded, 8))
+    single = _validation(loaded, 1)
     shares = [_scored(loaded, single[rank::3]) for rank in range(3)]
     assert sum(share.tokens for share in shares) == whole.tokens
     assert sum(share.text_bytes for share in shares) == whole.text_bytes
@@ -82,14 +82,14 @@ def test_scoring_leaves_the_model_in_the_mode_it_had(trained: Path) -> None:
     loaded = load_run(trained)
     for training in (True, False):
         loaded.model.train(training)
-        _scored(loaded, _heldout(loaded, 8)[:1])
+        _scored(loaded, _validation(loaded, 8)[:1])
         assert loaded.model.training is training
 
 
 def test_the_checkpoint_of_a_step_is_loaded_when_it_is_asked_for(trained: Path) -> None:
     first, last = load_run(trained, step=2), load_run(trained)
     assert (first.step, last.step) == (2, 4)
-    batches = _heldout(last, 8)
+    batches = _validation(last, 8)
     assert _scored(first, batches).loss > _scored(last, batches).loss
     with pytest.raises(CheckpointError, match="step"):
         load_run(trained, step=3)

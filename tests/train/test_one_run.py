@@ -19,8 +19,8 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     """One, the same elsewhere, and another."""
     folder = tmp_path_factory.mktemp("data")
     one = make_corpus(folder / "one")
-    prepare(Options((str(folder / "one" / "text"),), heldout_fraction=0.1), folder / "same", workers=1)
-    prepare(Options((str(make_text(folder / "more", seed=1)),), heldout_fraction=0.1), folder / "other", workers=1)
+    prepare(Options((str(folder / "one" / "text"),), validation_fraction=0.1), folder / "same", workers=1)
+    prepare(Options((str(make_text(folder / "more", seed=1)),), validation_fraction=0.1), folder / "other", workers=1)
     return one, folder / "same", folder / "other"
 
 

@@ -50,8 +50,8 @@ def _train_and_go_on(world: World, run_file: Path, elsewhere: bool) -> tuple[lis
     assert run.model.device.type == device.type
     ids = list(generate(run.model, [100, 101], max_new_tokens=12, max_tokens=64, seed=3))
     corpus = run.corpus()
-    assert corpus.heldout is not None
-    batches = evaluation_batches(corpus.heldout, 32, 4, limit=8, vocab_size=257, cross_documents=False)
+    assert corpus.validation is not None
+    batches = evaluation_batches(corpus.validation, 32, 4, limit=8, vocab_size=257, cross_documents=False)
     return losses, ids, score(run.model, batches, token_bytes=None, cross_documents=False).loss
 
 

@@ -76,7 +76,7 @@ def test_a_limited_eval_says_so_too(corpus: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path, corpus, run={"steps": 1, "eval_sequences": 1}, schedule={"warmup_steps": 0},
                     model=WIDE, batch={"sequences": 2, "tokens": 64, "micro_batch": 2})  # fmt: skip
     assert thinwire("train", run).returncode == 0
-    prepare(Options((str(make_text(tmp_path / "long", 1000)),), "bytes", heldout_fraction=0.1), tmp_path / "more")
+    prepare(Options((str(make_text(tmp_path / "long", 1000)),), "bytes", validation_fraction=0.1), tmp_path / "more")
     done = _limited("eval", tmp_path / "run", "--data", tmp_path / "more", "--batch", "4096", "--device", "cpu")
     assert done.returncode == 1, done.stderr
     assert re.match(r"thinwire: out of memory on the host: .*; give a smaller --batch$", done.stderr)

@@ -1,6 +1,7 @@
 """`thinwire data`: token files from text, and a look at them."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,22 @@ from thinwire.errors import ConfigError
 app = typer.Typer(help="Prepare token files from text, and look at them.", no_args_is_help=True, rich_markup_mode=None)
 
 
+_OLD = typer.Option("--heldout-fraction", hidden=True)
+
+
+def _checked(fraction: float, old: float | None) -> float:
+    """The share for validation; `old` is that of the option's name in the last release."""
+    if old is not None:
+        warnings.warn(
+            "--heldout-fraction is --validation-fraction now; the old name works for one more release",
+            FutureWarning, stacklevel=2,
+        )  # fmt: skip
+        fraction = old
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"--validation-fraction {fraction} must be at least 0 and below 1")
+    return fraction
+
+
 @app.command()
 def prepare(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, `stdlib`, or hf:DATASET.")],
@@ -23,7 +40,8 @@ def prepare(
     include: Annotated[list[str] | None, typer.Option(help="Glob of files to take from folders; may repeat.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may repeat.")] = None,
     field: Annotated[str, typer.Option(help="Field of JSON rows, or column of tables, that holds the text.")] = "text",
-    heldout_fraction: Annotated[float, typer.Option(help="Share of documents kept for validation.")] = 0.02,
+    validation_fraction: Annotated[float, typer.Option(help="Share of documents kept for validation.")] = 0.02,
+    heldout_fraction: Annotated[float | None, _OLD] = None,
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens", help="Special tokens spelled out in a text become special.")
     ] = False,
@@ -35,12 +53,11 @@ def prepare(
 
     Example: thinwire data prepare stdlib -o corpora/stdlib --tokenizer bpe:4096
     """
-    if not 0 <= heldout_fraction < 1:
-        raise ConfigError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
+    validation_fraction = _checked(validation_fraction, heldout_fraction)
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers} must be at least 1")
     globs = (tuple(include or ()), tuple(exclude or ()))
-    options = Options(tuple(sources), tokenizer, *globs, field, heldout_fraction, special_tokens)
+    options = Options(tuple(sources), tokenizer, *globs, field, validation_fraction, special_tokens)
     manifest = prepare_shown(options, out, workers=workers, force=force)
     if as_json:
         typer.echo(json.dumps(manifest))
@@ -59,7 +76,8 @@ def chat(
     last_answer_only: Annotated[
         bool, typer.Option("--last-answer-only", help="Learn only the last answer of each conversation.")
     ] = False,
-    heldout_fraction: Annotated[float, typer.Option(help="Share of conversations kept for validation.")] = 0.02,
+    validation_fraction: Annotated[float, typer.Option(help="Share of conversations kept for validation.")] = 0.02,
+    heldout_fraction: Annotated[float | None, _OLD] = None,
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens", help="Special tokens spelled out in a message become special.")
     ] = False,
@@ -69,9 +87,8 @@ def chat(
 
     Example: thinwire data chat talks.jsonl -o corpora/talks --tokenizer inits/qwen/hub
     """
-    if not 0 <= heldout_fraction < 1:
-        raise ConfigError(f"--heldout-fraction {heldout_fraction} must be at least 0 and below 1")
-    options = ChatOptions(tuple(sources), tokenizer, field, last_answer_only, heldout_fraction, special_tokens)
+    validation_fraction = _checked(validation_fraction, heldout_fraction)
+    options = ChatOptions(tuple(sources), tokenizer, field, last_answer_only, validation_fraction, special_tokens)
     manifest = prepare_chat(options, out, force=force)
     tell(manifest)
     _describe(out, manifest)

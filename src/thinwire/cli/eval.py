@@ -34,12 +34,12 @@ def run(
     with shortage_explained(where, hint=hint):
         loaded = load_run(folder, step=step, device=where)
     corpus = loaded.corpus(data)
-    if corpus.heldout is None or corpus.heldout.tokens < 2:
+    if corpus.validation is None or corpus.validation.tokens < 2:
         raise DataError(
-            f"{data or loaded.data.path} has no validation split; prepare it with a --heldout-fraction above 0"
+            f"{data or loaded.data.path} has no validation split; prepare it with a --validation-fraction above 0"
         )
     batches = evaluation_batches(
-        corpus.heldout,
+        corpus.validation,
         loaded.tokens,
         batch,
         limit=sequences or None,
@@ -51,7 +51,7 @@ def run(
     if result.tokens == 0:
         raise DataError(
             f"no token of the {sequences or 'validation'} sequences of {data or loaded.data.path} is scored; score more "
-            f"with --sequences, or prepare it with a larger --heldout-fraction"
+            f"with --sequences, or prepare it with a larger --validation-fraction"
         )
     figures = {
         "step": loaded.step,

@@ -40,7 +40,7 @@ class ChatOptions:
     tokenizer: Path
     field: str = "messages"
     last_answer_only: bool = False
-    heldout_fraction: float = 0.02
+    validation_fraction: float = 0.02
     special_tokens: bool = False
     """Special tokens that a message spells out become those; else they are ordinary text."""
 
@@ -143,7 +143,7 @@ def _fill(
         masks = {n: stack.enter_context(answers_path(folder / n).open("wb")) for n in PREFIXES}
         for talk in _conversations(inputs, options, tokenizer, template, told):
             raw = "".join(talk.shielded.get(letter, letter) for letter in talk.text).encode("utf-8")
-            name = "heldout" if held_out(raw, options.heldout_fraction) else "train"
+            name = "heldout" if held_out(raw, options.validation_fraction) else "train"
             ids, marks = marked(talk, tokenizer)
             writers[name].add(ids, np.array([ids.size], np.int32))
             masks[name].write(marks.tobytes())
@@ -159,7 +159,7 @@ def _fill(
         "tokenizer": {"file": _TOKENIZER, "vocab_size": tokenizer.vocab_size},
         "sources": list(options.sources),
         **identities(inputs),
-        "heldout_fraction": options.heldout_fraction,
+        "heldout_fraction": options.validation_fraction,
         "special_tokens": options.special_tokens,
         **told.in_manifest(),
         "splits": {
@@ -271,7 +271,7 @@ def opening(corpus: Corpus) -> Prompt:
     """
     if (tokenizer := corpus.tokenizer) is None:
         return Prompt([], frozenset())
-    split = corpus.heldout if corpus.heldout is not None and corpus.heldout.tokens else corpus.train
+    split = corpus.validation if corpus.validation is not None and corpus.validation.tokens else corpus.train
     if split.answers is None or not split.answers.any():
         end = int(split.starts[1]) - 1 if split.documents > 1 else split.tokens
         return Prompt(split.stream[: min(_OPENING, end)].tolist(), frozenset([tokenizer.eot]))

@@ -7,11 +7,11 @@ has waited in vain says so instead of trying in turn: what failed once would fai
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -58,9 +58,10 @@ class _Manifest(_ManifestPart):
 class DataConfig(Frozen):
     """Which token files a run reads, and how to make them on first use if `sources` is given."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"heldout": "validation", "heldout_fraction": "validation_fraction"}
     path: Path
     """A folder made by `thinwire data prepare`, or the prefix of a Megatron indexed dataset (PREFIX.bin, PREFIX.idx)."""
-    heldout: Path | None = None
+    validation: Path | None = None
     """Prefix of a second indexed dataset to validate on; a prepared folder has its own."""
     cross_documents: bool | None = None
     """False: attention stays inside a document, positions start again at 0, and no token predicts the next document.
@@ -77,7 +78,7 @@ class DataConfig(Frozen):
     """Field of JSON rows, or column of parquet and of `hf:` data sets, that holds the text."""
     special_tokens: bool = False
     """True: special tokens spelled out in a text, such as <|endoftext|>, become special; else they are ordinary text."""
-    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Corpus:
     """Token streams to train and validate on. Without a tokenizer neither text nor bits per byte can be shown."""
 
     train: IndexedTokens
-    heldout: IndexedTokens | None
+    validation: IndexedTokens | None
     tokenizer: Tokenizer | None
     digest: str
     """Identity of the training tokens and the tokenizer."""
@@ -156,15 +157,15 @@ def _open_folder(config: DataConfig) -> Corpus:
             f"{manifest['tokenizer']['vocab_size']}; prepare it anew"
         )
     identity = json.dumps([manifest["splits"]["train"], manifest["tokenizer"]], sort_keys=True)
-    heldout = IndexedTokens(config.heldout) if config.heldout else splits["heldout"]
+    validation = IndexedTokens(config.validation) if config.validation else splits["heldout"]
     digest = hashlib.sha256(identity.encode()).hexdigest()
-    return Corpus(splits["train"], heldout, tokenizer, digest, _crossing(config, splits["train"]))
+    return Corpus(splits["train"], validation, tokenizer, digest, _crossing(config, splits["train"]))
 
 
 def _open_prefix(config: DataConfig) -> Corpus:
-    heldout = IndexedTokens(config.heldout) if config.heldout else None
+    validation = IndexedTokens(config.validation) if config.validation else None
     train = IndexedTokens(config.path)
-    return Corpus(train, heldout, None, _prefix_digest(config.path), _crossing(config, train))
+    return Corpus(train, validation, None, _prefix_digest(config.path), _crossing(config, train))
 
 
 def _crossing(config: DataConfig, train: IndexedTokens) -> bool:

@@ -84,12 +84,12 @@ def _validation(manifest: Mapping[str, Any]) -> str | None:
     every = sum(one["documents"] for one in manifest["splits"].values())
     if split["documents"] == 0:
         return (
-            f"none of the {every:,} documents was held out (heldout_fraction = {manifest['heldout_fraction']}), so there is "
-            f"no validation; raise it"
+            f"none of the {every:,} documents was held out (validation_fraction = {manifest['heldout_fraction']}), so there "
+            f"is no validation; raise it"
         )
     return (
         f"validation has {split['documents']:,} of the {every:,} documents with {scored:,} scored tokens, too few to "
-        f"compare losses by; raise heldout_fraction = {manifest['heldout_fraction']}"
+        f"compare losses by; raise validation_fraction = {manifest['heldout_fraction']}"
     )
 
 

@@ -44,7 +44,7 @@ class Options:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     field: str = "text"
-    heldout_fraction: float = 0.02
+    validation_fraction: float = 0.02
     special_tokens: bool = False
     """Special tokens that a text spells out become those; else they are ordinary text."""
 
@@ -121,7 +121,7 @@ def _fill(
         "tokenizer": {"file": "bytes" if spec == "bytes" else "tokenizer.json", "vocab_size": tokenizer.vocab_size},
         "sources": list(options.sources),
         **identities(inputs),
-        "heldout_fraction": options.heldout_fraction,
+        "heldout_fraction": options.validation_fraction,
         "special_tokens": options.special_tokens,
         **({"mended": {"documents": end.mended, "first": end.first_mended}} if end.mended else {}),
         "splits": {name: {**counts[name], **digests(folder / name)} for name in PREFIXES},
@@ -143,11 +143,12 @@ def _count(counts: dict[str, int], part: "_Part") -> None:
     counts["spelling_special_tokens"] += part.spelling
 
 
-def nothing_to_train_on(sources: Sequence[str], inputs: int, heldout: int, what: str) -> DataError:
+def nothing_to_train_on(sources: Sequence[str], inputs: int, validation: int, what: str) -> DataError:
     """Why the training split is empty."""
     read = f"{', '.join(sources)}: no {what} in {inputs} files or data sets"
-    if heldout:
-        read = f"{', '.join(sources)}: all {heldout} documents fell into the validation split; lower --heldout-fraction"
+    if validation:
+        fell = f"all {validation} documents fell into the validation split"
+        read = f"{', '.join(sources)}: {fell}; lower --validation-fraction"
     return DataError(f"{read}; nothing to train on")
 
 
@@ -162,7 +163,7 @@ def _tokenizer(
     def training_texts() -> Iterator[str]:
         for texts, mark in _chunks(inputs, ReadMark()):
             progress(mark.done)
-            yield from (text for text in texts if not held_out(text.encode("utf-8"), options.heldout_fraction))
+            yield from (text for text in texts if not held_out(text.encode("utf-8"), options.validation_fraction))
 
     return train_bpe(choice, training_texts())
 
@@ -230,13 +231,13 @@ def _tokenised(
     if workers == 1:
         tokenizer = _open(spec)
         for texts, mark in chunks:
-            yield tokenise(texts, tokenizer, options.heldout_fraction, special=options.special_tokens), mark
+            yield tokenise(texts, tokenizer, options.validation_fraction, special=options.special_tokens), mark
         return
     context = mp.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(spec,)) as pool:
         waiting: deque[tuple[Future[dict[str, _Part]], ReadMark]] = deque()
         for texts, mark in chunks:
-            waiting.append((pool.submit(_work, texts, options.heldout_fraction, options.special_tokens), mark))
+            waiting.append((pool.submit(_work, texts, options.validation_fraction, options.special_tokens), mark))
             if len(waiting) > 2 * workers:
                 first, its_mark = waiting.popleft()
                 yield first.result(), its_mark

@@ -50,7 +50,7 @@ def check_paths(run_file: Path, config: RunConfig, folder: Path) -> None:
             f"{run_file}: run.folder = {str(folder)!r} is relative: it would lie inside a pod and be gone with it; give an "
             f"absolute path on the claim, for example --claim NAME:/data --set run.folder=/data/{folder.name}"
         )
-    read = {"data.path": config.data.path, "data.heldout": config.data.heldout, "model.init": config.model.init,
+    read = {"data.path": config.data.path, "data.validation": config.data.validation, "model.init": config.model.init,
             "model.hf": config.model.hf, "plan.file": config.plan.file}  # fmt: skip
     for key, path in read.items():
         if path is not None and not path.is_absolute():

@@ -234,7 +234,7 @@ def corpus_for(
     if not data.sources:
         return
     globs = (data.include, data.exclude)
-    options = Options(data.sources, data.tokenizer, *globs, data.field, data.heldout_fraction, data.special_tokens)
+    options = Options(data.sources, data.tokenizer, *globs, data.field, data.validation_fraction, data.special_tokens)
     make_once(
         data.path,
         lambda: prepare_shown(options, data.path, stopped=stopped),

@@ -33,7 +33,7 @@ def validate(
     clock: SystemClock = SYSTEM_CLOCK,
 ) -> Score | None:
     """Score the first `run.eval_sequences` sequences of the validation split and report; None if there is none."""
-    if job.corpus.heldout is None or job.corpus.heldout.tokens == 0:
+    if job.corpus.validation is None or job.corpus.validation.tokens == 0:
         if step == 0:
             reporter.say(f"no validation: {job.config.data.path} holds no validation split")
         return None
@@ -60,12 +60,12 @@ def _score(job: Job, world: World, model: LanguageModel, sync: OuterSync | None)
 
 def _share(job: Job, world: World) -> Iterator[Batch]:
     """This rank's batches. All ranks take the same number of forwards: a rank without text scores an empty batch."""
-    assert job.corpus.heldout is not None
+    assert job.corpus.validation is not None
     limit = job.config.run.eval_sequences
     size, ranks = job.plan.micro_batch, world.size
     batches = list(
         evaluation_batches(
-            job.corpus.heldout,
+            job.corpus.validation,
             job.config.batch.tokens,
             size,
             limit=limit or None,
