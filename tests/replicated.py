@@ -1,4 +1,4 @@
-"""The dull twin of the engine: every rank holds everything, gradients are summed by one plain all-reduce.
+"""The reference of the engine: every rank holds everything, gradients are summed by one plain all-reduce.
 
 The reference that `engine.Sharded` is tested against, with the same interface. Not for use on thin networks.
 """

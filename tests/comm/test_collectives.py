@@ -1,10 +1,10 @@
-"""The collectives against their dull twins, in value and in bytes."""
+"""The collectives against their references, in value and in bytes."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import dull
+import reference
 from thinwire.comm.collectives import all_gather, all_reduce, all_reduce_small, reduce_scatter
 from thinwire.comm.world import World
 from worlds import run_world
@@ -20,10 +20,10 @@ def _against_twins(world: World) -> dict[str, dict[str, int]]:
         second = reduce_scatter(reduced, full, world=world, level=level, purpose="reduce")
         first.wait()
         second.wait()
-        assert torch.equal(gathered, dull.all_gather(shard, world=world, level=level))
-        assert torch.allclose(reduced, dull.reduce_scatter(full, world=world, level=level), atol=1e-5)
+        assert torch.equal(gathered, reference.all_gather(shard, world=world, level=level))
+        assert torch.allclose(reduced, reference.reduce_scatter(full, world=world, level=level), atol=1e-5)
         for x in (torch.randn(777), torch.randn(k * 120), torch.randn(k * 60, 2).t(), torch.randn(0)):
-            expected = dull.all_reduce(x, world=world, level=level)
+            expected = reference.all_reduce(x, world=world, level=level)
             all_reduce(x, world=world, level=level, purpose="sum")
             assert torch.allclose(x, expected, atol=1e-5)
     return world.ledger.drain().sent_bytes()
@@ -47,7 +47,7 @@ def test_collectives_equal_their_twins_and_send_the_least_bytes(
 def _large(world: World) -> tuple[bool, int, int]:
     """(is the sum right, collectives, bytes sent) of an all-reduce of 12 MiB for two ranks, 18 MiB for three."""
     x = torch.randn(world.size * 6 * 2**18, generator=torch.Generator().manual_seed(world.rank))
-    expected = dull.all_reduce(x, world=world, level=0)
+    expected = reference.all_reduce(x, world=world, level=0)
     all_reduce(x, world=world, level=0, purpose="sum")
     entries = world.ledger.drain().entries
     return torch.allclose(x, expected, atol=1e-5), len(entries), sum(entry.sent_bytes for entry in entries)
@@ -121,7 +121,7 @@ def _fixed_order(world: World) -> list[bytes]:
     full = torch.randn(4 * 64) * 10 ** torch.randn(4 * 64)
     out = torch.empty(64)
     reduce_scatter(out, full, world=world, level=0, purpose="reduce").wait()
-    parts = dull.all_gather(full, world=world, level=0).view(4, 4, 64)[:, world.rank]
+    parts = reference.all_gather(full, world=world, level=0).view(4, 4, 64)[:, world.rank]
     expected = parts[0].clone()
     for part in parts[1:]:
         expected += part

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import dull
+import reference
 from thinwire.comm.collectives import all_gather, reduce_scatter
 from thinwire.comm.transport import connect
 from thinwire.comm.transport.local_socket import LocalSocket
@@ -36,8 +36,8 @@ def _waited_backwards(world: World) -> bool:
         handles.append(reduce_scatter(outs[-1], full, world=world, level=level, purpose="reduce"))
         sources += [shard, full]
         expected += [
-            dull.all_gather(shard, world=world, level=level),
-            dull.reduce_scatter(full, world=world, level=level),
+            reference.all_gather(shard, world=world, level=level),
+            reference.reduce_scatter(full, world=world, level=level),
         ]
     turn = 2 * world.rank
     for number in reversed(list(range(8))[turn:] + list(range(8))[:turn]):
@@ -55,7 +55,7 @@ def _in_pieces(world: World, sizes: Sequence[int]) -> bool:
     torch.manual_seed(world.rank)
     pieces = [torch.randn(size) for size in sizes]
     whole = torch.cat(pieces)
-    chunks = dull.all_gather(whole, world=world, level=0).view(world.size, world.size, -1)[:, world.rank]
+    chunks = reference.all_gather(whole, world=world, level=0).view(world.size, world.size, -1)[:, world.rank]
     expected = (chunks[0] + chunks[1]) + chunks[2]
     out = torch.empty_like(expected)
     reduce_scatter(out, pieces, world=world, level=0, purpose="reduce").wait()

@@ -415,10 +415,10 @@ def test_a_measured_codec_and_optimizer_take_what_was_measured() -> None:
     axes = place(Candidate(), given.cluster, measured)
     coded = Candidate(depths=(-1, -1, 0), weights=("int8",), grads=("int8",), micro_batch=2)
     exact = Candidate(depths=(-1, -1, 0), micro_batch=2)
-    moves, dull = (unit_moves(1024, given, each, axes.states) for each in (coded, exact))
+    moves, reference = (unit_moves(1024, given, each, axes.states) for each in (coded, exact))
     # A reduce-scatter codes and decodes all numbers; a gather codes its half of them and decodes all.
-    assert moves.own_once_s - dull.own_once_s == pytest.approx(1024 * (1e-6 + 2e-6 + 0.5e-6 + 2e-6))
-    assert dull.own_backward_s == pytest.approx(1024e-6)
+    assert moves.own_once_s - reference.own_once_s == pytest.approx(1024 * (1e-6 + 2e-6 + 0.5e-6 + 2e-6))
+    assert reference.own_backward_s == pytest.approx(1024e-6)
     assert optimizer_s(given, 1000, axes) == pytest.approx(1e-3 + optimizer_s(given, 0, axes))
 
 

@@ -1,4 +1,4 @@
-"""Aggregates added up as they are decoded, and steps taken chunk by chunk, against their dull twins: the same bits."""
+"""Aggregates added up as they are decoded, and steps taken chunk by chunk, against their references: the same bits."""
 
 import pytest
 import torch

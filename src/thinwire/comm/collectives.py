@@ -2,7 +2,7 @@
 
 A group of k ranks; V bytes in the whole tensor. All-gather and reduce-scatter send V (k-1)/k from each rank, the least
 possible. Sums on CPUs are in the order of the ranks: deterministic, and the same bits whoever owns the result. How rows
-travel is decided by the level's `Transport` alone. `tests/dull.py` has the plain twins that tests compare with.
+travel is decided by the level's `Transport` alone. `tests/reference.py` has the references that tests compare with.
 
 Shapes: k ranks of the group, n elements of one rank's chunk
 """

@@ -1,4 +1,4 @@
-"""The dull twins of `collectives`: torch.distributed's plain calls, synchronous, not counted. For checking only."""
+"""The references of `collectives`: torch.distributed's plain calls, synchronous, not counted. For checking only."""
 
 import torch
 import torch.distributed as dist
