@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from jump import Jump
 from thinwire.comm import lost
 from thinwire.comm.collectives import all_gather, all_reduce_small
 from thinwire.comm.interfaces import Address, Presence
@@ -215,14 +216,17 @@ def test_where_all_wait_for_the_same_it_is_the_network() -> None:
 
 
 def test_a_desk_answers_those_who_know_the_token_and_keeps_the_first_verdict() -> None:
-    status = Status()
+    clock = Jump()
+    status = Status(clock)
     desk = Desk(5, status)
     desk.token = "word"
     try:
         status.enter("the data", 3)
+        clock.sleep(3600)
         first = call("127.0.0.1", desk.port, {"token": "word", "verdict": {"rank": 1, "sentence": "one"}}, 5)
         again = call("127.0.0.1", desk.port, {"token": "word", "verdict": {"rank": 2, "sentence": "two"}}, 5)
         assert (first["rank"], first["phase"], first["step"], first["waiting"]) == (5, "the data", 3, None)
+        assert first["phase_s"] == 3600
         assert again["verdict"] == {"rank": 1, "sentence": "one"}
         with pytest.raises(ConnectionResetError, match="another program answers there"):
             call("127.0.0.1", desk.port, {"token": "guess"}, 5)

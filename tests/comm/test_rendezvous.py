@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jump import Jump
 from labs import need_lab
 from runs import make_corpus, thinwire, write_run
 from thinwire.comm import interfaces
@@ -218,11 +219,13 @@ def test_a_stop_that_one_rank_is_asked_for_ends_all_at_once() -> None:
 
 
 def test_rank_0_that_is_not_there_is_told_with_this_sides_address() -> None:
-    meeting = Rendezvous(1, 2, "127.0.0.1", free_port(), timeout_s=0.5, stopped=lambda: False)
+    clock = Jump()
+    meeting = Rendezvous(1, 2, "127.0.0.1", free_port(), timeout_s=60, stopped=lambda: False, clock=clock)
     with pytest.raises(
-        LinkError, match=r"rank 1 .* could not reach rank 0 at 127.0.0.1:\d+ from lo \(127.0.0.1\) in 0.5 s"
+        LinkError, match=r"rank 1 .* could not reach rank 0 at 127.0.0.1:\d+ from lo \(127.0.0.1\) in 60 s"
     ):
         meeting.open()
+    assert clock.slept_s == pytest.approx(60)
 
 
 def test_a_port_that_is_taken_is_told() -> None:

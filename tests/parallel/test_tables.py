@@ -68,7 +68,7 @@ def test_steps_that_are_summed_whole_before_low_rank_begins_are_told() -> None:
     said = [
         row for row in rows(plan_table(sharded((0, 0, 1), compression=compression))) if row[0].startswith("gradients")
     ]
-    assert said == [("gradients, first 2 steps", "cluster (whole)", show_bytes(plain))]
+    assert said == [("gradients, first 2 steps", "cluster (uncompressed)", show_bytes(plain))]
     assert not any(
         row[0].startswith("gradients")
         for row in rows(plan_table(sharded((0, 0, 1), compression={**compression, "rank_from": 0})))

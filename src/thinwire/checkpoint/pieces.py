@@ -271,7 +271,7 @@ class TensorReader:
         self._reader = PiecesReader(path, manifest)
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor `name`. Raises CheckpointError if it is not there."""
+        """The full tensor `name`. Raises CheckpointError if it is not there."""
         if name not in self._tensors:
             raise CheckpointError(f"{self._path} has no tensor {name!r}")
         info = self._tensors[name]

@@ -13,7 +13,6 @@ import re
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,6 +26,7 @@ from thinwire.comm.interfaces import Presence, Route, addresses, advice, leaders
 from thinwire.comm.status import Desk, call
 from thinwire.config import differences
 from thinwire.errors import ConfigError, LinkError, StopAsked, ThinwireError
+from thinwire.units import SYSTEM_CLOCK, SystemClock
 
 _LOOK_S, _OPEN_S, _CONNECT_S, _FAREWELL_S = 0.05, 3.0, 3.0, 2.0
 _CALLERS = 32
@@ -42,10 +42,19 @@ class Rendezvous:
     """One rank's way to the others, until a time limit. Every rank makes it and calls its methods in the same order."""
 
     def __init__(
-        self, rank: int, size: int, host: str, port: int, *, timeout_s: float, stopped: Callable[[], bool]
+        self,
+        rank: int,
+        size: int,
+        host: str,
+        port: int,
+        *,
+        timeout_s: float,
+        stopped: Callable[[], bool],
+        clock: SystemClock = SYSTEM_CLOCK,
     ) -> None:
+        self._clock = clock
         self._rank, self._size, self._host, self._port = rank, size, host, port
-        self._timeout_s, self._end_s, self._stopped = timeout_s, time.monotonic() + timeout_s, stopped
+        self._timeout_s, self._end_s, self._stopped = timeout_s, clock.now() + timeout_s, stopped
         self._store: dist.TCPStore | None = None
         self._shared = ""
 
@@ -66,7 +75,7 @@ class Rendezvous:
             target=self._open_at, args=("127.0.0.1" if door is None else door[1], opened), daemon=True
         )
         thread.start()
-        while thread.is_alive() and time.monotonic() < self._end_s and not self._stopped():
+        while thread.is_alive() and self._clock.now() < self._end_s and not self._stopped():
             thread.join(_LOOK_S)
         if thread.is_alive() and self._stopped():
             thread.join(_OPEN_S)  # once it is open, the stop can be told to the others
@@ -149,22 +158,22 @@ class Rendezvous:
         if self._store is not None:
             self._store.set(_TROUBLE, json.dumps([kind, sentence]))
             if self._rank == 0:  # the store goes with this process: let the others read it
-                end_s = time.monotonic() + _FAREWELL_S
-                while self._store.add(_HEARD, 0) < self._size - 1 and time.monotonic() < end_s:
-                    time.sleep(_LOOK_S)
+                end_s = self._clock.now() + _FAREWELL_S
+                while self._store.add(_HEARD, 0) < self._size - 1 and self._clock.now() < end_s:
+                    self._clock.sleep(_LOOK_S)
         raise _KINDS[kind](sentence)
 
     def _knock(self) -> tuple[str, str]:
         """Connect to rank 0, again and again until it is there."""
         why = "nobody answers"
-        while (left_s := self._end_s - time.monotonic()) > 0:
+        while (left_s := self._end_s - self._clock.now()) > 0:
             try:
                 with socket.create_connection((self._host, self._port), min(1.0, left_s)) as line:
                     return str(line.getsockname()[0]), str(line.getpeername()[0])
             except OSError as error:
                 why = error.strerror or str(error)
             self._leave_if_asked()  # there is nobody to tell
-            time.sleep(min(_LOOK_S, left_s))
+            self._clock.sleep(min(_LOOK_S, left_s))
         raise LinkError(
             f"rank {self._rank} (host {socket.gethostname()}) could not reach rank 0 at {self._where}{self._leaving()} "
             f"in {self._timeout_s:g} s: {why}; is rank 0 running there, and does that address lead to it?"
@@ -218,9 +227,9 @@ class Rendezvous:
                 kind, sentence = json.loads(self.store.get(_TROUBLE))
                 self.store.add(_HEARD, 1)
                 raise _KINDS[kind](sentence)
-            if time.monotonic() > self._end_s:
+            if self._clock.now() > self._end_s:
                 self.fail("link", self._missing())
-            time.sleep(wait_s)
+            self._clock.sleep(wait_s)
             wait_s = min(1.5 * wait_s, _LOOK_S)
 
     def _missing(self) -> str:

@@ -9,11 +9,11 @@ import contextlib
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 from thinwire.comm.ledger import Entry
+from thinwire.units import SYSTEM_CLOCK, SystemClock
 
 _LINE_BYTES, _CALLER_S = 65536, 1.0
 _IN_WORDS = {"all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "all_reduce": "all-reduce"}
@@ -22,8 +22,9 @@ _IN_WORDS = {"all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "al
 class Status:
     """One rank's notes. `verdict` is what another rank, or this one, has found to be the reason of a failure."""
 
-    def __init__(self) -> None:
-        self._phase, self._since_s = "its own work", time.monotonic()
+    def __init__(self, clock: SystemClock = SYSTEM_CLOCK) -> None:
+        self._clock = clock
+        self._phase, self._since_s = "its own work", self._clock.now()
         self._step: int | None = None
         self._awaited: Entry | str | None = None
         self._waits_since_s, self._collectives = 0.0, 0
@@ -31,11 +32,11 @@ class Status:
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """From now on this rank is in `phase`, such as "its data step", of step number `step` (1 is the first)."""
-        self._phase, self._step, self._since_s = phase, step, time.monotonic()
+        self._phase, self._step, self._since_s = phase, step, self._clock.now()
 
     def wait(self, awaited: Entry | str) -> None:
         """It waits for others, in a collective."""
-        self._waits_since_s, self._awaited = time.monotonic(), awaited
+        self._waits_since_s, self._awaited = self._clock.now(), awaited
 
     def waited(self) -> None:
         """The others have come."""
@@ -44,7 +45,7 @@ class Status:
 
     def snapshot(self) -> dict[str, Any]:
         """The notes as they are now; times are how many seconds ago."""
-        now_s, awaited = time.monotonic(), self._awaited
+        now_s, awaited = self._clock.now(), self._awaited
         return {
             "phase": self._phase,
             "step": self._step,

@@ -1,6 +1,6 @@
 """From a stream of documents to micro-batches, as pure functions of the seed and the step.
 
-The stream is cut into sequences of T tokens (each with the token that follows). The order of an epoch is a permutation
+The stream is split into sequences of T tokens (each with the token that follows). The order of an epoch is a permutation
 computed one index at a time (a Feistel network with cycle walking), so that nothing is shuffled, stored or replayed:
 the global batch of step n is the same set of sequences for every world size and micro-batch size.
 
@@ -36,7 +36,7 @@ class Batch:
 
 
 class Packing:
-    """Documents back to back, cut every `tokens` tokens. Sequence i predicts the stream's tokens i T + 1 .. i T + T.
+    """Documents back to back, split every `tokens` tokens. Sequence i predicts the stream's tokens i T + 1 .. i T + T.
 
     Of conversations only the answers are scored.
     """

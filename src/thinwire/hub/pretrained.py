@@ -130,7 +130,7 @@ def filled(spec: NativeSpec, weights: Callable[[str], Tensor], dtype: torch.dtyp
 def write_native(
     folder: Path, spec: NativeSpec, weights: Callable[[str], Tensor], dtype: torch.dtype, *, limit: int
 ) -> None:
-    """Write config and weights of the model by transformers' own `save_pretrained`. The whole model is in memory."""
+    """Write config and weights of the model by transformers' own `save_pretrained`. The full model is in memory."""
     model = filled(spec, weights, dtype).module
     with _quiet():
         model.save_pretrained(folder, max_shard_size=limit)  # type: ignore[operator]

@@ -69,7 +69,7 @@ class ShardReader:
         return _DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """The full tensor."""
         self._slice(name)
         return self._open.get_tensor(name)  # type: ignore[no-any-return]
 
@@ -129,7 +129,7 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut into shards of at most `limit` bytes; a tensor larger than that has a shard to itself."""
+    """Names in order, split into shards of at most `limit` bytes; a tensor larger than that has a shard to itself."""
     shards: list[list[str]] = []
     filled = 0
     for name, size in sizes.items():

@@ -68,9 +68,9 @@ def plan_table(sharded: ShardedStates, sync: OuterSync | None = None, *, state_n
             table.add_row(f"{purpose} a step", f"{level}{codec}", show_bytes(count))
     first = sharded.plan.compression.whole_steps
     for level, purposes in predicted_bytes(sharded, 0).items() if first else ():
-        whole = sum(count for purpose, count in purposes.items() if purpose.startswith("G-"))
+        full = sum(count for purpose, count in purposes.items() if purpose.startswith("G-"))
         if sharded.plan.compression.grads.get(level) == "lowrank":
-            table.add_row(f"gradients, first {first} steps", f"{level} (whole)", show_bytes(whole))
+            table.add_row(f"gradients, first {first} steps", f"{level} (uncompressed)", show_bytes(full))
     table.add_section()
     for level, left in uncompressed(sharded).items():
         table.add_row("not compressed", f"{level} ({left.codec})", f"{left.numbers:,} of {left.of:,} numbers")
@@ -187,9 +187,9 @@ def predicted_bytes(sharded: ShardedStates, step: int | None = None) -> dict[str
 
 def predicted_total(sharded: ShardedStates, first: int, steps: int) -> dict[str, dict[str, int]]:
     """The same of `steps` steps from `first` on."""
-    whole = max(0, min(first + steps, sharded.plan.compression.whole_steps) - first)
+    full = max(0, min(first + steps, sharded.plan.compression.whole_steps) - first)
     sums: dict[str, dict[str, int]] = {}
-    for count, step in ((whole, 0), (steps - whole, None)):
+    for count, step in ((full, 0), (steps - full, None)):
         for level, purposes in predicted_bytes(sharded, step).items() if count else ():
             of_level = sums.setdefault(level, {})
             for purpose, sent in purposes.items():

@@ -67,9 +67,9 @@ def assemble(job: Job, world: World) -> Parts:
 
 
 def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module, Initial]:
-    """(what the loop calls, the module to cut, its first values): fp32 masters, or fp64 for an fp64 run.
+    """(what the loop calls, the module to shard, its first values): fp32 masters, or fp64 for an fp64 run.
 
-    This project's own model is on the meta device, so that no rank ever holds it whole.
+    This project's own model is on the meta device, so that no rank ever holds it unsharded.
     """
     model: LanguageModel
     module: torch.nn.Module

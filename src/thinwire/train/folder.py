@@ -53,16 +53,16 @@ def open_folder(job: Job, *, fresh: bool) -> Opened:
     """Make or re-open `job.folder` as its only writer.
 
     `fresh` puts an existing run aside (`NAME.1`, `NAME.2`, ...) and starts anew. The resolved run file, plan and cluster
-    are written whole or not at all; what a killed run left half-written is removed. Raises ConfigError if the folder
+    are written atomically; what a killed run left half-written is removed. Raises ConfigError if the folder
     belongs to another run, or to a process that is training in it, or cannot be read or written; CheckpointError if the
     weights it is to start from have changed, or the run's checkpoints are gone.
     """
     folder = job.folder
-    with _told(folder, "read"):
+    with _refusal_explained(folder, "read"):
         _refuse_other_things(folder)
     if job.init is not None and (fresh or not list_checkpoints(folder / CHECKPOINTS)):
         verify_init(job.init, digests=job.config.checkpoint.verify)
-    with _told(folder, "written"):
+    with _refusal_explained(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = hold(folder)
         try:
@@ -78,8 +78,8 @@ def open_folder(job: Job, *, fresh: bool) -> Opened:
 
 
 @contextmanager
-def _told(folder: Path, what: str) -> Iterator[None]:
-    """What the system refuses, as a ConfigError."""
+def _refusal_explained(folder: Path, what: str) -> Iterator[None]:
+    """Raises what the system refuses as a ConfigError."""
     try:
         yield
     except OSError as error:
