@@ -2,15 +2,16 @@
 
 The loss is the mean absolute logarithm of predicted over measured (a run that went wrong counts once, not squared), plus
 a weak pull towards the defaults, so that a constant which the runs do not show stays where it was. The minimum is found
-with the simplex method of Nelder and Mead (1965): the cost functions have kinks, and there are few constants.
+with scipy's simplex method (Nelder and Mead 1965): the cost functions have kinks, and there are few constants.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 
 from thinwire.cluster.cluster import Calibration
 from thinwire.predict.candidate import Candidate, Setting
@@ -61,7 +62,9 @@ def fit(
         ratios = np.array([abs(math.log(predict(row, calibration) / row.seconds)) for row in rows])
         return float(share @ ratios + PULL * np.sum((point - default) ** 2) + 10.0 * outside)
 
-    best = simplex(loss, default, step=0.25, iterations=iterations)
+    corners = np.vstack([default, default + 0.25 * np.eye(len(default))])
+    stop = {"initial_simplex": corners, "maxiter": iterations, "fatol": 1e-6, "xatol": math.inf}
+    best = minimize(loss, default, method="Nelder-Mead", options=stop).x
     return _at(start, names, best)[0].model_copy(update={"origin": "measured"})
 
 
@@ -73,34 +76,3 @@ def _at(start: Calibration, names: Sequence[str], point: Vector) -> tuple[Calibr
         outside += max(0.0, float(logarithm) - high)
         values[name] = math.exp(min(float(logarithm), high))
     return start.model_copy(update=values), outside
-
-
-def simplex(loss: Callable[[Vector], float], start: Vector, *, step: float, iterations: int) -> Vector:
-    """The best point that Nelder and Mead's simplex finds from `start`."""
-    points = [start] + [start + step * np.eye(len(start))[i] for i in range(len(start))]
-    scored: list[tuple[float, int, Vector]] = sorted(
-        ((loss(point), i, point) for i, point in enumerate(points)), key=lambda item: item[0]
-    )
-    for turn in range(iterations):
-        worst, centre = scored[-1], np.mean([point for _, _, point in scored[:-1]], axis=0)
-        reflected = centre + (centre - worst[2])
-        value = loss(reflected)
-        if value < scored[0][0]:
-            expanded = centre + 2 * (centre - worst[2])
-            further = loss(expanded)
-            new = (further, turn, expanded) if further < value else (value, turn, reflected)
-        elif value < scored[-2][0]:
-            new = (value, turn, reflected)
-        else:
-            inside = centre + 0.5 * ((reflected if value < worst[0] else worst[2]) - centre)
-            nearer = loss(inside)
-            if nearer >= min(value, worst[0]):
-                best = scored[0][2]
-                shrunk = [best + 0.5 * (point - best) for _, _, point in scored]
-                scored = sorted(((loss(p), i, p) for i, p in enumerate(shrunk)), key=lambda item: item[0])
-                continue
-            new = (nearer, turn, inside)
-        scored = sorted([*scored[:-1], new], key=lambda item: item[0])
-        if scored[-1][0] - scored[0][0] < 1e-6:
-            break
-    return scored[0][2]

@@ -23,12 +23,13 @@ from thinwire.config import build
 from thinwire.data.loader import Loader, Packing
 from thinwire.data.prepare import Options, prepare
 from thinwire.model.transformer import Transformer
-from thinwire.train.assemble import Parts, assemble
+from thinwire.train.assemble import assemble
 from thinwire.train.clock import StepClock
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import open_folder
 from thinwire.train.job import Job, resolve
 from thinwire.train.loop import close_record, train_step
+from thinwire.train.parts import Parts
 from thinwire.train.saving import Saver
 from thinwire.train.stop import StopRequest
 

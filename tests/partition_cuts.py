@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from thinwire.comm.world import World
 from thinwire.parallel.shard.engine import Sharded
-from thinwire.train.predicted import predicted_bytes
+from thinwire.train.announce import predicted_bytes
 
 Depths = tuple[int, int, int]
 Bytes = dict[str, dict[str, int]]

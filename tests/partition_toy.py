@@ -1,4 +1,4 @@
-"""A small module with every kind of trouble in it, and its training, for tests of the engine."""
+"""A small module with every unusual kind of parameter in it, and its training, for tests of the engine."""
 
 import hashlib
 from collections.abc import Iterator

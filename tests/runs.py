@@ -18,11 +18,11 @@ from thinwire.comm.world import World
 from thinwire.config import build
 from thinwire.data.prepare import Options, prepare
 from thinwire.files.events import read_events
-from thinwire.train import loop
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE, open_folder
 from thinwire.train.job import resolve
 from thinwire.train.stop import StopRequest
+from thinwire.train.worker import train_job
 from warm import Started, rank_name
 
 _STARTS_NO_RANKS = ("data", "eval", "export", "generate", "import", "plan", "simulate")
@@ -171,4 +171,4 @@ def train_in(world: World, tree: dict[str, Any]) -> None:
     job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
     if world.rank == 0:
         open_folder(job, fresh=False)
-    loop.train(job, world, StopRequest())
+    train_job(job, world, StopRequest())

@@ -242,7 +242,7 @@ _WORDS = {
 
 
 def explain(error: ValidationError) -> str:
-    """The first trouble of a pydantic error as `section.key: sentence`."""
+    """The first error in a pydantic error as `section.key: sentence`."""
     errors = error.errors()
     first = errors[0]
     kind, where = first["type"], ".".join(_keys(first["loc"]))

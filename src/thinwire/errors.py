@@ -108,7 +108,7 @@ class DivergenceError(ThinwireError):
 
 
 class SyncError(ThinwireError):
-    """Worker groups that should hold the same outer state do not."""
+    """Replicas that should hold the same outer state do not."""
 
 
 class UseError(ThinwireError):

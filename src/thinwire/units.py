@@ -3,10 +3,13 @@
 Inside thinwire every number is in bytes, seconds, bytes per second or FLOP per second, and its name says so.
 Only the edges (TOML, command line, tables) use the functions and annotated types of this file.
 Network rates follow their trade: bits, powers of ten. Memory follows its own: bytes, `KiB`..`TiB` powers of two.
+
+What measures time or waits for it takes a `SystemClock`, so that a test can let hours pass.
 """
 
 import math
 import re
+import time
 from typing import Annotated
 
 from pydantic import BeforeValidator
@@ -142,3 +145,18 @@ def show_seconds(value: float) -> str:
     if value >= 60:
         return f"{int(value // 60)} min {int(value % 60):02d} s"
     return _scaled(value, {"": 1.0, "m": 1e-3, "µ": 1e-6, "n": 1e-9}, "s") if value > 0 else "0 s"
+
+
+class SystemClock:
+    """The machine's time."""
+
+    def now(self) -> float:
+        """Seconds since some moment; they never go back."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+SYSTEM_CLOCK = SystemClock()
+"""Without state: the default of whatever takes a clock."""

@@ -17,8 +17,7 @@ from safetensors import safe_open
 
 from dcp_writer import write_format_1
 from planted import Bomb, bomb_went_off
-from thinwire.checkpoint.listing import list_checkpoints, open_checkpoint
-from thinwire.checkpoint.manifest import Manifest, describe_files
+from thinwire.checkpoint.manifest import Manifest, describe_files, list_checkpoints, open_checkpoint
 from thinwire.checkpoint.pieces import OldParts, newest_whole, read_tensors
 from thinwire.checkpoint.store import Checkpoints, Saved
 from thinwire.comm.world import World

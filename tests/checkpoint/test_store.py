@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from thinwire.checkpoint.listing import list_checkpoints
+from thinwire.checkpoint.manifest import list_checkpoints
 from thinwire.checkpoint.pieces import newest_whole, read_tensors
 from thinwire.checkpoint.store import Checkpoints, Found, Saved, SaveFailed, complete
 from thinwire.comm.world import World

@@ -22,8 +22,7 @@ from transformers import (
 from runs import make_corpus, make_text, run_tree, thinwire
 from thinwire.cli.plan import task
 from thinwire.config import dump_toml, load
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus
+from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.data.tokenizer import ByteTokenizer
 from thinwire.train.config import RunConfig
 

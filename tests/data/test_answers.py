@@ -11,12 +11,10 @@ from tokenizers import Tokenizer
 
 from talks import CHATML, EOT, SPECIAL, make_tokenizer, talk
 from thinwire.cli import main
-from thinwire.data.answers import Ends, answer_spans
 from thinwire.data.chat import ChatOptions, prepare_chat
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus
+from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.data.notes import notes
-from thinwire.data.template import Message, template_of
+from thinwire.data.template import Ends, Message, answer_spans, template_of
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"

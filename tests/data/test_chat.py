@@ -12,13 +12,11 @@ from transformers import AutoTokenizer
 from runs import run_tree, train_in
 from talks import talk
 from thinwire.cli import main
-from thinwire.data.answers import answer_spans
 from thinwire.data.chat import ChatOptions, prepare_chat
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus
+from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.data.indexed import answers_path
 from thinwire.data.loader import IGNORED, Packing
-from thinwire.data.template import Message
+from thinwire.data.template import Message, answer_spans
 from thinwire.errors import DataError
 from thinwire.files.events import steps
 from thinwire.train.folder import EVENTS_FILE

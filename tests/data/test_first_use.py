@@ -3,7 +3,6 @@
 import multiprocessing as mp
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,27 @@ from thinwire.data.corpus import make_once
 from thinwire.errors import DataError, StopAsked, ThinwireError
 
 
-def ask(out: Path, barrier: Any, answers: Any, ending: str) -> None:
-    """One of several processes: (pid, what happened, for whom it waited)."""
+def ask(out: Path, waiting: Any, answers: Any, ending: str, others: int) -> None:
+    """One of several processes: (pid, what happened, for whom it waited). Who makes it lets the others come first."""
     said: list[str] = []
+
+    def say(sentence: str) -> None:
+        said.append(sentence)
+        waiting.release()
 
     def make() -> None:
         with (out.parent / "makers").open("a") as file:
             file.write(f"{os.getpid()}\n")
-        time.sleep(0.5)  # time for the others to come
+        for _ in range(others):
+            assert waiting.acquire(timeout=60)
         if ending == "fails":
             raise DataError("no such source")
         if ending == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         out.mkdir()
 
-    barrier.wait()
     try:
-        make_once(out, make, there=out.is_dir, stopped=lambda: False, say=said.append)
+        make_once(out, make, there=out.is_dir, stopped=lambda: False, say=say)
         answers.put((os.getpid(), "there", said))
     except ThinwireError as error:
         answers.put((os.getpid(), str(error), said))
@@ -39,8 +42,8 @@ def ask(out: Path, barrier: Any, answers: Any, ending: str) -> None:
 def asked_by(count: int, out: Path, ending: str) -> tuple[int, dict[int, tuple[str, list[str]]]]:
     """(who made it, what each of `count` processes that asked at once was answered)."""
     context = mp.get_context("spawn")
-    barrier, answers = context.Barrier(count), context.Queue()
-    asking = [context.Process(target=ask, args=(out, barrier, answers, ending)) for _ in range(count)]
+    waiting, answers = context.Semaphore(0), context.Queue()
+    asking = [context.Process(target=ask, args=(out, waiting, answers, ending, count - 1)) for _ in range(count)]
     for process in asking:
         process.start()
     told = [answers.get(timeout=60) for _ in range(count - (ending == "killed"))]

@@ -19,8 +19,7 @@ from thinwire.cli import main
 from thinwire.config import build
 from thinwire.data import hub
 from thinwire.data.chat import ChatOptions, prepare_chat
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus, read_manifest
+from thinwire.data.corpus import Corpus, DataConfig, read_manifest
 from thinwire.data.hub import HubSource, open_hub, parse
 from thinwire.data.prepare import Options, prepare
 from thinwire.errors import DataError

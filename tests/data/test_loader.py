@@ -97,7 +97,6 @@ def test_the_prefetcher_gives_the_loaders_batches_from_any_step_on(split: Indexe
         for got, want in zip(feed.next(), expected, strict=True):
             assert np.array_equal(got.tokens_BT, want.tokens_BT)
     feed.close()
-    assert feed.waited_s > 0
 
 
 def test_ids_beyond_the_vocabulary_reach_the_caller_as_a_sentence(split: IndexedTokens) -> None:

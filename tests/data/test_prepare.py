@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +16,7 @@ import zstandard
 from tokenizers import Tokenizer
 
 from runs import make_text
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus
+from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.data.notes import notes
 from thinwire.data.prepare import Options, held_out, prepare
 from thinwire.data.sources import documents, files_of
@@ -213,7 +211,6 @@ def test_a_killed_preparation_leaves_no_corpus_and_the_next_one_cleans_up(tmp_pa
     process.stdout.close()
     assert not (tmp_path / "out").exists()
     assert len(list(tmp_path.glob(".out.partial-*"))) == 1
-    time.sleep(0.05)
     prepare(Options((str(text),)), tmp_path / "out", workers=1)
     assert not list(tmp_path.glob(".out.partial-*"))
 

@@ -9,10 +9,8 @@ from transformers import AutoTokenizer
 
 from runs import make_corpus, thinwire, write_run
 from talks import CHATML, EOT, make_tokenizer, talk
-from thinwire.data.chat import ChatOptions, prepare_chat
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus
-from thinwire.data.prompt import chat_prompt, opening, text_prompt
+from thinwire.data.chat import ChatOptions, chat_prompt, opening, prepare_chat, text_prompt
+from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.errors import DataError
 
 TURNS = [

@@ -92,11 +92,11 @@ def test_what_a_full_disk_does_not_take_waits_in_order_and_nothing_is_torn(
     log = EventLog(path)
     for step in range(1, 6):
         log.write("step", step=step)
-    assert log.trouble == os.strerror(number) and log.waiting == 5 - len(steps(path))
+    assert log.refused == os.strerror(number) and log.waiting == 5 - len(steps(path))
     assert path.read_bytes().endswith(b"}\n") and list(steps(path)) == [1, 2][: len(steps(path))]
     room[0] = 10**6
     log.write("step", step=6)
-    assert log.trouble is None and log.waiting == 0
+    assert log.refused is None and log.waiting == 0
     assert list(steps(path)) == [1, 2, 3, 4, 5, 6]
     log.close()
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from thinwire.errors import ConfigError
-from thinwire.files.folders import scratch_folder, whole_folder, write_whole
+from thinwire.files.folders import atomic_folder, scratch_folder, write_atomic
 
 _MAKES = """
 import sys, time
 from pathlib import Path
-from thinwire.files.folders import scratch_folder, whole_folder
-with whole_folder(Path(sys.argv[1]), force=True), scratch_folder():
+from thinwire.files.folders import scratch_folder, atomic_folder
+with atomic_folder(Path(sys.argv[1]), force=True), scratch_folder():
     print("made", flush=True)
     time.sleep(60)
 """
@@ -41,12 +41,12 @@ def left(folder: Path) -> tuple[int, int]:
 def test_folders_of_a_process_that_runs_stay_and_of_one_that_was_killed_go(
     tmp_path: Path, maker: "subprocess.Popen[bytes]"
 ) -> None:
-    with whole_folder(tmp_path / "whole", force=True), scratch_folder():
+    with atomic_folder(tmp_path / "whole", force=True), scratch_folder():
         assert left(tmp_path) == (2, 2)
     assert left(tmp_path) == (1, 1)
     maker.kill()
     maker.wait()
-    with whole_folder(tmp_path / "whole", force=True), scratch_folder():
+    with atomic_folder(tmp_path / "whole", force=True), scratch_folder():
         assert left(tmp_path) == (1, 1)
     assert left(tmp_path) == (0, 0)
 
@@ -69,6 +69,6 @@ def test_without_room_for_temporary_files_there_is_a_sentence(tmp_path: Path, mo
 
 
 def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
-    write_whole(tmp_path / "a", "old")
-    write_whole(tmp_path / "a", "new")
+    write_atomic(tmp_path / "a", "old")
+    write_atomic(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "new" and len(list(tmp_path.iterdir())) == 1

@@ -4,22 +4,21 @@ import errno
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from jump import Jump
 from thinwire.errors import ConfigError
-from thinwire.files import locks
+from thinwire.files.folders import Process, owner_has_ended
 from thinwire.files.locks import LOCK, hold
-from thinwire.files.processes import Process, owner_has_ended
 
 _HOLDER = """
 import errno, fcntl, os, sys, time
@@ -67,7 +66,6 @@ def without_locks(patch: pytest.MonkeyPatch, number: int = errno.ENOLCK) -> None
         raise OSError(number, os.strerror(number))
 
     patch.setattr(fcntl, "flock", flock)
-    patch.setattr(locks, "_SETTLE_S", 0.2)
 
 
 @pytest.mark.parametrize("number", [0, *NO_LOCKS], ids=lambda number: errno.errorcode.get(number, "locks"))
@@ -82,7 +80,7 @@ def test_a_second_writer_is_told_who_the_first_is_and_gets_the_lock_when_that_is
             hold(tmp_path)
         first.send_signal(signal.SIGKILL)
         first.wait()
-        hold(tmp_path).release()
+        hold(tmp_path, clock=Jump()).release()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,17 +92,24 @@ def test_a_note_says_host_process_and_boot(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_the_lock_is_held_until_the_last_rank_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_LEAVING_S", 0.3)
+def test_the_lock_is_held_until_the_last_rank_is_gone(tmp_path: Path) -> None:
     with holder(tmp_path, what="child") as launcher:
         rank = int(first_line(launcher).split()[1])
         launcher.kill()
         launcher.wait()
         with pytest.raises(ConfigError, match=f"process {launcher.pid} .* has ended, but ranks of it still run"):
-            hold(tmp_path)
-        monkeypatch.setattr(locks, "_LEAVING_S", 30.0)
-        threading.Timer(0.5, os.kill, (rank, signal.SIGKILL)).start()
-        hold(tmp_path).release()  # waited for the rank
+            hold(tmp_path, clock=Jump())
+        clock = Jump(after_5=lambda: _end(rank))
+        hold(tmp_path, clock=clock).release()  # waited for the rank
+        assert 5 <= clock.slept_s < 6
+
+
+def _end(pid: int) -> None:
+    """Kill a process that is not our child, and wait until it is gone."""
+    descriptor = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    select.select([descriptor], [], [])
+    os.close(descriptor)
 
 
 def test_a_file_that_its_holder_removes_in_that_moment_is_no_lock(
@@ -135,9 +140,10 @@ def test_a_lease_of_another_host_is_over_when_nobody_touches_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_locks(monkeypatch)
-    monkeypatch.setattr(locks, "_LEASE_S", 0.4)
     _of_another_host(tmp_path)
-    lock = hold(tmp_path)
+    clock = Jump()
+    lock = hold(tmp_path, clock=clock)
+    assert 60 <= clock.slept_s < 65
     assert json.loads((tmp_path / LOCK).read_text())["holder"]["pid"] == os.getpid()
     lock.release()
     assert not (tmp_path / LOCK).exists()
@@ -150,9 +156,8 @@ def test_a_lease_of_another_host_that_is_touched_is_respected(
     if not sees_locks:
         without_locks(monkeypatch)
     _of_another_host(tmp_path)
-    threading.Timer(0.3, os.utime, (tmp_path / LOCK,)).start()
     with pytest.raises(ConfigError, match=r"process 7 on host far is training in .*; if it has ended without a trace"):
-        hold(tmp_path)
+        hold(tmp_path, clock=Jump(after_50=lambda: os.utime(tmp_path / LOCK)))
 
 
 def test_a_lock_that_only_another_host_sees_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +171,7 @@ def test_a_lease_from_before_a_boot_is_over(tmp_path: Path, monkeypatch: pytest.
     without_locks(monkeypatch)
     note = {"holder": {**vars(Process.this()), "boot": "an earlier one"}, "lease": True, "nonce": "theirs"}
     (tmp_path / LOCK).write_text(json.dumps(note))
-    hold(tmp_path).release()
+    hold(tmp_path, clock=Jump()).release()
 
 
 def test_who_loses_its_lease_leaves(tmp_path: Path) -> None:
@@ -191,7 +196,7 @@ def test_a_half_written_note_holds_nothing(tmp_path: Path, text: str, monkeypatc
     hold(tmp_path).release()
     (tmp_path / LOCK).write_text(text)
     without_locks(monkeypatch)
-    hold(tmp_path).release()
+    hold(tmp_path, clock=Jump()).release()
 
 
 def _fails(number: int) -> Callable[..., int]:
@@ -216,7 +221,6 @@ def test_a_tag_tells_a_process_that_has_ended_from_one_that_runs() -> None:
         tag = first_line(other)
         assert not owner_has_ended(f"thinwire-x-{tag}")
         other.kill()
-    time.sleep(0.05)
     assert owner_has_ended(f"thinwire-x-{tag}")
     pid, start, host, boot, space = tag.split("-")
     assert not owner_has_ended(f"x-{pid}-{start}-0000-{boot}-{space}"), "another host's"
@@ -226,4 +230,4 @@ def test_a_tag_tells_a_process_that_has_ended_from_one_that_runs() -> None:
         assert not owner_has_ended(name)
 
 
-_TAG = "import time; from thinwire.files.processes import Process; print(Process.this().tag, flush=True)"
+_TAG = "import time; from thinwire.files.folders import Process; print(Process.this().tag, flush=True)"

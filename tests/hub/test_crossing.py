@@ -9,8 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from runs import make_corpus, thinwire, write_run
 from thinwire.errors import ConfigError
-from thinwire.hub.crossing import crosses
-from thinwire.hub.native import Native
+from thinwire.hub.native import Native, crosses
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 from hub_models import save_model
 from runs import make_corpus, run_tree, train_in
 from thinwire.data.chat import ChatOptions, prepare_chat
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus
+from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.data.prepare import Options, prepare
 from thinwire.files.events import read_events
 from thinwire.hub.export_run import export_run

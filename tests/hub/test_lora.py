@@ -17,7 +17,8 @@ from thinwire.errors import CheckpointError, ConfigError
 from thinwire.evaluate.load import load_run
 from thinwire.files.events import read_events, steps
 from thinwire.hub.export_run import export_run
-from thinwire.hub.native import Native, describe
+from thinwire.hub.native import Native
+from thinwire.hub.pretrained import describe
 from thinwire.model.config import LoraOptions
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE

@@ -24,7 +24,8 @@ from thinwire.files.events import steps
 from thinwire.hub.export_run import export_run
 from thinwire.hub.families import read_spec
 from thinwire.hub.import_folder import import_folder
-from thinwire.hub.native import Native, build_native, describe
+from thinwire.hub.native import Native
+from thinwire.hub.pretrained import build_native, describe
 from thinwire.model.loss import token_loss
 from thinwire.train.folder import EVENTS_FILE
 from worlds import run_world

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hub_models import CONFIGS, logits, save_model, tokens
 from runs import make_corpus, run_tree, train_in
 from thinwire.config import build
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus
+from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.evaluate.load import load_run
 from thinwire.files.events import steps
 from thinwire.hub.export_run import export_run

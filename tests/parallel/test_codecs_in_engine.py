@@ -9,7 +9,7 @@ from partition_toy import Toy, adamw, one_step, plan_of, train, weights
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.parallel.shard.engine import shard
-from thinwire.train.predicted import predicted_bytes, predicted_total
+from thinwire.train.announce import predicted_bytes, predicted_total
 from worlds import run_world
 
 STEPS = 3

@@ -13,7 +13,7 @@ from partition_toy import STEPS, Toy, batches, plan_of, train, weights
 from replicated import replicate
 from thinwire.comm.world import World
 from thinwire.parallel.shard.engine import shard
-from thinwire.train.predicted import predicted_bytes
+from thinwire.train.announce import predicted_bytes
 from worlds import run_world
 
 

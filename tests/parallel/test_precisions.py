@@ -15,7 +15,7 @@ from replicated import replicate
 from thinwire.comm.world import World
 from thinwire.parallel.shard.dtypes import master_dtype
 from thinwire.parallel.shard.engine import shard
-from thinwire.train.predicted import predicted_bytes
+from thinwire.train.announce import predicted_bytes
 from worlds import cluster_of, run_world
 
 STEPS = 2

@@ -9,8 +9,7 @@ from rich.table import Table
 from partition_toy import Toy, plan_of
 from thinwire.comm.world import World
 from thinwire.parallel.shard.engine import Sharded, shard
-from thinwire.train.announce import compare, plan_table
-from thinwire.train.predicted import Uncoded, idle_codecs, predicted_bytes, uncoded
+from thinwire.train.announce import Uncompressed, compare, idle_codecs, plan_table, predicted_bytes, uncompressed
 from thinwire.units import show_bytes
 from worlds import cluster_of
 
@@ -58,8 +57,8 @@ def test_the_table_after_the_run_sets_what_was_counted_beside_the_formula() -> N
 def test_what_low_rank_sums_as_it_is_is_counted_and_told() -> None:
     """Rank 0's halves: 13 x 6 of each block's 88, five rows of the embedding's 34; norm and root have no matrix."""
     toy = sharded((0, 0, 1), compression={"grads": {"cluster": "lowrank"}, "rank": 1, "rank_from": 0})
-    assert uncoded(toy) == {"cluster": Uncoded("lowrank", 3 * 10 + 4 + 6 + 4, 3 * 88 + 34 + 6 + 4)}
-    assert rows(plan_table(toy))[-1] == ("not coded", "cluster (lowrank)", "44 of 308 numbers")
+    assert uncompressed(toy) == {"cluster": Uncompressed("lowrank", 3 * 10 + 4 + 6 + 4, 3 * 88 + 34 + 6 + 4)}
+    assert rows(plan_table(toy))[-1] == ("not compressed", "cluster (lowrank)", "44 of 308 numbers")
 
 
 def test_steps_that_are_summed_whole_before_low_rank_begins_are_told() -> None:
@@ -77,7 +76,7 @@ def test_steps_that_are_summed_whole_before_low_rank_begins_are_told() -> None:
 
 
 def test_a_rank_that_no_matrix_gains_by_leaves_everything_uncoded() -> None:
-    left = uncoded(sharded((0, 0, 1), compression={"grads": {"cluster": "lowrank"}, "rank": 1000}))["cluster"]
+    left = uncompressed(sharded((0, 0, 1), compression={"grads": {"cluster": "lowrank"}, "rank": 1000}))["cluster"]
     assert left.numbers == left.of == 308
 
 
@@ -96,6 +95,6 @@ def test_codecs_with_nothing_to_code_are_told(
 ) -> None:
     toy = sharded(cut, compression=compression)
     assert idle_codecs(toy) == idle
-    assert [row for row in rows(plan_table(toy)) if row[0] == "nothing to code"] == [
-        ("nothing to code", f"{where} ({codec})", "-") for where, codec in idle.items()
+    assert [row for row in rows(plan_table(toy)) if row[0] == "nothing to compress"] == [
+        ("nothing to compress", f"{where} ({codec})", "-") for where, codec in idle.items()
     ]

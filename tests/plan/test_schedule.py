@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinwire.errors import PlanError
-from thinwire.plan.rounds import Schedule, deal, fragment_count
+from thinwire.plan.rounds import Schedule, assign_units, fragment_count
 from thinwire.plan.sync import Sync, SyncConfig
 
 
@@ -43,9 +43,9 @@ def test_sends_are_spread_evenly() -> None:
 
 def test_blocks_are_dealt_strided_or_in_runs_and_the_rest_to_the_lightest() -> None:
     units = [("embedding", 100), *[(f"blocks.{i}", 10) for i in range(6)], ("norm", 1), ("head", 90)]
-    assert deal(units, 2, "strided") == [[0, 1, 3, 5], [2, 4, 6, 7, 8]]
-    assert [i for f in deal(units, 3, "sequential") for i in f if 1 <= i <= 6] == [1, 2, 3, 4, 5, 6]
-    assert sorted(i for f in deal(units, 4, "strided") for i in f) == list(range(9))
+    assert assign_units(units, 2, "strided") == [[0, 1, 3, 5], [2, 4, 6, 7, 8]]
+    assert [i for f in assign_units(units, 3, "sequential") for i in f if 1 <= i <= 6] == [1, 2, 3, 4, 5, 6]
+    assert sorted(i for f in assign_units(units, 4, "strided") for i in f) == list(range(9))
     assert (fragment_count(4, 6), fragment_count("3 blocks", 7), fragment_count("3 blocks each", 6)) == (4, 3, 2)
 
 
@@ -96,7 +96,7 @@ def test_the_second_hop_of_three_groups_has_a_step_to_hide_behind() -> None:
 
 def test_more_fragments_than_units_and_odd_spellings_get_one_sentence() -> None:
     with pytest.raises(PlanError, match="only 1 units"):
-        deal([("a", 1)], 2, "strided")
+        assign_units([("a", 1)], 2, "strided")
     with pytest.raises(PlanError, match="neither a number nor like"):
         fragment_count("some", 3)
 

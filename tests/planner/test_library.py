@@ -39,7 +39,10 @@ def test_names_and_what_they_stand_for_are_the_same(plan: Plan) -> None:
 def test_a_plan_is_simulated_and_perturbations_make_it_slower(plan: Plan) -> None:
     simulated = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS)
     assert max(span.end_s for span in simulated.spans) == pytest.approx(simulated.step_s)
-    slow = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS, trouble=Perturbation(slow_ranks={(0, 0): 1.5}))
+    slow = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS, perturbation=Perturbation(slow_ranks={(0, 0): 1.5}))
+    with pytest.warns(FutureWarning, match="^trouble is perturbation now"):
+        old = simulate_plan(MODEL, CLUSTER, plan, tokens=TOKENS, trouble=Perturbation(slow_ranks={(0, 0): 1.5}))
+    assert old == slow
     assert 1.2 * simulated.step_s < slow.step_s < 1.6 * simulated.step_s
 
 

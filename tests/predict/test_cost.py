@@ -29,7 +29,7 @@ from thinwire.predict.sent import Sent, data_bytes, sent_bytes, unit_moves
 from thinwire.predict.simulate import simulate_step
 from thinwire.predict.step import StepTime, core_of, optimizer_s, step_time
 from thinwire.sync.outer_sync import OuterSync
-from thinwire.train.predicted import predicted_bytes
+from thinwire.train.announce import predicted_bytes
 from worlds import run_world
 
 SPEC = ModelSpec(vocab_size=320, hidden=48, layers=3, heads=4, kv_heads=2, head_size=12, ffn=100, max_tokens=64)
@@ -117,8 +117,8 @@ def test_matmuls_approach_the_calibrated_peak_and_never_pass_it() -> None:
 @pytest.mark.parametrize(("layers", "stages"), [(96, 8), (126, 16), (5, 4), (7, 7), (4, 1), (9, 2)])
 def test_stages_hold_every_block_and_every_parameter_once(layers: int, stages: int) -> None:
     dealt = kinds(layers, stages)
-    assert sum(item.count for item in dealt) == stages
-    assert sum(item.count * item.kind.blocks for item in dealt) == layers
+    assert sum(item.many for item in dealt) == stages
+    assert sum(item.many * item.kind.blocks for item in dealt) == layers
     assert dealt[0].kind.first
     assert dealt[-1].kind.last
     spec = preset("llama-2-7b").model_copy(update={"layers": layers})
@@ -126,7 +126,7 @@ def test_stages_hold_every_block_and_every_parameter_once(layers: int, stages: i
     held = 0.0
     for item in dealt:
         sizes = parameters_of(given, item.kind, 1)
-        held += item.count * (item.kind.blocks * sizes["block"] + sum(v for k, v in sizes.items() if k != "block"))
+        held += item.many * (item.kind.blocks * sizes["block"] + sum(v for k, v in sizes.items() if k != "block"))
     assert held == spec.parameters
 
 

@@ -11,7 +11,7 @@ from sync_toy import SITES, Group, diverging
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
 from thinwire.plan.sync import SyncConfig
-from thinwire.plan.traffic import BEAT_BYTES
+from thinwire.plan.traffic import HEARTBEAT_BYTES
 from thinwire.sync import rounds_in_flight as pace_module
 from thinwire.sync.rounds_in_flight import Pace
 from worlds import run_world
@@ -104,7 +104,7 @@ def _beats(world: World, sync: dict[str, Any], steps: int) -> dict[str, int]:
 @pytest.mark.parametrize("more", [{}, {"sum_inside": "node"}])
 def test_i7_a_byte_a_step_goes_to_every_other_group_over_the_links_between_them(more: dict[str, Any]) -> None:
     for sent in run_world(FOUR, _beats, {**STREAMING, **more, "delay": 5, "level": "node", "staleness_bound": 3}, 10):
-        assert sent == {"node": 10 * BEAT_BYTES, "site": 2 * 10 * BEAT_BYTES}
+        assert sent == {"node": 10 * HEARTBEAT_BYTES, "site": 2 * 10 * HEARTBEAT_BYTES}
     assert run_world(SITES, _beats, STREAMING, 10) == [{}, {}]
 
 
@@ -126,8 +126,8 @@ def _unequal(world: World, staleness_bound: int | None) -> tuple[torch.Tensor, i
 def test_ranks_that_stand_for_parts_of_several_others_hear_of_all_of_them() -> None:
     free, paced = (run_world([("flat", 6)], _unequal, staleness_bound) for staleness_bound in (None, 2))
     assert [beats for _, beats in free] == [0] * 6
-    assert min(beats for _, beats in paced) == 10 * BEAT_BYTES
-    assert max(beats for _, beats in paced) > 10 * BEAT_BYTES
+    assert min(beats for _, beats in paced) == 10 * HEARTBEAT_BYTES
+    assert max(beats for _, beats in paced) > 10 * HEARTBEAT_BYTES
     for (weights, _), (expected, _) in zip(paced, free, strict=True):
         assert torch.equal(weights, expected)
 

@@ -23,8 +23,8 @@ from thinwire.hub.export_run import export_run
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import EVENTS_FILE, open_folder
 from thinwire.train.job import resolve
-from thinwire.train.loop import train
 from thinwire.train.stop import StopRequest
+from thinwire.train.worker import train_job
 from worlds import cluster_of
 
 
@@ -44,7 +44,7 @@ def go(tree: dict[str, Any]) -> None:
     job = resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
     with open_folder(job, fresh=False):
         world = World.join(cluster_of([1]), rank=0, size=1, local_rank=0, host="", port=0)
-        train(job, world, StopRequest())
+        train_job(job, world, StopRequest())
         world.leave()
 
 
@@ -146,7 +146,7 @@ def test_a_folder_that_may_not_be_read_is_a_sentence_and_stays_as_it_is(
     os.seteuid(65534)
     try:
         with pytest.raises((ConfigError, CheckpointError), match="Permission denied"), open_folder(job, fresh=False):
-            train(job, World.join(cluster_of([1]), rank=0, size=1, local_rank=0, host="", port=0), StopRequest())
+            train_job(job, World.join(cluster_of([1]), rank=0, size=1, local_rank=0, host="", port=0), StopRequest())
     finally:
         os.seteuid(0)
         (open_to_all / closed).chmod(0o755)

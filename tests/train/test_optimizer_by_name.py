@@ -9,7 +9,7 @@ from torch import nn
 
 from partition_toy import plan_of
 from runs import make_corpus, run_tree, thinwire, train_in, write_run
-from thinwire.checkpoint.listing import list_checkpoints
+from thinwire.checkpoint.manifest import list_checkpoints
 from thinwire.checkpoint.pieces import newest_whole, read_tensors
 from thinwire.comm.world import World
 from thinwire.config import build
@@ -18,11 +18,11 @@ from thinwire.parallel.shard.engine import shard
 from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.predict.candidate import thinwire_with
 from thinwire.train import loop
+from thinwire.train.announce import held_bytes
 from thinwire.train.assemble import build_optimizer
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import CHECKPOINTS, RUN_FILE
 from thinwire.train.job import resolve
-from thinwire.train.predicted import held_bytes
 from thinwire.train.stop import StopRequest
 from worlds import run_world
 

@@ -17,8 +17,8 @@ from thinwire.evaluate.scoring import score
 from thinwire.model.generate import generate
 from thinwire.train.folder import open_folder
 from thinwire.train.job import read_config, resolve
-from thinwire.train.loop import train
 from thinwire.train.stop import StopRequest
+from thinwire.train.worker import train_job
 from worlds import run_world
 
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def _train(world: World, run_file: Path, settings: list[str], *, elsewhere: bool
     job = resolve(run_file, read_config(run_file, settings))
     if world.rank == 0:
         open_folder(job, fresh=False)
-    train(job, world, StopRequest())
+    train_job(job, world, StopRequest())
     events = [json.loads(line) for line in (job.folder / "events.jsonl").read_text().splitlines()]
     return [event["loss"] for kind in ("step", "eval") for event in events if event["event"] == kind]
 

@@ -19,8 +19,7 @@ from dcp_writer import write_format_1
 from hub_models import save_model
 from planted import Bomb, bomb_went_off
 from runs import make_corpus, run_tree
-from thinwire.checkpoint.listing import list_checkpoints
-from thinwire.checkpoint.manifest import Manifest, describe_files
+from thinwire.checkpoint.manifest import Manifest, describe_files, list_checkpoints
 from thinwire.checkpoint.pieces import PiecesReader
 from thinwire.cli import main
 from thinwire.comm.world import World
@@ -29,8 +28,8 @@ from thinwire.hub.import_folder import import_folder
 from thinwire.parallel.shard.layout import Piece
 from thinwire.train.folder import open_folder
 from thinwire.train.job import read_config, resolve
-from thinwire.train.loop import train
 from thinwire.train.stop import StopRequest
+from thinwire.train.worker import train_job
 from worlds import cluster_of
 
 KINDS: dict[str, Callable[[Bomb], bytes]] = {
@@ -55,7 +54,7 @@ def train_on(run_file: Path) -> None:
     job = resolve(run_file, read_config(run_file))
     with open_folder(job, fresh=False):
         world = alone()
-        train(job, world, StopRequest())
+        train_job(job, world, StopRequest())
         world.leave()
 
 

@@ -8,8 +8,7 @@ from runs import make_corpus, thinwire, write_run
 from thinwire.comm.ledger import Entry
 from thinwire.files.events import read_events
 from thinwire.files.trace import Span, read_trace
-from thinwire.train.clock import Lap
-from thinwire.train.tracing import Tracer
+from thinwire.train.clock import Lap, Tracer
 
 
 def _entry(queued_s: float, finished_s: float, kind: str = "all_gather", sent: int = 1024) -> Entry:

@@ -14,8 +14,8 @@ from thinwire.data.indexed import answers_path
 from thinwire.files.events import read_events, steps
 from thinwire.report.read import read_run
 from thinwire.train import loop
-from thinwire.train.assemble import Parts
 from thinwire.train.folder import EVENTS_FILE
+from thinwire.train.parts import Parts
 from worlds import run_world
 
 UNSCORED = (2, 3, 4)
@@ -23,8 +23,7 @@ UNSCORED = (2, 3, 4)
 
 def mark_all_but(corpus: Path, tree: dict[str, Any], unscored: tuple[int, ...]) -> None:
     """Of `corpus` every token is to be learned, but none in the sequences of the steps `unscored` (1 is the first)."""
-    from thinwire.data.config import DataConfig
-    from thinwire.data.corpus import Corpus
+    from thinwire.data.corpus import Corpus, DataConfig
     from thinwire.data.loader import Loader, Packing
 
     split, tokens = Corpus.open(DataConfig(path=corpus)).train, tree["batch"]["tokens"]
@@ -97,11 +96,11 @@ def test_a_small_or_unscored_validation_is_told(tmp_path: Path) -> None:
     corpus = make_corpus(tmp_path / "data")
     sections: dict[str, Any] = {"run": {"steps": 3, "eval_sequences": 2}}
     done = thinwire("train", str(write_run(tmp_path, corpus, **sections)))
-    assert "(64 held-out tokens, too few to compare losses by" in done.stdout
+    assert "(64 tokens, too few to compare losses by" in done.stdout
     held = json.loads((corpus / "corpus.json").read_text())["splits"]["heldout"]["tokens"]
     answers_path(corpus / "heldout").write_bytes(bytes(held))
     done = thinwire("train", str(write_run(tmp_path, corpus, "second", **sections)))
-    assert "validation at step 3: no token of the held-out sequences is scored" in done.stdout
+    assert "validation at step 3: no token of the validation split is scored" in done.stdout
     assert {event["loss"] for event in read_events(tmp_path / "second" / EVENTS_FILE, "eval")} == {None}
     exported = thinwire("export", str(tmp_path / "second"), "-o", str(tmp_path / "out"))
     assert exported.returncode == 0, exported.stderr

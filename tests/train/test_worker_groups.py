@@ -74,8 +74,10 @@ def _train_settling(world: World, tree: dict[str, Any], at: int) -> None:
     """As `train_in`, but what is in flight after step `at` is applied then, as at the end of a run."""
     from thinwire.train import loop
 
-    agree = loop.agree
-    loop.agree = lambda parts, step, *, tokens, last: agree(parts, step, tokens=tokens, last=last or step == at)
+    synchronise = loop.synchronise
+    loop.synchronise = lambda parts, step, *, tokens, last: synchronise(
+        parts, step, tokens=tokens, last=last or step == at
+    )
     train_in(world, tree)
 
 

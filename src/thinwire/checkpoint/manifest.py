@@ -1,12 +1,16 @@
-"""The manifest of a checkpoint: what it holds and a digest of every file. Written last; without it there is none.
+"""The checkpoints of a run folder, and the manifest of each: what it holds and a digest of every file. No torch.
 
-It is JSON with a digest of its own. Format 1, from before, has none, and leaves where elements lie to a `.metadata` of
-torch.distributed.checkpoint.
+A manifest is written last; without it there is no checkpoint. It is JSON with a digest of its own. Format 1, from before,
+has none, and leaves where elements lie to a `.metadata` of torch.distributed.checkpoint.
+
+Every function raises UnreadableError where a folder cannot be looked at: that is not an empty folder.
 """
 
 import hashlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,13 +21,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from thinwire.config import explain, parse_json
 from thinwire.errors import CheckpointError, UnreadableError
+from thinwire.files.folders import write_atomic
 
 MANIFEST, FORMAT, OLD_FORMAT = "manifest.json", 2, 1
 OLD_METADATA = ".metadata"
 _DIGEST = "sha256"
 
 
-class Part(NamedTuple):
+class StoredPart(NamedTuple):
     """Elements offset .. offset + length of a flattened tensor: in `file`, from byte `start` on."""
 
     offset: int
@@ -38,7 +43,7 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: str
-    parts: tuple[Part, ...] = ()
+    parts: tuple[StoredPart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write and sync `folder/manifest.json`."""
         tree = asdict(self)
-        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump({**tree, _DIGEST: _digest_of(tree)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_atomic(folder / MANIFEST, json.dumps({**tree, _DIGEST: _digest_of(tree)}, indent=1))
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
@@ -148,3 +150,70 @@ def digest(path: Path) -> str:
 def _digest_of(tree: dict[str, Any]) -> str:
     """Of the JSON in one certain spelling."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+_PREFIX, _DIGITS, _TORN, _PARTIAL = "step-", 8, ".torn", ".partial"
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is."""
+    return folder / f"{_PREFIX}{step:0{_DIGITS}d}"
+
+
+def new_partial(final: Path) -> Path:
+    """A hidden place beside `final` to write it in; of no other writer, who may be a rank that outlived its run."""
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}{_PARTIAL}")
+
+
+def step_of(path: Path) -> int:
+    return int(path.name[len(_PREFIX) :])
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first, whole or not."""
+    return sorted((path for path in _folders(folder) if path.name[len(_PREFIX) :].isdigit()), key=step_of)
+
+
+def list_torn(folder: Path) -> list[Path]:
+    """Checkpoints that were put aside."""
+    return [path for path in _folders(folder) if _TORN in path.name]
+
+
+def put_aside(path: Path) -> Path:
+    """Rename a checkpoint that cannot be used to `NAME.torn`, `NAME.torn2`, ...: its new path."""
+    number, aside = 1, path.with_name(path.name + _TORN)
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}{_TORN}{number}")
+    try:
+        return path.rename(aside)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is not whole and cannot be put aside: {error.strerror or error}; move it away by hand"
+        ) from None
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a run that is gone was writing. Only for who holds the run's lock."""
+    for leftover in folder.glob(f".{_PREFIX}*{_PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def open_checkpoint(path: Path, *, digests: bool) -> Manifest:
+    """The manifest of a verified checkpoint. Raises CheckpointError saying what is wrong."""
+    manifest = Manifest.read(path)
+    if manifest.step != step_of(path):
+        raise CheckpointError(f"{path} holds the checkpoint of step {manifest.step}: it was renamed")
+    manifest.verify(path, digests=digests)
+    return manifest
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Not by glob, which takes a folder that it may not read for an empty one."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.name.startswith(_PREFIX) and entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from None

@@ -26,8 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.checkpoint.listing import list_checkpoints, open_checkpoint, step_of
-from thinwire.checkpoint.manifest import OLD_FORMAT, OLD_METADATA, FileInfo, Manifest, Part, reading
+from thinwire.checkpoint.manifest import (
+    OLD_FORMAT,
+    OLD_METADATA,
+    FileInfo,
+    Manifest,
+    StoredPart,
+    list_checkpoints,
+    open_checkpoint,
+    reading,
+    step_of,
+)
 from thinwire.errors import CheckpointError, UnreadableError
 from thinwire.parallel.shard.layout import Piece
 
@@ -40,7 +49,7 @@ _NAMES = {
 _ALIGNED = 8
 
 
-def write_pieces(path: Path, pieces: Sequence[Piece]) -> tuple[FileInfo, list[Part]]:
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> tuple[FileInfo, list[StoredPart]]:
     """Write and sync one file: what the manifest says of it, and where each piece lies. Raises OSError.
 
     `pieces` are on the CPU. Wide types come first, so that every element is aligned.
@@ -63,7 +72,7 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> tuple[FileInfo, list[Pa
             sha256.update(raw)
             _write_all(file.fileno(), raw)
         os.fsync(file.fileno())
-    parts = [Part(p.offset, p.tensor.numel(), path.name, first + starts[i]) for i, p in enumerate(pieces)]
+    parts = [StoredPart(p.offset, p.tensor.numel(), path.name, first + starts[i]) for i, p in enumerate(pieces)]
     return FileInfo(first + end, sha256.hexdigest()), parts
 
 
@@ -122,7 +131,7 @@ class PiecesReader:
                 f"{piece.offset:,} on"
             )
 
-    def _read(self, part: Part, skip: int, out: Tensor) -> None:
+    def _read(self, part: StoredPart, skip: int, out: Tensor) -> None:
         """Elements `skip` .. `skip + len(out)` of a part."""
         target = out if out.device.type == "cpu" and out.is_contiguous() else torch.empty_like(out, device="cpu")
         path = self._folder / part.file
@@ -188,10 +197,10 @@ class OldParts:
         except Exception as error:  # whatever bytes that are no pickle lead to
             raise CheckpointError(f"{path} is damaged: {error or type(error).__name__}") from None
 
-    def of(self, name: str) -> list[Part]:
+    def of(self, name: str) -> list[StoredPart]:
         return self._parts.get(name, [])
 
-    def read_into(self, out: memoryview, part: Part, skip: int) -> int:
+    def read_into(self, out: memoryview, part: StoredPart, skip: int) -> int:
         """Bytes of `part` from `skip` on, and how many there were. Raises OSError, or CheckpointError if damaged."""
         with (self._folder / part.file).open("rb") as file:
             file.seek(part.start)
@@ -206,21 +215,21 @@ class OldParts:
         return len(found)
 
 
-def _parts(metadata: _Record) -> tuple[dict[str, list[Part]], dict[Part, int]]:
+def _parts(metadata: _Record) -> tuple[dict[str, list[StoredPart]], dict[StoredPart, int]]:
     """Tensor name -> parts, and the bytes of each part's archive, from the records of a `Metadata`."""
     lengths = {
         (name, _first(chunk.state["offsets"])): _first(chunk.state["sizes"])
         for name, tensor in metadata.state["state_dict_metadata"].items()
         for chunk in tensor.state["chunks"]
     }
-    found: dict[str, list[Part]] = {}
-    sizes: dict[Part, int] = {}
+    found: dict[str, list[StoredPart]] = {}
+    sizes: dict[StoredPart, int] = {}
     for index, stored in metadata.state["storage_data"].items():
         name, offset, where = index.state["fqn"], _first(index.state["offset"]), stored.state
         file = str(where["relative_path"])
         if Path(file).name != file:
             raise CheckpointError(f"names the file {file!r}, which is not one of its folder")
-        part = Part(offset, lengths[name, offset], file, int(where["offset"]))
+        part = StoredPart(offset, lengths[name, offset], file, int(where["offset"]))
         found.setdefault(name, []).append(part)
         sizes[part] = int(where["length"])
     return found, sizes

@@ -8,7 +8,6 @@ read just now is no torn one: it stops the start.
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from thinwire.checkpoint.listing import (
+from thinwire.checkpoint.manifest import (
+    FileInfo,
+    Manifest,
+    StoredPart,
+    TensorInfo,
     list_checkpoints,
     list_torn,
     new_partial,
@@ -28,11 +31,11 @@ from thinwire.checkpoint.listing import (
     put_aside,
     step_of,
 )
-from thinwire.checkpoint.manifest import FileInfo, Manifest, Part, TensorInfo
 from thinwire.checkpoint.pieces import PiecesReader, write_pieces
 from thinwire.comm.world import World
 from thinwire.errors import CheckpointError, ThinwireError, UnreadableError
 from thinwire.parallel.shard.layout import Piece
+from thinwire.units import SYSTEM_CLOCK, SystemClock
 
 _PATIENCE = timedelta(minutes=30)
 """For the slowest rank's files."""
@@ -90,7 +93,17 @@ class Saving:
 class Checkpoints:
     """The folder of a run's checkpoints. Every method is called by all ranks together."""
 
-    def __init__(self, folder: Path, *, keep_last: int, keep_every: int, world: World, verify: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int,
+        keep_every: int,
+        world: World,
+        verify: bool = True,
+        clock: SystemClock = SYSTEM_CLOCK,
+    ) -> None:
+        self._clock = clock
         self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
         self._world, self._rank, self._verify = world, world.rank, verify
         ranks = range(world.size)
@@ -103,11 +116,11 @@ class Checkpoints:
 
     def save(self, step: int, pieces: Sequence[Piece], meta: dict[str, Any]) -> Saving:
         """Copy `pieces` (this rank's own; over all ranks every element once) and write them in the background."""
-        start_s = time.perf_counter()
+        start_s = self._clock.now()
         if self._saving is not None:
             self._saving.result()
         copies = [Piece(p.name, p.shape, p.offset, p.tensor.detach().to("cpu", copy=True)) for p in pieces]
-        stall_s = time.perf_counter() - start_s
+        stall_s = self._clock.now() - start_s
         self._saving = Saving(lambda: self._write(step, copies, meta), stall_s)
         return self._saving
 
@@ -171,7 +184,7 @@ class Checkpoints:
 
     def _write(self, step: int, pieces: list[Piece], meta: dict[str, Any]) -> Saved | SaveFailed:
         """In the background thread of every rank: the stages of a save, agreed on one by one."""
-        start_s = time.perf_counter()
+        start_s = self._clock.now()
         final, partial = path_of(self._folder, step), None
         try:
             partial = self._stage(lambda: _make(new_partial(final)) if self._rank == 0 else None)[0]
@@ -181,7 +194,7 @@ class Checkpoints:
             if self._rank == 0 and partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
             return SaveFailed(step, _reason(error))
-        return Saved(step, final, size, time.perf_counter() - start_s)
+        return Saved(step, final, size, self._clock.now() - start_s)
 
     def _stage(self, work: Callable[[], Any]) -> list[Any]:
         """Run `work` here, hear how it went everywhere: all results by rank, or the first failure raised on all."""
@@ -227,7 +240,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-Spans = dict[str, tuple[tuple[int, ...], str, list[Part]]]
+Spans = dict[str, tuple[tuple[int, ...], str, list[StoredPart]]]
 """Tensor name -> shape, dtype, and the parts that a rank wrote."""
 Written = tuple[Path, FileInfo, Spans]
 """A rank's file, and what is in it."""
@@ -235,7 +248,7 @@ Written = tuple[Path, FileInfo, Spans]
 
 def complete(spans_by_rank: Sequence[Spans]) -> dict[str, TensorInfo]:
     """All logical tensors. Raises CheckpointError if an element was written by nobody or by two."""
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[StoredPart]] = {}
     kinds: dict[str, tuple[tuple[int, ...], str]] = {}
     for spans in spans_by_rank:
         for name, (shape, dtype, own) in spans.items():

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from thinwire.data.chat import ChatOptions, prepare_chat
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus, read_manifest
+from thinwire.data.corpus import Corpus, DataConfig, read_manifest
 from thinwire.data.notes import prepare_shown, tell
 from thinwire.data.prepare import Options
 from thinwire.errors import ConfigError

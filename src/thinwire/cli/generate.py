@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thinwire.data.prompt import Prompt, chat_prompt, opening, text_prompt
+from thinwire.data.chat import Prompt, chat_prompt, opening, text_prompt
 from thinwire.data.tokenizer import Tokenizer
 from thinwire.errors import ConfigError, DataError
 from thinwire.hub.init import HUB

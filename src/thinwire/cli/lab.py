@@ -1,14 +1,15 @@
 """`thinwire lab`: an emulated cluster with slow links on this machine; any command, or a training run, on it.
 
-A training run on a lab: checked before anything is built, then `thinwire train` as every rank.
+A training run is checked before anything is built, then `thinwire train` runs as every rank.
 """
 
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 import typer
 
@@ -17,10 +18,11 @@ from thinwire.errors import ConfigError
 from thinwire.lab.config import LabConfig, read_lab
 from thinwire.lab.host import find, remove
 from thinwire.lab.lab import Lab
-from thinwire.lab.outcome import LabOutcome
-from thinwire.lab.show import Follow, commands, failure, in_a_line, plan, summary
+from thinwire.lab.network import commands, described, host_name, in_a_line
+from thinwire.lab.outcome import LabOutcome, RankEnd, Traffic
 from thinwire.train.folder import EVENTS_FILE, open_folder
 from thinwire.train.job import Job, read_config, resolve
+from thinwire.units import show_seconds
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def run(
     with Lab(config, folder=folder, say=_note) as lab:
         if train is not None:
             command = training.begin(fresh=fresh)
-        _note(f"{_described(config)}; logs in {folder}")
+        _note(f"{in_a_line(config)}; logs in {folder}")
         lab.start(command or [], per_host=per_host, events=events)
         outcome, interrupted = _watch(lab, timeout_s=timeout, keep_going=keep_going, echo=not as_json)
     _report(outcome, as_json=as_json)
@@ -146,7 +148,7 @@ def show(lab_file: Annotated[Path, _LAB], as_json: Annotated[bool, _JSON] = Fals
         listed = [{"host": command.host, "argv": command.argv} for command in commands(config, congestion)]
         typer.echo(json.dumps({"lab": config.model_dump(mode="json"), "commands": listed}))
     else:
-        for line in plan(config, congestion):
+        for line in described(config, congestion):
             typer.echo(line)
 
 
@@ -226,9 +228,52 @@ def _report(outcome: LabOutcome, *, as_json: bool) -> None:
         typer.echo(f"thinwire: {failure(outcome.first_failure)}", err=True)
 
 
-def _described(config: LabConfig) -> str:
-    return in_a_line(config)
-
-
 def _note(line: str) -> None:
     typer.echo(f"lab: {line}", err=True)
+
+
+class Follow:
+    """Copies what was appended to `path` since the last look to `out`."""
+
+    def __init__(self, path: Path, out: IO[bytes]) -> None:
+        self._path, self._out, self._offset = path, out, 0
+
+    def look(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            new = file.read()
+        if new:
+            self._offset += len(new)
+            self._out.write(new)
+            self._out.flush()
+
+
+def summary(outcome: LabOutcome) -> Iterator[str]:
+    """Time and bytes by link; then who ended otherwise than well."""
+    yield f"ended after {show_seconds(outcome.wall_s)}; by the kernel's counters of each link:"
+    for host, link in enumerate(outcome.traffic.hosts):
+        yield f"  {host_name(host)}  {_traffic(link)}"
+    for site, link in enumerate(outcome.traffic.sites):
+        yield f"  site{site}  {_traffic(link)}"
+    for end in outcome.ends:
+        if end.exit_status or end.by != "itself":
+            yield f"  {end.who} {how(end)}"
+
+
+def how(end: RankEnd) -> str:
+    """`"was killed by signal 9 (by a fault)"`."""
+    what = f"was ended by signal {-end.exit_status}" if end.exit_status < 0 else f"ended with status {end.exit_status}"
+    return what + {"itself": "", "fault": " (by a fault)", "lab": " (stopped by the lab)"}[end.by]
+
+
+def failure(end: RankEnd) -> str:
+    """Who failed first, and its last words."""
+    tail = end.tail()
+    words = f"; the end of {end.log}:\n{tail}" if tail else f"; {end.log} is empty"
+    return f"{end.who} {how(end)}, first of all{words}"
+
+
+def _traffic(link: Traffic) -> str:
+    return f"sent {link.sent_bytes / 1e6:,.3f} MB, received {link.received_bytes / 1e6:,.3f} MB"

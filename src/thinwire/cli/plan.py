@@ -17,8 +17,8 @@ from thinwire.cluster.hardware import calibration_of
 from thinwire.config import load
 from thinwire.errors import ConfigError
 from thinwire.files.folders import write_asked
+from thinwire.hub.families import stand_in
 from thinwire.hub.init import read_init
-from thinwire.hub.stand_in import stand_in
 from thinwire.model.config import check_vocabulary
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.plan import Plan, read_plan

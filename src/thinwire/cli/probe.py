@@ -27,7 +27,7 @@ from thinwire.files.folders import check_writable, scratch_folder, write_asked
 from thinwire.probe.effort import Effort
 from thinwire.probe.fit import measured_cluster
 from thinwire.train.console import forgive
-from thinwire.train.launch import Share, launch
+from thinwire.train.launch import LocalRanks, launch
 from thinwire.train.stop import take_as_usual
 from thinwire.train.worker import failures_reported, leave_with_launcher
 from thinwire.units import show_count, show_rate, show_seconds, whole_number
@@ -83,7 +83,7 @@ def _cluster(levels: str, device: str | None) -> Cluster:
 def _probe_here(cluster: Cluster, out: Path, *, quick: bool) -> None:
     arguments = [cluster.model_dump_json(), str(out.absolute()), "quick" if quick else "full"]
     with scratch_folder() as folder:
-        share = Share.whole(cluster.ranks)
+        share = LocalRanks.whole(cluster.ranks)
         ending = launch(arguments, share=share, folder=folder, worker="thinwire.cli.probe")
     if ending.status:
         leave(ending)

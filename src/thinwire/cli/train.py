@@ -23,12 +23,12 @@ from thinwire.errors import PlanError
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.partition import resolve_partition
 from thinwire.plan.plan import Plan
+from thinwire.predict import placement
 from thinwire.predict.candidate import Candidate, Setting, thinwire_with
 from thinwire.predict.peak_memory import peak_memory
-from thinwire.predict.placement import place
 from thinwire.train.folder import Opened, open_folder, said_if_finished
 from thinwire.train.job import Job, crowding, read_config, refuse_crossing, resolve
-from thinwire.train.launch import Ending, Share, launch, refuse_taken
+from thinwire.train.launch import Ending, LocalRanks, launch, refuse_taken
 from thinwire.train.stop import listening
 from thinwire.train.worker import run_external
 from thinwire.units import show_bytes, show_count
@@ -89,13 +89,13 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
         _greet(job, opened)
         if warning:
             typer.secho(f"warning: {warning}", fg="yellow", err=True)
-        share = Share.whole(job.cluster.ranks, port)
+        share = LocalRanks.whole(job.cluster.ranks, port)
         leave(launch([str(run_file), *settings], share=share, folder=job.folder, lock=opened.lock.descriptor), job)
 
 
 def _train_node(place: Place, run_file: Path, settings: list[str], ranks_per_node: int, *, fresh: bool) -> None:
     """Start the ranks of one node; a launcher like this one does so on every other. The first makes the run folder."""
-    config, share = read_config(run_file, settings), Share.of_node(place, ranks_per_node)
+    config, share = read_config(run_file, settings), LocalRanks.of_node(place, ranks_per_node)
     config.tracking.check()
     check_size(config.cluster.resolve(run_file.parent), share.size)
     with listening() as stop:
@@ -117,21 +117,16 @@ def leave(ending: Ending, job: Job | None = None) -> None:
         failure = ending.failure
         named = failure.names_a_rank or failure.rank < 0
         who = "" if named else f"rank {failure.rank}: "
-        fits = _advise(job, failure.needed_bytes, failure.capacity_bytes) if job and failure.needed_bytes else ""
+        fits = advice(job, failure.needed_bytes, failure.capacity_bytes) if job and failure.needed_bytes else ""
         typer.echo(f"thinwire: {who}{failure.sentence}{fits and '; '}{fits}", err=True)
         if ending.failure.details:
             typer.echo(ending.failure.details.rstrip(), err=True)
     sys.exit(ending.status)
 
 
-def _advise(job: Job, needed_bytes: float, capacity_bytes: float) -> str:
-    """Which setting would have fitted."""
-    return advice(job, needed_bytes, capacity_bytes)
-
-
 def _train_as(place: Place, run_file: Path, settings: list[str], *, fresh: bool) -> None:
     """Be one rank of a world that torchrun or Slurm started."""
-    run_external(place, run_file, settings, fresh=fresh, advise=_advise)
+    run_external(place, run_file, settings, fresh=fresh, advise=advice)
 
 
 def _tell_device(cluster: Cluster, ranks: int) -> None:
@@ -209,6 +204,6 @@ def predicted_bytes(job: Job, spec: ModelSpec, plan: Plan) -> float:
     setting = Setting(spec, cluster, batch.sequences, batch.tokens, framework, calibration, dtype)
     candidate = Candidate.of_plan(plan, spec.layers)
     try:
-        return peak_memory(setting, candidate, place(candidate, cluster, calibration)).total
+        return peak_memory(setting, candidate, placement.place(candidate, cluster, calibration)).total
     except PlanError:  # the axes do not divide: it cannot be advised
         return float("inf")

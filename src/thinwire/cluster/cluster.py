@@ -5,9 +5,8 @@ the cluster is 4 nodes. Ranks number inner-first: rank r sits at coordinate `(r 
 `bytes_per_s` of a level is what one member (one of the next inner things, all its ranks together) can send over its
 link at that level, in one direction; `latency_s` is the time before the first byte of a message arrives.
 
-How near a device and its links come to their stated figures: what turns data-sheet numbers into seconds.
-
-A cluster file may carry measured ones. Without them the presets' defaults hold, which were fitted on published runs;
+A calibration says how near device and links come to their stated figures: it turns data-sheet numbers into seconds. A
+cluster file may carry a measured one. Without it the presets' defaults hold, which were fitted on published runs;
 `benchmarks/validate_planner.py` prints how well such fits predict runs that they have not seen.
 """
 

@@ -1,8 +1,8 @@
-"""Conversations to token files: each rendered by the tokenizer's own chat template, with a mark on every answer token.
+"""Conversations through the tokenizer's own chat template: to token files with a loss mask, and to prompts.
 
 Training and validation score answers only (Packing leaves the rest out), and conversations never attend to one another.
 A special token that a message merely spells out is ordinary text, unless it is asked for: only the template opens and
-closes turns.
+closes turns. A model is given a person's words to continue, as they are or as a message, or the beginning of its data.
 """
 
 import hashlib
@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from thinwire.data.answers import Ends, answer_spans
-from thinwire.data.corpus import FORMAT, MANIFEST, PREFIXES
+from thinwire.data.corpus import FORMAT, MANIFEST, PREFIXES, Corpus
 from thinwire.data.indexed import IndexedWriter, answers_path
 from thinwire.data.inputs import Input, identities, rows_of
 from thinwire.data.prepare import digests, held_out, mended, nothing_to_train_on
-from thinwire.data.template import Message, Template, complete_template, one_line, template_of
-from thinwire.data.tokenizer import FileTokenizer, load_file
+from thinwire.data.template import Ends, Message, Template, answer_spans, complete_template, one_line, template_of
+from thinwire.data.tokenizer import CONFIG, FileTokenizer, Tokenizer, load_file
 from thinwire.errors import DataError
-from thinwire.files.folders import whole_folder
+from thinwire.files.folders import atomic_folder
 
 _TOKENIZER = "tokenizer.json"
 _COUNTED = ("documents", "tokens", "bytes", "answer_tokens", "unknown_tokens", "spelling_special_tokens")
@@ -79,7 +78,7 @@ def prepare_chat(options: ChatOptions, out: Path, *, force: bool = False) -> dic
     tokenizer = load_file(options.tokenizer / _TOKENIZER, otherwise="the folder of a chat model's tokenizer")
     template = template_of(options.tokenizer)
     inputs = rows_of(options.sources, field=options.field, also=template.fields)
-    with whole_folder(out, force=force, error=DataError) as folder:
+    with atomic_folder(out, force=force, error=DataError) as folder:
         return _fill(folder, options, inputs, tokenizer, template)
 
 
@@ -220,3 +219,70 @@ def _messages(row: Any, field: str, where: str) -> list[Message]:
 def _mask_digest(prefix: Path) -> dict[str, str]:
     with answers_path(prefix).open("rb") as file:
         return {"answers_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+_OPENING = 16
+_LOOK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids to continue, and those that end what follows."""
+
+    ids: list[int]
+    stop_ids: frozenset[int]
+
+    def fitting(self, tokens: int) -> "Prompt":
+        """The last `tokens` of it."""
+        return Prompt(self.ids[-max(1, tokens) :], self.stop_ids)
+
+
+def text_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
+    """`text` as it is; a person who spells out a special token in a prompt means it."""
+    return Prompt(tokenizer.encode(text, special=True), frozenset([tokenizer.eot]))
+
+
+def chat_prompt(tokenizer: Tokenizer, folders: Sequence[Path], message: str) -> Prompt:
+    """A user's `message` under the chat template in the first of `folders` that has one, up to where the answer begins.
+
+    Raises DataError if none has a template, or it refuses the message.
+    """
+    folder = next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+    if folder is None or not isinstance(tokenizer, FileTokenizer):
+        raise DataError(
+            f"there is no chat template in {' or '.join(map(str, folders))}; make the corpus with `thinwire data chat`, or "
+            f"leave --chat out"
+        )
+    template, found = template_of(folder), dict[str, str]()
+    messages = shielded([{"role": "user", "content": message}], tokenizer, found)
+    try:
+        text = template.render({})(messages, True)
+    except Exception as error:  # a template raises whatever its author chose
+        raise DataError(f"the chat template in {folder} refuses the message: {one_line(error)}") from None
+    ids, turn = encoded(Talk(text, [], found), tokenizer)[0], tokenizer.encode(template.after_answer(), special=True)
+    return Prompt(
+        ids, _ends(tokenizer, turn[:1]) | _ends(tokenizer, tokenizer.encode(template.end or "", special=True))
+    )
+
+
+def opening(corpus: Corpus) -> Prompt:
+    """How the first validation document begins, or where there is none the first of all; of conversations the first that
+    has an answer, up to that. Empty without a tokenizer.
+    """
+    if (tokenizer := corpus.tokenizer) is None:
+        return Prompt([], frozenset())
+    split = corpus.heldout if corpus.heldout is not None and corpus.heldout.tokens else corpus.train
+    if split.answers is None or not split.answers.any():
+        end = int(split.starts[1]) - 1 if split.documents > 1 else split.tokens
+        return Prompt(split.stream[: min(_OPENING, end)].tolist(), frozenset([tokenizer.eot]))
+    answer = int(np.argmax(split.answers))
+    begin = int(split.starts[np.searchsorted(split.starts, answer, side="right") - 1])
+    marks = np.append(split.answers[answer : answer + _LOOK], 0)
+    learned = split.stream[answer : answer + int(np.argmin(marks))].tolist()
+    return Prompt(split.stream[begin:answer].tolist(), _ends(tokenizer, learned))
+
+
+def _ends(tokenizer: Tokenizer, turn: Sequence[int]) -> frozenset[int]:
+    """What ends an answer: the end of text, and the last special token of a turn."""
+    special = tokenizer.special_ids if isinstance(tokenizer, FileTokenizer) else frozenset[int]()
+    return frozenset([tokenizer.eot, *[i for i in turn if i in special][-1:]])

@@ -1,60 +1,83 @@
-"""A corpus on disk: a prepared folder (two splits, a tokenizer, a manifest) or a bare Megatron dataset.
+"""A corpus on disk: a prepared folder (two splits, a tokenizer, a manifest) or a bare Megatron dataset; `[data]` names it.
 
-A corpus that is made on first use, once: of all processes that see its folder one makes it, the others wait.
-
-They meet at a lock in a hidden folder beside it. Where hosts do not see each other's disks there is a lock on each, and
-each makes its own. Whoever has waited in vain says so instead of trying in turn: what failed once would fail again.
+On first use it is made once: of all processes that see its folder one makes it, the others wait. They meet at a lock in a
+hidden folder beside it. Where hosts do not see each other's disks there is a lock on each, and each makes its own. Whoever
+has waited in vain says so instead of trying in turn: what failed once would fail again.
 """
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from thinwire.config import explain, read_json
-from thinwire.data.config import DataConfig
+from thinwire.config import Frozen, explain, read_json
 from thinwire.data.indexed import IndexedTokens, paths_of
 from thinwire.data.tokenizer import ByteTokenizer, TokenBytes, Tokenizer, load_file
 from thinwire.errors import DataError, HeldError, StopAsked
 from thinwire.files.locks import Lock, hold
+from thinwire.units import SYSTEM_CLOCK, SystemClock
 
 MANIFEST, FORMAT = "corpus.json", 1
 PREFIXES = ("train", "heldout")
 _SAMPLE_BYTES = 1 << 20
 
 
-class _Part(BaseModel):
+class _ManifestPart(BaseModel):
     """A part of the manifest: what is read of it; more may stand there."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class _Split(_Part):
+class _Split(_ManifestPart):
     documents: int = Field(ge=0)
     tokens: int = Field(ge=0)
     bytes: int = Field(ge=0)
 
 
-class _Splits(_Part):
+class _Splits(_ManifestPart):
     train: _Split
     heldout: _Split
 
 
-class _Tokens(_Part):
+class _Tokens(_ManifestPart):
     file: str
     vocab_size: int = Field(ge=1)
 
 
-class _Manifest(_Part):
+class _Manifest(_ManifestPart):
     format: Literal[1]
     tokenizer: _Tokens
     splits: _Splits
+
+
+class DataConfig(Frozen):
+    """Which token files a run reads, and how to make them on first use if `sources` is given."""
+
+    path: Path
+    """A folder made by `thinwire data prepare`, or the prefix of a Megatron indexed dataset (PREFIX.bin, PREFIX.idx)."""
+    heldout: Path | None = None
+    """Prefix of a second indexed dataset to validate on; a prepared folder has its own."""
+    cross_documents: bool | None = None
+    """False: attention stays inside a document, positions start again at 0, and no token predicts the next document.
+
+    Default: true; of conversations false, which never attend to one another.
+    """
+    sources: tuple[str, ...] = ()
+    """If `path` is not there yet, it is prepared from these: files, folders, `stdlib`, or `hf:NAME[:CONFIG[:SPLIT]]`."""
+    tokenizer: str = "bytes"
+    """`bytes`, `bpe:SIZE` or the path of a tokenizer.json; used when `path` is prepared."""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    field: str = "text"
+    """Field of JSON rows, or column of parquet and of `hf:` data sets, that holds the text."""
+    special_tokens: bool = False
+    """True: special tokens spelled out in a text, such as <|endoftext|>, become special; else they are ordinary text."""
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
 
 
 @dataclass(frozen=True)
@@ -175,6 +198,7 @@ def make_once(
     there: Callable[[], bool],
     stopped: Callable[[], bool],
     say: Callable[[str], None],
+    clock: SystemClock = SYSTEM_CLOCK,
 ) -> None:
     """Return when `there()`: made by this process through `make`, or by another that was waited for.
 
@@ -187,12 +211,12 @@ def make_once(
             raise _stopped(out)
         try:
             meeting.mkdir(parents=True, exist_ok=True)
-            lock = hold(meeting)
+            lock = hold(meeting, clock=clock)
         except HeldError as error:
             if not waited:  # later holders only look whether it is there
                 waited = error.holder
                 say(f"waiting for {waited}, which makes {out}")
-            time.sleep(_LOOK_S)
+            clock.sleep(_LOOK_S)
             continue
         except FileNotFoundError:  # its holder is done, and has removed it
             continue
@@ -204,7 +228,7 @@ def make_once(
             if not waited:
                 _make(out, make, there, stopped)
                 return
-        if not _shows(out, there):
+        if not _shows(out, there, clock):
             raise DataError(f"{waited} has ended without making {out}; see what it said, and start again")
 
 
@@ -219,12 +243,12 @@ def _make(out: Path, make: Callable[[], object], there: Callable[[], bool], stop
         raise
 
 
-def _shows(out: Path, there: Callable[[], bool]) -> bool:
+def _shows(out: Path, there: Callable[[], bool], clock: SystemClock) -> bool:
     """Whether it is there, once the file server has been asked anew."""
-    end_s = time.monotonic() + _SETTLE_S
-    while not there() and time.monotonic() < end_s:
+    end_s = clock.now() + _SETTLE_S
+    while not there() and clock.now() < end_s:
         list(out.parent.iterdir())
-        time.sleep(_LOOK_S)
+        clock.sleep(_LOOK_S)
     return there()
 
 

@@ -135,7 +135,7 @@ def open_hub(written: str) -> HubRows:
 
 
 @dataclass(frozen=True)
-class _Split:
+class _HubSplit:
     stream: Any
     kind: str
     config: str | None
@@ -150,7 +150,7 @@ def _library(written: str) -> Any:
     return datasets
 
 
-def _built(library: Any, source: HubSource, written: str) -> dict[str, _Split]:
+def _built(library: Any, source: HubSource, written: str) -> dict[str, _HubSplit]:
     """Of data files, by a builder of the library. A folder goes by its whole path: `csv` alone names a builder."""
     path = str(source.folder.resolve()) if source.folder else source.name
     try:
@@ -167,14 +167,16 @@ def _built(library: Any, source: HubSource, written: str) -> dict[str, _Split]:
             f"{source.revision}; try again with network"
         )
     streams = builder.as_streaming_dataset()
-    return {name: _Split(stream, builder.name, builder.config.name, builder.hash) for name, stream in streams.items()}
+    return {
+        name: _HubSplit(stream, builder.name, builder.config.name, builder.hash) for name, stream in streams.items()
+    }
 
 
 def _is_saved(folder: Path | None) -> bool:
     return folder is not None and any((folder / name).is_file() for name in _SAVED)
 
 
-def _saved(library: Any, source: HubSource, written: str) -> dict[str, _Split]:
+def _saved(library: Any, source: HubSource, written: str) -> dict[str, _HubSplit]:
     """Of a folder that `save_to_disk` wrote: memory-mapped, not copied."""
     if source.config:
         raise DataError(f"{written}: a data set saved with save_to_disk has no configs; leave {source.config!r} out")
@@ -182,7 +184,7 @@ def _saved(library: Any, source: HubSource, written: str) -> dict[str, _Split]:
         raise _no_rows(written)
     found = library.load_from_disk(source.name)
     splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
-    return {name: _Split(one.to_iterable_dataset(), "saved", None, one._fingerprint) for name, one in splits.items()}
+    return {name: _HubSplit(one.to_iterable_dataset(), "saved", None, one._fingerprint) for name, one in splits.items()}
 
 
 @contextmanager

@@ -9,7 +9,6 @@ Shapes: B sequences of a micro-batch, T tokens of a sequence
 
 import queue
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +138,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class Prefetcher:
-    """Prepares the next steps' micro-batches in a thread. `waited_s` is how long `next` stood still in all."""
+    """Prepares the next steps' micro-batches in a thread."""
 
     def __init__(self, loader: Loader, *, rank: int, ranks: int, micro_batch: int, depth: int = 2) -> None:
         self._loader, self._place, self._depth = (
@@ -148,7 +147,6 @@ class Prefetcher:
             depth,
         )
         self._thread: threading.Thread | None = None
-        self.waited_s = 0.0
 
     def start(self, step: int) -> None:
         """Begin with `step`: the whole state of the iterator."""
@@ -159,9 +157,7 @@ class Prefetcher:
 
     def next(self) -> list[Batch]:
         """The next step's micro-batches. Raises what preparing them raised."""
-        start_s = time.perf_counter()
         made = self._ready.get()
-        self.waited_s += time.perf_counter() - start_s
         if isinstance(made, BaseException):
             raise made
         return made

@@ -25,9 +25,9 @@ from thinwire.data.corpus import FORMAT, MANIFEST, PREFIXES
 from thinwire.data.indexed import IndexedWriter, dtype_for, paths_of
 from thinwire.data.inputs import Input, identities, texts_of
 from thinwire.data.tokenizer import ByteTokenizer, Tokenizer, load_file, parse_choice, train_bpe
-from thinwire.data.unfinished import Journal, Mark, key_of
+from thinwire.data.unfinished import Journal, ReadMark, key_of
 from thinwire.errors import DataError
-from thinwire.files.folders import whole_folder
+from thinwire.files.folders import atomic_folder
 
 _CHUNK_CHARS = 1 << 21
 _HASH_BYTES = 8
@@ -64,7 +64,7 @@ def prepare(
     inputs = texts_of(options.sources, field=options.field, include=options.include, exclude=options.exclude)
     choice = parse_choice(options.tokenizer)
     key = _key(options, inputs, choice)
-    with whole_folder(
+    with atomic_folder(
         out, force=force, error=DataError, goes_on=lambda f: Journal(f, key).begun() is not None
     ) as folder:
         journal = Journal(folder, key)
@@ -101,7 +101,7 @@ def _fill(
     else:
         tokenizer = _tokenizer(options, inputs, choice, lambda done: progress("training the tokenizer", done, total))
         tokenizer.save(folder)
-    counts, end = begun or ({name: dict.fromkeys(_COUNTED, 0) for name in PREFIXES}, Mark())
+    counts, end = begun or ({name: dict.fromkeys(_COUNTED, 0) for name in PREFIXES}, ReadMark())
     with ExitStack() as open_files:
         writers = {n: open_files.enter_context(_writer(folder / n, tokenizer, counts[n])) for n in PREFIXES}
         for chunk, mark in _tokenised(_chunks(inputs, end), spec, options, workers):
@@ -160,7 +160,7 @@ def _tokenizer(
         return load_file(choice)
 
     def training_texts() -> Iterator[str]:
-        for texts, mark in _chunks(inputs, Mark()):
+        for texts, mark in _chunks(inputs, ReadMark()):
             progress(mark.done)
             yield from (text for text in texts if not held_out(text.encode("utf-8"), options.heldout_fraction))
 
@@ -168,7 +168,7 @@ def _tokenizer(
 
 
 def held_out(text: bytes, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: decided by its content alone, so copies stay together."""
+    """Whether a document belongs to the validation split: decided by its content alone, so copies stay together."""
     digest = hashlib.blake2b(text, digest_size=_HASH_BYTES).digest()
     return int.from_bytes(digest, "little") < int(fraction * 2.0 ** (8 * _HASH_BYTES))
 
@@ -178,7 +178,7 @@ def _total_bytes(inputs: Sequence[Texts]) -> int | None:
     return sum(sizes) if len(sizes) == len(inputs) else None
 
 
-def _chunks(inputs: Sequence[Texts], start: Mark) -> Iterator[tuple[list[str], Mark]]:
+def _chunks(inputs: Sequence[Texts], start: ReadMark) -> Iterator[tuple[list[str], ReadMark]]:
     """Documents in order, after `start`, about two million characters at a time, each with the mark it ends at.
 
     Of a data set whose size is not known, the characters read count instead.
@@ -224,8 +224,8 @@ class _Part:
 
 
 def _tokenised(
-    chunks: Iterable[tuple[list[str], Mark]], spec: str, options: Options, workers: int
-) -> Iterator[tuple[dict[str, _Part], Mark]]:
+    chunks: Iterable[tuple[list[str], ReadMark]], spec: str, options: Options, workers: int
+) -> Iterator[tuple[dict[str, _Part], ReadMark]]:
     """Chunks tokenised by `workers` processes, in order; one worker works in this process."""
     if workers == 1:
         tokenizer = _open(spec)
@@ -234,7 +234,7 @@ def _tokenised(
         return
     context = mp.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(spec,)) as pool:
-        waiting: deque[tuple[Future[dict[str, _Part]], Mark]] = deque()
+        waiting: deque[tuple[Future[dict[str, _Part]], ReadMark]] = deque()
         for texts, mark in chunks:
             waiting.append((pool.submit(_work, texts, options.heldout_fraction, options.special_tokens), mark))
             if len(waiting) > 2 * workers:
@@ -245,7 +245,7 @@ def _tokenised(
 
 
 def tokenise(texts: Sequence[str], tokenizer: Tokenizer, fraction: float, *, special: bool = False) -> dict[str, _Part]:
-    """Documents to ids, parted into training and held-out text."""
+    """Documents to ids, parted into training and validation split."""
     dtype = dtype_for(tokenizer.vocab_size)
     end = np.array([tokenizer.eot], dtype)
     rows: dict[str, list[NDArray[Any]]] = {name: [] for name in PREFIXES}

@@ -15,6 +15,7 @@ from typing import Any
 from thinwire.config import parse_json
 from thinwire.data.hub import Place
 from thinwire.data.indexed import IndexedWriter, paths_of, sizes_path
+from thinwire.files.folders import write_atomic
 
 _FILE = "unfinished.json"
 _EVERY = 8
@@ -23,7 +24,7 @@ Counts = dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
-class Mark:
+class ReadMark:
     """Everything before this has been read."""
 
     done: int = 0
@@ -49,17 +50,17 @@ class Journal:
     def __init__(self, folder: Path, key: str | None) -> None:
         self._path, self._key, self._chunks = folder / _FILE, key, 0
 
-    def begun(self) -> tuple[Counts, Mark] | None:
+    def begun(self) -> tuple[Counts, ReadMark] | None:
         """The last note, or None if there is nothing to take up: no note, another key, or files shorter than it says."""
         try:
             note = parse_json(self._path.read_bytes())
             if self._key is None or note["key"] != self._key or not self._holds(note["bytes"]):
                 return None
-            return note["counts"], Mark(**note["mark"])
+            return note["counts"], ReadMark(**note["mark"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no note of ours
             return None
 
-    def note(self, writers: Iterable[IndexedWriter], counts: Counts, mark: Mark) -> None:
+    def note(self, writers: Iterable[IndexedWriter], counts: Counts, mark: ReadMark) -> None:
         """Called after each chunk."""
         self._chunks += 1
         if self._key is None or mark.place is None or self._chunks % _EVERY:
@@ -68,9 +69,7 @@ class Journal:
             writer.sync()
         sizes = {path.name: path.stat().st_size for name in counts for path in self._files(name)}
         note = {"key": self._key, "counts": counts, "mark": vars(mark), "bytes": sizes}
-        fresh = self._path.with_suffix(".new")
-        fresh.write_text(json.dumps(note), encoding="utf-8")
-        fresh.replace(self._path)
+        write_atomic(self._path, json.dumps(note))
 
     def remove(self) -> None:
         """The corpus is whole."""

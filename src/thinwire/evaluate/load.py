@@ -9,8 +9,7 @@ import torch
 from thinwire.checkpoint.config import CheckpointConfig
 from thinwire.checkpoint.pieces import newest_whole, read_tensors
 from thinwire.config import build, read_toml
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus
+from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.hub.native_spec import AnySpec, NativeSpec, read_any_spec
 from thinwire.model.generate import LanguageModel
@@ -93,7 +92,7 @@ def _own(spec: ModelSpec, state: dict[str, torch.Tensor]) -> Transformer:
 def _native(
     spec: NativeSpec, state: dict[str, torch.Tensor], tree: dict[str, Any], device: torch.device
 ) -> LanguageModel:
-    from thinwire.hub.native import filled, with_adapters
+    from thinwire.hub.pretrained import filled, with_adapters
 
     if spec.lora is not None:
         model = with_adapters(spec, Path(tree["model"]["hf"]), state.__getitem__)

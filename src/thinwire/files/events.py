@@ -22,12 +22,12 @@ _TAIL_BYTES = 1 << 16
 class EventLog:
     """Appends records to `path`; every line is written at once, so a killed run keeps all it said.
 
-    What cannot be written (the disk is full) waits in memory, in order, until it can; `trouble` says why. Raises
+    What cannot be written (the disk is full) waits in memory, in order, until it can; `refused` says why. Raises
     ConfigError if `path` cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
-        self.trouble: str | None = None
+        self.refused: str | None = None
         """What the system said when it last took no record; None: it took all."""
         self.lost = 0
         """Records that waited until there were too many."""
@@ -55,9 +55,9 @@ class EventLog:
             while self._waiting:
                 self._append(self._waiting[0])
                 self._waiting.popleft()
-            self.trouble = None
+            self.refused = None
         except OSError as error:
-            self.trouble = error.strerror or str(error)
+            self.refused = error.strerror or str(error)
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -13,14 +13,14 @@ import os
 import secrets
 import sys
 import threading
-import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from thinwire.errors import HeldError
-from thinwire.files.processes import Process
+from thinwire.files.folders import Process, write_atomic
+from thinwire.units import SYSTEM_CLOCK, SystemClock
 
 LOCK = ".lock"
 _BEAT_S, _LEASE_S = 10.0, 60.0
@@ -78,18 +78,18 @@ class Lock:
                 os.utime(self._path)
 
 
-def hold(folder: Path) -> Lock:
+def hold(folder: Path, *, clock: SystemClock = SYSTEM_CLOCK) -> Lock:
     """Take the lock of `folder`, which exists. Raises HeldError naming the holder if there is one, and OSError."""
-    path, since_s = folder / LOCK, time.monotonic()
+    path, since_s = folder / LOCK, clock.now()
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         lock = None
         try:
             locked = _try_lock(descriptor)
             if locked == "busy":
-                _await_leaving(path, since_s)
+                _await_leaving(path, since_s, clock)
             elif _same_file(descriptor, path):
-                lock = _lock(path, descriptor) if locked == "yes" else _lease(path)
+                lock = _lock(path, descriptor, clock) if locked == "yes" else _lease(path, clock)
                 return lock
         finally:
             if lock is None or lock.descriptor is None:
@@ -109,34 +109,34 @@ def _try_lock(descriptor: int) -> Literal["yes", "busy", "none"]:
     return "yes"
 
 
-def _await_leaving(path: Path, since_s: float) -> None:
+def _await_leaving(path: Path, since_s: float, clock: SystemClock) -> None:
     """Ranks whose launcher was killed leave in a moment; raises HeldError for anybody else who holds the lock."""
     note = _read(path)
     leaving = note is None or note.holder.state() == "ended"
-    if not leaving or time.monotonic() > since_s + _LEAVING_S:
+    if not leaving or clock.now() > since_s + _LEAVING_S:
         raise _held(path, note)
-    time.sleep(_POLL_S)
+    clock.sleep(_POLL_S)
 
 
-def _lock(path: Path, descriptor: int) -> Lock:
+def _lock(path: Path, descriptor: int, clock: SystemClock) -> Lock:
     """The locked file is ours, unless it is the lease of somebody who sees no locks."""
     old = _read(path)
-    if old is not None and old.lease and _lives(path, old):
+    if old is not None and old.lease and _lives(path, old, clock):
         raise _held(path, old)
     note = _new_note(lease=False)
     with suppress(OSError):  # on a full disk the lock has no name
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, _text(note), 0)
+        os.pwrite(descriptor, _text(note).encode(), 0)
     return Lock(path, note, descriptor)
 
 
-def _lease(path: Path) -> Lock:
+def _lease(path: Path, clock: SystemClock) -> Lock:
     old = _read(path)
-    if old is not None and _lives(path, old):
+    if old is not None and _lives(path, old, clock):
         raise _held(path, old)
     note = _new_note(lease=True)
-    _replace(path, note)
-    time.sleep(_SETTLE_S)
+    write_atomic(path, _text(note), writer=note.nonce)  # another may take it over in this moment
+    clock.sleep(_SETTLE_S)
     there = _read(path)
     if there is not None and there != note:
         raise _held(path, there)
@@ -147,16 +147,16 @@ def _new_note(*, lease: bool) -> _Note:
     return _Note(Process.this(), lease, secrets.token_hex(8))
 
 
-def _lives(path: Path, note: _Note) -> bool:
+def _lives(path: Path, note: _Note, clock: SystemClock) -> bool:
     """Whether the holder of a lease still runs; of one on another machine: whether it touches the file."""
     state = note.holder.state()
     if state != "unknown":
         return state == "runs"
     if not note.lease:
         return True
-    touched, end_s = path.stat().st_mtime_ns, time.monotonic() + _LEASE_S
-    while time.monotonic() < end_s:
-        time.sleep(_POLL_S)
+    touched, end_s = path.stat().st_mtime_ns, clock.now() + _LEASE_S
+    while clock.now() < end_s:
+        clock.sleep(_POLL_S)
         with path.open("rb") as file:  # opening asks a file server anew
             if os.fstat(file.fileno()).st_mtime_ns != touched:
                 return True
@@ -195,17 +195,8 @@ def _same_file(descriptor: int, path: Path) -> bool:
     return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
 
-def _replace(path: Path, note: _Note) -> None:
-    new = path.with_name(f"{path.name}.{note.nonce}")
-    try:
-        new.write_bytes(_text(note))
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def _text(note: _Note) -> bytes:
-    return json.dumps(asdict(note)).encode() + b"\n"
+def _text(note: _Note) -> str:
+    return json.dumps(asdict(note)) + "\n"
 
 
 def _read(path: Path) -> _Note | None:

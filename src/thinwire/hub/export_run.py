@@ -1,5 +1,9 @@
-"""A run's checkpoint to a Hugging Face folder: config, sharded safetensors, tokenizer, generation config, model card."""
+"""A run's checkpoint to a Hugging Face folder: config, sharded safetensors, tokenizer, generation config, model card.
 
+The card, README.md, is made of what the run says of itself.
+"""
+
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +15,118 @@ from torch import Tensor
 from thinwire.checkpoint.config import CheckpointConfig
 from thinwire.checkpoint.pieces import TensorReader, newest_whole
 from thinwire.config import build, read_toml
-from thinwire.data.config import DataConfig
+from thinwire.data.corpus import DataConfig
 from thinwire.errors import CheckpointError, ConfigError
-from thinwire.files.folders import whole_folder
-from thinwire.hub.card import Card
+from thinwire.files.events import read_events, steps
+from thinwire.files.folders import atomic_folder
 from thinwire.hub.families import FAMILIES, write_config
-from thinwire.hub.files import CONFIG, Precision, read_json, same_mode, write_json
+from thinwire.hub.files import CONFIG, GENERATION, TOKENIZER, Precision, read_json, same_mode, write_json
 from thinwire.hub.import_folder import split
 from thinwire.hub.init import HUB
 from thinwire.hub.names import recipes
 from thinwire.hub.native_spec import AnySpec, NativeSpec, read_any_spec
+from thinwire.hub.pretrained import write_adapters, write_native
 from thinwire.hub.shards import DEFAULT_SHARD_BYTES, write_shards
 from thinwire.hub.tokenizer_out import write_ends, write_tokenizer
 from thinwire.model.spec import ModelSpec
+from thinwire.units import show_count
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an export knows of itself."""
+
+    run: Path
+    settings: Mapping[str, Any]
+    """The run file."""
+    step: int
+    model_type: str
+    parameters: int
+    precision: str
+    base: str | None
+    """Where its first weights came from; None: they were drawn."""
+    adapters: bool
+
+    def write(self, folder: Path) -> None:
+        """README.md, with the fields between `---` that model hubs read."""
+        text = "\n".join([*self._head(), *self._words(folder), "", *self._table(), ""])
+        (folder / CARD).write_text(text, encoding="utf-8")
+
+    def _head(self) -> Iterator[str]:
+        yield from ("---", f"library_name: {'peft' if self.adapters else 'transformers'}")
+        yield from ("pipeline_tag: text-generation", "tags:", "- thinwire", *(["- lora"] if self.adapters else []))
+        if self.base is not None:
+            yield f"base_model: {json.dumps(self.base)}"
+        yield "---"
+
+    def _words(self, folder: Path) -> Iterator[str]:
+        what = "Adapters for a" if self.adapters else "A"
+        yield from ("", f"# {self.run.absolute().name}", "")
+        yield (
+            f"{what} {self.model_type} model of {show_count(self.parameters)} parameters, as it was after step "
+            f"{self.step:,} of a run of thinwire, in {self.precision}."
+        )
+        if (folder / CONFIG).is_file():
+            loaded = ["model = AutoModelForCausalLM.from_pretrained(FOLDER)"]
+            if (folder / TOKENIZER).is_file():
+                loaded.append("tokenizer = AutoTokenizer.from_pretrained(FOLDER)")
+            yield from (
+                "",
+                "```python",
+                "from transformers import AutoModelForCausalLM, AutoTokenizer",
+                "",
+                *loaded,
+                "```",
+            )
+        if (folder / GENERATION).is_file():
+            ends = json.loads((folder / GENERATION).read_text(encoding="utf-8")).get("eos_token_id")
+            if ends is not None:
+                yield from (
+                    "",
+                    f"Generation ends at token id {' or '.join(map(str, ends if isinstance(ends, list) else [ends]))}.",
+                )
+
+    def _table(self) -> Iterator[str]:
+        yield from ("| what | value |", "| --- | --- |")
+        for name, value in self._figures():
+            yield f"| {name} | {str(value).replace('|', '/')} |"
+
+    def _figures(self) -> Iterator[tuple[str, Any]]:
+        """Only what the run has said: a figure that is not there has no row."""
+        yield "first weights", "drawn at random" if self.base is None else f"`{self.base}`"
+        data, batch, run = (self.settings.get(section, {}) for section in ("data", "batch", "run"))
+        yield "data", f"`{data.get('path')}`"
+        yield "steps", f"{self.step:,} of {run.get('steps', self.step):,}"
+        yield "batch", f"{batch.get('sequences')} sequences of {batch.get('tokens')} tokens"
+        yield "peak learning rate", self.settings.get("optimizer", {}).get("lr")
+        yield "seed", run.get("seed")
+        yield from self._measured(self.run / _EVENTS)
+
+    def _measured(self, log: Path) -> Iterator[tuple[str, Any]]:
+        if not log.is_file():
+            return
+        done = {number: record for number, record in steps(log).items() if number <= self.step}
+        if done:
+            yield "tokens scored", f"{sum(record['tokens'] for record in done.values()):,}"
+            scored = [record["loss"] for _, record in sorted(done.items()) if record["loss"] is not None]
+            if scored:  # a step without a scored token has no loss
+                yield "training loss of the last step", f"{float(scored[-1]):.4f}"
+        evals = read_events(log, "eval")
+        scored = [record for record in evals if record["step"] <= self.step and record["loss"] is not None]
+        if scored:
+            last = scored[-1]
+            yield f"validation loss at step {last['step']:,}", f"{float(last['loss']):.4f}"
+            yield "validation perplexity", f"{float(last['perplexity']):.2f}"
+            if last.get("bits_per_byte") is not None:
+                yield "validation bits per byte", f"{float(last['bits_per_byte']):.4f}"
+            yield "validation tokens", f"{last['tokens']:,}"
+        starts = list(read_events(log, "run_start"))
+        if starts:
+            yield "ranks", ", then ".join(dict.fromkeys(str(record["ranks"]) for record in starts))
 
 
 @dataclass(frozen=True)
@@ -67,11 +166,9 @@ def export_run(
     came_from = read_json(run / HUB / CONFIG) if (run / HUB / CONFIG).is_file() else {}
     config = _config(spec, model_type, came_from)
     reader, dtype = TensorReader(path, manifest), _DTYPES[precision]
-    with whole_folder(out, force=force) as folder:
+    with atomic_folder(out, force=force) as folder:
         ends = write_tokenizer(folder, run / HUB, data)
         if isinstance(spec, NativeSpec):
-            from thinwire.hub.native import write_adapters, write_native
-
             if spec.lora is not None:
                 base = Path(tree["model"]["hf"])
                 write_adapters(folder, spec, base.absolute(), lambda name: reader.read(f"params/{name}").to(dtype))
@@ -127,3 +224,6 @@ def _sizes(spec: ModelSpec, dtype: torch.dtype) -> dict[str, int]:
         for recipe in recipes(spec)
         for part in recipe.parts
     }
+
+
+CARD, _EVENTS = "README.md", "events.jsonl"

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from thinwire.checkpoint.manifest import describe_files
 from thinwire.errors import CheckpointError
-from thinwire.files.folders import whole_folder
+from thinwire.files.folders import atomic_folder
 from thinwire.hub.families import family_of, understand
 from thinwire.hub.files import CONFIG, SIDE_FILES, copy_files, read_json, same_mode
-from thinwire.hub.held import Held, full_names
 from thinwire.hub.init import HUB, Init
-from thinwire.hub.names import EMBEDDING, HEAD, Part, Recipe, recipes
+from thinwire.hub.names import EMBEDDING, HEAD, Held, Recipe, TensorPart, full_names, recipes
 from thinwire.hub.shards import DEFAULT_SHARD_BYTES, ShardReader, write_shards
 from thinwire.model.spec import ModelSpec
 
@@ -44,7 +43,7 @@ def import_folder(
     spec, reader = found.spec, Renamed(shards, found.spec)
     sizes = {recipe.name: reader.bytes(recipe) for recipe in recipes(spec)}
     reader.refuse_others()
-    with whole_folder(out, force=force) as folder:
+    with atomic_folder(out, force=force) as folder:
         tensors = ((recipe.name, reader.read(recipe)) for recipe in recipes(spec))
         files = write_shards(folder, tensors, sizes, limit=shard_bytes)
         copy_files(source, folder / HUB, SIDE_FILES)
@@ -94,7 +93,7 @@ class Renamed:
             if not (_BUFFERS.search(name) or (self._spec.tied and name == HEAD)):
                 raise CheckpointError(f"the weights hold a tensor {name!r} that this architecture has no place for")
 
-    def _stored(self, part: Part, recipe: Recipe, shape: tuple[int, ...]) -> int | None:
+    def _stored(self, part: TensorPart, recipe: Recipe, shape: tuple[int, ...]) -> int | None:
         """How many rows of the stored tensor are used, or None if it does not fit: a context that was shortened leaves
         learned positions over."""
         wanted = recipe.part_shape(part)
@@ -107,7 +106,7 @@ class Renamed:
             dtype = torch.promote_types(dtype, self._reader.dtype(self._there(part)))
         return dtype
 
-    def _there(self, part: Part) -> str:
+    def _there(self, part: TensorPart) -> str:
         if part.name == EMBEDDING[self._spec.family] and part.name not in self._names and self._spec.tied:
             return HEAD  # of two tied ones either may be stored
         return self._names.get(part.name, part.name)

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus, exists
+from thinwire.data.corpus import Corpus, DataConfig, exists
 from thinwire.data.tokenizer import CONFIG as TOKENIZER_CONFIG
 from thinwire.data.tokenizer import END_OF_TEXT, SPECIAL, ByteTokenizer, FileTokenizer, load_file
 from thinwire.hub.files import CONFIG, GENERATION, TOKENIZER, TOKENIZER_FILES, copy_files, read_json, write_json
@@ -21,7 +20,7 @@ _TALKS = 64
 
 
 @dataclass(frozen=True)
-class Ends:
+class EndTokens:
     """Ids that end something, and whether ids that came with the weights mean the same in this tokenizer."""
 
     text: int
@@ -30,7 +29,7 @@ class Ends:
     """None: the weights came without a tokenizer."""
 
 
-def write_tokenizer(folder: Path, hub: Path, data: DataConfig) -> Ends | None:
+def write_tokenizer(folder: Path, hub: Path, data: DataConfig) -> EndTokens | None:
     """Write the run's tokenizer into `folder`; None if there is none.
 
     It is that of the corpus, with the files beside it: they know of chat templates and special tokens. Those in `hub`, which
@@ -42,14 +41,14 @@ def write_tokenizer(folder: Path, hub: Path, data: DataConfig) -> Ends | None:
         copy_files(source, folder, TOKENIZER_FILES)
         tokenizer = load_file(folder / TOKENIZER)
         _state_end(folder, _text_of(tokenizer))
-        return Ends(tokenizer.eot, _turn_ends(data, tokenizer), same)
+        return EndTokens(tokenizer.eot, _turn_ends(data, tokenizer), same)
     made = Corpus.open(data).tokenizer
     if made is None:
         return None
     assert isinstance(made, ByteTokenizer)  # every other one has its file in the corpus
     _write_bytes(folder)
     _state_end(folder, END_OF_TEXT)
-    return Ends(made.eot, (), False)
+    return EndTokens(made.eot, (), False)
 
 
 def _source(hub: Path, data: DataConfig) -> tuple[Path | None, bool | None]:
@@ -91,7 +90,7 @@ def _turn_ends(data: DataConfig, tokenizer: FileTokenizer) -> tuple[int, ...]:
     return tuple(found)
 
 
-def write_ends(folder: Path, hub: Path, ends: Ends | None) -> None:
+def write_ends(folder: Path, hub: Path, ends: EndTokens | None) -> None:
     """Put the ends into config.json, if `folder` has one, and into a generation_config.json.
 
     Sampling settings, and ids that still mean the same, stay as they came.

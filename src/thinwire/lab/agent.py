@@ -4,7 +4,7 @@ It is process 1 of the lab's process namespace, so everything in the lab dies wi
 (`OWNER` is a descriptor of that process) or when the channel closes. It decides nothing: one JSON object a line asks
 for one thing, one answers, `{"ok": ...}` or `{"error": sentence}`.
 
-Network and name (UTS) namespaces of this process: make one, enter one. Thin calls of the C library; Linux only.
+It makes and enters network and name (UTS) namespaces by thin calls of the C library; Linux only.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from thinwire.errors import LabError
-from thinwire.files.processes import start_ticks
+from thinwire.files.folders import start_ticks
 
 AGENT = "thinwire.lab.agent"
 _START_S, _END_S = 30.0, 10.0

@@ -5,11 +5,10 @@
 A host is a network namespace (None: the lab's own namespace, where the switches are). A host's egress is limited at its
 eth0, its ingress at the port of the switch; the same for a site at both ends of its uplink.
 
-What `tc` is told about one end of a link: a token bucket (tbf) for its rate, netem for its delay. Pure functions.
-
-Two ends make a direction: the sender's own interface, and the port of the switch that leads to the receiver.
-The limiter counts the headers of every segment (66 bytes of TCP, IP and Ethernet per 1,448), the interfaces' own
-counters see the large segments before they are cut, and so few headers.
+At one end of a link `tc` sets a token bucket (tbf) for its rate and netem for its delay. Two ends make a direction: the
+sender's own interface, and the port of the switch that leads to the receiver. The limiter counts the headers of every
+segment (66 bytes of TCP, IP and Ethernet per 1,448), the interfaces' own counters see the large segments before they are
+cut, and so few headers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -180,3 +179,32 @@ def plug_site(site: int, *, up: bool) -> Command:
 def hosts_file(config: LabConfig) -> str:
     """Lines of /etc/hosts, so that every host's name resolves on every host."""
     return "".join(f"{address(host)} {host_name(host)}\n" for host in range(config.hosts))
+
+
+def in_a_line(config: LabConfig) -> str:
+    """`"2 hosts x 2 ranks, uplinks 100 Mbit/s"`."""
+    rates = sorted({show_limit(config.rate_of(host)) for host in range(config.hosts)})
+    sites = f", {config.sites} sites with uplinks {show_limit(config.site_rate)}" if config.sites else ""
+    return f"{config.hosts} hosts x {config.ranks_per_host} ranks, uplinks {' or '.join(rates)}{sites}"
+
+
+def described(config: LabConfig, congestion: str) -> Iterator[str]:
+    """What `build` would do: the hosts, then every command, after the namespace it runs in."""
+    yield in_a_line(config)
+    for host in range(config.hosts):
+        first = host * config.ranks_per_host
+        ranks = (
+            f"ranks {first} to {first + config.ranks_per_host - 1}" if config.ranks_per_host > 1 else f"rank {first}"
+        )
+        place = "" if config.hosts_per_site is None else f", site {host // config.hosts_per_site}"
+        yield f"  {host_name(host)}  {address(host)}  {show_limit(config.rate_of(host))}  {ranks}{place}"
+    yield "commands, each in the namespace named before it:"
+    for command in commands(config, congestion):
+        where = "switches" if command.host is None else host_name(command.host)
+        yield f"  {where:9} {' '.join(command.argv)}"
+
+
+def commands(config: LabConfig, congestion: str) -> list[Command]:
+    """What `build` would run, the namespaces called by the hosts' names."""
+    names = {host: f"NAMESPACE-OF-{host_name(host)}" for host in range(config.hosts)}
+    return list(build(config, names, congestion))

@@ -1,6 +1,6 @@
 """`[model]` of a run file: a preset, spec fields, a preset with fields overridden, or imported weights. No torch.
 
-`[model.lora]` of a run file: low-rank adapters on a frozen model (LoRA, arXiv 2106.09685). No torch.
+`[model.lora]` puts low-rank adapters on a frozen model (LoRA, arXiv 2106.09685).
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Sampling one token at a time with a key/value cache; top-p ("nucleus") sampling is arXiv 1904.09751.
 
-What the loop, validation and generation ask of a language model, whoever built it.
+`LanguageModel` is what the loop, validation and generation ask of a model, whoever built it.
 """
 
 import math

@@ -2,12 +2,11 @@
 
 Pre-norm residual blocks on `scaled_dot_product_attention`. Llama family: RMSNorm (arXiv 1910.07467), rotary positions
 (2104.09864, half-split form), SwiGLU (2002.05202), grouped queries (2305.13245). GPT-2 family: LayerNorm, learned
-positions, GELU (tanh form), biases. `thinwire.model.transformer` makes the initial weights.
+positions, GELU (tanh form), biases.
 
 Shapes: B batch, T tokens, S keys, D hidden, H query heads, G key/value heads, K head size, F ffn, V vocabulary
 
-First values of a transformer's parameters, each a function of seed and name alone: any rank can make any of them.
-
+A parameter's first values are a function of seed and name alone, so that any rank can make any of them:
 normal(0, init_std), the projections into the residual stream scaled by 1/sqrt(2 x layers) (GPT-2); biases 0, norms 1.
 """
 

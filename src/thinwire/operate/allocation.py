@@ -1,6 +1,6 @@
 """From the levels of a run to nodes and ranks per node, and back when the number of nodes is given. No torch.
 
-What schedulers accept as names and options, out of what a user writes. No torch.
+Names and options become what schedulers accept, or are refused with a sentence.
 """
 
 import re

@@ -1,11 +1,11 @@
 """An sbatch script for a run, by the Slurm manual. A pure function of what was asked for. No torch.
 
-The batch shell is told (`--signal=B:USR1`) when time is nearly up and passes it on through srun: the ranks finish their
+The batch shell is warned (`--signal=B:USR1`) when time is nearly up and passes it on through srun: the ranks finish their
 step and save. It then asks for the same job again, unless the run is finished, was cancelled, or has been requeued too
 often. At a preemption Slurm's SIGTERM has the same effect. Tasks are laid out block by block, so that neighbouring ranks
 share a node, as the levels count them.
 
-Handing a script to sbatch: tried first (`--test-only`), so that a refusal leaves nothing behind. No torch.
+A script is tried first (`sbatch --test-only`), so that a refusal leaves nothing behind.
 """
 
 import re

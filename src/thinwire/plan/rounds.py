@@ -1,14 +1,12 @@
-"""Which fragment is sent and applied after which committed step: a pure function of the step, the same everywhere.
+"""Which units make a fragment, and after which committed step it is sent and applied: pure, the same everywhere.
 
 A round of a fragment begins every H steps. The F fragments are spread evenly over H, fragment f at steps congruent to
 floor((f + 1) H / F) modulo H, so that at most one is sent after a step (Streaming DiLoCo, arXiv 2501.18512, algorithm 2).
 What was sent after step t is applied after step t + delay; a delay of up to H keeps several fragments in flight. Steps
 count from 1: step t is the t-th optimizer step.
 
-Which units of the model make a fragment. Pure.
-
 A fragment is a set of whole units of the canonical order, so that every rank of a group owns an equal share of each
-fragment and sends it itself. Blocks are dealt out (`strided`: block b to fragment b mod F, which Streaming DiLoCo found
+fragment and sends it itself. Blocks are assigned (`strided`: block b to fragment b mod F, which Streaming DiLoCo found
 slightly better; `sequential`: F runs of consecutive ones); the other units, such as embedding and head, go to whichever
 fragment is lightest, largest first.
 """
@@ -34,7 +32,7 @@ def fragment_count(asked: int | str, blocks: int) -> int:
     return max(1, -(-blocks // int(found[1])))
 
 
-def deal(units: Sequence[tuple[str, int]], fragments: int, order: Order) -> list[list[int]]:
+def assign_units(units: Sequence[tuple[str, int]], fragments: int, order: Order) -> list[list[int]]:
     """For each fragment the indices of its units, ascending. `units` are (name, elements) in canonical order.
 
     Raises PlanError if there are more fragments than units.

@@ -1,10 +1,8 @@
 """`[plan.sync]`: how replicas that cannot exchange gradients every step synchronise once a round (DiLoCo).
 
 Groups inside `level` synchronise every step, as the partition says; across `level` they synchronise once a round.
-`SyncConfig` is what a user writes, `Sync` what it resolves to: every decision spelled out, one space for all kinds. No
-torch.
-
-What the kinds of `[plan.sync]` set unless the user does, and defaults that depend on the number of groups. No torch.
+`SyncConfig` is what a user writes, `Sync` what it resolves to: every decision spelled out, one space for all kinds. A kind
+sets what the user does not; some defaults depend on the number of groups. No torch.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends per optimizer step, by level and purpose, from the partition alone. Pure, no torch.
+"""Bytes that a rank sends, exactly: per optimizer step by level and purpose, and across groups per exchange. No torch.
 
 With s the fanout of a level, S the product of the fanouts up to it and N elements (padding included), an all-gather or
 a reduce-scatter of the level sends b N (s-1)/S bytes from each rank, b bytes an element on the wire. Per step:
@@ -12,13 +12,11 @@ a reduce-scatter of the level sends b N (s-1)/S bytes from each rank, b bytes an
 A unit is gathered twice a micro-batch (forward and backward); once a micro-batch if no single module spans its uses;
 once a step if it is kept.
 
-Bytes that a rank sends across groups in one exchange, exactly. Pure, no torch.
-
-n elements of this rank, M groups, c(n) bytes of n compressed elements, a header of 16 bytes with every message (the weight
-of the contribution, the hash of what it was taken from). Two groups swap their compressed changes: (M - 1)(c(n) + 16). More
-groups reduce in two hops, each with a chunk of ceil(n / M) elements, rounded up to whole blocks, for every other group:
-2 (M - 1)(c(chunk) + 16), as what comes back takes as many bytes as what is sent. Sparse changes cannot be summed without
-growing dense, so they are always swapped.
+Across groups, in one exchange: n elements of this rank, M groups, c(n) bytes of n compressed elements, a header of 16 bytes
+with every message (the weight of the contribution, the hash of what it was taken from). Two groups swap their compressed
+changes: (M - 1)(c(n) + 16). More groups reduce in two hops, each with a chunk of ceil(n / M) elements, rounded up to whole
+blocks, for every other group: 2 (M - 1)(c(chunk) + 16), as what comes back takes as many bytes as what is sent. Sparse
+changes cannot be summed without growing dense, so they are always swapped.
 
 Where k groups add up what they changed before one sum travels farther, each rank sends (k - 1)(16 + 4 ceil(n / k)) bytes
 of fp32 inside for its part of the sum, and (k - 1) 4 ceil(n / k) for what comes back; across, M / k places exchange
@@ -94,7 +92,7 @@ def total(flows: Sequence[dict[int, dict[str, int]]]) -> dict[int, dict[str, int
     return out
 
 
-HEADER_BYTES, BEAT_BYTES = 16, 1
+HEADER_BYTES, HEARTBEAT_BYTES = 16, 1
 
 
 def swaps(groups: int, codec: str) -> bool:

@@ -5,6 +5,7 @@ that synchronises every step, when that one computes for less than half of its t
 `simulate_plan` ask from one's own Python, without files. No torch.
 """
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -127,7 +128,13 @@ def plan_for(
 
 
 def simulate_plan(
-    model: ModelSpec | str, cluster: Cluster | str, plan: Plan, *, tokens: int, trouble: Perturbation | None = None
+    model: ModelSpec | str,
+    cluster: Cluster | str,
+    plan: Plan,
+    *,
+    tokens: int,
+    perturbation: Perturbation | None = None,
+    trouble: Perturbation | None = None,
 ) -> Simulated:
     """Simulate one step of `plan`: its seconds, a step's share of the rounds' stalls among them; what each stream did when.
 
@@ -139,7 +146,11 @@ def simulate_plan(
     setting = _setting(model, known, sequences, tokens, plan.compute_dtype)
     candidate = Candidate.of_plan(plan, setting.spec.layers)
     axes = place(candidate, known, setting.calibration)
-    return simulate_step(setting, candidate, axes, trouble)
+    if trouble is not None:
+        warnings.warn(
+            "trouble is perturbation now; the old name works for one more release", FutureWarning, stacklevel=2
+        )
+    return simulate_step(setting, candidate, axes, perturbation or trouble)
 
 
 def _setting(

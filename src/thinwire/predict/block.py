@@ -1,10 +1,9 @@
 """Seconds of one transformer block, of the embedding and of the head for one micro-batch on one rank, by cause.
 
-Seconds of collectives over the hops of an axis: latency and bytes over rate, level by level.
-
-With V bytes in all, fanouts k_1 .. k_n and K_i their products, an all-gather sends V (k_i - 1) / K_i bytes from each rank
-at hop i; a reduce-scatter is its mirror; an all-reduce is both. A ring needs k - 1 messages one after another; for small
-all-reduces a tree needs log2 k each way, and the faster of the two is taken (NCCL does the same).
+Collectives over the hops of an axis take latency, and bytes over rate, level by level. With V bytes in all, fanouts k_1 ..
+k_n and K_i their products, an all-gather sends V (k_i - 1) / K_i bytes from each rank at hop i; a reduce-scatter is its
+mirror; an all-reduce is both. A ring needs k - 1 messages one after another; for small all-reduces a tree needs log2 k each
+way, and the faster of the two is taken (NCCL does the same).
 """
 
 import math

@@ -24,7 +24,7 @@ from thinwire.predict.activations import (
     head_bytes,
 )
 from thinwire.predict.candidate import Candidate, Setting
-from thinwire.predict.pipeline import Counted, StageKind, in_flight, kinds, parameters_of
+from thinwire.predict.pipeline import EqualStages, StageKind, in_flight, kinds, parameters_of
 from thinwire.predict.placement import Axes, Hop, hop_depths, shard_counts
 
 MARGIN = 1.05
@@ -72,19 +72,19 @@ class Memory:
         return self.total * MARGIN <= capacity
 
 
-def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, counted: Counted) -> Memory:
+def stage_memory(setting: Setting, candidate: Candidate, axes: Axes, equal: EqualStages) -> Memory:
     """Memory of the first stage of this kind (of equal stages the one that holds most)."""
-    units = parameters_of(setting, counted.kind, candidate.tensor)
-    total = units["block"] * counted.kind.blocks + units.get("embedding", 0.0) + units.get("head", 0.0)
+    units = parameters_of(setting, equal.kind, candidate.tensor)
+    total = units["block"] * equal.kind.blocks + units.get("embedding", 0.0) + units.get("head", 0.0)
     shards_p, shards_g, shards_o = shard_counts(candidate, axes.states)
-    flying = in_flight(counted.index, candidate.pipeline, candidate.accumulate(setting), candidate.chunks)
+    flying = in_flight(equal.first, candidate.pipeline, candidate.accumulate(setting), candidate.chunks)
     shards = (shards_p, shards_g)
     lost = residual_bytes(total, candidate, axes.states)
-    held = fullest(setting, candidate, counted.kind, units, flying=flying, shards=shards, hops=axes.states, lost=lost)
+    held = fullest(setting, candidate, equal.kind, units, flying=flying, shards=shards, hops=axes.states, lost=lost)
     framework = setting.framework
     host, due = outer_bytes(total, setting, candidate)
     return Memory(
-        stage=counted.index,
+        stage=equal.first,
         params=_weights_bytes(setting, candidate, axes.states, total),
         grads=framework.grad_bytes * total / shards_g,
         optimizer=framework.optimizer_bytes * total / shards_o,

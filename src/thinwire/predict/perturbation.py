@@ -1,9 +1,8 @@
-"""What does not go as computed: slow ranks, jitter, slow links; and failures over a whole run. All from a seed.
+"""What does not go as computed: slow ranks, jitter, slow links; and failures over a long run. All from a seed.
 
-What failures cost: the best checkpoint interval and the share of time that is progress (goodput).
-
-Young 1974 and Daly 2006: with checkpoints that cost delta and a mean time between failures M, the best interval is
-sqrt(2 delta M), and the share of time lost is delta / interval + interval / (2 M) + restart / M.
+Failures decide the best checkpoint interval and the share of time that is progress (goodput). Young 1974 and Daly 2006: with
+checkpoints that cost delta and a mean time between failures M, the best interval is sqrt(2 delta M), and the share of time
+lost is delta / interval + interval / (2 M) + restart / M.
 """
 
 import math

@@ -26,24 +26,24 @@ class StageKind(NamedTuple):
     last: bool
 
 
-class Counted(NamedTuple):
+class EqualStages(NamedTuple):
     """A kind of stage, how many of it there are, and the index of the first of them."""
 
     kind: StageKind
-    count: int  # type: ignore[assignment]
-    index: int  # type: ignore[assignment]
+    many: int
+    first: int
 
 
 @lru_cache(maxsize=1024)
-def kinds(layers: int, stages: int) -> tuple[Counted, ...]:
+def kinds(layers: int, stages: int) -> tuple[EqualStages, ...]:
     """The stages by kind, in order."""
     more, extra = divmod(layers, stages)
-    found: list[Counted] = []
+    found: list[EqualStages] = []
     for index in sorted({0, min(1, stages - 1), min(extra, stages - 1), stages - 1}):
         kind = StageKind(more + (index < extra), index == 0, index == stages - 1)
-        found.append(Counted(kind, 1, index))
-    ends = [item.index for item in found[1:]] + [stages]
-    return tuple(Counted(item.kind, end - item.index, item.index) for item, end in zip(found, ends, strict=True))
+        found.append(EqualStages(kind, 1, index))
+    ends = [item.first for item in found[1:]] + [stages]
+    return tuple(EqualStages(item.kind, end - item.first, item.first) for item, end in zip(found, ends, strict=True))
 
 
 def parameters_of(setting: Setting, kind: StageKind, tensor: int) -> dict[str, float]:

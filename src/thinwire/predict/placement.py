@@ -1,11 +1,11 @@
-"""Which part of an axis lies on which level, and what share of that level's link one of its ranks gets.
+"""Which part of an axis lies on which level, what share of that level's link a rank gets, and what its device gives.
 
 An axis of size n and stride s (ranks) covers the ranks s .. s n of a counting from inner to outer; what of that falls
 between a level's inner and outer size is its part at that level. A link belongs to a member and is shared by all ranks
 in it: collectives go level by level, so that every rank of a member sends its own shard at the same time. That is the
 sharing of a node's link by concurrent groups: with tensor parallelism inside a node, as many rings as ranks.
 
-Seconds of matmuls and of element-wise work on one device: a roofline with an efficiency curve, over a launch floor.
+Matmuls and element-wise work on one device follow a roofline with an efficiency curve.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
-"""An event queue with streams: what happens when, first come first served, the same every time.
+"""An event queue with streams, first come first served, the same every time; and the order in which a stage computes.
 
 A stream carries one message at a time. A collective waits until all that take part have come to it and it is first in
 every one of their streams. Compute goes on beside messages, slower by a factor while any stream of its rank is busy.
 
-In which order a stage computes: 1F1B and its interleaved form, as Megatron-LM runs them (arXiv 2104.04473, 2.2).
+A stage computes in the order of 1F1B or its interleaved form, as Megatron-LM runs them (arXiv 2104.04473, 2.2).
 """
 
 import heapq

@@ -11,11 +11,11 @@ from functools import partial
 
 from thinwire.errors import PlanError
 from thinwire.plan.compression import wire_bytes
-from thinwire.plan.rounds import deal
+from thinwire.plan.rounds import assign_units
 from thinwire.plan.traffic import (
-    BEAT_BYTES,
     G_GATHER,
     G_REDUCE,
+    HEARTBEAT_BYTES,
     P_GATHER,
     P_REFRESH,
     Flow,
@@ -219,9 +219,9 @@ def _rounds_bytes(
         (name, min(round(elements), padded(elements, candidate, axes.states) // ranks))
         for name, elements in _named_units(setting, candidate)
     ]
-    dealt = deal(units, min(sync.fragments, len(units)), "strided" if sync.said is None else sync.said.order)
+    assigned = assign_units(units, min(sync.fragments, len(units)), "strided" if sync.said is None else sync.said.order)
     block = 128 if sync.said is None else sync.said.block
-    numbers = [sum(units[place][1] for place in places) for places in dealt]
+    numbers = [sum(units[place][1] for place in places) for places in assigned]
     sent = sum(exchange_bytes(n, groups=groups, codec=sync.codec, block=block, summed=summed) for n in numbers)
     senders = sync.senders(setting.cluster)
     hops = ("outer-send",) if swaps(senders, sync.codec) else ("outer-send", "outer-return")
@@ -230,7 +230,7 @@ def _rounds_bytes(
             yield level, hop, sent / len(hops) / sync.inner_steps * peers / (senders - 1)
     if sync.said is not None and sync.said.staleness_bound is not None:
         for level, peers in enumerate(sync.group_peers(setting.cluster), sync.level):
-            yield level, "outer-beat", BEAT_BYTES * peers
+            yield level, "outer-beat", HEARTBEAT_BYTES * peers
     if sync.said is not None and sync.said.sum_inside is not None:
         near = setting.cluster.index(sync.said.sum_inside)
         sums, spread = (sum(each) for each in zip(*(inside_bytes(n, summed=summed) for n in numbers), strict=True))

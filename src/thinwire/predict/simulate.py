@@ -50,7 +50,7 @@ class Step:
         self.works = {
             index: work
             for work in stage_work(setting, candidate, axes, self.core)
-            for index in range(work.counted.index, work.counted.index + work.counted.count)
+            for index in range(work.equal.first, work.equal.first + work.equal.many)
         }
         self.replicas = sorted({-1, *(replica for replica, _ in perturbation.slow_ranks)})
         """Replica -1 stands for all that are as computed."""

@@ -12,7 +12,7 @@ from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
 from thinwire.predict.overlap import OverlapPolicy, StageUnits, SteadyState, UnitMoves, UnitWork, steady_state
 from thinwire.predict.pipeline import (
-    Counted,
+    EqualStages,
     PipelineTime,
     StageKind,
     kinds,
@@ -66,7 +66,7 @@ class Core:
     block: Passes
     embedding: Passes
     head: Passes
-    stages: tuple[Counted, ...]
+    stages: tuple[EqualStages, ...]
     micro_batches: int
     send_s: float
     alone: PipelineTime
@@ -81,7 +81,7 @@ class Core:
 class StageWork:
     """A kind of stage with everything it does in a step."""
 
-    counted: Counted
+    equal: EqualStages
     passes: Passes
     units: StageUnits
     steady: SteadyState
@@ -133,12 +133,12 @@ def overlap_policy(setting: Setting, candidate: Candidate) -> OverlapPolicy:
 
 def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> tuple[StageWork, ...]:
     """Every kind of stage with the moves of its units."""
-    parameters = {counted: parameters_of(setting, counted.kind, candidate.tensor) for counted in core.stages}
+    parameters = {equal: parameters_of(setting, equal.kind, candidate.tensor) for equal in core.stages}
     resident = setting.spec.tied and candidate.pipeline == 1 and setting.framework.tied_units
     block_moves = unit_moves(parameters[core.stages[0]]["block"], setting, candidate, axes.states)
     found = []
-    for counted in core.stages:
-        held = parameters[counted]
+    for equal in core.stages:
+        held = parameters[equal]
         moves = {
             name: unit_moves(n, setting, candidate, axes.states, resident=name == "embedding" and resident)
             for name, n in held.items()
@@ -147,8 +147,8 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
         units = StageUnits(
             before=(_unit(core.embedding, moves["embedding"]),) if "embedding" in moves else (),
             block=_unit(core.block, block_moves),
-            blocks=counted.kind.blocks,
-            after=(_unit(core.head, moves.get("head", UnitMoves())),) if counted.kind.last else (),
+            blocks=equal.kind.blocks,
+            after=(_unit(core.head, moves.get("head", UnitMoves())),) if equal.kind.last else (),
         )
         steady = steady_state(
             units,
@@ -156,9 +156,9 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
             micro_batches=core.micro_batches,
             slowdown=setting.calibration.overlap_slowdown,
         )
-        full = held["block"] * counted.kind.blocks + held.get("embedding", 0.0) + held.get("head", 0.0)
-        passes = pass_causes(counted.kind, core.block, core.embedding, core.head)
-        found.append(StageWork(counted, passes, units, steady, full / shard_counts(candidate, axes.states)[2]))
+        full = held["block"] * equal.kind.blocks + held.get("embedding", 0.0) + held.get("head", 0.0)
+        passes = pass_causes(equal.kind, core.block, core.embedding, core.head)
+        found.append(StageWork(equal, passes, units, steady, full / shard_counts(candidate, axes.states)[2]))
     return tuple(found)
 
 
@@ -187,7 +187,7 @@ def step_time(setting: Setting, candidate: Candidate, axes: Axes, core: Core | N
     works = stage_work(setting, candidate, axes, core)
     busiest = max(works, key=lambda work: work.steady.middle_s)
     pipeline = pipeline_time(
-        [(work.steady.middle_s, work.counted.count) for work in works],
+        [(work.steady.middle_s, work.equal.many) for work in works],
         micro_batches=core.micro_batches,
         chunks=candidate.chunks,
         send_s=core.send_s,
@@ -212,11 +212,11 @@ def ends_s(works: Sequence[StageWork], micro_batches: int) -> float:
     tail, ahead = 0.0, 0.0
     for work in works:  # a later stage ends its backward before the earlier ones begin theirs
         tail = max(tail, work.steady.tail_s - ahead)
-        ahead += work.counted.count * work.steady.middle_s * (1 - work.steady.forward_share)
+        ahead += work.equal.many * work.steady.middle_s * (1 - work.steady.forward_share)
     if micro_batches == 1:
         return tail
     first = max(work.steady.first_s - work.steady.middle_s for work in works)
-    last = sum(work.counted.count * (work.steady.last_s - work.steady.middle_s) for work in works)
+    last = sum(work.equal.many * (work.steady.last_s - work.steady.middle_s) for work in works)
     return first + last + tail
 
 

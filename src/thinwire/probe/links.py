@@ -1,11 +1,9 @@
 """Times of what ranks say to each other: collectives by size on every level, pairs of members, and both beside compute.
 
-Seconds of something that all ranks do at once, agreed on: the slowest rank's, of windows long enough to trust.
-
-Ranks that share cores take turns on them for some milliseconds at a time, so a window is longer than that. An accelerator
-is given work ahead of time: a window ends when all of it is done, and windows that grow up to the length of the first that
-counts bring its clock rates up. Repetitions are as many as the time for one thing allows: a slow link is timed less often,
-not for longer.
+What all ranks do at once takes the seconds of the slowest, in windows long enough to trust. Ranks that share cores take
+turns on them for some milliseconds at a time, so a window is longer than that. An accelerator is given work ahead of time: a
+window ends when all of it is done, and windows that grow up to the length of the first that counts bring its clock rates up.
+Repetitions are as many as the time for one thing allows: a slow link is timed less often, not for longer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,9 +1,8 @@
-"""Timings that cannot be the machine's are refused before anything is fitted to them. A pure function, no torch.
+"""Time what costs are made of, on all ranks at once: what a rank computes, collectives by size, and both together.
 
-Time what costs are made of, on all ranks at once: what a rank computes, collectives by size, and both together.
-
-All ranks repeat everything equally often and agree on the slowest rank's seconds of each repetition, so that a level's
-link is timed with all of its ranks sending, as in a training step.
+Timings that cannot be the machine's are refused before anything is fitted to them. All ranks repeat everything equally often
+and agree on the slowest rank's seconds of each repetition, so that a level's link is timed with all of its ranks sending, as
+in a training step.
 """
 
 import math

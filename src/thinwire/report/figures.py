@@ -1,6 +1,6 @@
 """Figures as plotly documents (traces and layout): pure functions of runs and predictions. Colours suit dark and light.
 
-One step of a run, stream by stream: what rank 0 did, and below it the same step simulated.
+The last one is a step, stream by stream: what rank 0 did, and below it the same step simulated.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

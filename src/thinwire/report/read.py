@@ -18,8 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from thinwire.cluster.cluster import Cluster, show_levels
 from thinwire.cluster.hardware import calibration_of
 from thinwire.config import build, explain, read_document, read_toml
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus, exists
+from thinwire.data.corpus import Corpus, DataConfig, exists
 from thinwire.errors import ConfigError, ThinwireError
 from thinwire.files.events import read_events
 from thinwire.files.trace import Span, read_trace

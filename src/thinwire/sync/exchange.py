@@ -30,7 +30,7 @@ from thinwire.comm.transport.connect import transport_of
 from thinwire.comm.transport.transport import Waitable
 from thinwire.comm.world import World
 from thinwire.plan.sync import Aggregate
-from thinwire.plan.traffic import BEAT_BYTES, HEADER_BYTES, chunk_elements, inside_elements, swaps
+from thinwire.plan.traffic import HEADER_BYTES, HEARTBEAT_BYTES, chunk_elements, inside_elements, swaps
 from thinwire.sync.message import Outcome, aggregate, aggregate_coded, header
 from thinwire.sync.peers import HEARTBEAT, RETURN, SEND, PeerGroup
 
@@ -88,8 +88,8 @@ def check(headers: Tensor, outcome: Outcome, *, peers: PeerGroup, world: World) 
 def heartbeat(*, peers: PeerGroup, world: World) -> Iterator[Handle]:
     """Tell the others that a step is over, and hear it of them."""
     if peers.size > 1:
-        message = torch.zeros(BEAT_BYTES, dtype=torch.uint8)  # on the CPU: no accelerator has to wait for it
-        yield from _Hop(world, peers, Raw(torch.uint8)).gather(message, HEARTBEAT, BEAT_BYTES)
+        message = torch.zeros(HEARTBEAT_BYTES, dtype=torch.uint8)  # on the CPU: no accelerator has to wait for it
+        yield from _Hop(world, peers, Raw(torch.uint8)).gather(message, HEARTBEAT, HEARTBEAT_BYTES)
 
 
 class _Hop:

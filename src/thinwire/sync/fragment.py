@@ -15,7 +15,7 @@ from torch import Tensor
 
 from thinwire.comm.world import World
 from thinwire.parallel.shard.layout import BufferInfo, Piece, Share
-from thinwire.plan.rounds import deal, fragment_count
+from thinwire.plan.rounds import assign_units, fragment_count
 from thinwire.plan.sync import Sync
 
 
@@ -107,7 +107,7 @@ class Fragment:
 
 
 def make_fragments(engine: Replica, sync: Sync) -> list[Fragment]:
-    """The fragments of the trained units, dealt out as `sync` says. Raises PlanError if there are fewer units."""
+    """The fragments of the trained units, assigned as `sync` says. Raises PlanError if there are fewer units."""
     shares = engine.shares()
     used = Counter[int]()
     for buffer in engine.buffers():
@@ -115,8 +115,8 @@ def make_fragments(engine: Replica, sync: Sync) -> list[Fragment]:
     units = {share.unit: (share.unit_name, used[share.unit]) for share in shares}
     blocks = sum(name.rpartition(".")[2].isdigit() for name, _ in units.values())
     indices = list(units)
-    dealt = deal(list(units.values()), fragment_count(sync.fragments, blocks), sync.order)
-    chosen = [[indices[position] for position in positions] for positions in dealt]
+    assigned = assign_units(list(units.values()), fragment_count(sync.fragments, blocks), sync.order)
+    chosen = [[indices[position] for position in positions] for positions in assigned]
     return [
         Fragment(own, [share for share in shares if share.unit in own], feedback=sync.error_feedback) for own in chosen
     ]

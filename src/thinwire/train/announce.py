@@ -1,28 +1,33 @@
 """What a run says before its first step and after its last: tables, events, a sample of what the model writes.
 
-Before: where each state lives and what the plan will send. After: what it did send, and how to go on.
+Before: where each state lives and what the plan will send, by formula, unit by unit of the engine; which numbers travel
+uncompressed although a codec is named, and which codecs have nothing to compress. After: what was sent, and how to go on.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 
 from rich.table import Table
 
-from thinwire.data.prompt import Prompt, chat_prompt, opening, text_prompt
+from thinwire.comm.codecs.codec import IDENTITY, Codec
+from thinwire.data.chat import Prompt, chat_prompt, opening, text_prompt
 from thinwire.data.tokenizer import Tokenizer
 from thinwire.errors import DataError
 from thinwire.hub.init import HUB
 from thinwire.model.generate import LanguageModel, generate
-from thinwire.parallel.shard.engine import Sharded
+from thinwire.parallel.shard.flat import Flat
+from thinwire.parallel.shard.states import ShardedStates
+from thinwire.parallel.shard.unit import Unit, flow_of
+from thinwire.plan.traffic import step_bytes, total
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.folder import EVENTS_FILE
 from thinwire.train.job import Job
-from thinwire.train.predicted import held_bytes, idle_codecs, predicted_bytes, predicted_total, uncoded
 from thinwire.train.progress import Reporter
 from thinwire.units import show_bytes
 
 
 def announce(
-    job: Job, sharded: Sharded, sync: OuterSync | None, reporter: Reporter, *, step: int, peak: tuple[float, str]
+    job: Job, sharded: ShardedStates, sync: OuterSync | None, reporter: Reporter, *, step: int, peak: tuple[float, str]
 ) -> None:
     """Say that the run starts after `step`, under which plan. `peak`: FLOP per second of a rank, and how that is known."""
     if not reporter.speaks:
@@ -39,7 +44,7 @@ def announce(
         peak_origin=peak[1],
         wire_predicted=predicted_bytes(sharded),
         held={**held, **({"outer": sync.held_bytes()} if sync else {})},
-        uncoded={level: asdict(left) for level, left in uncoded(sharded).items()},
+        uncoded={level: asdict(left) for level, left in uncompressed(sharded).items()},
         idle_codecs=idle_codecs(sharded),
     )
     reporter.show(plan_table(sharded, sync, state_numbers=job.config.optimizer.state_numbers))
@@ -47,7 +52,7 @@ def announce(
         reporter.show(rounds_table(sync))
 
 
-def plan_table(sharded: Sharded, sync: OuterSync | None = None, *, state_numbers: int = 2) -> Table:
+def plan_table(sharded: ShardedStates, sync: OuterSync | None = None, *, state_numbers: int = 2) -> Table:
     """state -> level -> bytes on this rank; level -> purpose -> bytes per step by the formula; what codecs leave out."""
     partition, held = sharded.plan.partition, held_bytes(sharded, state_numbers)
     table = Table("what", "where", "bytes on rank 0", title=f"plan {partition}", title_justify="left")
@@ -67,15 +72,15 @@ def plan_table(sharded: Sharded, sync: OuterSync | None = None, *, state_numbers
         if sharded.plan.compression.grads.get(level) == "lowrank":
             table.add_row(f"gradients, first {first} steps", f"{level} (whole)", show_bytes(whole))
     table.add_section()
-    for level, left in uncoded(sharded).items():
-        table.add_row("not coded", f"{level} ({left.codec})", f"{left.numbers:,} of {left.of:,} numbers")
+    for level, left in uncompressed(sharded).items():
+        table.add_row("not compressed", f"{level} ({left.codec})", f"{left.numbers:,} of {left.of:,} numbers")
     for where, codec in idle_codecs(sharded).items():
-        table.add_row("nothing to code", f"{where} ({codec})", "-")
+        table.add_row("nothing to compress", f"{where} ({codec})", "-")
     return table
 
 
 def rounds_table(sync: OuterSync) -> Table:
-    """What worker groups agree on when, and the bytes of each exchange by the formula."""
+    """When replicas synchronise what, and the bytes of each exchange by the formula."""
     point, ours = sync.sync, sync.world.rank
     title = f"{point.groups} groups across {point.level}: {point.kind}, every {point.inner_steps} steps ({point.codec})"
     table = Table("fragment", "units", "first sent, applied after step", f"bytes of rank {ours} a round", title=title)
@@ -102,7 +107,14 @@ def compare(predicted: dict[str, dict[str, int]], measured: dict[str, dict[str, 
 
 
 def conclude(
-    job: Job, sharded: Sharded, reporter: Reporter, *, step: int, reason: str, checkpoint: str | None, text: str | None
+    job: Job,
+    sharded: ShardedStates,
+    reporter: Reporter,
+    *,
+    step: int,
+    reason: str,
+    checkpoint: str | None,
+    text: str | None,
 ) -> None:
     """Show the summary, and `text` as a sample; `checkpoint` is the newest."""
     reporter.event("run_end", step=step, reason=reason)
@@ -157,6 +169,95 @@ def _prompt(job: Job, tokenizer: Tokenizer) -> Prompt:
     return text_prompt(tokenizer, text)
 
 
-def _codec(sharded: Sharded, level: str, purpose: str) -> str:
+def _codec(sharded: ShardedStates, level: str, purpose: str) -> str:
     side = sharded.plan.compression.weights if purpose.startswith("P-") else sharded.plan.compression.grads
     return f" ({side[level]})" if level in side else ""
+
+
+def predicted_bytes(sharded: ShardedStates, step: int | None = None) -> dict[str, dict[str, int]]:
+    """level name -> purpose -> bytes this rank sends in an optimizer step, by the formula of `traffic`.
+
+    Steps are counted from 0; without one, it is any step after those that send more in the beginning.
+    """
+    names = sharded.world.cluster.level_names
+    step = sharded.plan.compression.whole_steps if step is None else step
+    flows = [_flow_bytes(sharded, unit, flat, step) for unit in sharded.units for flat in unit.flats]
+    return {names[level]: purposes for level, purposes in sorted(total(flows).items()) if purposes}
+
+
+def predicted_total(sharded: ShardedStates, first: int, steps: int) -> dict[str, dict[str, int]]:
+    """The same of `steps` steps from `first` on."""
+    whole = max(0, min(first + steps, sharded.plan.compression.whole_steps) - first)
+    sums: dict[str, dict[str, int]] = {}
+    for count, step in ((whole, 0), (steps - whole, None)):
+        for level, purposes in predicted_bytes(sharded, step).items() if count else ():
+            of_level = sums.setdefault(level, {})
+            for purpose, sent in purposes.items():
+                of_level[purpose] = of_level.get(purpose, 0) + count * sent
+    return sums
+
+
+def held_bytes(sharded: ShardedStates, state_numbers: int = 2) -> dict[str, int]:
+    """state -> bytes on this rank; optimizer states are the masters, and `state_numbers` beside each (AdamW has two)."""
+    sums = {"params": 0, "grads": 0, "master": 0}
+    trained = 0
+    for unit in sharded.units:
+        for flat in unit.flats:
+            for state, count in flat.held_bytes().items():
+                sums[state] += count
+            trained += flat.master.nbytes if flat.trained else 0
+        sums["grads"] += sum(grads.nbytes for grads in unit.grads.values())
+    return {"params": sums["params"], "grads": sums["grads"], "optimizer": sums["master"] + state_numbers * trained}
+
+
+@dataclass(frozen=True)
+class Uncompressed:
+    """Of `of` numbers that this rank sums at a level per step, `numbers` travel without the codec that the plan names."""
+
+    codec: str
+    numbers: int
+    of: int
+
+
+def uncompressed(sharded: ShardedStates) -> dict[str, Uncompressed]:
+    """level name -> what `lowrank` sums as it is there: what is no matrix, or too small to gain, and padding."""
+    found: dict[str, Uncompressed] = {}
+    for low_rank in (grads.low_rank for unit in sharded.units for grads in unit.grads.values()):
+        if low_rank is not None:
+            name = sharded.world.level_name(low_rank.level)
+            before = found.get(name, Uncompressed("lowrank", 0, 0))
+            found[name] = Uncompressed("lowrank", before.numbers + low_rank.uncoded, before.of + low_rank.numbers)
+    return {name: counted for name, counted in found.items() if counted.numbers}
+
+
+def idle_codecs(sharded: ShardedStates) -> dict[str, str]:
+    """`weights.LEVEL` or `grads.LEVEL` -> the codec that the plan names there, where nothing of the kind is sent."""
+    sent = predicted_bytes(sharded)
+    return {
+        f"{direction}.{level}": codec
+        for direction, kind in (("weights", "P-"), ("grads", "G-"))
+        for level, codec in getattr(sharded.plan.compression, direction).items()
+        if codec != "fp32" and not any(purpose.startswith(kind) for purpose in sent.get(level, {}))
+    }
+
+
+def _gathers(unit: Unit, accumulate: int) -> int:
+    """How often a unit's weights are gathered in a step."""
+    if unit.keep:
+        return 1
+    return accumulate if unit.resident else 2 * accumulate
+
+
+def _flow_bytes(sharded: ShardedStates, unit: Unit, flat: Flat, step: int) -> dict[int, dict[str, int]]:
+    fanouts = [level.fanout for level in sharded.world.cluster.levels]
+
+    def bytes_of(codec: Codec, element_bytes: int, n: int) -> int:
+        return element_bytes * n if codec is IDENTITY else codec.wire_bytes(n)
+
+    levels = range(len(fanouts))
+    weights = [partial(bytes_of, flat.sharding.weights.get(level, IDENTITY), flat.compute_bytes) for level in levels]
+    grads = [
+        partial(bytes_of, flat.sharding.grads.get(level, IDENTITY), flat.master.element_size()) for level in levels
+    ]
+    flow = flow_of(unit, flat, _gathers(unit, sharded.plan.accumulate), step)
+    return step_bytes(flow, fanouts, accumulate=sharded.plan.accumulate, weights=weights, grads=grads)

@@ -1,6 +1,5 @@
 """From a job and a world to the parts of a run: model, engine, optimizer, data feed, checkpoints, telemetry."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from thinwire.checkpoint.store import Checkpoints
 from thinwire.comm.world import World
 from thinwire.data.loader import Loader, Packing, Prefetcher
 from thinwire.hub.native_spec import NativeSpec
+from thinwire.hub.pretrained import build_native
 from thinwire.model.generate import LanguageModel
 from thinwire.model.spec import ModelSpec
 from thinwire.model.transformer import Transformer, initial_weight
@@ -21,40 +21,8 @@ from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
+from thinwire.train.parts import Parts
 from thinwire.train.progress import Reporter, peak_flops_per_s
-
-
-@dataclass
-class Parts:
-    """What the loop works with."""
-
-    job: Job
-    world: World
-    group: World
-    """The ranks that agree every step: the whole world, or this rank's worker group."""
-    sync: OuterSync | None
-    model: LanguageModel
-    sharded: Sharded
-    optimizer: ShardedOptimizer
-    feed: Prefetcher
-    checkpoints: Checkpoints
-    nominal_tokens: int
-    """Tokens of a full batch of the group: the constant by which its ranks scale their loss."""
-    cross_documents: bool
-    peak_flops_per_s: float
-    peak_origin: str
-    reporter: Reporter
-
-    def begin(self, step: int) -> None:
-        """Start feeding from `step` and, on rank 0, reporting."""
-        self.feed.start(step)
-        self.world.ledger.drain()  # loading is no step
-        if self.world.rank == 0:
-            self.reporter.open(self.job, step=step)
-
-    def close(self) -> None:
-        self.feed.close()
-        self.reporter.close()
 
 
 def assemble(job: Job, world: World) -> Parts:
@@ -106,8 +74,6 @@ def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module,
     model: LanguageModel
     module: torch.nn.Module
     if isinstance(job.spec, NativeSpec):
-        from thinwire.hub.native import build_native
-
         model = build_native(job.spec, job.config.model.hf, seed=job.config.run.seed)
         module = model.module.to(world.device)
     else:

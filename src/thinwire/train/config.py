@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from thinwire.checkpoint.config import CheckpointConfig
 from thinwire.cluster.config import ClusterConfig
 from thinwire.config import Frozen
-from thinwire.data.config import DataConfig
+from thinwire.data.corpus import DataConfig
 from thinwire.model.config import ModelConfig
 from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.plan.plan import PlanConfig

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinwire.checkpoint.listing import (
+from thinwire.checkpoint.manifest import (
     list_checkpoints,
     list_torn,
     open_checkpoint,
@@ -17,7 +17,7 @@ from thinwire.checkpoint.listing import (
 from thinwire.config import build, differences, dump_toml, read_toml
 from thinwire.errors import CheckpointError, ConfigError
 from thinwire.files.events import read_events
-from thinwire.files.folders import write_whole
+from thinwire.files.folders import write_atomic
 from thinwire.files.locks import LOCK, Lock, hold
 from thinwire.hub.files import SIDE_FILES, copy_files
 from thinwire.hub.init import HUB, keep_beside, verify_init
@@ -115,9 +115,9 @@ def _fill(job: Job, *, resuming: bool, done: int) -> tuple[str, ...]:
         said = said_of_changes(refuse_other_run(job), job.config, done)
         _refuse_lost_checkpoints(folder)
     remove_partial(folder / CHECKPOINTS)
-    write_whole(folder / PLAN_FILE, job.plan.model_dump_json(indent=2) + "\n")
-    write_whole(folder / CLUSTER_FILE, job.cluster.model_dump_json(indent=2) + "\n")
-    write_whole(folder / RUN_FILE, dump_toml(job.config))  # last: where it stands alone, it is a user's
+    write_atomic(folder / PLAN_FILE, job.plan.model_dump_json(indent=2) + "\n")
+    write_atomic(folder / CLUSTER_FILE, job.cluster.model_dump_json(indent=2) + "\n")
+    write_atomic(folder / RUN_FILE, dump_toml(job.config))  # last: where it stands alone, it is a user's
     if job.init is not None:
         keep_beside(job.init, folder)
     elif job.config.model.hf is not None:

@@ -10,9 +10,10 @@ from typing import Any
 from thinwire import __version__
 from thinwire.cluster.cluster import Cluster
 from thinwire.config import load
-from thinwire.data.config import DataConfig
-from thinwire.data.corpus import Corpus, exists
+from thinwire.data.corpus import Corpus, DataConfig, exists, make_once
 from thinwire.data.inputs import check_files
+from thinwire.data.notes import prepare_shown
+from thinwire.data.prepare import Options
 from thinwire.data.tokenizer import ByteTokenizer, load_file, parse_choice
 from thinwire.errors import ConfigError, DataError
 from thinwire.hub.init import Init, read_init
@@ -20,7 +21,7 @@ from thinwire.hub.native_spec import AnySpec, NativeSpec
 from thinwire.model.config import check_vocabulary
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.plan import Plan
-from thinwire.plan.rounds import deal, fragment_count
+from thinwire.plan.rounds import assign_units, fragment_count
 from thinwire.plan.sync import Sync
 from thinwire.train.config import RunConfig
 
@@ -157,14 +158,14 @@ def _check_rounds(sync: Sync, spec: ModelSpec) -> None:
     shapes = spec.parameter_shapes()
     units = [(unit.name, sum(math.prod(shapes[name]) for name in unit.parameters)) for unit in spec.units()]
     fragments = fragment_count(sync.fragments, spec.layers)
-    deal(units, fragments, sync.order)
+    assign_units(units, fragments, sync.order)
     sync.schedule(fragments)
 
 
 def _spec(config: RunConfig, vocabulary: int | None, folder: Path) -> AnySpec:
     if config.model.hf is None:
         return config.model.resolve(vocabulary)
-    from thinwire.hub.native import describe
+    from thinwire.hub.pretrained import describe
 
     return describe(config.model.hf, kept=folder, lora=config.model.lora)
 
@@ -202,13 +203,11 @@ def refuse_crossing(job: Job) -> None:
     """
     if not isinstance(job.spec, NativeSpec) or job.corpus.cross_documents:
         return
-    from thinwire.hub import crossing
-    from thinwire.hub.native import build_native
+    from thinwire.hub.native import refuse_if_crossing
+    from thinwire.hub.pretrained import build_native
 
     model = build_native(job.spec, job.config.model.hf, seed=job.config.run.seed)
-    crossing.refuse_crossing(
-        model, job.spec.vocab_size, source=str(job.config.model.hf), talks=job.corpus.conversations
-    )
+    refuse_if_crossing(model, job.spec.vocab_size, source=str(job.config.model.hf), talks=job.corpus.conversations)
 
 
 RANKS_A_CORE = 64
@@ -231,10 +230,6 @@ def corpus_for(
     config: RunConfig, *, stopped: Callable[[], bool] = _never, say: Callable[[str], None] = _silent
 ) -> None:
     """Prepare `data.path` from `data.sources` if nothing is there yet, once however many ask. Raises as `make_once` does."""
-    from thinwire.data.corpus import make_once
-    from thinwire.data.notes import prepare_shown
-    from thinwire.data.prepare import Options
-
     data = config.data
     if not data.sources:
         return

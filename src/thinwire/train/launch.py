@@ -24,9 +24,10 @@ from pathlib import Path
 
 from thinwire.comm.place import Place
 from thinwire.errors import ConfigError, LinkError, RankLost, ThinwireError
-from thinwire.files.folders import scratch_folder
+from thinwire.files.folders import scratch_folder, write_atomic
 from thinwire.train.folder import LOGS
 from thinwire.train.stop import INTERRUPTED_STATUS, STOP_SIGNALS, held_for_children
+from thinwire.units import SYSTEM_CLOCK, SystemClock
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,8 @@ class FailureReport:
 
     def write(self, path: Path) -> None:
         """Whole or not at all: the launcher may read it when this process is killed, or the disk is full."""
-        partial = path.with_suffix(".partial")
         with suppress(OSError):
-            partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
-            partial.replace(path)
+            write_atomic(path, json.dumps(asdict(self)))
 
 
 def describe(rank: int, error: BaseException) -> FailureReport:
@@ -123,7 +122,7 @@ def _first_outgoing() -> int:
 
 
 @dataclass(frozen=True)
-class Share:
+class LocalRanks:
     """The ranks of a world that one launcher starts: `first` .. `first + count - 1` of `size`, which meet at host:port."""
 
     first: int
@@ -133,21 +132,23 @@ class Share:
     port: int
 
     @staticmethod
-    def whole(ranks: int, port: int | None = None) -> "Share":
+    def whole(ranks: int, port: int | None = None) -> "LocalRanks":
         """All ranks, on this machine."""
-        return Share(0, ranks, ranks, "127.0.0.1", port or free_port())
+        return LocalRanks(0, ranks, ranks, "127.0.0.1", port or free_port())
 
     @staticmethod
-    def of_node(place: Place, ranks_per_node: int) -> "Share":
+    def of_node(place: Place, ranks_per_node: int) -> "LocalRanks":
         """Those of one node, for a launcher that is itself one of `place.size` (one a node)."""
-        return Share(place.rank * ranks_per_node, ranks_per_node, place.size * ranks_per_node, place.host, place.port)
+        return LocalRanks(
+            place.rank * ranks_per_node, ranks_per_node, place.size * ranks_per_node, place.host, place.port
+        )
 
 
 WORKER = "thinwire.train.worker"
 
 
 def launch(
-    arguments: Sequence[str], *, share: Share, folder: Path, worker: str = WORKER, lock: int | None = None
+    arguments: Sequence[str], *, share: LocalRanks, folder: Path, worker: str = WORKER, lock: int | None = None
 ) -> Ending:
     """Run `python -m WORKER PLACE ARGUMENTS` as the ranks of `share` and wait for their end.
 
@@ -156,31 +157,33 @@ def launch(
     """
     with (
         scratch_folder() as reports,
-        Crew(arguments, share=share, folder=folder, reports=reports, worker=worker, lock=lock) as crew,
+        RankProcesses(arguments, share=share, folder=folder, reports=reports, worker=worker, lock=lock) as processes,
     ):
-        return crew.wait()
+        return processes.wait()
 
 
-class Crew:
+class RankProcesses:
     """The processes of one launch. A context: leaving it leaves no process behind."""
 
     def __init__(
         self,
         arguments: Sequence[str],
         *,
-        share: Share,
+        share: LocalRanks,
         folder: Path,
         reports: Path,
         worker: str = WORKER,
         lock: int | None = None,
+        clock: SystemClock = SYSTEM_CLOCK,
     ) -> None:
+        self._clock = clock
         self._worker, self._lock = worker, lock
         self._arguments, self._share, self._reports = list(arguments), share, reports
         self._logs = folder / LOGS
         self._processes: list[subprocess.Popen[bytes]] = []
         self._stops = 0
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "RankProcesses":
         self._logs.mkdir(parents=True, exist_ok=True)
         self._before = {number: signal.signal(number, self._on_stop) for number in STOP_SIGNALS}
         watched, self._alive = os.pipe()
@@ -203,7 +206,7 @@ class Crew:
         while self._running():
             if any(process.poll() not in (None, 0) for process in self._processes):
                 return self._stop_rest()
-            time.sleep(_POLL_S)
+            self._clock.sleep(_POLL_S)
         if any(process.returncode for process in self._processes):
             return self._stop_rest()
         return Ending(0)
@@ -263,9 +266,9 @@ class Crew:
         return Ending(failure.exit_status, failure)
 
     def _wait_at_most(self, seconds: float) -> None:
-        end_s = time.monotonic() + seconds
-        while self._running() and time.monotonic() < end_s:
-            time.sleep(_POLL_S)
+        end_s = self._clock.now() + seconds
+        while self._running() and self._clock.now() < end_s:
+            self._clock.sleep(_POLL_S)
 
 
 def refuse_taken(port: int) -> None:

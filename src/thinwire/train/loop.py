@@ -4,6 +4,8 @@ The loss of a step is the sum of token losses over the global count of valid tok
 and micro-batches gives the same gradient: every rank back-propagates its sum over a constant (the nominal token count),
 the engine sums over ranks, and the ratio of nominal to counted tokens scales the result once. A step without a valid
 token has no gradient, so it is none: weights, optimizer states and what codecs carry over stay as they are.
+
+All ranks agree when to stop. Inside a replica that is known every step; across replicas it travels behind them.
 """
 
 import math
@@ -12,42 +14,32 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from thinwire.comm.collectives import all_reduce_small
+from thinwire.comm.handle import Handle
+from thinwire.comm.transport.transport import all_gather_single
 from thinwire.comm.world import World
 from thinwire.data.loader import Batch
 from thinwire.errors import DivergenceError
 from thinwire.train.announce import announce, conclude, sample
-from thinwire.train.assemble import Parts, assemble
 from thinwire.train.clock import StepClock
 from thinwire.train.job import Job
-from thinwire.train.predicted import held_bytes
+from thinwire.train.parts import Parts
 from thinwire.train.progress import mfu
 from thinwire.train.saving import Saver
 from thinwire.train.schedule import lr_at
-from thinwire.train.shortage import shortage_explained
 from thinwire.train.stop import StopRequest
 from thinwire.train.validate import validate
-from thinwire.train.vote import StopVote
 
 # B batch, T tokens
 
 
-def train(job: Job, world: World, stop: StopRequest) -> None:
-    """Train `job` to its last step, or until a stop is asked for; resumes what its folder holds.
+def train(job: Job, parts: Parts, stop: StopRequest) -> None:
+    """Train to the last step of `job`, or until a stop is asked for; resumes what its folder holds.
 
     Raises DivergenceError after `run.max_bad_steps` non-finite steps in a row, and whatever a rank raises.
     """
-    with shortage_explained(world.device, sharing=world.cluster.levels[0].fanout) as held:
-        parts = assemble(job, world)
-        held.update(held_bytes(parts.sharded, job.config.optimizer.state_numbers))
-        try:
-            _train(job, parts, stop)
-        finally:
-            parts.close()
-
-
-def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
     saver = Saver(job, parts.checkpoints, parts.sharded, parts.optimizer, parts.sync, parts.reporter)
     parts.world.status.enter("the start of the run")
     step = saver.resume()
@@ -66,7 +58,7 @@ def _train(job: Job, parts: Parts, stop: StopRequest) -> None:
         record, asked = train_step(job, parts, step, clock, stop)
         step += 1
         stopping = vote.after(step, asked=asked)
-        agree(parts, step, tokens=record["tokens"], last=step == total)
+        synchronise(parts, step, tokens=record["tokens"], last=step == total)
         clock.lap("sync")
         parts.world.status.enter("the end (records, checkpoint, validation)", step)
         if record["loss"] is not None:  # a step without a scored token says nothing of the others
@@ -125,9 +117,9 @@ def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRe
         valid_tokens += valid
     parts.world.status.enter("the sums and the optimizer", step + 1)
     parts.sharded.finish_reduce()
-    agreed = torch.tensor([summed.item(), valid_tokens, stop.asked], dtype=torch.float64)
-    all_reduce_small(agreed, world=parts.group, op="sum")
-    loss_sum, tokens, stops = agreed.tolist()
+    sums = torch.tensor([summed.item(), valid_tokens, stop.asked], dtype=torch.float64)
+    all_reduce_small(sums, world=parts.group, op="sum")
+    loss_sum, tokens, stops = sums.tolist()
     scale = parts.nominal_tokens / max(1.0, tokens)
     grad_norm = parts.sharded.grad_norm() * scale
     clock.lap("comm")
@@ -146,8 +138,8 @@ def train_step(job: Job, parts: Parts, step: int, clock: StepClock, stop: StopRe
     return record, stops > 0
 
 
-def agree(parts: Parts, step: int, *, tokens: int, last: bool) -> None:
-    """Worker groups send and apply what the schedule of their rounds says; after the last step what is still in flight."""
+def synchronise(parts: Parts, step: int, *, tokens: int, last: bool) -> None:
+    """Replicas send and apply what the schedule of their rounds says; after the last step what is still in flight."""
     if parts.sync is None:
         return
     rounds = parts.sync.after(step, tokens=tokens)
@@ -190,7 +182,7 @@ def _give_up_if_diverged(job: Job, saver: Saver, bad_in_a_row: int, step: int) -
 def close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepClock) -> None:
     """Add timings and wire bytes to the step's record and publish it. Every token processed takes time, scored or not.
 
-    With worker groups the loss is that of rank 0's group, and every group's tokens are taken to be as many as its.
+    With several replicas the loss is that of rank 0's, and every replica's tokens are taken to be as many as its.
     """
     wire = parts.world.ledger.drain()
     seconds = clock.stop(exposed_comm_s=wire.exposed_s)
@@ -217,3 +209,59 @@ def close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepCloc
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
+
+
+EVERY = 10
+"""Steps between two votes across groups: a stop takes effect 10 to 20 steps after it was asked for."""
+
+
+class StopVote:
+    """Every rank's group says whether it wants to stop; the answer of one vote is read when the next begins.
+
+    So groups drift apart by up to that many steps without waiting for each other, and stop after the same step.
+    """
+
+    def __init__(self, world: World, group: World) -> None:
+        self._world = world
+        alike = range(world.rank % group.size, world.size, group.size)
+        self._group = world.communicator(alike, members_only=True, small=True) if len(alike) > 1 else None
+        self._level = world.level_name(len(world.cluster.levels) - 1)
+        self._asked = False
+        self._handle: Handle | None = None
+        self._votes = torch.zeros(0)
+
+    def after(self, step: int, *, asked: bool) -> bool:
+        """Whether to stop now, after `step`; `asked`: whether this rank's group wants to."""
+        if self._group is None:
+            return asked
+        self._asked = self._asked or asked
+        if step % EVERY:
+            return False
+        stop = self._read()
+        self._cast(self._group)
+        return stop
+
+    def close(self) -> None:
+        """Wait for a vote that nobody needs any more."""
+        self._read()
+
+    def _read(self) -> bool:
+        if self._handle is None:
+            return False
+        self._handle.wait()
+        self._handle = None
+        return bool(self._votes.any())
+
+    def _cast(self, group: dist.ProcessGroup) -> None:
+        own = torch.tensor([float(self._asked)])
+        self._votes = torch.empty(dist.get_world_size(group))
+        entry = self._world.ledger.open(
+            level=self._level,
+            kind="all_gather",
+            purpose="control",
+            payload_bytes=self._votes.nbytes,
+            sent_bytes=own.nbytes * (len(self._votes) - 1),
+            codec="identity",
+        )
+        work = all_gather_single(self._votes, own, group=group)
+        self._handle = Handle(self._world.outstanding, entry, [work], keep=(own, self._votes))

@@ -16,10 +16,9 @@ from rich.table import Table
 from thinwire.cluster.cluster import Device
 from thinwire.comm.ledger import Entry
 from thinwire.files.events import EventLog
-from thinwire.train.clock import Lap
+from thinwire.train.clock import Lap, Tracer
 from thinwire.train.folder import EVENTS_FILE, TRACE_FILE
 from thinwire.train.job import Job
-from thinwire.train.tracing import Tracer
 from thinwire.train.trackers import Tracker, open_trackers
 from thinwire.units import show_count, show_seconds
 
@@ -110,11 +109,11 @@ class Telemetry:
 
     def _write(self, kind: str, **fields: Any) -> None:
         """A record in the log. One that cannot be written waits; that is told once."""
-        fine = self.log.trouble is None
+        fine = self.log.refused is None
         self.log.write(kind, **fields)
-        if fine and self.log.trouble is not None:
+        if fine and self.log.refused is not None:
             self._say_warning(
-                f"{EVENTS_FILE} cannot be written: {self.log.trouble}; training goes on, and what it says is kept in memory "
+                f"{EVENTS_FILE} cannot be written: {self.log.refused}; training goes on, and what it says is kept in memory "
                 f"until there is room"
             )
 
@@ -134,7 +133,7 @@ class Telemetry:
                 self.warn(f"{name} could not be closed: {error}; its last records may be missing")
         if gone := self.log.waiting + self.log.lost:
             self._say_warning(
-                f"{gone:,} records of {EVENTS_FILE} could not be written: {self.log.trouble}; they are lost"
+                f"{gone:,} records of {EVENTS_FILE} could not be written: {self.log.refused}; they are lost"
             )
         self.log.close()
 
@@ -147,7 +146,6 @@ class Totals:
         self.unscored_steps = 0
         self.wire: dict[str, dict[str, int]] = {}
         self.causes: dict[str, float] = {}
-        self.started_s = time.perf_counter()
 
     def add(self, record: dict[str, Any]) -> None:
         self.steps += 1

@@ -40,7 +40,7 @@ class Saver:
     def resume(self) -> int:
         """Load the newest good checkpoint, else imported weights: the step to go on from.
 
-        Raises CheckpointError, and ConfigError if worker groups do not hold the same afterwards.
+        Raises CheckpointError, and ConfigError if replicas do not hold the same afterwards.
         """
         found = self._checkpoints.newest()
         self._warnings = list(self._checkpoints.warnings)
@@ -82,7 +82,7 @@ class Saver:
             )
 
     def _updates(self, found: Found) -> int:
-        """Optimizer steps taken before; worker groups may have skipped different ones."""
+        """Optimizer steps taken before; replicas may have skipped different ones."""
         own = None if self._sync is None else taken_steps(self._sync)
         if own is None or own.name not in found.manifest.tensors:
             return int(found.manifest.meta["updates"])

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from thinwire.config import Frozen
 from thinwire.errors import ConfigError
-from thinwire.files.folders import write_whole
+from thinwire.files.folders import write_atomic
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 TENSORBOARD = "tensorboard"
@@ -179,7 +179,7 @@ def _kept(folder: Path, name: str) -> str | None:
 
 
 def _keep(folder: Path, name: str, identity: str) -> None:
-    write_whole(folder / KEPT, json.dumps({**_all_kept(folder), name: identity}) + "\n")
+    write_atomic(folder / KEPT, json.dumps({**_all_kept(folder), name: identity}) + "\n")
 
 
 def _all_kept(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Validation during training: every rank scores its share of the held-out text, then sums are added.
+"""Validation during training: every rank scores its share of the validation split, then sums are added.
 
-Worker groups score the outer weights, which are what a checkpoint exports.
+Replicas score the outer weights, which are what a checkpoint exports.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -19,7 +18,7 @@ from thinwire.parallel.shard.engine import Sharded
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.job import Job
 from thinwire.train.progress import Reporter
-from thinwire.units import show_seconds
+from thinwire.units import SYSTEM_CLOCK, SystemClock, show_seconds
 
 
 def validate(
@@ -31,17 +30,18 @@ def validate(
     reporter: Reporter,
     *,
     step: int,
+    clock: SystemClock = SYSTEM_CLOCK,
 ) -> Score | None:
-    """Score the first `run.eval_sequences` held-out sequences and say the result; None if there is no held-out text."""
+    """Score the first `run.eval_sequences` sequences of the validation split and report; None if there is none."""
     if job.corpus.heldout is None or job.corpus.heldout.tokens == 0:
         if step == 0:
             reporter.say(f"no validation: {job.config.data.path} holds no validation split")
         return None
-    start_s = time.perf_counter()
+    start_s = clock.now()
     sharded.drain()
     with world.ledger.apart():
         total = _score(job, world, model, sync)
-    _tell(reporter, step, total, time.perf_counter() - start_s)
+    _report(reporter, step, total, clock.now() - start_s)
     return total
 
 
@@ -79,7 +79,7 @@ def _share(job: Job, world: World) -> Iterator[Batch]:
         yield batches[mine] if mine < len(batches) else ignored_like(batches[0])
 
 
-def _tell(reporter: Reporter, step: int, total: Score, seconds: float) -> None:
+def _report(reporter: Reporter, step: int, total: Score, seconds: float) -> None:
     bits, scored = total.bits_per_byte, total.tokens > 0
     reporter.event(
         "eval",
@@ -91,11 +91,11 @@ def _tell(reporter: Reporter, step: int, total: Score, seconds: float) -> None:
         seconds=round(seconds, 3),
     )
     if not scored:
-        reporter.say(f"validation at step {step}: no token of the held-out sequences is scored")
+        reporter.say(f"validation at step {step}: no token of the validation split is scored")
         return
     shown = "" if bits is None else f", {bits:.4f} bits per byte"
     few = ", too few to compare losses by" if total.tokens < FEW_TOKENS else ""
     reporter.say(
         f"validation at step {step}: loss {total.loss:.4f}, perplexity {total.perplexity:.2f}{shown} "
-        f"({total.tokens:,} held-out tokens{few}, {show_seconds(seconds)})"
+        f"({total.tokens:,} tokens{few}, {show_seconds(seconds)})"
     )

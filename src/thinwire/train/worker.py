@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from thinwire.cluster.cluster import check_size
 from thinwire.cluster.hardware import described, found_gpus
@@ -21,6 +21,9 @@ from thinwire.train.folder import open_folder, said_if_finished
 from thinwire.train.job import Job, read_config, refuse_crossing, resolve, statement
 from thinwire.train.launch import describe
 from thinwire.train.stop import StopRequest
+
+if TYPE_CHECKING:
+    from thinwire.comm.world import World
 
 Advise = Callable[[Job, float, float], str]
 """(job, bytes needed, bytes there are) -> which setting would fit."""
@@ -33,7 +36,6 @@ def run_rank(job: Job, place: Place, stop: StopRequest, *, advise: Advise | None
 
     from thinwire.comm.device import keep_heap
     from thinwire.comm.world import World
-    from thinwire.train.loop import train
 
     keep_heap()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
@@ -48,12 +50,28 @@ def run_rank(job: Job, place: Place, stop: StopRequest, *, advise: Advise | None
         print(world.introduction, flush=True)
     with world.failures_explained():
         try:
-            train(job, world, stop)
+            train_job(job, world, stop)
         except ShortOfMemory as error:
             if advise is not None:
                 error.args = (f"{error}; {advise(job, error.needed_bytes, error.capacity_bytes)}",)
             raise
         world.leave()
+
+
+def train_job(job: Job, world: "World", stop: StopRequest) -> None:
+    """Train `job` in a world that has been joined. Raises what training raises."""
+    from thinwire.train.announce import held_bytes
+    from thinwire.train.assemble import assemble
+    from thinwire.train.loop import train
+    from thinwire.train.shortage import shortage_explained
+
+    with shortage_explained(world.device, sharing=world.cluster.levels[0].fanout) as held:
+        parts = assemble(job, world)
+        held.update(held_bytes(parts.sharded, job.config.optimizer.state_numbers))
+        try:
+            train(job, parts, stop)
+        finally:
+            parts.close()
 
 
 def main(arguments: Sequence[str]) -> int:

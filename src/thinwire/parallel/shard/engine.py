@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from thinwire.comm.handle import InFlight
 from thinwire.comm.world import World
-from thinwire.errors import PlanError, ThinwireError
+from thinwire.errors import ThinwireError
 from thinwire.parallel.shard import carried
 from thinwire.parallel.shard.backward import Backwards, running
 from thinwire.parallel.shard.deferred import FirstValues, Initial
@@ -408,7 +408,5 @@ def shard(
     for one by one, so that no rank holds more at a time than its own states and one unit. A tied one is asked for once.
     Raises PlanError if the plan's levels are not the world's, or a unit's name is wrong; UseError if values are missing.
     """
-    levels = tuple((level.name, level.fanout) for level in world.cluster.levels)
-    if plan.levels != levels:
-        raise PlanError(f"the plan is for levels {plan.levels}, this world has {levels}; make the plan anew")
+    plan.check_levels(world.cluster)
     return Sharded(module, plan, world, units, initial=initial)
