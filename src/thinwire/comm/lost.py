@@ -59,13 +59,13 @@ class Peers:
             if status.verdict is None:  # nobody was faster
                 status.verdict = found
                 self._tell(found)
-        if status.verdict.get("apart"):
+        if status.verdict.get("diverged"):
             return UseError(status.verdict["sentence"])
         return RankLost(status.verdict["sentence"], status.verdict["rank"])
 
-    def tell_apart(self, error: UseError) -> None:
+    def tell_diverged(self, error: UseError) -> None:
         """Tell all others that ranks have gone different ways: what they raise once they find that nothing comes."""
-        verdict = {"rank": self._rank, "sentence": str(error), "apart": True}
+        verdict = {"rank": self._rank, "sentence": str(error), "diverged": True}
         if self._server.status.verdict is None:
             self._server.status.verdict = verdict
         self._tell(verdict)
