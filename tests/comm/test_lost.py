@@ -16,7 +16,7 @@ from thinwire.comm import lost
 from thinwire.comm.collectives import all_gather, all_reduce_small
 from thinwire.comm.interfaces import Address, Presence
 from thinwire.comm.lost import Answer, find_lost
-from thinwire.comm.status import Desk, Status, call
+from thinwire.comm.status import Status, StatusServer, call
 from thinwire.comm.world import World
 from thinwire.errors import RankLost
 from worlds import run_world
@@ -218,22 +218,22 @@ def test_where_all_wait_for_the_same_it_is_the_network() -> None:
 def test_a_desk_answers_those_who_know_the_token_and_keeps_the_first_verdict() -> None:
     clock = Jump()
     status = Status(clock)
-    desk = Desk(5, status)
-    desk.token = "word"
+    server = StatusServer(5, status)
+    server.token = "word"
     try:
         status.enter("the data", 3)
         clock.sleep(3600)
-        first = call("127.0.0.1", desk.port, {"token": "word", "verdict": {"rank": 1, "sentence": "one"}}, 5)
-        again = call("127.0.0.1", desk.port, {"token": "word", "verdict": {"rank": 2, "sentence": "two"}}, 5)
+        first = call("127.0.0.1", server.port, {"token": "word", "verdict": {"rank": 1, "sentence": "one"}}, 5)
+        again = call("127.0.0.1", server.port, {"token": "word", "verdict": {"rank": 2, "sentence": "two"}}, 5)
         assert (first["rank"], first["phase"], first["step"], first["waiting"]) == (5, "the data", 3, None)
         assert first["phase_s"] == 3600
         assert again["verdict"] == {"rank": 1, "sentence": "one"}
         with pytest.raises(ConnectionResetError, match="another program answers there"):
-            call("127.0.0.1", desk.port, {"token": "guess"}, 5)
+            call("127.0.0.1", server.port, {"token": "guess"}, 5)
     finally:
-        desk.close()
+        server.close()
     with pytest.raises(ConnectionRefusedError):
-        call("127.0.0.1", desk.port, {"token": "word"}, 5)
+        call("127.0.0.1", server.port, {"token": "word"}, 5)
 
 
 def _raises(world: World, folder: Path) -> None:

@@ -1,6 +1,4 @@
-"""What a rank computes on: its own accelerator, or one that ranks of its host share because the run says so.
-
-A rank's heap keeps what it has.
+"""What a rank computes on: its own accelerator, or one that ranks of its host share because the run says so; and its heap.
 
 glibc gives the top of the heap back to the kernel as soon as a few MB of it are free. A step frees its activations and
 gradients at every micro-batch and takes them again at once, page by page, each page cleared by the kernel: on small

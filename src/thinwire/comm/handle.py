@@ -25,7 +25,7 @@ class Accounts(Protocol):
 
     def explain(self, error: Exception) -> Exception: ...
 
-    def tell_apart(self, error: UseError) -> None: ...
+    def tell_diverged(self, error: UseError) -> None: ...
 
 
 class Outstanding(set["Handle"]):
@@ -46,11 +46,11 @@ class Outstanding(set["Handle"]):
         for transport in self.same_host:
             transport.close()
 
-    def raise_apart(self, sentence: str) -> NoReturn:
+    def raise_diverged(self, sentence: str) -> NoReturn:
         """This rank has found ranks in different collectives: raises UseError here, and on all that wait for others."""
         error = UseError(sentence)
         if self.accounts is not None:
-            self.accounts.tell_apart(error)
+            self.accounts.tell_diverged(error)
         self.give_up()
         raise error from None
 

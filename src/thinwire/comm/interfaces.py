@@ -124,7 +124,7 @@ class Presence:
     machine: str
     pids: str
     port: int
-    """Where its desk answers."""
+    """Where its server answers."""
     local: Address | None
     """From where it has reached rank 0."""
     reached: str | None
@@ -136,14 +136,14 @@ class Presence:
 
     @staticmethod
     def of_this_process(
-        rank: int, port: int, here: Sequence[Address], asked: Sequence[Address], door: tuple[str, str] | None
+        rank: int, port: int, here: Sequence[Address], asked: Sequence[Address], ends: tuple[str, str] | None
     ) -> "Presence":
-        """`door`: the addresses of both ends of the connection to rank 0."""
+        """`ends`: the addresses of both ends of the connection to rank 0."""
         boot, network, pids = _boot(), _inode("net"), _inode("pid")
-        local = None if door is None else next((each for each in here if each.ip == door[0]), None)
+        local = None if ends is None else next((each for each in here if each.ip == ends[0]), None)
         return Presence(
             rank, socket.gethostname(), os.getpid(), f"{boot}/{network}", f"{boot}/{pids}", port,
-            local, None if door is None else door[1], tuple(here), tuple(asked),
+            local, None if ends is None else ends[1], tuple(here), tuple(asked),
         )  # fmt: skip
 
     @staticmethod

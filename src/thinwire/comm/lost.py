@@ -15,7 +15,7 @@ import psutil
 import torch.distributed as dist
 
 from thinwire.comm.interfaces import Presence
-from thinwire.comm.status import Desk, call
+from thinwire.comm.status import StatusServer, call
 from thinwire.errors import LinkError, RankLost, ThinwireError, UseError
 from thinwire.units import show_seconds
 
@@ -43,8 +43,8 @@ class Answer:
 class Peers:
     """All ranks of a world, as one of them knows them. Nothing is sent before something fails."""
 
-    def __init__(self, rank: int, everyone: Sequence[Presence], desk: Desk) -> None:
-        self._rank, self._everyone, self._desk = rank, everyone, desk
+    def __init__(self, rank: int, everyone: Sequence[Presence], server: StatusServer) -> None:
+        self._rank, self._everyone, self._server = rank, everyone, server
 
     def explain(self, error: Exception) -> Exception:
         """What to raise for `error`: RankLost, or another rank's UseError, if it tells of a connection, else itself.
@@ -53,21 +53,21 @@ class Peers:
         """
         if isinstance(error, RankLost) or not _is_of_links(error):
             return error
-        status = self._desk.status
+        status = self._server.status
         if status.verdict is None:
             found = find_lost(self._everyone, self._rank, status.snapshot(), self._ask_all())
             if status.verdict is None:  # nobody was faster
                 status.verdict = found
                 self._tell(found)
-        if status.verdict.get("apart"):
+        if status.verdict.get("diverged"):
             return UseError(status.verdict["sentence"])
         return RankLost(status.verdict["sentence"], status.verdict["rank"])
 
-    def tell_apart(self, error: UseError) -> None:
+    def tell_diverged(self, error: UseError) -> None:
         """Tell all others that ranks have gone different ways: what they raise once they find that nothing comes."""
-        verdict = {"rank": self._rank, "sentence": str(error), "apart": True}
-        if self._desk.status.verdict is None:
-            self._desk.status.verdict = verdict
+        verdict = {"rank": self._rank, "sentence": str(error), "diverged": True}
+        if self._server.status.verdict is None:
+            self._server.status.verdict = verdict
         self._tell(verdict)
 
     def announce(self, error: Exception) -> None:
@@ -101,7 +101,7 @@ class Peers:
         return len({each.machine for each in self._everyone}) == 1
 
     def close(self) -> None:
-        self._desk.close()
+        self._server.close()
 
     def _others(self) -> list[Presence]:
         return [each for each in self._everyone if each.rank != self._rank]
@@ -116,7 +116,7 @@ class Peers:
         if state is not None:
             return Answer(state)
         try:
-            request = {"token": self._desk.token}
+            request = {"token": self._server.token}
             notes = call(other.route[0].ip, other.port, request, _ANSWER_S, connected=lambda: reached.append(True))
         except (ConnectionRefusedError, ConnectionResetError):
             return Answer("ended")
@@ -125,7 +125,7 @@ class Peers:
         return Answer("here", notes=notes)
 
     def _tell(self, verdict: Mapping[str, Any]) -> None:
-        request = {"token": self._desk.token, "verdict": verdict}
+        request = {"token": self._server.token, "verdict": verdict}
 
         def tell(other: Presence) -> None:
             try:

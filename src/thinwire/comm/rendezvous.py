@@ -2,7 +2,7 @@
 
 One rank of each host calls all other hosts at the first of the ways to them (`thinwire.comm.interfaces`). An address that
 somebody cannot reach gives way to the host's next one, on all ranks alike. Waiting is done in short steps, so that a stop
-that was asked for, or trouble that another rank has told, ends it at once on every rank.
+that was asked for, or a failure that another rank has told, ends it at once on every rank.
 """
 
 import errno
@@ -23,18 +23,18 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from thinwire.comm.interfaces import Presence, Route, addresses, advice, leaders, listed, possible_routes
-from thinwire.comm.status import Desk, call
+from thinwire.comm.status import StatusServer, call
 from thinwire.config import differences
 from thinwire.errors import ConfigError, LinkError, StopAsked, ThinwireError
 from thinwire.units import SYSTEM_CLOCK, SystemClock
 
-_LOOK_S, _OPEN_S, _CONNECT_S, _FAREWELL_S = 0.05, 3.0, 3.0, 2.0
+_LOOK_S, _OPEN_S, _CONNECT_S, _READ_S = 0.05, 3.0, 3.0, 2.0
 _CALLERS = 32
 _TELL_S = 15.0
 """For rank 0 to come, when this rank will not: both were started at about the same time."""
 _SHOWN, _BRIEF = 4, 60
 """Of two ranks' runs: so many differences are told, and so much of each value."""
-_TROUBLE, _HEARD = "thinwire/trouble", "thinwire/heard"
+_FAILURE, _HEARD = "thinwire/failure", "thinwire/heard"
 _KINDS: dict[str, type[ThinwireError]] = {"config": ConfigError, "link": LinkError, "stop": StopAsked}
 
 
@@ -68,11 +68,11 @@ class Rendezvous:
 
         Raises LinkError, naming the address from which rank 0 was not reached in time, and StopAsked.
         """
-        door = None if self._rank == 0 else self._knock()
+        ends = None if self._rank == 0 else self._reach_rank_0()
         opened: list[dist.TCPStore | Exception] = []
         # In a thread: what answers at that port and is no store keeps a client waiting for ever.
         thread = threading.Thread(
-            target=self._open_at, args=("127.0.0.1" if door is None else door[1], opened), daemon=True
+            target=self._open_at, args=("127.0.0.1" if ends is None else ends[1], opened), daemon=True
         )
         thread.start()
         while thread.is_alive() and self._clock.now() < self._end_s and not self._stopped():
@@ -87,7 +87,7 @@ class Rendezvous:
                 why = f"it cannot listen there: {_reason(opened[0]) if opened else 'no answer'}"
             raise LinkError(f"rank {self._rank} could not meet the others at {self._where}: {why}; choose another port")
         self._store = opened[0]
-        return door
+        return ends
 
     def _open_at(self, host: str, opened: "list[dist.TCPStore | Exception]") -> None:
         timeout, first = timedelta(seconds=self._timeout_s), self._rank == 0
@@ -141,29 +141,29 @@ class Rendezvous:
         self.store.add(_HEARD, 1)
         raise ConfigError(sentence)
 
-    def present(self, presence: Presence, desk: Desk) -> tuple[Presence, ...]:
+    def present(self, presence: Presence, server: StatusServer) -> tuple[Presence, ...]:
         """Everybody, with the addresses at which each is reached by all. Raises LinkError naming who is not."""
         told = self._share("present", {**asdict(presence), "token": secrets.token_hex(8)})
-        desk.token = told[0]["token"]
-        self._share("ready", None)  # every desk knows the token before anybody calls
+        server.token = told[0]["token"]
+        self._share("ready", None)  # every server knows the token before anybody calls
         everyone = [Presence.read({key: value for key, value in each.items() if key != "token"}) for each in told]
         routes = possible_routes(everyone)
         if empty := [each for each, of_rank in zip(everyone, routes, strict=True) if not of_rank]:
             self.fail("link", f"{empty[0].who} has no address beside {listed(empty[0].here)}; plug in a network")
-        decided = self._choose(everyone, routes, desk.token)
+        decided = self._choose(everyone, routes, server.token)
         return tuple(replace(each, route=route) for each, route in zip(everyone, decided, strict=True))
 
     def fail(self, kind: str, sentence: str) -> NoReturn:
         """Tell all ranks, then raise what `kind` (`config`, `link`, `stop`) stands for."""
         if self._store is not None:
-            self._store.set(_TROUBLE, json.dumps([kind, sentence]))
+            self._store.set(_FAILURE, json.dumps([kind, sentence]))
             if self._rank == 0:  # the store goes with this process: let the others read it
-                end_s = self._clock.now() + _FAREWELL_S
+                end_s = self._clock.now() + _READ_S
                 while self._store.add(_HEARD, 0) < self._size - 1 and self._clock.now() < end_s:
                     self._clock.sleep(_LOOK_S)
         raise _KINDS[kind](sentence)
 
-    def _knock(self) -> tuple[str, str]:
+    def _reach_rank_0(self) -> tuple[str, str]:
         """Connect to rank 0, again and again until it is there."""
         why = "nobody answers"
         while (left_s := self._end_s - self._clock.now()) > 0:
@@ -223,8 +223,8 @@ class Rendezvous:
         wait_s = _LOOK_S / 10
         while not self.store.check([key]):
             self._leave_if_asked()
-            if self.store.check([_TROUBLE]):
-                kind, sentence = json.loads(self.store.get(_TROUBLE))
+            if self.store.check([_FAILURE]):
+                kind, sentence = json.loads(self.store.get(_FAILURE))
                 self.store.add(_HEARD, 1)
                 raise _KINDS[kind](sentence)
             if self._clock.now() > self._end_s:

@@ -64,7 +64,7 @@ def _words(awaited: Entry | str) -> str:
     return f"the {kind} ({awaited.purpose}) at level {awaited.level}"
 
 
-class Desk:
+class StatusServer:
     """Answers whoever knows the world's token: who is here, and what it is doing. Takes verdicts of others.
 
     Listens on every address of this machine, as the one at which others reach it is not known yet.
@@ -111,7 +111,7 @@ def _listen() -> socket.socket:
 def call(
     ip: str, port: int, request: dict[str, Any], timeout_s: float, connected: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """What the desk at an address answers; `connected` is called in between. Raises OSError (TimeoutError among them)."""
+    """What the server at an address answers; `connected` is called in between. Raises OSError (TimeoutError among them)."""
     with socket.create_connection((ip, port), timeout_s) as line:
         connected()
         line.settimeout(timeout_s)

@@ -23,7 +23,7 @@ from thinwire.comm.ledger import Ledger
 from thinwire.comm.lost import Peers
 from thinwire.comm.place import Place
 from thinwire.comm.rendezvous import Rendezvous
-from thinwire.comm.status import Desk, Status
+from thinwire.comm.status import Status, StatusServer
 from thinwire.comm.transport import gloo, nccl
 from thinwire.comm.transport.connect import find_same_host, transport_of
 from thinwire.comm.transport.same_host import Exchanges
@@ -88,18 +88,18 @@ class World:
 
     def _meet(self, meeting: Rendezvous, statement: Mapping[str, Any]) -> None:
         """Find out whether all have the same in mind, who the others are, and at which addresses all reach each other."""
-        here, door = addresses(), meeting.open()
+        here, ends = addresses(), meeting.open()
         try:
             wanted = asked(self.cluster.interface, os.environ, here, cuda=self.device.type == "cuda")
         except ConfigError as error:
             meeting.fail("config", f"rank {self.rank}: {error}")
         meeting.agree(statement)
-        desk = Desk(self.rank, self.status)
+        server = StatusServer(self.rank, self.status)
         try:
-            own = Presence.of_this_process(self.rank, desk.port, here, wanted, door)
-            self._peers = self.outstanding.accounts = Peers(self.rank, meeting.present(own, desk), desk)
+            own = Presence.of_this_process(self.rank, server.port, here, wanted, ends)
+            self._peers = self.outstanding.accounts = Peers(self.rank, meeting.present(own, server), server)
         except BaseException:
-            desk.close()
+            server.close()
             raise
 
     def _connect(self, store: dist.Store) -> None:

@@ -41,8 +41,8 @@ def find_same_host(group: dist.ProcessGroup, exchanges: Exchanges, *, timeout_s:
     """
     token = torch.tensor([secrets.randbits(62)])
     permit_siblings()
-    with socket.socket(socket.AF_UNIX) as door:
-        is_open = _listen(door, int(token), group.size())
+    with socket.socket(socket.AF_UNIX) as listener:
+        is_open = _listen(listener, int(token), group.size())
         everyone = _tell_all(group, [_network(), os.getpid(), token.data_ptr(), int(token), is_open])
         readable = all(_readable(other, _network()) for other in everyone)
         if not all(agrees for (agrees,) in _tell_all(group, [readable])):
@@ -50,9 +50,9 @@ def find_same_host(group: dist.ProcessGroup, exchanges: Exchanges, *, timeout_s:
         pids, tokens = [pid for _, pid, *_ in everyone], [token for *_, token, _ in everyone]
         try:
             sockets = {place: _call(tokens[place], timeout_s) for place in range(group.rank())}
-            door.settimeout(timeout_s)
+            listener.settimeout(timeout_s)
             while len(sockets) < group.size() - 1:
-                caller, _ = door.accept()
+                caller, _ = listener.accept()
                 if (pid := _pid_of(caller)) in pids:  # anyone may call
                     sockets[pids.index(pid)] = LocalSocket(caller, timeout_s)
         except OSError as error:
@@ -60,11 +60,11 @@ def find_same_host(group: dist.ProcessGroup, exchanges: Exchanges, *, timeout_s:
     return SameHostTransport(group.rank(), pids, sockets, exchanges)
 
 
-def _listen(door: socket.socket, token: int, backlog: int) -> bool:
+def _listen(listener: socket.socket, token: int, backlog: int) -> bool:
     """Abstract names (Linux) live in a network namespace and vanish with the process."""
     try:
-        door.bind(_name(token))
-        door.listen(backlog)
+        listener.bind(_name(token))
+        listener.listen(backlog)
     except OSError:
         return False
     return True

@@ -14,7 +14,7 @@ from collections import defaultdict, deque
 
 from thinwire.errors import LinkError, OtherExchangeError
 
-APART = 0
+DIVERGED = 0
 """The kind of message with which a rank says that it is in another exchange than those at the other ends: two tags."""
 _MESSAGE = struct.Struct("=Bqq")
 _POLL_MS = 1000
@@ -70,8 +70,10 @@ class LocalSocket:
         """
         end_s = time.monotonic() + self._timeout_s
         while not self._received[kind]:
-            if self._received[APART]:
-                raise OtherExchangeError("another rank of this host is in another exchange", *self._received[APART][0])
+            if self._received[DIVERGED]:
+                raise OtherExchangeError(
+                    "another rank of this host is in another exchange", *self._received[DIVERGED][0]
+                )
             self._take_in(end_s - time.monotonic())
         return self._received[kind].popleft()
 

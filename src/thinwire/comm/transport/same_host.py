@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from thinwire.comm.transport.local_socket import APART, LocalSocket
+from thinwire.comm.transport.local_socket import DIVERGED, LocalSocket
 from thinwire.comm.transport.process_memory import Run, add_rows, read_memory, rows_of
 from thinwire.comm.transport.transport import (
     GRADS,
@@ -143,7 +143,7 @@ class Reading:
                 self._stream.unread.popleft()._carry_out()
         except OtherExchangeError as error:
             for socket in self._others.sockets.values():  # those that wait for something else would not find out
-                socket.send((APART, error.theirs, error.mine))
+                socket.send((DIVERGED, error.theirs, error.mine))
             raise
         if self._label.lasting:
             self._stream.forget_read()

@@ -63,7 +63,7 @@ class Tags:
             yield
         except OtherExchangeError as error:
             mine, theirs = self.name(error.mine), self.name(error.theirs)
-            self._world.outstanding.raise_apart(
+            self._world.outstanding.raise_diverged(
                 f"ranks that share weights have gone different ways: rank {self._world.rank} {mine}, another {theirs}; "
                 f"{_WAY_OUT}"
             )
@@ -101,7 +101,7 @@ class GatherOrder:
         all_reduce_small(sums, world=self._world, levels=self._levels)
         ranks, total, squares = (int(number) for number in sums)
         if ranks * squares != total * total:
-            self._world.outstanding.raise_apart(
+            self._world.outstanding.raise_diverged(
                 f"ranks that share weights have gathered different units in this step; {_WAY_OUT}"
             )
 
