@@ -82,7 +82,7 @@ def restart(engine: Replica, fragment: Fragment, sync: Sync) -> None:
 
 
 def _rms(momentum: Tensor, group: World) -> float:
-    """Root mean square over the fragment, all ranks of the group together; rounded so that any cut gives the same."""
+    """Root mean square over the fragment, all ranks of the group together; rounded so that any partition gives the same."""
     sums = torch.tensor([momentum.double().square().sum().item(), momentum.numel()], dtype=torch.float64)
     all_reduce_small(sums, world=group, op="sum")
     squares, count = sums.tolist()

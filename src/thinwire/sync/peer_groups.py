@@ -48,7 +48,7 @@ class PeerGroups:
     def peer_groups(self, owned: Sequence[Range], sync: Sync) -> list[tuple[PeerGroup, list[Range]]]:
         """This rank's peer groups with their elements, in an order that all ranks share. `owned`: what this rank stands for.
 
-        Raises PlanError if the groups do not own the same elements, or are cut too differently to sum inside a level.
+        Raises PlanError if the groups do not own the same elements, or are sharded too differently to sum inside a level.
         """
         ranges = self._gather(list(owned))
         peer_groups = find_peer_groups([[(rank, ranges[rank]) for rank in group] for group in self._groups])
@@ -59,7 +59,7 @@ class PeerGroups:
         if sync.sum_inside is None:
             return own
         if not one_each:
-            raise PlanError(f"sync.sum_inside = {sync.sum_inside!r} needs groups that are cut alike; leave it out")
+            raise PlanError(f"sync.sum_inside = {sync.sum_inside!r} needs groups with the same partition; leave it out")
         ranks = next(ranks for ranks in peer_groups if self._world.rank in ranks)
         return [(self._in_tiers(peers, ranks, sync.level, sync.sum_inside), met) for peers, met in own]
 

@@ -4,7 +4,7 @@ Who exchanges which elements with whom: interval intersections of what the ranks
 
 Elements are numbered in the canonical order: the trained parameters back to back, without padding. Every group owns each
 element exactly once. A peer group is a tuple of ranks, one of each group, that own the same elements and so exchange them
-directly. Groups cut alike make K peer groups; groups of other sizes or cuts make more, smaller ones.
+directly. Groups with the same partition make K peer groups; groups of other sizes or partitions make more, smaller ones.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -79,7 +79,8 @@ def digest(tensors: Sequence[Tensor], *words: int | str) -> int:
 
 
 def fingerprint(values: Tensor, start: int) -> int:
-    """Of elements start .. of a flat tensor: a sum over elements, so that parts of any cut add up to that of the whole.
+    """Of elements start .. of a flat tensor: a sum over elements, so that the shards of any partition add up to that of
+    the whole.
 
     Each element counts with 20 bits of a hash of its bits and its position; sums of up to 2^33 elements are exact in fp64.
     """

@@ -211,7 +211,7 @@ class ShardedOptimizer:
         raise PlanError(
             f"{type(self._optimizer).__name__}'s state {key!r} of {part.name} {kind}: neither a number for each of its "
             f"{part.master.numel()} elements here nor a single tensor of one, so it cannot be saved or loaded under another "
-            "cut; take an optimizer whose update of an element depends on that element alone, such as AdamW"
+            "partition; take an optimizer whose update of an element depends on that element alone, such as AdamW"
         )
 
     def _materialise(self) -> None:
