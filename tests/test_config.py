@@ -85,10 +85,36 @@ class Outer(Frozen):
 def test_a_key_under_its_old_name_works_and_the_new_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "old.toml"
     path.write_text("[inner]\nlead = 3\n")
-    with pytest.warns(FutureWarning, match=r"old.toml: lead is staleness_bound now; the old name works for one more"):
+    with pytest.warns(
+        FutureWarning, match=r"old.toml: inner.lead is inner.staleness_bound now; the old name works for"
+    ):
         assert load(Outer, path).inner.staleness_bound == 3
     with pytest.warns(FutureWarning, match=r"^lead is staleness_bound now"):
         assert Inner.model_validate({"lead": 4}).staleness_bound == 4
     assert build(Outer, {"inner": {"lead": 5}}, "a document of ours").inner.staleness_bound == 5  # warnings are errors
     with pytest.raises(ConfigError, match=r"lead is staleness_bound now, and both are given; leave lead out"):
         build(Outer, {"inner": {"lead": 5, "staleness_bound": 5}}, "file")
+    path.write_text("[inner]\nlead = 3\nstaleness_bound = 3\n")
+    with pytest.raises(ConfigError, match=r"inner.lead is inner.staleness_bound now, and both are given"):
+        load(Outer, path)
+
+
+@pytest.mark.parametrize(
+    ("in_file", "set_as"), [("lead", "staleness_bound"), ("staleness_bound", "lead"), ("lead", "lead")]
+)
+def test_a_setting_overrides_a_key_whichever_name_either_has(tmp_path: Path, in_file: str, set_as: str) -> None:
+    path = tmp_path / "old.toml"
+    path.write_text(f"[inner]\n{in_file} = 3\n")
+    with pytest.warns(FutureWarning) as said:
+        assert load(Outer, path, [f"inner.{set_as}=7"]).inner.staleness_bound == 7
+    assert len(said) == [in_file, set_as].count("lead")
+    assert any("--set inner.lead is inner.staleness_bound now" in str(each.message) for each in said) == (
+        set_as == "lead"
+    )
+
+
+def test_a_copy_is_changed_under_the_old_name_too() -> None:
+    with pytest.warns(FutureWarning, match=r"^lead is staleness_bound now"):
+        assert Inner().model_copy(update={"lead": 9}).staleness_bound == 9
+    with pytest.warns(FutureWarning, match=r"^lead is staleness_bound now"):
+        assert Inner(staleness_bound=2).lead == 2

@@ -12,12 +12,14 @@ import tomllib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from thinwire.errors import ConfigError, ThinwireError
 
+_OWN: Mapping[str, str] = {"written by": "thinwire"}
+"""Context of what is checked without a word about old names."""
 _FILE_BYTES = 1 << 24
 """Configuration files are read up to here: a device such as /dev/zero never ends."""
 
@@ -36,7 +38,7 @@ class Frozen(BaseModel):
     @classmethod
     def _known_and_fit(cls, data: Any, info: ValidationInfo) -> Any:
         if isinstance(data, Mapping):
-            data = cls._with_new_names(data, info.context)
+            data = cls._with_new_names(data, silent=info.context is not None)
             for key, value in data.items():
                 if key not in cls.model_fields:
                     raise ValueError(f"unknown key {_shown(key)}{_nearest_key(str(key), cls)}")
@@ -51,21 +53,27 @@ class Frozen(BaseModel):
         return getattr(self, now)
 
     @classmethod
-    def _with_new_names(cls, data: Mapping[str, Any], notes: list[str] | None) -> Mapping[str, Any]:
+    def _with_new_names(cls, data: Mapping[str, Any], *, silent: bool) -> Mapping[str, Any]:
         """`data` under the names that its keys have now. Raises ValueError where one is given under both."""
         old = [key for key in data if key in cls.renamed]
         for key in old:
             if cls.renamed[key] in data:
-                raise ValueError(f"{key} is {cls.renamed[key]} now, and both are given; leave {key} out")
-            if notes is None:
+                raise ValueError(_both(key, cls.renamed[key]))
+            if not silent:
                 warnings.warn(_note(key, cls.renamed[key]), FutureWarning, stacklevel=4)
-            else:
-                notes.append(_note(key, cls.renamed[key]))
         return {cls.renamed.get(key, key): value for key, value in data.items()} if old else data
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, with the names of the last release too."""
+        return super().model_copy(update=update and self._with_new_names(update, silent=False), deep=deep)
 
 
 def _note(old: str, new: str) -> str:
     return f"{old} is {new} now; the old name works for one more release"
+
+
+def _both(old: str, new: str) -> str:
+    return f"{old} is {new} now, and both are given; leave {old} out"
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -174,7 +182,7 @@ def read_document(
     """A JSON file of our own as `model`, `what` in words. Raises `error`: which field lacks or is wrong, and `way_out`."""
     tree = read_json(path, error=error, way_out=way_out)
     try:
-        return model.model_validate(tree, context=[])
+        return model.model_validate(tree, context=_OWN)
     except ValidationError as reason:
         raise error(f"{path} is no {what}: {explain(reason)}; {way_out}") from None
 
@@ -217,13 +225,13 @@ def _copy(tree: dict[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, dict) else value for key, value in tree.items()}
 
 
-def build(model: type[M], tree: Mapping[str, Any], source: str, *, notes: list[str] | None = None) -> M:
+def build(model: type[M], tree: Mapping[str, Any], source: str) -> M:
     """`tree` checked against `model`. Raises ConfigError with one sentence that names the key and what is wrong.
 
-    `notes` gets a line for each key that has another name now.
+    Keys may have the names of the last release, as in what thinwire wrote itself; `load` tells users of theirs.
     """
     try:
-        return model.model_validate(tree, context=[] if notes is None else notes)
+        return model.model_validate(tree, context=_OWN)
     except ValidationError as error:
         raise ConfigError(f"{source}: {explain(error)}") from None
 
@@ -287,13 +295,52 @@ def _shown(value: Any) -> str:
 def load(model: type[M], path: Path, settings: Sequence[str] = ()) -> M:
     """The TOML file at `path`, overridden by `settings`, checked against `model`. Raises ConfigError.
 
-    A FutureWarning names the new name of each key that is given under an old one.
+    A FutureWarning names the new name of each key that is given under an old one, in the file or in a setting.
     """
     notes: list[str] = []
-    loaded = build(model, override(read_toml(path), settings), str(path), notes=notes)
+    tree = _renamed_tree(model, read_toml(path), str(path), "", notes)
+    given = [_renamed_setting(model, setting, notes) for setting in settings]
+    loaded = build(model, override(tree, given), str(path))
     for note in notes:
-        warnings.warn(f"{path}: {note}", FutureWarning, stacklevel=2)
+        warnings.warn(note, FutureWarning, stacklevel=2)
     return loaded
+
+
+def _renamed_tree(model: Any, tree: Mapping[str, Any], source: str, prefix: str, notes: list[str]) -> dict[str, Any]:
+    """`tree` under the names that its keys have now, section by section."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        now, section = _now(model, key)
+        if now != key:
+            if now in tree:
+                raise ConfigError(f"{source}: {_both(prefix + key, prefix + now)}")
+            notes.append(f"{source}: {_note(prefix + key, prefix + now)}")
+        nested = section is not None and isinstance(value, dict)
+        out[now] = _renamed_tree(section, value, source, f"{prefix}{now}.", notes) if nested else value
+    return out
+
+
+def _renamed_setting(model: Any, setting: str, notes: list[str]) -> str:
+    path, equals, text = setting.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    names: list[str] = []
+    for key in keys:
+        now, model = _now(model, key)
+        names.append(now)
+    if names == keys:
+        return setting
+    notes.append(f"--set {_note('.'.join(keys), '.'.join(names))}")
+    return ".".join(names) + equals + text
+
+
+def _now(model: Any, key: str) -> tuple[str, Any]:
+    """The name that a key of `model` has now, and the model of the section that it is, if it is one."""
+    if model is None:
+        return key, None
+    now = model.renamed.get(key, key)
+    field = model.model_fields.get(now)
+    kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+    return now, next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Frozen)), None)
 
 
 def dump_toml(config: BaseModel) -> str:

@@ -152,7 +152,7 @@ class SystemClock:
 
     def now(self) -> float:
         """Seconds since some moment; they never go back."""
-        return time.monotonic()
+        return time.perf_counter()
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -113,7 +113,7 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     """What a user is to change before the next release is a line like any other; the rest says where it comes from."""
-    ours = issubclass(category, FutureWarning) and "thinwire" in Path(filename).parts
+    ours = issubclass(category, FutureWarning) and Path(filename).is_relative_to(Path(__file__).parents[1])
     typer.echo(
         f"thinwire: note: {message}" if ours else warnings.formatwarning(message, category, filename, lineno), err=True
     )

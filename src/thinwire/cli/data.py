@@ -19,14 +19,14 @@ app = typer.Typer(help="Prepare token files from text, and look at them.", no_ar
 _OLD = typer.Option("--heldout-fraction", hidden=True)
 
 
-def _checked(fraction: float, old: float | None) -> float:
+def _checked(given: float | None, old: float | None) -> float:
     """The share for validation; `old` is that of the option's name in the last release."""
     if old is not None:
-        warnings.warn(
-            "--heldout-fraction is --validation-fraction now; the old name works for one more release",
-            FutureWarning, stacklevel=2,
-        )  # fmt: skip
-        fraction = old
+        note = "--heldout-fraction is --validation-fraction now"
+        if given is not None:
+            raise ConfigError(f"{note}, and both are given; leave --heldout-fraction out")
+        warnings.warn(f"{note}; the old name works for one more release", FutureWarning, stacklevel=2)
+    fraction = next(value for value in (given, old, Options.validation_fraction) if value is not None)
     if not 0 <= fraction < 1:
         raise ConfigError(f"--validation-fraction {fraction} must be at least 0 and below 1")
     return fraction
@@ -40,7 +40,9 @@ def prepare(
     include: Annotated[list[str] | None, typer.Option(help="Glob of files to take from folders; may repeat.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may repeat.")] = None,
     field: Annotated[str, typer.Option(help="Field of JSON rows, or column of tables, that holds the text.")] = "text",
-    validation_fraction: Annotated[float, typer.Option(help="Share of documents kept for validation.")] = 0.02,
+    validation_fraction: Annotated[
+        float | None, typer.Option(help="Share of documents kept for validation.", show_default="0.02")
+    ] = None,
     heldout_fraction: Annotated[float | None, _OLD] = None,
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens", help="Special tokens spelled out in a text become special.")
@@ -53,11 +55,11 @@ def prepare(
 
     Example: thinwire data prepare stdlib -o corpora/stdlib --tokenizer bpe:4096
     """
-    validation_fraction = _checked(validation_fraction, heldout_fraction)
+    fraction = _checked(validation_fraction, heldout_fraction)
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers} must be at least 1")
     globs = (tuple(include or ()), tuple(exclude or ()))
-    options = Options(tuple(sources), tokenizer, *globs, field, validation_fraction, special_tokens)
+    options = Options(tuple(sources), tokenizer, *globs, field, fraction, special_tokens)
     manifest = prepare_shown(options, out, workers=workers, force=force)
     if as_json:
         typer.echo(json.dumps(manifest))
@@ -76,7 +78,9 @@ def chat(
     last_answer_only: Annotated[
         bool, typer.Option("--last-answer-only", help="Learn only the last answer of each conversation.")
     ] = False,
-    validation_fraction: Annotated[float, typer.Option(help="Share of conversations kept for validation.")] = 0.02,
+    validation_fraction: Annotated[
+        float | None, typer.Option(help="Share of conversations kept for validation.", show_default="0.02")
+    ] = None,
     heldout_fraction: Annotated[float | None, _OLD] = None,
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens", help="Special tokens spelled out in a message become special.")
@@ -87,8 +91,8 @@ def chat(
 
     Example: thinwire data chat talks.jsonl -o corpora/talks --tokenizer inits/qwen/hub
     """
-    validation_fraction = _checked(validation_fraction, heldout_fraction)
-    options = ChatOptions(tuple(sources), tokenizer, field, last_answer_only, validation_fraction, special_tokens)
+    fraction = _checked(validation_fraction, heldout_fraction)
+    options = ChatOptions(tuple(sources), tokenizer, field, last_answer_only, fraction, special_tokens)
     manifest = prepare_chat(options, out, force=force)
     tell(manifest)
     _describe(out, manifest)

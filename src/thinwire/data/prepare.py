@@ -76,7 +76,9 @@ def _key(options: Options, inputs: Sequence[Texts], choice: int | Path | None) -
     if any(one.place is None for one in inputs):
         return None
     tokenizer = hashlib.sha256(choice.read_bytes()).hexdigest() if isinstance(choice, Path) and choice.is_file() else ""
-    return key_of(asdict(options), [one.identity for one in inputs], tokenizer)
+    named = asdict(options)
+    named["heldout_fraction"] = named.pop("validation_fraction")  # its name when the first journals were written
+    return key_of(named, [one.identity for one in inputs], tokenizer)
 
 
 def _silent(phase: str, done: int, total: int | None) -> None:

@@ -1,7 +1,8 @@
 """The compression: which codec numbers travel with at each level, and how many bytes they take then. No torch."""
 
+import warnings
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -104,3 +105,10 @@ def wire_bytes(codec: str, n: int, *, block: int, element_bytes: int) -> int:
         chunks, kept, rest = topk_kept(n)
         return chunks * (-(-kept * 14 // 8) + 4) + (-(-rest * 14 // 8) + 4 if rest else 0)
     return element_bytes * n
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Wire":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("Wire is Compression now; the old name works for one more release", FutureWarning, stacklevel=2)
+    return Compression

@@ -5,7 +5,7 @@ is predicted. Whoever keeps a loop of their own gives `ShardedOptimizer` any ele
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -54,11 +54,15 @@ class OptimizerConfig(Frozen):
                     f"{given} belongs to {other}, and the optimizer is {name}; leave it out, or set optimizer.name = "
                     f"'{other}'"
                 )
-        if data.get("nesterov") is True and not data.get("momentum"):
+        return {"weight_decay": _SGD_WEIGHT_DECAY, **data} if name == "sgd" else data
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
             raise ValueError(
                 "nesterov = true needs momentum above 0; set optimizer.momentum = 0.9, or leave nesterov out"
             )
-        return {"weight_decay": _SGD_WEIGHT_DECAY, **data} if name == "sgd" else data
+        return self
 
     @model_serializer(mode="wrap")
     def _own_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from thinwire.cluster import hardware as clusters
 from thinwire.cluster.cluster import Cluster
-from thinwire.errors import PlanError
+from thinwire.errors import PlanError, UseError
 from thinwire.model import presets as models
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.plan import ComputeDtype, Plan
@@ -147,6 +147,8 @@ def simulate_plan(
     candidate = Candidate.of_plan(plan, setting.spec.layers)
     axes = place(candidate, known, setting.calibration)
     if trouble is not None:
+        if perturbation is not None:
+            raise UseError("trouble is perturbation now, and both are given; leave trouble out")
         warnings.warn(
             "trouble is perturbation now; the old name works for one more release", FutureWarning, stacklevel=2
         )

@@ -7,9 +7,11 @@ lost is delta / interval + interval / (2 M) + restart / M.
 
 import math
 import random
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import Any
 
 from thinwire.errors import PlanError
 from thinwire.units import show_seconds
@@ -126,3 +128,10 @@ def _refuse_endless(reach_s: float, mtbf_s: float, ranks: int) -> None:
 def default_failures(rank_mtbf_s: float) -> Failures:
     """Checkpoints of 30 s and restarts of 5 minutes, where nothing is known of them."""
     return Failures(rank_mtbf_s, checkpoint_s=30.0, restart_s=300.0)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Trouble":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("Trouble is Perturbation now; the old name works for one more release", FutureWarning, stacklevel=2)
+    return Perturbation

@@ -12,7 +12,7 @@ k groups that a fast level joins, in each of h places. Every rank adds up one ch
 with those who hold the same chunk elsewhere, coded, and gives what comes out to its k again. A place sends as many bytes as
 one group would, instead of k times as many; and the contributions of a place are coded once, after they have been averaged.
 
-The groups of a place have added up their changes before anyone can tell that one of them is diverged: then the sum of that
+The groups of a place have added up their changes before anyone can tell that one of them has diverged: then the sum of that
 place is left out of this exchange, all of it.
 """
 
@@ -78,7 +78,7 @@ def exchange(
 
 
 def check(headers: Tensor, outcome: Outcome, *, peers: PeerGroup, world: World) -> Iterator[Handle]:
-    """Tell the others a hash of the outer state, and nothing else; `outcome` says who is diverged."""
+    """Tell the others a hash of the outer state, and nothing else; `outcome` says who has diverged."""
     hop = _Hop(world, peers, Raw(torch.float32))
     if peers.size > 1:
         yield from hop.gather(headers, SEND, HEADER_BYTES, said="control")

@@ -41,7 +41,7 @@ class Outcome:
     def count(self, headers: Tensor, members: Sequence[tuple[int, ...]]) -> list[float]:
         """Whose contributions count, of `members` whose messages began with `headers` (a row each): their weights.
 
-        What was added up with that of a group diverged is left out with it.
+        What was added up with that of a diverged group is left out with it.
         """
         groups = [group for member in members for group in member]
         words = headers.cpu().contiguous().view(len(groups), HEADER_BYTES)

@@ -4,9 +4,9 @@ On a CPU a lap is wall-clock time. On an accelerator work is queued, so a lap is
 device's own stream, read once at the end of the step. Time blocked on communication is measured by the ledger and taken
 out of the lap it fell into, so that the causes add up to the step.
 
-A trace has the form of the simulator's. Compute lanes are the laps of rank 0; a wire lane has the collectives of one level
-and kind, one after the other as their communicator carries them, each until it was waited for (backends do not tell when
-the last byte came).
+A trace has the form of the simulator's. Compute streams are the laps of rank 0; a stream of a link has the collectives
+of one level and kind, one after the other as their communicator carries them, each until it was waited for (backends do
+not tell when the last byte came).
 """
 
 from collections.abc import Sequence

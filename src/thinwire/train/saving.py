@@ -2,11 +2,14 @@
 
 from thinwire import __version__
 from thinwire.checkpoint.store import Checkpoints, Found, SaveFailed, Saving
-from thinwire.errors import CheckpointError, SaveError
+from thinwire.config import build
+from thinwire.errors import CheckpointError, ConfigError, SaveError
 from thinwire.hub.init import load_pieces
 from thinwire.parallel.shard.engine import Sharded
 from thinwire.parallel.shard.layout import Piece
 from thinwire.parallel.shard.optimizer import ShardedOptimizer
+from thinwire.plan.plan import Plan
+from thinwire.plan.sync import Sync
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.sync.state import in_flight, own_names, taken_steps, to_load, to_save, without_groups
 from thinwire.train.folder import CHECKPOINTS
@@ -105,7 +108,7 @@ class Saver:
         )  # else the first step makes the states
         if sync is None:
             return [*inner, *optimizer, *self._sharded.carried_for_load(carried)]
-        same = found.manifest.meta["plan"].get("sync") == sync.sync.model_dump(mode="json")
+        same = sync_of(found) == sync.sync
         sync.go_on(found.step, flights=in_flight(sync, saved) if same else ())
         optimizer += self._sharded.carried_for_load(carried)
         return to_load(sync, inner, optimizer, saved, same=same)
@@ -195,3 +198,11 @@ class Saver:
         )
         if outcome.step == self._job.config.run.steps:
             self._reporter.say(f"saved {outcome.path} in {show_seconds(outcome.save_s)}")
+
+
+def sync_of(found: Found) -> Sync | None:
+    """The outer synchronisation of the plan under which a checkpoint was saved; None where this release knows no such."""
+    try:
+        return build(Plan, found.manifest.meta["plan"], "the checkpoint's plan").sync
+    except ConfigError:
+        return None

@@ -65,8 +65,7 @@ class GradAccumulation:
         return self._sharding.feedback_level if self.low_rank is None else self.low_rank.level
 
     def low_rank_at(self, step: int) -> LowRank | None:
-        """What sums the gradients of a step at the hop of low rank; the first steps' are summed unsharded and
-        uncompressed."""
+        """What sums the gradients of a step at the hop of low rank; the first steps' are summed in full."""
         begun = self._sharding.low_rank is not None and step >= self._sharding.low_rank.first_step
         return self.low_rank if begun else None
 
@@ -112,7 +111,7 @@ class GradAccumulation:
         return torch.zeros(numel, dtype=self.dtype, device=self.spec.device)
 
     def _leave_grads(self) -> None:
-        """The parameters' gradients are the sums, which `held` has no part in."""
+        """The parameters' gradients are the sums, which `buffer` has no part in."""
         at = 0
         for piece in self._take_grads():
             self._left[at] = piece
@@ -214,7 +213,7 @@ class GradAccumulation:
             buffer.append(self._at(level))
             yield self._reduce(buffer[-1], part, level, draw)
             part = buffer[-1]
-        if low_rank is not None:  # it sums without cutting, and is the last
+        if low_rank is not None:  # it sums without scattering, and is the last
             yield from low_rank.reduce(buffer[-1], buffer[-1], slice(None))
         for level in reversed(levels if low_rank is None else levels[:-1]):
             inner = buffer.pop()

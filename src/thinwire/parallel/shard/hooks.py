@@ -138,7 +138,7 @@ class Hook:
 
 
 def hook_state_dict(module: nn.Module, full: Callable[[], AbstractContextManager[None]]) -> None:
-    """Run both inside `whole()`, which all ranks enter together."""
+    """Run both inside `full()`, which all ranks enter together."""
     entered = ExitStack()
 
     def enter(*_: Any) -> None:

@@ -31,7 +31,7 @@ class Weights:
         self._regathering: deque[Unit] = deque()
         """Units whose new weights are on their way, oldest first."""
         self._here: dict[Unit, None] = {}
-        """Cut units that are gathered, oldest first."""
+        """Sharded units that are gathered, oldest first."""
         self._passing: list[Unit] = []
         """Of those, the ones that are here because somebody looked at them."""
         self._gathers = GatherOrder(world, depth, tags)
