@@ -81,12 +81,15 @@ def _outside(folder: Path, *command: str | Path, **variables: str) -> subprocess
                           timeout=200, check=False)  # fmt: skip
 
 
-@pytest.mark.slow
-def test_the_installed_wheel_trains(environment: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_is_what_answers(environment: Path) -> None:
     where = _outside(environment, environment / "bin" / "python", "-c", "import thinwire; print(thinwire.__file__)")
     assert where.stdout.startswith(str(environment)), where
     said = _outside(environment, environment / "bin" / "thinwire", "--version")
     assert said.stdout == f"thinwire {thinwire.__version__}\n", said.stderr
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_trains(environment: Path, tmp_path: Path) -> None:
     text = make_text(tmp_path / "text", documents=400)
     settings = [f'data.sources=["{text}"]', f"data.path={tmp_path / 'corpus'}", "data.tokenizer=bytes", "run.steps=2",
                 "schedule.warmup_steps=0", "run.sample_tokens=0", "run.eval_sequences=2", "model={preset='llama-1m'}",

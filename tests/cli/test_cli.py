@@ -1,6 +1,8 @@
 """The command line: quick without torch, one sentence and status 2 for wrong input, nothing half-written."""
 
+import itertools
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -29,6 +31,31 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.stdout.splitlines()[0].startswith("device: cpu")
     assert "sample" in done.stdout
     return folder / "run"
+
+
+def test_a_run_says_what_it_will_send_how_it_goes_and_what_it_sent(corpus: Path, tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path, corpus, cluster={"levels": [2]}, run={"steps": 2, "log_every": 1}, schedule={"warmup_steps": 1}
+    )
+    done = thinwire("train", run)
+    assert done.returncode == 0, done.stderr
+    plan, measured = _table(done.stdout, "plan ("), _table(done.stdout, "bytes sent by rank 0")
+    assert plan[0] == ["what", "where", "bytes on rank 0"]
+    assert [row[0] for row in plan[1:4]] == ["params", "grads", "optimizer"]
+    assert measured[0] == ["level", "purpose", "predicted", "measured"]
+    predicted = {purpose: (said, counted) for _, purpose, said, counted in measured[1:] if said != "-"}
+    assert predicted and all(said == counted for said, counted in predicted.values()), measured
+    assert {row[0].removesuffix(" a step") for row in plan[4:]} == predicted.keys()
+    progress = r"^step (\d)/2  loss \d\.\d{4}  \S+.* tokens/s  MFU \d+\.\d%  exposed comm \d+\.\d%  ETA .*\d"
+    assert re.findall(progress, done.stdout, re.MULTILINE) == ["1", "2"]
+    assert re.findall(r"^validation at step (\d): .* bits per byte", done.stdout, re.MULTILINE) == ["0", "2"]
+
+
+def _table(text: str, title: str) -> list[list[str]]:
+    """The rows of the table whose title begins so, its header first."""
+    rows = itertools.dropwhile(lambda line: not line.startswith("┏"), text[text.index(f"\n{title}") :].splitlines())
+    rows = itertools.takewhile(lambda line: line[:1] in tuple("┏┃┡├│"), rows)
+    return [[cell.strip() for cell in re.split("[┃│]", row)[1:-1]] for row in rows if row[0] in "┃│"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["data", "prepare", "--help"]])

@@ -91,6 +91,21 @@ def test_levels_that_are_not_the_labs_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_trains_on_the_lab(tmp_path: Path) -> None:
+    need_lab()
+    two_hosts = [{"name": "cluster", "fanout": 2}]
+    run = write_run(
+        tmp_path, make_corpus(tmp_path), cluster={"levels": two_hosts}, run={"steps": 2, "eval_sequences": 8},
+        schedule={"warmup_steps": 1},
+    )  # fmt: skip
+    done = thinwire("lab", "run", lab_file(tmp_path, "hosts = 2\n"), "--train", run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    recorded = steps(tmp_path / "run" / "events.jsonl")
+    assert sorted(recorded) == [1, 2]
+    assert all(sum(record["wire"]["cluster"].values()) > 0 for record in recorded.values())
+    assert "host1  sent" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_run_trains_on_the_lab_and_a_fault_at_a_step_slows_it(tmp_path: Path) -> None:
     need_lab()

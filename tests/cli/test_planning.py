@@ -1,6 +1,8 @@
 """`plan` and `simulate` read run files as `train` does: every section, imported and Hugging Face models, no corpus yet."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.data.tokenizer import ByteTokenizer
 from thinwire.train.config import RunConfig
 
+ROOT = Path(__file__).parents[2]
 CLUSTER = {"preset": "dgx-a100-4"}
 TINY = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EVERY_SECTION: dict[str, Any] = {
@@ -43,6 +46,14 @@ def write(folder: Path, **sections: Any) -> Path:
     batch = {"sequences": 64, "tokens": 32}
     path.write_text(tomli_w.dumps({"batch": batch, "cluster": CLUSTER, **sections}))
     return path
+
+
+def test_a_cluster_is_planned_for_where_there_is_no_torch() -> None:
+    words = ["plan", str(ROOT / "examples" / "llama-70b-on-10g.toml"), "--json", "--outer", "never"]
+    code = f"import sys; sys.modules['torch'] = None\nfrom thinwire.cli import main; main({words!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
 
 
 def test_every_key_that_train_takes_is_taken(tmp_path: Path) -> None:

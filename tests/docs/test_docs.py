@@ -15,7 +15,8 @@ import click
 import pytest
 import typer
 
-from runs import make_text
+from runs import make_text, thinwire
+from test_house import DOING, RANKS, THINKING
 from thinwire.cli import app
 from thinwire.config import build
 from thinwire.lab.config import LabConfig
@@ -89,7 +90,6 @@ def test_a_planning_command_runs(line: str, tmp_path: Path) -> None:
     assert done.stdout
 
 
-@pytest.mark.slow
 def test_the_commands_of_the_first_page_train_score_and_write(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "index.md").read_text()
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -102,17 +102,16 @@ def test_the_commands_of_the_first_page_train_score_and_write(tmp_path: Path) ->
     ):
         assert line in page
     own = [f"--set=data.sources=['{texts}']", "--set=data.tokenizer=bytes", "--set=data.validation_fraction=0.3"]
-    _thinwire(["train", "examples/stdlib.toml", *small, *own, "--set=model.preset=llama-1m"], tmp_path)
-    _thinwire(["eval", "runs/stdlib"], tmp_path)
-    assert _thinwire(["generate", "runs/stdlib", "--prompt", "class Stack:"], tmp_path).startswith("class Stack:")
-
-
-def _thinwire(words: list[str], folder: Path) -> str:
-    run = [sys.executable, "-m", "thinwire", *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, cwd=folder, check=False, capture_output=True, text=True, timeout=250, env=env)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return done.stdout
+    said = []
+    for words in (
+        ["train", "examples/stdlib.toml", *small, *own, "--set=model.preset=llama-1m"],
+        ["eval", "runs/stdlib"],
+        ["generate", "runs/stdlib", "--prompt", "class Stack:"],
+    ):
+        done = thinwire(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr + done.stdout
+        said.append(done.stdout)
+    assert "4 of 4" in said[0] and "bits per byte" in said[1] and said[2].startswith("class Stack:")
 
 
 def test_other_lines_name_files_and_targets_that_exist() -> None:
@@ -127,6 +126,35 @@ def test_other_lines_name_files_and_targets_that_exist() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     for name in re.findall(r"\b((?:examples|benchmarks)/[\w./-]+\.(?:toml|py|md))\b", text):
         assert (ROOT / name).is_file() or (ROOT / "docs" / name).is_file(), name
+
+
+HOUSE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_files_that_the_architecture_page_names_exist() -> None:
+    """Modules and folders are named by their way from `src/thinwire/`, tests from the root."""
+    named = [name for name in re.findall(r"`([\w/.]+)`", HOUSE) if "/" in name or name.endswith(".py")]
+    paths = [name for name in named if name != "tests/ROOM/"]
+    assert len(paths) > 20
+    assert [
+        name for name in paths if not any((base / name).exists() for base in (ROOT / "src" / "thinwire", ROOT))
+    ] == []
+
+
+def test_the_architecture_pages_table_has_every_room_with_its_rank_and_wing() -> None:
+    wing, found = "", {}
+    for line in HOUSE.splitlines():
+        ranks, rooms, *_ = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else ["", ""]
+        if not ranks and rooms.startswith("*"):
+            wing = rooms.strip("*").partition(",")[0]
+        elif ranks[:1].isdecimal():
+            first, _, last = ranks.partition("-")
+            for room in re.findall(r"`(\w+)(?:/|\.py)`", rooms):
+                found[room] = (wing, range(int(first), int(last or first) + 1))
+    assert found.keys() == RANKS.keys()
+    assert [room for room, (_, ranks) in found.items() if RANKS[room] not in ranks] == []
+    assert {room for room, (wing, _) in found.items() if wing == "doing"} == DOING
+    assert {room for room, (wing, _) in found.items() if wing == "thinking"} == THINKING
 
 
 def _sentences() -> str:

@@ -1,4 +1,4 @@
-"""Ranks that MPI's launchers start form one world: by what they set, and by the launchers themselves where they are."""
+"""Ranks that MPI's launchers or srun start form one world: by what they set, and by MPI's launchers where they are."""
 
 import os
 import shutil
@@ -14,6 +14,13 @@ from thinwire.train.folder import EVENTS_FILE
 SHORT = {"run": {"steps": 3, "eval_every": 0, "sample_tokens": 0}, "schedule": {"warmup_steps": 0}}
 OPEN_MPI = {"RANK": "OMPI_COMM_WORLD_RANK", "SIZE": "OMPI_COMM_WORLD_SIZE", "LOCAL": "OMPI_COMM_WORLD_LOCAL_RANK"}
 HYDRA = {"RANK": "PMI_RANK", "SIZE": "PMI_SIZE", "LOCAL": "MPI_LOCALRANKID"}
+SRUN = {"RANK": "SLURM_PROCID", "SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL": "SLURM_LOCALID"}
+STEP = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_JOB_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +35,19 @@ def told_once(folder: Path) -> bool:
     return [event["step"] for event in read_events(events, "step")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("names", [OPEN_MPI, HYDRA], ids=["open-mpi", "hydra"])
-def test_processes_with_an_mpi_launchers_variables_make_one_run(
-    names: dict[str, str], corpus: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("names", "job"),
+    [
+        (OPEN_MPI, {"PMIX_NAMESPACE": f"prterun-{os.getpid()}"}),
+        (HYDRA, {"PMI_JOBID": f"kvs_{os.getpid()}"}),
+        (SRUN, {"SLURM_JOB_ID": str(os.getpid()), **STEP}),
+    ],
+    ids=["open-mpi", "hydra", "srun"],
+)
+def test_processes_with_a_launchers_variables_make_one_run(
+    names: dict[str, str], job: dict[str, str], corpus: Path, tmp_path: Path
 ) -> None:
     run = write_run(tmp_path, corpus, cluster={"levels": [2]}, **SHORT)
-    job = {"PMIX_NAMESPACE": tmp_path.name, "PMI_JOBID": tmp_path.name}
     ranks = [
         warm(
             "train", run, merged=True,

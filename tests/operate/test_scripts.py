@@ -1,7 +1,8 @@
-"""Job scripts for Slurm as text: their options, their shell, and wrong input in one sentence."""
+"""Job scripts for Slurm: their options, their shell with stand-ins for Slurm's commands, wrong input in one sentence."""
 
 import os
 import re
+import signal
 import subprocess
 import tomllib
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import tomli_w
 import yaml
 
+from labs import eventually
 from runs import CUDA, run_tree, write_run
 from thinwire.cluster.cluster import Cluster, Level
 from thinwire.cluster.hardware import found_gpus
+from thinwire.files.events import EventLog
 from thinwire.operate.allocation import ranks_per_node_of
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +51,80 @@ def test_one_launcher_a_node_gets_the_whole_nodes_cores(call: Any, corpus: Path,
     asked = options(text)
     assert (asked["ntasks-per-node"], asked["cpus-per-task"], asked["gpus-per-node"]) == ("1", "32", "8")
     assert "--ranks-per-node=8" in text
+
+
+def stand_in(folder: Path, name: str, body: str) -> None:
+    """A command of Slurm's, first on the PATH, that notes its arguments in `folder/NAME.log`."""
+    path = folder / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'#!/bin/bash\necho "$*" >> {folder}/{name}.log\n{body}\n')
+    path.chmod(0o755)
+
+
+def path_with(folder: Path) -> str:
+    return f"{folder / 'bin'}:{os.environ['PATH']}"
+
+
+def test_a_script_is_tried_before_it_is_submitted_and_the_job_named(
+    call: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(
+        tmp_path, "sbatch", f'cat > "{tmp_path}/script$1"; [ -d run/logs ] && touch "{tmp_path}/logs$1"; echo "7;mine"'
+    )
+    monkeypatch.setenv("PATH", path_with(tmp_path))
+    run = write_run(tmp_path, corpus)
+    printed = call("slurm", run)[1]
+    status, text, said = call("slurm", run, "--submit")
+    assert (status, text) == (0, f"submitted job 7; its output goes to {tmp_path}/run/logs\n"), said
+    assert (tmp_path / "sbatch.log").read_text().splitlines() == ["--test-only", "--parsable"]
+    assert (tmp_path / "script--test-only").read_text() == (tmp_path / "script--parsable").read_text() == printed
+    assert [path.name for path in tmp_path.glob("logs--*")] == ["logs--parsable"], "made once the script was accepted"
+
+
+@pytest.mark.parametrize(
+    ("reason", "state", "restarts", "status", "requeued"),
+    [
+        ("stopped", "RUNNING", "0", 0, ["requeue 7"]),
+        ("finished", "RUNNING", "0", 0, []),
+        ("stopped", "COMPLETING", "0", 0, []),
+        ("stopped", "RUNNING", "3", 1, []),
+    ],
+    ids=["stopped", "finished", "cancelled", "too-often"],
+)
+def test_a_script_passes_the_warning_on_and_asks_for_the_job_again(
+    reason: str, state: str, restarts: str, status: int, requeued: list[str], call: Any, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "job.sh").write_text(call("slurm", write_run(tmp_path, corpus), "--requeues", "3")[1])
+    (tmp_path / "run").mkdir()
+    events = EventLog(tmp_path / "events")
+    events.write("run_end", step=9, reason=reason)
+    events.close()
+    shows = '[ "$1" != show ] || echo n1; [ "$2" != show ] || echo "NodeName=n1 NodeAddr=10.1.0.3 State=UP"'
+    stops = "stop() { echo stopped >> srun.log; cp events run/events.jsonl; sleep 0.2; exit 0; }; trap stop USR1"
+    stand_in(tmp_path, "scontrol", shows)
+    stand_in(tmp_path, "squeue", f"echo {state}")
+    stand_in(tmp_path, "srun", f'{stops}\necho "$MASTER_ADDR" > started\nfor i in {{1..3000}}; do sleep 0.02; done')
+    own = {"PATH": path_with(tmp_path), "SLURM_CPUS_PER_TASK": "1", "SLURM_RESTART_COUNT": restarts}
+    process = subprocess.Popen(
+        ["bash", "job.sh"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", **own},
+    )  # fmt: skip
+    assert eventually(lambda: (tmp_path / "started").exists() and catches(process.pid, signal.SIGUSR1))
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == status, said
+    assert (tmp_path / "started").read_text() == "10.1.0.3\n"
+    assert f"-m thinwire train {tmp_path}/run.toml\nstopped\n" in (tmp_path / "srun.log").read_text()
+    asked = (tmp_path / "scontrol.log").read_text().splitlines()
+    assert [line for line in asked if "show" not in line] == requeued
+    assert ("asking for job 7 again" in said) == bool(requeued)
+    assert ("requeued 3 times and still not finished" in said) == (status == 1)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for this signal: before that it dies of it."""
+    found = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
 
 
 RECIPES = [

@@ -212,8 +212,16 @@ def test_wire_bytes_of_a_step_are_the_all_reduces(corpus: Path, tmp_path: Path) 
         assert sum(record["seconds"].values()) == pytest.approx(record["step_s"], abs=1e-4)
 
 
-def test_wire_bytes_over_two_levels_add_up_to_the_formula_exactly(corpus: Path, tmp_path: Path) -> None:
-    more = {"plan": {"partition": "zero1"}, "checkpoint": {"every_steps": 3}}
+INT4 = {"grads": {"cluster": "int4"}, "weights": {"cluster": "delta-int4"}}
+
+
+@pytest.mark.parametrize(
+    "plan", [{"partition": "zero1"}, {"partition": "auto", "compression": INT4}], ids=["zero1", "auto-int4"]
+)
+def test_wire_bytes_over_two_levels_add_up_to_the_formula_exactly(
+    plan: dict[str, Any], corpus: Path, tmp_path: Path
+) -> None:
+    more = {"plan": plan, "checkpoint": {"every_steps": 3}}
     run = {"steps": 5, "eval_every": 2}
     losses([2, 2], tmp_path / "run", corpus, run=run, schedule={"warmup_steps": 1}, **more)
     log = tmp_path / "run" / EVENTS_FILE
