@@ -17,13 +17,13 @@ from thinwire.errors import CheckpointError
 from thinwire.parallel.shard.engine import shard
 from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.predict.candidate import thinwire_with
-from thinwire.train import loop
 from thinwire.train.announce import held_bytes
 from thinwire.train.assemble import build_optimizer
 from thinwire.train.config import RunConfig
 from thinwire.train.folder import CHECKPOINTS, RUN_FILE
 from thinwire.train.job import resolve
 from thinwire.train.stop import StopRequest
+from thinwire.train.worker import train_job
 from worlds import run_world
 
 ADAMW = OptimizerConfig(lr=0.05)
@@ -101,7 +101,7 @@ def _trained(world: World, trees: list[dict[str, Any]]) -> None:
 def _resumed_with(world: World, tree: dict[str, Any]) -> None:
     """Past the check of the run file: what a copied checkpoint meets."""
     with pytest.raises(CheckpointError, match=r"holds the states of sgd, and optimizer\.name is 'adamw'"):
-        loop.train(resolve(Path("run.toml"), build(RunConfig, tree, "run.toml")), world, StopRequest())
+        train_job(resolve(Path("run.toml"), build(RunConfig, tree, "run.toml")), world, StopRequest())
 
 
 @pytest.mark.parametrize("ranks", [2])
