@@ -76,6 +76,7 @@ def test_adapters_train_on_a_cut_base_resume_and_export_to_peft(corpus: Path, ba
     assert not torch.allclose(logits(theirs), plain, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_of_another_base_are_refused(corpus: Path, base: Path, tmp_path: Path) -> None:
     own = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(own)

@@ -121,6 +121,7 @@ def _measure(world: World) -> tuple[Timings, int, int]:
     return timings, len(called), parts(world, TINY)
 
 
+@pytest.mark.slow
 def test_every_level_of_a_real_world_is_timed_and_all_ranks_agree() -> None:
     results: list[Any] = run_world([2, 2], _measure)
     timings, called, foreseen = results[0]

@@ -130,6 +130,7 @@ def _coded(codec: str, feedback: bool) -> dict[str, Setting]:
     return _kinds(codec=codec, error_feedback=feedback, **rounding)
 
 
+@pytest.mark.slow
 def test_every_kind_with_another_codec() -> None:
     """Every codec but fp32 is that of one kind or two, half of them with feedback."""
     coded = CODECS[1:]
@@ -179,6 +180,7 @@ def test_every_kind_over_groups_whose_own_weights_are_compressed(compression: di
     )
 
 
+@pytest.mark.slow
 def test_groups_whose_own_weights_are_compressed() -> None:
     base = {"inner_steps": 4, "kind": "streaming_diloco", "fragments": 2}
     settings = {

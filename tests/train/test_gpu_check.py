@@ -46,6 +46,7 @@ def test_a_part_that_fails_is_a_row_and_the_status_says_so(tmp_path: Path) -> No
     assert out.read_text().count("| references |") == 2
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

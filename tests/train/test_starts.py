@@ -27,6 +27,7 @@ def _words(said: str) -> list[str]:
     return re.sub(r"[^A-Za-z]+", " ", said).split()
 
 
+@pytest.mark.slow
 def test_a_forked_start_trains_to_the_bits_and_words_of_one_anew(corpus: Path, tmp_path: Path) -> None:
     seen = []
     for begin in (start, start_anew):
