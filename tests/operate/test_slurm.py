@@ -175,9 +175,9 @@ def test_neighbouring_ranks_share_a_node(
 def test_it_saves_before_the_time_limit_and_goes_on_in_the_same_job(
     cluster: Slurm, here: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A limit of a minute, the signal 40 s before it (Slurm looks every few seconds, and may be earlier)."""
+    """A limit of two minutes, the signal 80 s before it (Slurm may send it half a minute earlier than that)."""
     run = write_run(here, corpus, **LONG, run={"steps": 100_000})
-    number = submit(capsys, run, "--time", "1", "--stop-before", "40 s")
+    number = submit(capsys, run, "--time", "2", "--stop-before", "80 s")
     cluster.wait(number, "RUNNING")
     job = cluster.wait(number, "PENDING", "COMPLETED", "FAILED", "TIMEOUT", timeout_s=180)
     assert (job["JobState"], job["Restarts"]) == ("PENDING", "1"), log(here / "run")

@@ -136,6 +136,7 @@ def _body(request: SlurmRequest) -> list[str]:
         '  kill -0 "$ranks" 2>/dev/null || break',
         "done",
         'wait "$ranks"; status=$?  # theirs, also where they ended right behind a trap',
+        '[ "$status" -ne 138 ] || status=0  # USR1 came before they listened to it: nothing was begun, and nothing is lost',
         "",
         'if [ "$status" -ne 0 ] || finished || cancelled; then exit "$status"; fi',
         f'if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {request.requeues} ]; then',
