@@ -42,16 +42,16 @@ LINKS = pytest.mark.parametrize(
 def late(seed: int) -> Iterator[list[float]]:
     """Random waits between this rank's receives and its sends, and before it looks whether something has arrived."""
     chance, waits = random.Random(seed), list[float]()
-    post, exchange, wait = GlooTransport._post, SameHostTransport._exchange, Handle.wait
+    plain, wait = {kind: kind._exchange for kind in (GlooTransport, SameHostTransport)}, Handle.wait
 
     def pause() -> None:
         if chance.random() < 0.1:
             waits.append(chance.uniform(0.001, 0.004))
             time.sleep(waits[-1])
 
-    def held_up(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def held_up(exchange: Callable[..., Any]) -> Callable[..., Any]:
         """What sends `rows`, with a pause before every single message."""
-        return lambda transport, received, rows, *where, **how: plain(
+        return lambda transport, received, rows, *where, **how: exchange(
             transport, received, _Pausing(rows, pause), *where, **how
         )
 
@@ -59,12 +59,14 @@ def late(seed: int) -> Iterator[list[float]]:
         pause()
         return wait(handle)
 
-    GlooTransport._post, SameHostTransport._exchange = held_up(post), held_up(exchange)  # type: ignore[method-assign]
+    for kind, exchange in plain.items():
+        kind._exchange = held_up(exchange)  # type: ignore[method-assign]
     Handle.wait = slowly  # type: ignore[method-assign]
     try:
         yield waits
     finally:
-        GlooTransport._post, SameHostTransport._exchange = post, exchange  # type: ignore[method-assign]
+        for kind, exchange in plain.items():
+            kind._exchange = exchange  # type: ignore[method-assign]
         Handle.wait = wait  # type: ignore[method-assign]
 
 

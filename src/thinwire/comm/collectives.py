@@ -17,7 +17,16 @@ from torch import Tensor
 from thinwire.comm.codecs.codec import IDENTITY, Codec
 from thinwire.comm.handle import Handle
 from thinwire.comm.ledger import Entry
-from thinwire.comm.transport.transport import GRADS, OTHERS, WEIGHTS, Label, Transport, all_gather_single, joined
+from thinwire.comm.transport.transport import (
+    GRADS,
+    OTHERS,
+    WEIGHTS,
+    Label,
+    TaggedTransport,
+    Transport,
+    all_gather_single,
+    joined,
+)
 from thinwire.comm.world import World
 from thinwire.plan.traffic import G_GATHER, G_REDUCE, P_GATHER
 
@@ -72,10 +81,13 @@ def all_gather(
 
 
 def compare(tag: int, *, world: World, levels: Sequence[int]) -> None:
-    """Raises OtherExchangeError if a rank that these levels join is in a tagged gather, or compares another tag. On CPUs."""
+    """Raises OtherExchangeError if a rank that these levels join is in a tagged gather, or compares another tag.
+
+    Of levels whose exchanges have no tags nothing is compared, see `World.has_tags`.
+    """
     for level in levels:
         transport = world.transport(level, "gather")
-        if transport is not None:
+        if isinstance(transport, TaggedTransport):
             entry = _control(world, level, transport) if transport.header_bytes else None
             with world.outstanding.issuing():
                 works = transport.compare(tag)

@@ -27,7 +27,7 @@ from thinwire.comm.status import Status, StatusServer
 from thinwire.comm.transport import gloo, nccl
 from thinwire.comm.transport.connect import find_same_host, transport_of
 from thinwire.comm.transport.same_host import Exchanges
-from thinwire.comm.transport.transport import Transport
+from thinwire.comm.transport.transport import TaggedTransport, Transport
 from thinwire.errors import ConfigError, LinkError, RankLost
 
 Kind = Literal["gather", "reduce", "small"]
@@ -228,6 +228,10 @@ class World:
         """Whether the ranks of the group at a level are on one host and read each other's memory."""
         transport = self.transport(level, "gather")
         return transport is not None and transport.reads_memory
+
+    def has_tags(self, level: int) -> bool:
+        """Whether ranks of the group at a level that are in different gathers find out at once."""
+        return isinstance(self.transport(level, "gather"), TaggedTransport)
 
     def fanout(self, level: int) -> int:
         return self.cluster.levels[level].fanout

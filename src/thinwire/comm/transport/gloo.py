@@ -23,15 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thinwire.comm.transport.transport import (
-    PLAIN,
-    Issued,
-    Label,
-    Waitable,
-    joined,
-    places_of,
-    sum_of_rows,
-)  # fmt: skip
+from thinwire.comm.transport.transport import Label, TaggedTransport, Waitable
 from thinwire.errors import OtherExchangeError
 
 NAME = "shared_gloo"
@@ -82,63 +74,33 @@ def _shared() -> Devices:
 dist.Backend.register_backend(NAME, _make, extended_api=True, devices=["cpu"])
 
 
-class GlooTransport:
-    """`thinwire.comm.transport.transport.Transport`."""
-
-    reads_memory = False
+class GlooTransport(TaggedTransport):
+    """`thinwire.comm.transport.transport.Transport` over sockets."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group, self._k = group, group.size()
-        self.header_bytes = Headers.sent_bytes(self._k)
+        super().__init__(group.rank(), group.size())
+        self._group, self.header_bytes = group, Headers.sent_bytes(group.size())
 
-    def all_gather(
-        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, label: Label = PLAIN
-    ) -> Sequence[Waitable]:
-        places = places_of(self._group, among)
-        me = places.index(self._group.rank())
-        if received_kn[me].data_ptr() != row_n.data_ptr():
-            received_kn[me].copy_(row_n)
-        return self._post(received_kn, [row_n] * len(places), places, gathers=True, label=label)
-
-    def all_to_all(
-        self,
-        received_kn: Tensor,
-        sent_kn: Tensor,
-        *,
-        among: Sequence[int] | None = None,
-        copy_own: bool = True,
-        label: Label = PLAIN,
-    ) -> Sequence[Waitable]:
-        places = places_of(self._group, among)
-        if copy_own:
-            me = places.index(self._group.rank())
-            received_kn[me].copy_(sent_kn[me])
-        return self._post(received_kn, list(sent_kn), places, gathers=False, label=label)
-
-    def _post(
-        self, received: Tensor, rows: list[Tensor], places: list[int], *, gathers: bool, label: Label
+    def _exchange(
+        self, received_kn: Tensor, rows: Sequence[Tensor], places: Sequence[int], *, gathers: bool, label: Label
     ) -> Sequence[Waitable]:
         group = self._group
-        me, k = places.index(group.rank()), len(places)
-        sources, targets = [(me - d) % k for d in range(1, k)], [(me + d) % k for d in range(1, k)]
-        if received.device.type != "cpu":
-            here = torch.empty_like(received, device="cpu")
-            sent = [rows[0].cpu()] * k if gathers else [row.cpu() for row in rows]
-            works = self._post(here, sent, places, gathers=gathers, label=label)
-            return [_CopyBack(works, here, received, sources)]
+        sources, targets = self._around(places)
+        if received_kn.device.type != "cpu":
+            here = torch.empty_like(received_kn, device="cpu")
+            sent = [rows[0].cpu()] * len(rows) if gathers else [row.cpu() for row in rows]
+            works = self._exchange(here, sent, places, gathers=gathers, label=label)
+            return [_CopyBack(works, here, received_kn, sources)]
         first: list[Waitable] = []
         if label.tag and gathers:
             first = [Headers(group, [places[j] for j in sources], [places[j] for j in targets], label.tag)]
         # The group's own calls: `dist.irecv` looks ranks up in both directions, which costs more than a small message.
         # Messages of another tag are never taken for this one's: a slot of gloo is a queue of its own.
-        both = [group.recv([received[j]], places[j], label.tag) for j in sources]
+        both = [group.recv([received_kn[j]], places[j], label.tag) for j in sources]
         return first + both + [group.send([rows[j]], places[j], label.tag) for j in targets]
 
-    def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, label: Label = PLAIN) -> Issued:
-        return sum_of_rows(self, out_n, joined(pieces, self._k), self._group.rank(), label)
-
     def compare(self, tag: int) -> Sequence[Waitable]:
-        others = [place for place in range(self._k) if place != self._group.rank()]
+        others = [place for place in range(self._k) if place != self._me]
         return [Headers(self._group, others, others, tag)]
 
     def pieces_of(self, whole_n: Tensor) -> int:

@@ -29,9 +29,8 @@ from thinwire.comm.transport.transport import (
     WEIGHTS,
     Issued,
     Label,
+    TaggedTransport,
     Waitable,
-    joined,
-    sum_of_rows,
 )  # fmt: skip
 from thinwire.errors import LinkError, OtherExchangeError
 
@@ -169,72 +168,38 @@ class Reading:
         return all(self._others.sockets[place].has_received(_kind(_DONE, self._label.stream)) for place in self._rows)
 
 
-class SameHostTransport:
+class SameHostTransport(TaggedTransport):
     """`thinwire.comm.transport.transport.Transport` of ranks that are all on this host, this one at place `me` of them.
 
-    Process ids and sockets are by place. All groups of a rank share its exchanges.
+    Process ids and sockets are by place. All groups of a rank share its exchanges. Rows are contiguous, and stay as they are
+    until the exchange has been waited for, or longer (`Label.lasting`). Both ends must mean a gather, or an all-to-all.
     """
 
-    reads_memory, header_bytes = True, 0
+    reads_memory = True
 
     def __init__(self, me: int, pids: Sequence[int], sockets: Mapping[int, LocalSocket], exchanges: Exchanges) -> None:
-        self._me, self.pids, self.sockets, self.exchanges = me, pids, sockets, exchanges
-
-    def all_gather(
-        self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, label: Label = PLAIN
-    ) -> Sequence[Waitable]:
-        places = self._places(among)
-        own = received_kn[places.index(self._me)]
-        if own.data_ptr() != row_n.data_ptr():
-            own.copy_(row_n)
-        return [self._exchange(received_kn, [row_n] * len(places), places, gathers=True, label=label)]
-
-    def all_to_all(
-        self,
-        received_kn: Tensor,
-        sent_kn: Tensor,
-        *,
-        among: Sequence[int] | None = None,
-        copy_own: bool = True,
-        label: Label = PLAIN,
-    ) -> Sequence[Waitable]:
-        places = self._places(among)
-        if copy_own:
-            own = places.index(self._me)
-            received_kn[own].copy_(sent_kn[own])
-        return [self._exchange(received_kn, list(sent_kn), places, gathers=False, label=label)]
+        super().__init__(me, len(pids))
+        self.pids, self.sockets, self.exchanges = pids, sockets, exchanges
 
     def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, label: Label = PLAIN) -> Issued:
         """Pieces are read from where they are, and added up while they are read."""
-        k = len(self.pids)
         if pieces[0].dtype != out_n.dtype:
-            return sum_of_rows(self, out_n, joined(pieces, k), self._me, label)
-        rows = rows_of(pieces, k)
+            return super().reduce_scatter(out_n, pieces, label=label)
+        rows = rows_of(pieces, self._k)
         added = self._add_up(out_n.view(-1), rows, label)
         return Issued([added], (out_n, *(piece for row in rows for piece in row)))
 
     def compare(self, tag: int) -> Sequence[Waitable]:
-        nothing, places = torch.empty(len(self.pids), 0, dtype=torch.uint8), self._places(None)
-        return [self._exchange(nothing, list(nothing), places, gathers=True, label=Label(WEIGHTS, tag))]
-
-    def pieces_of(self, whole_n: Tensor) -> int:
-        return 1
-
-    def _places(self, among: Sequence[int] | None) -> list[int]:
-        return list(range(len(self.pids)) if among is None else among)
+        nothing = torch.empty(self._k, 0, dtype=torch.uint8)
+        return self._exchange(nothing, list(nothing), self._places(None), gathers=True, label=Label(WEIGHTS, tag))
 
     def _exchange(
-        self, received_kn: Tensor, sent: Sequence[Tensor], places: Sequence[int], *, gathers: bool, label: Label
-    ) -> Reading:
-        """Row j of `received_kn` becomes what the rank at the j-th of the places has for this one; `sent[j]` is for it.
-
-        `gathers` tells a gather from an all-to-all: both ends must mean the same one. All are contiguous. Rows must stay
-        as they are until the exchange has been waited for, or longer (`Label.lasting`). The next place comes first.
-        """
-        me, k = places.index(self._me), len(places)
-        rows = {places[j]: sent[j] for j in ((me + d) % k for d in range(1, k))}
-        received = {places[j]: received_kn[j] for j in ((me - d) % k for d in range(1, k))}
-        for place, row in rows.items():
+        self, received_kn: Tensor, rows: Sequence[Tensor], places: Sequence[int], *, gathers: bool, label: Label
+    ) -> Sequence[Waitable]:
+        sources, targets = self._around(places)
+        received = {places[j]: received_kn[j] for j in sources}
+        sent = {places[j]: rows[j] for j in targets}
+        for place, row in sent.items():
             self._tell(place, [row], _note(row.nbytes, gathers=gathers), label)
         theirs = {
             place: self._row(place, _note(into.nbytes, gathers=gathers), label) for place, into in received.items()
@@ -244,7 +209,7 @@ class SameHostTransport:
             for place, into in received.items():
                 theirs[place].read(into)
 
-        return Reading(self, theirs, take, rows.values(), label)
+        return [Reading(self, theirs, take, sent.values(), label)]
 
     def _add_up(self, out: Tensor, rows: Sequence[Sequence[Tensor]], label: Label) -> Reading:
         """`out` becomes the sum of everybody's row for this rank, in the order of places.

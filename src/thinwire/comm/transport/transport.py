@@ -1,4 +1,4 @@
-"""How the ranks of a level send rows to each other: one protocol, and what its implementations share.
+"""How the ranks of a level send rows to each other: what all transports share.
 
 `gloo` goes over sockets, `same_host` reads memory of processes of this host, `nccl` is for accelerators. Which one a group
 has is decided in `thinwire.comm.transport.connect`, once; nobody else asks for a device or a library.
@@ -10,6 +10,7 @@ the old ones alone. They are looked up at each call, so that a test can take the
 Shapes: k ranks that take part, one row of a matrix for each; n elements of a rank's chunk
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -51,31 +52,34 @@ class Issued(NamedTuple):
     finish: Callable[[], None] | None = None
 
 
-class Transport(Protocol):
-    """Collectives of one group. All of its ranks issue the same ones in the same order.
+class Transport(ABC):
+    """Collectives of one group of `k` ranks, this one at place `me`. All of them issue the same ones in the same order.
 
+    A transport says how rows are exchanged; `NcclTransport` has library calls for all ranks of the group beside that.
     `among` leaves ranks of the group out, for instance because they are gone: only those at the given places take part.
     """
 
-    @property
-    def reads_memory(self) -> bool:
-        """Whether rows are copied by the thread that waits for them: it gains nothing by waiting late."""
-        ...
+    reads_memory = False
+    """Whether rows are copied by the thread that waits for them: it gains nothing by waiting late."""
+    header_bytes = 0
+    """What one rank sends for the tag of a gather, beside the rows."""
 
-    @property
-    def header_bytes(self) -> int:
-        """What one rank sends for the tag of a gather, beside the rows."""
-        ...
+    def __init__(self, me: int, k: int) -> None:
+        self._me, self._k = me, k
 
     def all_gather(
         self, received_kn: Tensor, row_n: Tensor, *, among: Sequence[int] | None = None, label: Label = PLAIN
     ) -> Sequence[Waitable]:
         """Row i of `received_kn` becomes the i-th rank's `row_n`; the own one may be that row itself.
 
-        With a `label.tag` the ranks find out, before a byte of another gather is taken for this one's, if they do not mean
-        the same: waiting raises OtherExchangeError. NCCL's have none.
+        With a `label.tag` the ranks of a `TaggedTransport` find out, before a byte of another gather is taken for this
+        one's, if they do not mean the same: waiting raises OtherExchangeError.
         """
-        ...
+        places = self._places(among)
+        own = received_kn[places.index(self._me)]
+        if own.data_ptr() != row_n.data_ptr():
+            own.copy_(row_n)
+        return self._exchange(received_kn, [row_n] * len(places), places, gathers=True, label=label)
 
     def all_to_all(
         self,
@@ -91,45 +95,62 @@ class Transport(Protocol):
         Rows of another `label.tag` are never taken for this exchange's: on one host that raises OtherExchangeError, over
         gloo they wait for their own. This rank's own row is copied at once; without `copy_own` it may be left as it is.
         """
-        ...
+        places = self._places(among)
+        if copy_own:
+            own = places.index(self._me)
+            received_kn[own].copy_(sent_kn[own])
+        return self._exchange(received_kn, list(sent_kn), places, gathers=False, label=label)
 
     def reduce_scatter(self, out_n: Tensor, pieces: Sequence[Tensor], *, label: Label = PLAIN) -> Issued:
         """`out_n` becomes the sum of everybody's chunk for this rank; k n numbers in flat `pieces` that follow each other.
 
-        `out_n` may be this rank's own chunk of them.
+        An all-to-all and a local sum in the order of the ranks, in `out_n`'s precision: deterministic. `out_n` may be this
+        rank's own chunk of the pieces.
         """
-        ...
+        sent_kn = joined(pieces, self._k).contiguous()
+        received_kn = torch.empty_like(sent_kn)
+        works = self.all_to_all(received_kn, sent_kn, copy_own=False, label=label)
 
-    def compare(self, tag: int) -> Sequence[Waitable]:
-        """Waiting raises OtherExchangeError if another rank is in a tagged gather, or compares something else."""
-        ...
+        def finish() -> None:
+            rows = [sent_kn[rank] if rank == self._me else row for rank, row in enumerate(received_kn)]
+            _sum(rows, out_n.view(-1), spare=received_kn[self._me])
+
+        return Issued(works, (sent_kn, received_kn), finish)
 
     def pieces_of(self, whole_n: Tensor) -> int:
         """In how many pieces, all on their way at once, an all-reduce of it is fastest."""
-        ...
+        return 1
+
+    @abstractmethod
+    def _exchange(
+        self, received_kn: Tensor, rows: Sequence[Tensor], places: Sequence[int], *, gathers: bool, label: Label
+    ) -> Sequence[Waitable]:
+        """Row j of `received_kn` becomes what the rank at the j-th of the places has for this one; `rows[j]` is for it.
+
+        The own rows are left alone. `gathers` tells a gather, whose rows are all the same, from an all-to-all.
+        """
+
+    def _places(self, among: Sequence[int] | None) -> list[int]:
+        return list(range(self._k) if among is None else among)
+
+    def _around(self, places: Sequence[int]) -> tuple[list[int], list[int]]:
+        """(from whom, to whom) as indices of `places`: the next rank comes first, so no two begin with the same one."""
+        me, k = places.index(self._me), len(places)
+        return [(me - d) % k for d in range(1, k)], [(me + d) % k for d in range(1, k)]
 
 
-def places_of(group: dist.ProcessGroup, among: Sequence[int] | None) -> list[int]:
-    return list(range(group.size()) if among is None else among)
+class TaggedTransport(Transport):
+    """One whose exchanges carry the tag of their label."""
+
+    @abstractmethod
+    def compare(self, tag: int) -> Sequence[Waitable]:
+        """Waiting raises OtherExchangeError if another rank is in a tagged gather, or compares something else."""
 
 
 def joined(pieces: Sequence[Tensor], k: int) -> Tensor:
     """(k, n): flat pieces that follow one another, without a copy if there is one."""
     flat = pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
     return flat.view(k, flat.numel() // k)
-
-
-def sum_of_rows(transport: Transport, out_n: Tensor, full_kn: Tensor, me: int, label: Label) -> Issued:
-    """A reduce-scatter as an all-to-all and a local sum in the order of the ranks, in `out_n`'s precision: deterministic."""
-    sent_kn = full_kn.contiguous()
-    received_kn = torch.empty_like(sent_kn)
-    works = transport.all_to_all(received_kn, sent_kn, copy_own=False, label=label)
-
-    def finish() -> None:
-        rows = [sent_kn[me] if rank == me else row for rank, row in enumerate(received_kn)]
-        _sum(rows, out_n.view(-1), spare=received_kn[me])
-
-    return Issued(works, (sent_kn, received_kn), finish)
 
 
 def _sum(rows: Sequence[Tensor], out: Tensor, *, spare: Tensor) -> None:

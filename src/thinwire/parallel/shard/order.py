@@ -2,10 +2,10 @@
 
 A rank whose forward skips a unit would take the weights of one unit for those of another, without a sound. What can be
 agreed on (reductions, all-gathers after a step) is agreed on; what follows the forward itself (gathers) is compared:
-over sockets and inside a host each gather says which one it is, and so does the end of a step; on accelerators the
+over sockets and inside a host each gather says which one it is, and so does the end of a step; over NCCL the
 step's are compared at its end.
 
-The course of a micro-batch: which units its forward called, and how far backward has come back through them.
+The calls of a micro-batch: which units its forward called, and how far backward has come back through them.
 
 Backward passes a unit's calls in the reverse order of forward, on every rank, also where no gradient comes on one of them:
 so ranks that share weights gather the same ones in the same order. A forward that is recomputed in backward takes the
@@ -87,10 +87,10 @@ class GatherOrder:
 
     def check(self) -> None:
         """A step's gathers are over. Raises UseError, on all ranks that differ, if they have not gathered alike."""
-        if self._world.device.type == "cpu":
+        if all(map(self._world.has_tags, self._levels)):
             with self._tags.told():
                 compare(_END, world=self._world, levels=self._levels)
-        elif self._levels:
+        else:
             self._compare_sums()
         self._sum = 0
 
