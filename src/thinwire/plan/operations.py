@@ -63,6 +63,8 @@ class Op(NamedTuple):
     """Of each flat buffer in turn, in the order in which they follow one another."""
     after: tuple[Key, ...] = ()
     when: When = ALWAYS
+    units: int = 1
+    """Of so many units together, from that of the key on."""
 
     @property
     def sent_bytes(self) -> int:

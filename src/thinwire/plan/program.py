@@ -154,13 +154,13 @@ class _Stage:
 
         def cell(index: int) -> Iterator[Op]:
             unit, number = chunk[index], start + index
+            waits = came if index == 0 else ()
             if gathers and unit.sharded and (index == 0 or not prefetch):
-                yield self._gather(number, "forward", each.micro_batch, first)
+                yield self._gather(number, "forward", each.micro_batch, first, waits)
+            waits += (Key("gather", "forward", each.micro_batch, number),) if gathers and unit.sharded else ()
             following = index + 1 < len(chunk) and chunk[index + 1].sharded
             if gathers and following and prefetch:
-                yield self._gather(number + 1, "forward", each.micro_batch, first)
-            waits = came if index == 0 else ()
-            waits += (Key("gather", "forward", each.micro_batch, number),) if gathers and unit.sharded else ()
+                yield self._gather(number + 1, "forward", each.micro_batch, first, waits)
             waits += self._new(unit, number) if first else ()
             yield from _compute("forward", each.micro_batch, number, unit.forward_hops, waits)
             if unit.sharded and not (self._shape.keep_gathered or unit.resident):
@@ -176,12 +176,12 @@ class _Stage:
 
         def cell(index: int) -> Iterator[Op]:
             unit, number = chunk[index], start + index
-            if again[index] and (index == end or not overlap.prefetch):
-                yield self._gather(number, "backward", each.micro_batch, False)
-            if index > 0 and again[index - 1] and overlap.prefetch:
-                yield self._gather(number - 1, "backward", each.micro_batch, False)
             waits = came if index == end else ()
+            if again[index] and (index == end or not overlap.prefetch):
+                yield self._gather(number, "backward", each.micro_batch, False, waits)
             waits += (Key("gather", "backward", each.micro_batch, number),) if again[index] else ()
+            if index > 0 and again[index - 1] and overlap.prefetch:
+                yield self._gather(number - 1, "backward", each.micro_batch, False, waits)
             yield from _compute("backward", each.micro_batch, number, unit.backward_hops, waits)
             if unit.trained and overlap.reduce:
                 yield self._reduce((number,), each.micro_batch, last)
@@ -190,13 +190,17 @@ class _Stage:
 
         yield from cells(range(end, -1, -1), cell, -1)
         if not overlap.reduce and any(unit.trained for unit in chunk):
-            yield self._reduce(range(start, start + len(chunk)), each.micro_batch, last)
+            reduced = self._reduce(range(start, start + len(chunk)), each.micro_batch, last)
+            yield reduced
+            if not last:  # nothing comes after the last one but the optimizer
+                yield Op("free", Key("release", "step", each.micro_batch, start), after=(reduced.key,))
 
     # -- what moves states ---------------------------------------------------------------------------------------------
 
-    def _gather(self, number: int, phase: str, micro_batch: int, first: bool) -> Op:
+    def _gather(self, number: int, phase: str, micro_batch: int, first: bool, waits: tuple[Key, ...]) -> Op:
+        """The gather before it has arrived by then, if there is one: a unit is gathered behind the compute of another."""
         hops = self._of("gather", number, self._tagged)
-        waits = self._new(self._units[number], number) if first else ()
+        waits += self._new(self._units[number], number) if first else ()
         return Op("collective", Key("gather", phase, micro_batch, number), hops, waits)
 
     def _tagged(self, buffer: Buffer) -> Iterator[Hop]:
@@ -208,8 +212,8 @@ class _Stage:
         links = self._where.links
         name = "reduce last" if last else "reduce"
         hops = [self._of(name, number, lambda buffer: reduce_hops(buffer, links, last=last)) for number in numbers]
-        key = Key("reduce", "backward", micro_batch, numbers[0])  # of several units together: named after the first
-        return Op("collective", key, tuple(hop for each in hops for hop in each))
+        key = Key("reduce", "backward", micro_batch, numbers[0])
+        return Op("collective", key, tuple(hop for each in hops for hop in each), units=len(numbers))
 
     def _refresh(self, number: int) -> Op:
         links = self._where.links
@@ -224,7 +228,7 @@ class _Stage:
         """The new weights of the step before."""
         if not unit.trained:
             return ()
-        return (Key("refresh", "step", ONCE, number if self._where.overlap.refresh else ALL, step=-1),)
+        return (Key("refresh", "step", ONCE, number if self._where.overlap.refresh else 0, step=-1),)
 
     def _of(self, name: str, number: int, hops: Callable[[Buffer], Iterator[Hop]]) -> tuple[Hop, ...]:
         """Of all buffers of a unit; made once for all units that are alike."""
@@ -257,8 +261,8 @@ class _Stage:
         if where.overlap.refresh:
             yield from cells(range(len(units)), lambda number: iter((self._refresh(number),)), +1)
         else:
-            every = [hop for number in range(len(units)) for hop in self._refresh(number).hops]
-            yield Op("collective", Key("refresh", "step", ONCE, ALL), tuple(every), (Key("update", "step"),))
+            every = tuple(hop for number in range(len(units)) for hop in self._refresh(number).hops)
+            yield self._refresh(0)._replace(hops=every, units=len(units))
         if where.voters is not None:
             vote = Hop(where.voters.level, "all_gather", "control", 1, None, 4 * (where.voters.fanout - 1))
             yield _control("vote", iter((vote,)), When(VOTE_EVERY))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from thinwire.plan.hops import Hop
-from thinwire.plan.operations import ALL, ONCE, Body, Key, Op, Program, RankClass, Repeat
+from thinwire.plan.operations import ONCE, Body, Key, Op, Program, RankClass, Repeat
 from thinwire.units import show_bytes
 
 _WORDS = {
@@ -58,7 +58,7 @@ def _plain(body: Body) -> list[dict[str, Any]]:
         if isinstance(item, Repeat):
             found.append({**item._asdict(), "body": _plain(item.body)})
             continue
-        plain = {"kind": item.kind, **item.key._asdict(), "every": item.when.every}
+        plain = {"kind": item.kind, **item.key._asdict(), "units": item.units, "every": item.when.every}
         hops, after = [hop._asdict() for hop in item.hops], [key._asdict() for key in item.after]
         found.append({**plain, "hops": hops, "after": after})
     return found
@@ -83,7 +83,8 @@ class _Lines:
 
     def _line(self, op: Op) -> str:
         key = op.key
-        unit = self._units[key.unit] if key.unit >= 0 and key.role != "send" else "all units" if key.unit == ALL else ""
+        unit = self._units[key.unit] if key.unit >= 0 and key.role != "send" else ""
+        unit += f" to {self._units[key.unit + op.units - 1]}" if op.units > 1 else ""
         where = "" if key.micro_batch == ONCE else f", micro-batch {key.micro_batch}"
         phase = f" ({key.phase})" if key.role in ("gather", "activation", "send") else ""
         parts = [_WORDS[key.role].format(unit=unit) + phase + where, *self._sent(op.hops)]
