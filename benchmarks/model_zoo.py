@@ -243,7 +243,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", help="a regular expression that a case's name contains")
-    parser.add_argument("--plans", nargs="*", default=list(PLANS), help=f"default: {' '.join(PLANS)}")
+    parser.add_argument("--plans", nargs="*", default=list(PLANS), help=f"default: {' '.join(PLANS)}; PLAN/buckets too")
     parser.add_argument("--worlds", nargs="*", default=["2", "2x2"], help="ranks of each level, inner first; /sockets")
     parser.add_argument("--peers", action="store_true", help="torch's DDP and FSDP2 too")
     parser.add_argument("--limit", type=int, default=None, help="at most so many cases")

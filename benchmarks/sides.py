@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from thinwire import Cluster, OuterSync, ShardedOptimizer, World, shard
 from thinwire.cluster.cluster import Level
-from thinwire.comm.handle import Handle, InFlight
+from thinwire.comm.driver import Driver
 from thinwire.model.presets import preset
 from thinwire.model.transformer import Transformer
 from thinwire.parallel.shard import engine, reductions, weights
@@ -222,10 +222,10 @@ def alone(setting: Setting) -> Side:
     return Side(step, partial(loss_of, model), close=leave_torch)
 
 
-class Blocking(InFlight):
+class Blocking(Driver):
     """Collectives that are waited for as soon as they are issued."""
 
-    def __init__(self, *hops: Iterator[Handle]) -> None:
+    def __init__(self, *hops: Iterator[Any]) -> None:
         super().__init__(*hops)
         self.finish()
 
@@ -233,7 +233,7 @@ class Blocking(InFlight):
 def waiting_side(setting: Setting, options: Mapping[str, Any]) -> Side:
     """thinwire with nothing behind anything, for the rest of this process."""
     for module in (engine, reductions, weights):
-        module.InFlight = Blocking
+        module.Driver = Blocking
     return thinwire_side(setting, options)
 
 

@@ -47,6 +47,8 @@ class Toy(nn.Module):
 
 
 def plan_of(world: World, cut: tuple[int, int, int], accumulate: int = 1, **more: Any) -> Plan:
+    """Every unit by itself, as large ones are, unless `bucket_bytes` says otherwise."""
+    more.setdefault("bucket_bytes", 0)
     names = world.cluster.level_names
     params, grads, optimizer = ("replica" if depth < 0 else names[depth] for depth in cut)
     levels = tuple((level.name, level.fanout) for level in world.cluster.levels)

@@ -119,7 +119,10 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 def thinwire(case: Case, plan_name: str, world: World, seen: Seen) -> dict[str, Tensor]:
     """The case trained under a plan of thinwire; what it ended with."""
     model = seeded(case)
-    plan = PlanConfig(partition=plan_name).resolve(world.cluster, micro_batch=1, accumulate=case.accumulate)
+    # Modules this small would travel in one bucket: units move by themselves, as large ones do, unless the name says so.
+    partition, _, how = plan_name.partition("/")
+    config = PlanConfig(partition=partition, bucket_bytes=None if how == "buckets" else 0)
+    plan = config.resolve(world.cluster, micro_batch=1, accumulate=case.accumulate)
     engine = shard(model, plan, world)
     optimizer = ShardedOptimizer(engine, lambda groups: optimizer_of(case, groups))
     for step in range(STEPS):

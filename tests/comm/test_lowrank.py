@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from thinwire.comm.collectives import all_reduce_hops
+from thinwire.comm.driver import Driver
 from thinwire.comm.lowrank import LowRank, Matrix
+from thinwire.comm.requests import all_reduce_hops
 from thinwire.comm.world import World
 from worlds import run_world
 
@@ -31,8 +32,7 @@ def summer(world: World, rank: int = RANK) -> LowRank:
 
 def summed(low_rank: LowRank, part: Tensor, where: slice = slice(None)) -> Tensor:
     out = torch.full((len(range(N)[where]),), math.nan)
-    for handle in low_rank.reduce(out, part, where):
-        handle.wait()
+    Driver(low_rank.reduce(out, part, where)).finish()
     return out
 
 

@@ -7,7 +7,7 @@ travel is decided by the level's `Transport` alone. `tests/reference.py` has the
 Shapes: k ranks of the group, n elements of one rank's chunk
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -58,16 +58,16 @@ def all_gather(
     assert out_kn.numel() == k * shard_n.numel(), (out_kn.shape, shard_n.shape, k)
     if transport is None:
         return _alone(world, out_kn, shard_n)
-    n, label = shard_n.numel(), Label(_stream(purpose), tag, lasting)
-    beside = [_control(world, level, transport)] if tag and transport.header_bytes else []
+    n, label = shard_n.numel(), label_of(purpose, tag, lasting=lasting)
+    beside = tag_entries(world, level, transport, tag)
     if codec is IDENTITY:
-        entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, shard_n.nbytes * (k - 1), codec)
+        entry = ledger_entry(world, level, "all_gather", purpose, out_kn.nbytes, shard_n.nbytes * (k - 1), codec)
         with world.outstanding.issuing():
             works = transport.all_gather(out_kn.view(k, n), shard_n.reshape(-1), label=label)
         return Handle(world.outstanding, entry, works, keep=(out_kn, shard_n), beside=beside)
     coded = codec.encode(shard_n.reshape(-1), seed=seed)
     received = torch.empty(k * coded.numel(), dtype=torch.uint8, device=coded.device)
-    entry = _entry(world, level, "all_gather", purpose, out_kn.nbytes, coded.nbytes * (k - 1), codec)
+    entry = ledger_entry(world, level, "all_gather", purpose, out_kn.nbytes, coded.nbytes * (k - 1), codec)
     with world.outstanding.issuing():
         works = transport.all_gather(received.view(k, -1), coded, label=label)
 
@@ -94,11 +94,18 @@ def compare(tag: int, *, world: World, levels: Sequence[int]) -> None:
 
 def _control(world: World, level: int, transport: Transport) -> Entry:
     sent = transport.header_bytes
-    return _entry(world, level, "all_gather", "control", sent, sent, IDENTITY)
+    return ledger_entry(world, level, "all_gather", "control", sent, sent, IDENTITY)
 
 
-def _stream(purpose: str) -> int:
-    return WEIGHTS if purpose == P_GATHER else GRADS if purpose in (G_REDUCE, G_GATHER) else OTHERS
+def tag_entries(world: World, level: int, transport: Transport, tag: int) -> list[Entry]:
+    """What the tag of a gather sends beside it."""
+    return [_control(world, level, transport)] if tag and transport.header_bytes else []
+
+
+def label_of(purpose: str, tag: int, *, lasting: bool = False) -> Label:
+    """What is known of an exchange on all its ranks."""
+    stream = WEIGHTS if purpose == P_GATHER else GRADS if purpose in (G_REDUCE, G_GATHER) else OTHERS
+    return Label(stream, tag, lasting)
 
 
 def reduce_scatter(
@@ -119,20 +126,20 @@ def reduce_scatter(
     another `tag` is never added up (see `Transport.all_to_all`).
     """
     transport, k = world.transport(level, "reduce"), world.fanout(level)
-    n, label = out_n.numel(), Label(_stream(purpose), tag)
+    n, label = out_n.numel(), label_of(purpose, tag)
     pieces = [full_kn.reshape(-1)] if isinstance(full_kn, Tensor) else full_kn
     assert sum(piece.numel() for piece in pieces) == k * n, (n, k)
     if transport is None:
         return _alone(world, out_n, joined(pieces, k))
     size = sum(piece.nbytes for piece in pieces)
     if codec is IDENTITY:
-        entry = _entry(world, level, "reduce_scatter", purpose, size, size // k * (k - 1), codec)
+        entry = ledger_entry(world, level, "reduce_scatter", purpose, size, size // k * (k - 1), codec)
         with world.outstanding.issuing():
             issued = transport.reduce_scatter(out_n, pieces, label=label)
         return Handle(world.outstanding, entry, issued.works, finish=issued.finish, keep=issued.keep)
     sent = torch.stack([codec.encode(chunk, seed=seed) for chunk in joined(pieces, k)])
     received = torch.empty_like(sent)
-    entry = _entry(world, level, "reduce_scatter", purpose, size, sent.nbytes // k * (k - 1), codec)
+    entry = ledger_entry(world, level, "reduce_scatter", purpose, size, sent.nbytes // k * (k - 1), codec)
     with world.outstanding.issuing():
         works = transport.all_to_all(received, sent, label=label)
     finish = partial(codec.sum_into, received, out_n.view(-1))
@@ -168,24 +175,6 @@ def all_reduce(x: Tensor, *, world: World, level: int, purpose: str, codec: Code
         x.copy_(whole[: x.numel()].view_as(x))
 
 
-def all_reduce_hops(message_m: Tensor, *, world: World, level: int, purposes: tuple[str, str]) -> Iterator[Handle]:
-    """Sum `message_m` in place, m a multiple of the group's ranks: yields each of its two hops when it is issued.
-
-    An empty message has its hops too, without bytes: ranks whose message is empty go on hop by hop with the others.
-    """
-    reducing, gathering = purposes
-    if message_m.numel():
-        shard = message_m.new_empty(message_m.numel() // world.fanout(level))
-        yield reduce_scatter(shard, message_m, world=world, level=level, purpose=reducing)
-        yield all_gather(message_m, shard, world=world, level=level, purpose=gathering)
-        return
-    for kind, purpose in zip(("reduce_scatter", "all_gather"), purposes, strict=True):
-        entry = world.ledger.open(
-            level=world.level_name(level), kind=kind, purpose=purpose, payload_bytes=0, sent_bytes=0, codec="identity"
-        )
-        yield Handle(world.outstanding, entry, [])
-
-
 def all_reduce_small(
     x: Tensor,
     *,
@@ -219,7 +208,7 @@ def all_reduce_small(
 def gather_small(out_kn: Tensor, x_n: Tensor, *, world: World, level: int, purpose: str) -> Handle:
     """`out_kn` becomes everybody's `x_n`, a few numbers on the CPU, at a level that joins more than one member."""
     sent = x_n.nbytes * (world.fanout(level) - 1)
-    entry = _entry(world, level, "all_reduce", purpose, x_n.nbytes, sent, IDENTITY)
+    entry = ledger_entry(world, level, "all_reduce", purpose, x_n.nbytes, sent, IDENTITY)
     group = world.group(level, "small")
     assert group is not None
     work = all_gather_single(out_kn.view(-1), x_n.reshape(-1), group=group)
@@ -233,7 +222,7 @@ def _alone(world: World, out: Tensor, source: Tensor) -> Handle:
     return Handle(world.outstanding, None, [])
 
 
-def _entry(
+def ledger_entry(
     world: World, level: int, kind: str, purpose: str, payload_bytes: int, sent_bytes: int, codec: Codec
 ) -> Entry:
     return world.ledger.open(

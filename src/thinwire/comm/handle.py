@@ -1,12 +1,9 @@
-"""A collective in flight. It is waited for exactly once; one that is dropped is found when the world is left.
-
-Collectives in several hops: each hop is issued when the one before has arrived, always from one thread.
-"""
+"""A collective in flight. It is waited for exactly once; one that is dropped is found when the world is left."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
@@ -147,13 +144,13 @@ class Handle:
 
 
 class InFlight:
-    """Drives collectives of several hops side by side.
+    """Drives collectives of several hops side by side: each is an iterator that yields the handle of a hop it has issued.
 
-    Each is an iterator that yields a handle for every hop that it has issued; to start issues the first.
+    To start issues the first hop of each, always from one thread.
     """
 
-    def __init__(self, *hops: Iterator[Handle]) -> None:
-        self._under_way = _issued(hops)
+    def __init__(self, *hops: Iterator[Any]) -> None:
+        self._under_way = self._issued(hops)
 
     @property
     def finished(self) -> bool:
@@ -169,7 +166,7 @@ class InFlight:
         going_on, waited_s = [], 0.0
         for hops, handle in self._under_way:
             waited_s += handle.wait()
-            going_on += _issued((hops,))
+            going_on += self._issued(hops)
         self._under_way = going_on
         return waited_s
 
@@ -180,7 +177,6 @@ class InFlight:
             waited_s += self.advance()
         return waited_s
 
-
-def _issued(collectives: tuple[Iterator[Handle], ...]) -> list[tuple[Iterator[Handle], Handle]]:
-    """Those that have a next hop, with it."""
-    return [(hops, handle) for hops in collectives if (handle := next(hops, None)) is not None]
+    def _issued(self, collectives: Sequence[Iterator[Any]]) -> list[tuple[Sequence[Iterator[Any]], Handle]]:
+        """Those that have a next hop, with it; together what travels as one message."""
+        return [((hops,), handle) for hops in collectives if (handle := next(hops, None)) is not None]

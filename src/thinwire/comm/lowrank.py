@@ -21,11 +21,10 @@ in, over any number of steps; a step that is not taken leaves the residual as it
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from thinwire.comm.handle import Handle
 
 
 class Residual:
@@ -96,7 +95,7 @@ class LowRank:
         rank: int,
         level: int,
         fanout: int,
-        all_reduce: Callable[[Tensor], Iterator[Handle]],
+        all_reduce: Callable[[Tensor], Iterator[Any]],
         device: torch.device,
     ) -> None:
         self.level = level
@@ -131,8 +130,8 @@ class LowRank:
         """Each matrix and its Q, (columns, r), from which the next step starts; written in place by a load."""
         return list(zip(self._matrices, self._q, strict=True))
 
-    def reduce(self, out: Tensor, part_n: Tensor, where: slice) -> Iterator[Handle]:
-        """`out` becomes the elements `where` of the sum of everybody's `part_n`. Yields each hop that it has issued."""
+    def reduce(self, out: Tensor, part_n: Tensor, where: slice) -> Iterator[Any]:
+        """`out` becomes the elements `where` of the sum of everybody's `part_n`, hop by hop as `all_reduce` does."""
         put_n = self.residual.plus(part_n)
         there = [put_n[m.start : m.end].view(m.rows, m.columns) for m in self._matrices]
         exact = [put_n[start:end] for start, end in self._rest]
@@ -152,7 +151,7 @@ class LowRank:
         self._next_q = [wide / wide.norm().clamp(min=torch.finfo(wide.dtype).tiny) for wide in q]
         self.residual.leave(put_n)
 
-    def _sum(self, parts: list[Tensor]) -> Generator[Handle, None, list[Tensor]]:
+    def _sum(self, parts: list[Tensor]) -> Generator[Any, None, list[Tensor]]:
         """All-reduces the parts as one message; returns them summed."""
         numbers = sum(part.numel() for part in parts)
         like = parts[0] if parts else torch.empty(0)

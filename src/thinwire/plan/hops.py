@@ -9,11 +9,17 @@ a reduce-scatter of the level sends b N (s-1)/S bytes from each rank, b bytes an
     level > lo         one reduction and one gather b_g at the end of accumulation
     a `lowrank` level  one reduction and one gather of each of its two messages, in fp32, at the end of accumulation
 
+Small units travel together. A message costs a (its latency, and the work of starting it) beside its bytes; of V bytes
+that arrive together nothing hides the last V (k-1)/(k b), b the rate of a member's link. For N bytes in all the sum of
+both, N a / V + V (k-1)/(k b), is least at V = sqrt(N a b k/(k-1)).
+
 A small sum over all ranks goes level by level, in the form that the level's latency and rate make cheaper: everybody
 gathers everything in one round, or a reduce-scatter and an all-gather.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 from thinwire.plan.compression import wire_bytes
@@ -25,6 +31,12 @@ CONTROL = "control"
 
 Algorithm = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p"]
 _DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8
+_START_S = 4e-4
+"""What a unit's message takes a rank beside its latency: Python, and the calls of the backend. Measured with gloo."""
+_LARGEST_BUCKET = 2**25
+"""Bytes that travel together at most: full weights and gradients of so many stay in memory until all are there."""
+_TINY = 16
+"""A unit so many times smaller than what travels together goes with whatever comes before it."""
 
 
 class Link(NamedTuple):
@@ -52,6 +64,8 @@ class Hop(NamedTuple):
     codec: str | None
     sent_bytes: int
     """What a rank puts on the level's links."""
+    payload_bytes: int = 0
+    """Of the whole tensor, before any codec."""
 
 
 class Buffer(NamedTuple):
@@ -133,7 +147,8 @@ def _hop(
         shards *= inner.fanout
     n = buffer.numel // shards
     one = element_bytes * n if codec is None else wire_bytes(codec, n, block=buffer.block, element_bytes=element_bytes)
-    yield Hop(link.level, algorithm, purpose, n, codec, (link.fanout - 1) * one)
+    kept = buffer.grad_bytes if codec is not None and purpose == P_REFRESH else element_bytes  # masters are compressed
+    yield Hop(link.level, algorithm, purpose, n, codec, (link.fanout - 1) * one, link.fanout * n * kept)
 
 
 def _low_rank(link: Link, messages: tuple[int, int]) -> Iterator[Hop]:
@@ -151,6 +166,37 @@ def one_round_is_cheaper(
     latency_s = _DEFAULT_LATENCY_S if latency_s is None else latency_s
     bytes_per_s = bytes_per_s or _DEFAULT_BYTES_PER_S
     return latency_s + size_bytes / bytes_per_s <= 2 * (latency_s + size_bytes / (k * bytes_per_s))
+
+
+def bucket_bytes(total_bytes: int, links: Sequence[Link]) -> int:
+    """Size up to which units of a model of `total_bytes` travel together: that of the outermost link's messages."""
+    joined = [link for link in links if link.fanout > 1]
+    if not joined:
+        return 0
+    link = joined[-1]
+    cost_s = _START_S + (_DEFAULT_LATENCY_S if link.latency_s is None else link.latency_s)
+    rate = link.bytes_per_s or _DEFAULT_BYTES_PER_S
+    best = math.sqrt(total_bytes * cost_s * rate * link.fanout / (link.fanout - 1))
+    return min(_LARGEST_BUCKET, round(best))
+
+
+def bucketed(sizes: Sequence[int | None], most: int) -> list[int]:
+    """How many of these units in turn travel together, so that none of them has more than `most` bytes.
+
+    A tiny one may go over it. None: of a unit that travels alone.
+    """
+    counts: list[int] = []
+    held = 0
+    for number, size in enumerate(sizes):
+        before = sizes[number - 1] if number else None
+        fits = size is not None and before is not None and (held + size <= most or size <= most // _TINY)
+        if fits:
+            counts[-1] += 1
+        else:
+            counts.append(1)
+            held = 0
+        held += size or 0
+    return counts
 
 
 def small_sum_hops(numbers: int, links: Sequence[Link], *, item_bytes: int = 8, halves: bool = True) -> Iterator[Hop]:
@@ -181,3 +227,27 @@ def header_hops(links: Sequence[Link]) -> Iterator[Hop]:
     for link in links:
         if link.fanout > 1 and link.header_bytes:
             yield Hop(link.level, "all_gather", CONTROL, 1, None, link.header_bytes)
+
+
+def side_by_side(chains: Sequence[Sequence[Hop]], most: int) -> Iterator[Hop]:
+    """The hops of several chains that go on in step: those of up to `most` bytes that are alike travel as one message."""
+    for hops in zip_longest(*chains):
+        alike: dict[object, list[Hop]] = {}
+        for place, hop in enumerate(hops):
+            if hop is not None:
+                alike.setdefault(_form(hop) if hop.payload_bytes <= most else place, []).append(hop)
+        for first, *others in alike.values():
+            elements, sent, payload = (
+                sum(getattr(hop, name) for hop in (first, *others))
+                for name in ("elements", "sent_bytes", "payload_bytes")
+            )
+            yield first._replace(elements=elements, sent_bytes=sent, payload_bytes=payload)
+
+
+def _form(hop: Hop) -> object:
+    """What messages that travel as one have in common; sums of low rank, of which ranks have more or fewer, never do."""
+    if hop.codec == "lowrank":
+        return id(hop)
+    summed = hop.algorithm == "reduce_scatter"
+    numbers = hop.payload_bytes // hop.elements if summed and hop.codec is None else summed
+    return hop.level, hop.algorithm, hop.purpose, numbers

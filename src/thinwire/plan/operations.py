@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
-from thinwire.plan.hops import Buffer, Hop
+from thinwire.plan.hops import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH, Buffer, Hop
 
 Kind = Literal["compute", "collective", "transfer", "update", "free"]
 Role = Literal[
@@ -63,8 +63,8 @@ class Op(NamedTuple):
     """Of each flat buffer in turn, in the order in which they follow one another."""
     after: tuple[Key, ...] = ()
     when: When = ALWAYS
-    units: int = 1
-    """Of so many units together, from that of the key on."""
+    units: tuple[int, ...] = ()
+    """Of these units together, of which the key names the first; without them of that alone."""
 
     @property
     def sent_bytes(self) -> int:
@@ -72,7 +72,12 @@ class Op(NamedTuple):
 
     def moved(self, micro_batches: int, units: int) -> "Op":
         after = tuple(key.moved(micro_batches, units) for key in self.after)
-        return self._replace(key=self.key.moved(micro_batches, units), after=after)
+        together = tuple(unit + units for unit in self.units)
+        return self._replace(key=self.key.moved(micro_batches, units), after=after, units=together)
+
+    @property
+    def of_units(self) -> tuple[int, ...]:
+        return self.units or (self.key.unit,)
 
 
 class Repeat(NamedTuple):
@@ -102,6 +107,11 @@ class Unit(NamedTuple):
     forward_hops: tuple[Hop, ...] = ()
     """What ranks that share the work of the unit send each other inside its forward: activations."""
     backward_hops: tuple[Hop, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of its full weights, as gradients are summed."""
+        return sum(buffer.numel * buffer.grad_bytes for buffer in self.buffers)
 
     @property
     def sharded(self) -> bool:
@@ -147,7 +157,14 @@ class Program:
             for hop in op.hops if times else ():
                 of_level = found.setdefault(hop.level, {})
                 of_level[hop.purpose] = of_level.get(hop.purpose, 0) + times * hop.sent_bytes
-        return found
+        return {level: dict(sorted(found[level].items(), key=_place)) for level in sorted(found)}
+
+
+_ORDER = (P_GATHER, P_REFRESH, G_REDUCE, G_GATHER)
+
+
+def _place(purpose: tuple[str, int]) -> int:
+    return _ORDER.index(purpose[0]) if purpose[0] in _ORDER else len(_ORDER)
 
 
 def _counted(body: Body, times: int) -> Iterator[tuple[Op, int]]:

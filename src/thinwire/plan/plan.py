@@ -19,6 +19,7 @@ from thinwire.errors import PlanError
 from thinwire.plan.compression import Compression
 from thinwire.plan.partition import REPLICA, Partition, resolve_partition
 from thinwire.plan.sync import Sync, SyncConfig
+from thinwire.units import Bytes
 
 Recompute = Literal["none", "full"]
 ComputeDtype = Literal["fp64", "fp32", "bf16"]
@@ -36,6 +37,8 @@ class Plan(Frozen):
     """How replicas synchronise across a level and those outside it; without it they synchronise every step."""
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
+    bucket_bytes: int | None = Field(default=None, ge=0, le=2**40)
+    """Up to this size units travel together, as one message; none: what suits the links; 0: every unit by itself."""
     micro_batch: int = Field(default=1, ge=1, le=10**9)
     """Sequences per rank in one forward and backward."""
     accumulate: int = Field(default=1, ge=1, le=10**9)
@@ -139,7 +142,10 @@ class Plan(Frozen):
     @property
     def digest(self) -> str:
         """A hash of the whole document; equal digests mean equal plans."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        left_out = (
+            {"bucket_bytes"} if self.bucket_bytes is None else None
+        )  # plans of before it have the digests they had
+        text = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check_levels(self, cluster: Cluster, *, called: str = "the plan") -> None:
@@ -162,6 +168,8 @@ class PlanConfig(Frozen):
     """`[plan.sync]`: groups synchronise once a round across a level and those outside it, instead of every step."""
     recompute: Recompute = "none"
     compute_dtype: ComputeDtype = "fp32"
+    bucket_bytes: Bytes | None = Field(default=None, ge=0, le=2**40)
+    """Up to this size units travel together (DDP's `bucket_cap_mb`); 0: every unit by itself. Default: by the links."""
     file: Path | None = None
     """A plan document, as `thinwire plan -o` writes it; it decides everything, so nothing else may be given."""
 
@@ -195,6 +203,7 @@ class PlanConfig(Frozen):
                 sync=sync,
                 recompute=self.recompute,
                 compute_dtype=self.compute_dtype,
+                bucket_bytes=self.bucket_bytes,
                 micro_batch=micro_batch,
                 accumulate=accumulate,
             )

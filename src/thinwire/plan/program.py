@@ -10,18 +10,20 @@ behind what follows; an operation begins when all that it is `after` has arrived
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 from thinwire.plan.hops import (
     Buffer,
     Hop,
     Link,
+    bucketed,
     flag_hops,
     gather_hops,
     header_hops,
     reduce_hops,
     refresh_hops,
+    side_by_side,
     small_sum_hops,
 )
 from thinwire.plan.operations import (
@@ -68,6 +70,8 @@ class Where:
     halves: bool = True
     """Whether small sums may go in two halves (on CPUs)."""
     overlap: Overlap = ENGINE
+    bucket_bytes: int = 0
+    """Up to this size units travel together."""
     voters: Link | None = None
     """Groups that vote every `VOTE_EVERY` steps whether to stop."""
 
@@ -110,6 +114,18 @@ class _Stage:
         self._offsets = [0, *accumulate(len(chunk) for chunk in self._chunks)]
         self._units = tuple(unit for chunk in self._chunks for unit in chunk)
         self._hops: dict[tuple[str, tuple[Buffer, ...]], tuple[Hop, ...]] = {}
+        self._gathered: dict[int, tuple[int, ...]] = {}
+        """Units that are gathered with a unit; and reduced, and gathered after the step."""
+        self._reduced: dict[int, tuple[int, ...]] = {}
+        self._refreshed: dict[int, tuple[int, ...]] = {}
+        for start, end in pairwise(self._offsets):
+            numbers = range(start, end)
+            units = {number: self._units[number] for number in numbers}
+            sizes = [None if unit.resident or not unit.sharded else unit.nbytes for unit in units.values()]
+            self._gathered |= self._buckets(numbers, sizes)
+            trained = [number for number in reversed(numbers) if units[number].trained]
+            self._reduced |= self._buckets(trained, [units[number].nbytes for number in trained])
+            self._refreshed |= self._buckets(numbers, [unit.nbytes for unit in units.values()])
 
     def rank_class(self) -> RankClass:
         shape = self._shape
@@ -150,91 +166,113 @@ class _Stage:
         """Kept weights are gathered in the first forward of a step alone; new ones arrive in it."""
         gathers = first or not self._shape.keep_gathered
         prefetch = self._where.overlap.prefetch
-        start, chunk = self._offsets[each.chunk], self._chunks[each.chunk]
+        start, end = self._offsets[each.chunk : each.chunk + 2]
 
-        def cell(index: int) -> Iterator[Op]:
-            unit, number = chunk[index], start + index
-            waits = came if index == 0 else ()
-            if gathers and unit.sharded and (index == 0 or not prefetch):
-                yield self._gather(number, "forward", each.micro_batch, first, waits)
-            waits += (Key("gather", "forward", each.micro_batch, number),) if gathers and unit.sharded else ()
-            following = index + 1 < len(chunk) and chunk[index + 1].sharded
-            if gathers and following and prefetch:
-                yield self._gather(number + 1, "forward", each.micro_batch, first, waits)
-            waits += self._new(unit, number) if first else ()
+        def cell(number: int) -> Iterator[Op]:
+            unit, together = self._units[number], self._gathered[number]
+            waits = came if number == start else ()
+            if gathers and unit.sharded and number == together[0] and (number == start or not prefetch):
+                yield self._gather(together, "forward", each.micro_batch, first, waits)
+            key = Key("gather", "forward", each.micro_batch, together[0])
+            waits += (key,) if gathers and unit.sharded else ()
+            following = together[-1] + 1
+            if gathers and prefetch and number == together[0] and following < end and self._units[following].sharded:
+                yield self._gather(self._gathered[following], "forward", each.micro_batch, first, waits)
+            waits += self._new(number) if first else ()
             yield from _compute("forward", each.micro_batch, number, unit.forward_hops, waits)
             if unit.sharded and not (self._shape.keep_gathered or unit.resident):
                 yield Op("free", Key("release", "forward", each.micro_batch, number))
 
-        return cells(range(len(chunk)), cell, +1)
+        return cells(range(start, end), cell, +1)
 
     def _backward(self, each: Pass, last: bool, came: tuple[Key, ...]) -> Iterator[Op | Repeat]:
-        start, chunk = self._offsets[each.chunk], self._chunks[each.chunk]
+        start, end = self._offsets[each.chunk : each.chunk + 2]
         overlap = self._where.overlap
-        end = len(chunk) - 1
-        again = [unit.sharded and not (self._shape.keep_gathered or unit.resident) for unit in chunk]
 
-        def cell(index: int) -> Iterator[Op]:
-            unit, number = chunk[index], start + index
-            waits = came if index == end else ()
-            if again[index] and (index == end or not overlap.prefetch):
-                yield self._gather(number, "backward", each.micro_batch, False, waits)
-            waits += (Key("gather", "backward", each.micro_batch, number),) if again[index] else ()
-            if index > 0 and again[index - 1] and overlap.prefetch:
-                yield self._gather(number - 1, "backward", each.micro_batch, False, waits)
+        def cell(number: int) -> Iterator[Op]:
+            unit, together = self._units[number], self._gathered[number]
+            waits = came if number == end - 1 else ()
+            again = self._again(number)
+            if again and number == together[-1] and (number == end - 1 or not overlap.prefetch):
+                yield self._gather(together, "backward", each.micro_batch, False, waits)
+            waits += (Key("gather", "backward", each.micro_batch, together[0]),) if again else ()
+            following = together[0] - 1
+            if overlap.prefetch and number == together[-1] and following >= start and self._again(following):
+                yield self._gather(self._gathered[following], "backward", each.micro_batch, False, waits)
             yield from _compute("backward", each.micro_batch, number, unit.backward_hops, waits)
-            if unit.trained and overlap.reduce:
-                yield self._reduce((number,), each.micro_batch, last)
+            if unit.trained and overlap.reduce and number == self._reduced[number][-1]:
+                yield self._reduce(self._reduced[number], each.micro_batch, last)
             if unit.sharded and (last or not self._shape.keep_gathered):
                 yield Op("free", Key("release", "backward", each.micro_batch, number))
 
-        yield from cells(range(end, -1, -1), cell, -1)
-        if not overlap.reduce and any(unit.trained for unit in chunk):
-            reduced = self._reduce(range(start, start + len(chunk)), each.micro_batch, last)
+        yield from cells(range(end - 1, start - 1, -1), cell, -1)
+        if not overlap.reduce and any(unit.trained for unit in self._units[start:end]):
+            reduced = self._reduce(tuple(range(start, end)), each.micro_batch, last)
             yield reduced
             if not last:  # nothing comes after the last one but the optimizer
                 yield Op("free", Key("release", "step", each.micro_batch, start), after=(reduced.key,))
 
+    def _again(self, number: int) -> bool:
+        """Whether a unit is gathered in backward too."""
+        unit = self._units[number]
+        return unit.sharded and not (self._shape.keep_gathered or unit.resident)
+
     # -- what moves states ---------------------------------------------------------------------------------------------
 
-    def _gather(self, number: int, phase: str, micro_batch: int, first: bool, waits: tuple[Key, ...]) -> Op:
-        """The gather before it has arrived by then, if there is one: a unit is gathered behind the compute of another."""
-        hops = self._of("gather", number, self._tagged)
-        waits += self._new(self._units[number], number) if first else ()
-        return Op("collective", Key("gather", phase, micro_batch, number), hops, waits)
+    def _buckets(self, numbers: Sequence[int], sizes: Sequence[int | None]) -> dict[int, tuple[int, ...]]:
+        """Of each of these units those that travel with it."""
+        found, start = dict[int, tuple[int, ...]](), 0
+        for count in bucketed(sizes, self._where.bucket_bytes):
+            together = tuple(numbers[start : start + count])
+            found |= dict.fromkeys(together, together)
+            start += count
+        return found
 
-    def _tagged(self, buffer: Buffer) -> Iterator[Hop]:
-        links = self._where.links
-        yield from gather_hops(buffer, links)
-        yield from header_hops(links[: buffer.lp + 1])
+    def _gather(
+        self, together: tuple[int, ...], phase: str, micro_batch: int, first: bool, waits: tuple[Key, ...]
+    ) -> Op:
+        """The gather before it has arrived by then, if there is one: units are gathered behind the compute of others."""
+        hops = self._of("gather", together, gather_hops)
+        waits += tuple(key for number in together for key in self._new(number)) if first else ()
+        key = Key("gather", phase, micro_batch, together[0])
+        return Op("collective", key, tuple(self._tagged(hops)), tuple(dict.fromkeys(waits)), units=_several(together))
 
-    def _reduce(self, numbers: Sequence[int], micro_batch: int, last: bool) -> Op:
-        links = self._where.links
-        name = "reduce last" if last else "reduce"
-        hops = [self._of(name, number, lambda buffer: reduce_hops(buffer, links, last=last)) for number in numbers]
-        key = Key("reduce", "backward", micro_batch, numbers[0])
-        return Op("collective", key, tuple(hop for each in hops for hop in each), units=len(numbers))
+    def _tagged(self, hops: Sequence[Hop]) -> Iterator[Hop]:
+        for hop in hops:
+            yield hop
+            yield from header_hops([link for link in self._where.links if link.level == hop.level])
 
-    def _refresh(self, number: int) -> Op:
-        links = self._where.links
-        return Op(
-            "collective",
-            Key("refresh", "step", ONCE, number),
-            self._of("refresh", number, lambda buffer: refresh_hops(buffer, links)),
-            (Key("update", "step"),),
-        )
+    def _reduce(self, together: tuple[int, ...], micro_batch: int, last: bool) -> Op:
+        def hops(buffer: Buffer, links: Sequence[Link]) -> Iterator[Hop]:
+            return reduce_hops(buffer, links, last=last)
 
-    def _new(self, unit: Unit, number: int) -> tuple[Key, ...]:
+        key = Key("reduce", "backward", micro_batch, together[0])
+        made = self._of("reduce last" if last else "reduce", together, hops)
+        return Op("collective", key, made, units=_several(together))
+
+    def _refresh(self, together: tuple[int, ...]) -> Op:
+        hops = self._of("refresh", together, refresh_hops)
+        key = Key("refresh", "step", ONCE, together[0])
+        return Op("collective", key, hops, (Key("update", "step"),), units=_several(together))
+
+    def _new(self, number: int) -> tuple[Key, ...]:
         """The new weights of the step before."""
-        if not unit.trained:
+        if not self._units[number].trained:
             return ()
-        return (Key("refresh", "step", ONCE, number if self._where.overlap.refresh else 0, step=-1),)
+        together = self._refreshed[number] if self._where.overlap.refresh else (0,)
+        return (Key("refresh", "step", ONCE, together[0], step=-1),)
 
-    def _of(self, name: str, number: int, hops: Callable[[Buffer], Iterator[Hop]]) -> tuple[Hop, ...]:
-        """Of all buffers of a unit; made once for all units that are alike."""
-        buffers = self._units[number].buffers
+    def _of(
+        self,
+        name: str,
+        together: tuple[int, ...],
+        hops: Callable[[Buffer, Sequence[Link]], Iterator[Hop]],
+    ) -> tuple[Hop, ...]:
+        """Of all buffers of these units; made once for all that are alike."""
+        buffers = tuple(buffer for number in together for buffer in self._units[number].buffers)
         if (name, buffers) not in self._hops:
-            self._hops[name, buffers] = tuple(hop for buffer in buffers for hop in hops(buffer))
+            chains = [list(hops(buffer, self._where.links)) for buffer in buffers]
+            self._hops[name, buffers] = tuple(side_by_side(chains, self._where.bucket_bytes))
         return self._hops[name, buffers]
 
     # -- the end of a step ---------------------------------------------------------------------------------------------
@@ -258,11 +296,11 @@ class _Stage:
         yield _control("tokens", small_sum_hops(3, links, halves=halves))
         yield _control("norm", small_sum_hops(1, links[: self._shape.lo + 1], halves=halves))
         yield Op("update", Key("update", "step"), after=(Key("norm", "step"), Key("tokens", "step")))
-        if where.overlap.refresh:
-            yield from cells(range(len(units)), lambda number: iter((self._refresh(number),)), +1)
+        buckets = list(dict.fromkeys(self._refreshed.values())) if where.overlap.refresh else [tuple(range(len(units)))]
+        if all(len(together) == 1 for together in buckets):
+            yield from cells(range(len(units)), lambda number: iter((self._refresh((number,)),)), +1)
         else:
-            every = tuple(hop for number in range(len(units)) for hop in self._refresh(number).hops)
-            yield self._refresh(0)._replace(hops=every, units=len(units))
+            yield from map(self._refresh, buckets)
         if where.voters is not None:
             vote = Hop(where.voters.level, "all_gather", "control", 1, None, 4 * (where.voters.fanout - 1))
             yield _control("vote", iter((vote,)), When(VOTE_EVERY))
@@ -275,6 +313,10 @@ def _compute(
     if inside:
         yield Op("collective", Key("activation", phase, micro_batch, unit), inside, waits)
     yield Op("compute", Key(phase, phase, micro_batch, unit), after=waits)
+
+
+def _several(together: tuple[int, ...]) -> tuple[int, ...]:
+    return together if len(together) > 1 else ()
 
 
 def _control(role: Role, hops: Iterator[Hop], when: When = ALWAYS) -> Op:

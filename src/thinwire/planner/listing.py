@@ -84,7 +84,7 @@ class _Lines:
     def _line(self, op: Op) -> str:
         key = op.key
         unit = self._units[key.unit] if key.unit >= 0 and key.role != "send" else ""
-        unit += f" to {self._units[key.unit + op.units - 1]}" if op.units > 1 else ""
+        unit = " + ".join(self._units[number] for number in op.units) or unit
         where = "" if key.micro_batch == ONCE else f", micro-batch {key.micro_batch}"
         phase = f" ({key.phase})" if key.role in ("gather", "activation", "send") else ""
         parts = [_WORDS[key.role].format(unit=unit) + phase + where, *self._sent(op.hops)]

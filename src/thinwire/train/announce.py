@@ -196,7 +196,7 @@ def predicted_total(sharded: ShardedStates, first: int, steps: int) -> Sent:
 
 def _named(sharded: ShardedStates, sent: Bytes) -> Sent:
     names = sharded.world.cluster.level_names
-    plain = {level: {purpose: n for purpose, n in sent[level].items() if purpose != CONTROL} for level in sorted(sent)}
+    plain = {level: {purpose: n for purpose, n in sent[level].items() if purpose != CONTROL} for level in sent}
     return {names[level]: purposes for level, purposes in plain.items() if purposes}
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thinwire.comm.collectives import all_gather, all_reduce_hops, reduce_scatter
-from thinwire.comm.handle import Handle
 from thinwire.comm.lowrank import LowRank, Matrix, Residual
+from thinwire.comm.requests import Gather, Hops, Reduce, all_reduce_hops
 from thinwire.errors import UseError
 from thinwire.parallel.shard.dtypes import Kind, sum_of_squares
 from thinwire.parallel.shard.layout import matrices_in
@@ -127,7 +126,7 @@ class GradAccumulation:
         self._begun = self.complete = False
         self._left = {}
 
-    def finish_hops(self) -> Iterator[Handle]:
+    def finish_hops(self) -> Hops:
         """The sums on to depth lo after all, where no micro-batch was the last; and with what was set aside."""
         if not self._begun:
             return
@@ -142,7 +141,7 @@ class GradAccumulation:
 
     # -- from rank to rank ---------------------------------------------------------------------------------------------
 
-    def reduce_hops(self, *, last: bool, tag: int) -> Iterator[Handle]:
+    def reduce_hops(self, *, last: bool, tag: int) -> Hops:
         """This micro-batch's gradients into the sum at depth lg; after the last one on to depth lo, replicas included.
 
         All ranks mean the same `tag`. More may come after the last one: complete sums are then added to those that follow.
@@ -166,7 +165,7 @@ class GradAccumulation:
             yield from self._sum_outwards(begins, draw)
             self.complete = True
 
-    def _sum_inwards(self, first: bool, draw: Draw) -> Iterator[Handle]:
+    def _sum_inwards(self, first: bool, draw: Draw) -> Hops:
         """This micro-batch's gradients into the sums at lg, at least one level deep."""
         part: Tensor | list[Tensor] = self._take_grads()
         levels = self.spec.levels(0, self._sharding.lg)
@@ -186,7 +185,7 @@ class GradAccumulation:
         low_rank = self.low_rank_at(spec.step)
         return low_rank is None or low_rank.level != hop
 
-    def _sum_outwards(self, part: Tensor | list[Tensor], draw: Draw) -> Iterator[Handle]:
+    def _sum_outwards(self, part: Tensor | list[Tensor], draw: Draw) -> Hops:
         """The sums at lg, in `part`, on to depth lo and over its replicas."""
         spec = self.spec
         low_rank = self.low_rank_at(spec.step)
@@ -203,7 +202,7 @@ class GradAccumulation:
         """The part of the sums that this rank holds at `depth`, outside lg: what goes further is left behind."""
         return self.buffer[self.spec.within(depth, self._sharding.lg)]
 
-    def _all_reduce(self, part: Tensor | list[Tensor], draw: Draw) -> Iterator[Handle]:
+    def _all_reduce(self, part: Tensor | list[Tensor], draw: Draw) -> Hops:
         """Sum over the replicas: reduce-scatter outwards, gather back inwards, each with the level's codec."""
         spec = self.spec
         levels = spec.levels(self._sharding.lo + 1, spec.outermost)
@@ -220,20 +219,24 @@ class GradAccumulation:
             coding = spec.coding(self._sharding.grads, level, level, G_GATHER, draw)
             # A row lasts if what comes after writes the same bits over it: decoded ones are others.
             lasting = not any(inside in self._sharding.grads for inside in levels if inside < level)
-            yield all_gather(
-                buffer[-1], inner, world=spec.world, level=level, purpose=G_GATHER, **coding, lasting=lasting
+            yield Gather(
+                buffer[-1],
+                inner,
+                spec.world,
+                level,
+                G_GATHER,
+                **coding,
+                lasting=lasting,
+                bucket_bytes=spec.bucket_bytes,
             )
 
-    def _reduce(self, out: Tensor, part: Tensor | list[Tensor], level: int, draw: Draw) -> Handle:
+    def _reduce(self, out: Tensor, part: Tensor | list[Tensor], level: int, draw: Draw) -> Reduce:
         spec = self.spec
         coding = spec.coding(self._sharding.grads, level, spec.outermost, G_REDUCE, draw)
         if level == self._sharding.feedback_level:
             part = self._with_residual(_whole(part), coding, spec.world.fanout(level))
-        to: dict[str, Any] = {"world": spec.world, "level": level, "purpose": G_REDUCE, **coding}
-        handle = reduce_scatter(out, part, **to, tag=self._tag)
-        if isinstance(part, list):
-            part.clear()  # the handle keeps what is still needed, and no longer than that
-        return handle
+        more: Any = {"tag": self._tag, "bucket_bytes": spec.bucket_bytes}
+        return Reduce(out, part, spec.world, level, G_REDUCE, **coding, **more)
 
     def _with_residual(self, part: Tensor, coding: Coding, chunks: int) -> Tensor:
         """Add what earlier steps lost to coding; what this one loses counts once the step is applied."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thinwire.comm.driver import Driver
 from thinwire.comm.handle import InFlight
 from thinwire.comm.world import World
 from thinwire.errors import ThinwireError
@@ -71,8 +72,9 @@ class Sharded(ShardedStates):
         # Before every step: sums of low rank, which come later, send as many numbers as a rank's rows ask for.
         check_program(self.program(-1).digest, {"units": len(self.units), "numbers in them": used}, world)
         tags = Tags(world, [unit.label for unit in self.units])
-        self._weights = Weights(self.units, world, tags, depth=plan.depths[0], note=self._note)
-        self._reductions = Reductions(self.units, world, tags, note=self._note, before=self._weights.land_regathers)
+        how: Any = {"bucket_bytes": self.bucket_bytes, "note": self._note}
+        self._weights = Weights(self.units, world, tags, depth=plan.depths[0], **how)
+        self._reductions = Reductions(self.units, world, tags, before=self._weights.land_regathers, **how)
         self._calls, self._backwards = CallOrder[Unit](), Backwards(self.units, self._backward_begins)
         self._saved, self._saving = SavedWeights(self._weights.use), list[Unit]()
         self._inside = False
@@ -216,7 +218,7 @@ class Sharded(ShardedStates):
     def _end_backward(self, *, last: bool) -> None:
         """Come through what no gradient has come through here; reduce what has not been. No unit stays gathered."""
         self._come_through(0)
-        if not self._reductions.agreed:
+        if not self._weights.agreed:
             self._weights.agree()
         self._reductions.end()
         self._weights.release_all(unless_kept=True)
@@ -304,8 +306,8 @@ class Sharded(ShardedStates):
             self._weights.land_regather(unit)
         yield
         for unit in chosen:
-            InFlight(*(flat.broadcast_hops() for flat in unit.flats if flat.trained)).finish()
-            self._weights.regather(unit, exact=exact)
+            Driver(*(flat.broadcast_hops() for flat in unit.flats if flat.trained)).finish()
+            self._weights.regather([unit], exact=exact)
 
     def drain(self) -> None:
         """Land everything in flight; call it before reading state or evaluating."""
@@ -392,8 +394,8 @@ class Sharded(ShardedStates):
 
     # -- small things --------------------------------------------------------------------------------------------------
 
-    def _note(self, what: str, unit: Unit) -> None:
-        self.timeline.append(f"{what} {unit.label}")
+    def _note(self, what: str, units: Sequence[Unit]) -> None:
+        self.timeline.append(f"{what} {' + '.join(unit.label for unit in units)}")
 
 
 def shard(

@@ -1,7 +1,7 @@
 """The weights of one flat buffer, sharded at depth lp, their masters at lo, and the collectives that move them.
 
-`..._hops` are generators: each issues a collective, yields its handle, and goes on when that has arrived. The engine decides
-when; this file decides what becomes of the weights, `accumulation` what becomes of the gradients. All numbers
+`..._hops` are generators: each asks for a collective, and goes on when that has arrived. The engine decides when, and
+issues it; this file decides what becomes of the weights, `accumulation` what becomes of the gradients. All numbers
 are those of `layout`: N elements unsharded, N / S_d at depth d.
 
 Exactness: every rank, the owner too, uses what was decoded from a message, so replicas hold the same bits.
@@ -9,19 +9,19 @@ Exactness: every rank, the owner too, uses what was decoded from a message, so r
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from thinwire.comm.codecs.codec import IDENTITY
-from thinwire.comm.collectives import all_gather
-from thinwire.comm.handle import Handle
+from thinwire.comm.requests import Gather
 from thinwire.comm.world import World
 from thinwire.errors import UseError
 from thinwire.parallel.shard.deferred import FirstValues
 from thinwire.parallel.shard.dtypes import Kind
 from thinwire.parallel.shard.layout import Interval, Layout, Piece, Slot
-from thinwire.parallel.shard.shard_spec import PLAIN, Draw, ShardSpec
+from thinwire.parallel.shard.shard_spec import PLAIN, Coding, Draw, ShardSpec
 from thinwire.parallel.shard.sharding import Sharding
 from thinwire.plan.hops import P_GATHER, P_REFRESH, SPREAD
 
@@ -174,7 +174,7 @@ class Flat:
         self._views = [self.kind.view(unsharded[s.offset : s.offset + s.numel], s.shape) for s in self.layout.slots]
         self._point(self._views)
 
-    def gather_hops(self, tag: int) -> Iterator[Handle]:
+    def gather_hops(self, tag: int) -> Iterator[Gather]:
         """Weights from depth lp to full; the parameters are views of them afterwards. All ranks mean the same `tag`."""
         if self.gathered:
             return
@@ -183,9 +183,7 @@ class Flat:
         for level in reversed(spec.levels(0, self.sharding.lp)):
             out = spec.empty(level - 1, part.dtype)
             coding = spec.coding(self.sharding.weights, level, level, P_GATHER, draw)
-            yield all_gather(
-                out, part, world=spec.world, level=level, purpose=P_GATHER, **coding, tag=tag, lasting=True
-            )
+            yield self._gather(out, part, level, P_GATHER, coding, tag=tag, lasting=True)
             part = out
         self._hold(part)
 
@@ -201,7 +199,13 @@ class Flat:
         self._views = self._away
         self._point(self._away)
 
-    def regather_hops(self, *, exact: bool = False) -> Iterator[Handle]:
+    def _gather(
+        self, out: Tensor, part: Tensor, level: int, purpose: str, coding: Coding = PLAIN, **more: Any
+    ) -> Gather:
+        spec = self.spec
+        return Gather(out, part, spec.world, level, purpose, **coding, **more, bucket_bytes=spec.bucket_bytes)
+
+    def regather_hops(self, *, exact: bool = False) -> Iterator[Gather]:
         """Weights at depth lp from the masters at lo: after a step, or (`exact`) after other writes, a load for one.
 
         Exactly means uncoded, unless `received` is to bring back what was held before.
@@ -218,22 +222,22 @@ class Flat:
                 change = part - held[spec.within(level, self.sharding.lp)]
                 # In place at the last hop alone: the others' references are what is held before this all-gather.
                 part = there.to(part.dtype, copy=level != levels[0])
-                yield all_gather(part, change, world=spec.world, level=level, purpose=P_REFRESH, **coding, add=True)
+                yield self._gather(part, change, level, P_REFRESH, coding, add=True)
             else:
                 sent = part.to(self.kind.compute) if coding["codec"] is IDENTITY else part
                 in_place = sent.dtype == held.dtype and not self.sharding.delta_levels
                 part = there if in_place else spec.empty(level - 1, sent.dtype)
-                yield all_gather(part, sent, world=spec.world, level=level, purpose=P_REFRESH, **coding)
+                yield self._gather(part, sent, level, P_REFRESH, coding)
         if part.data_ptr() != held.data_ptr():
             held.copy_(part)
         held[spec.padding(self.sharding.lp)] = 0.0  # what codecs that rotate blocks have left there
 
-    def broadcast_hops(self) -> Iterator[Handle]:
+    def broadcast_hops(self) -> Iterator[Gather]:
         """This rank's owned range of the masters to the replicas of these masters, outermost level first."""
         spec = self.spec
         for level in reversed(spec.levels(self.sharding.lo + 1, spec.outermost)):
             part, out = (self.master[spec.within(depth, self.sharding.lo)] for depth in (level, level - 1))
-            yield all_gather(out, part, world=spec.world, level=level, purpose=SPREAD)
+            yield self._gather(out, part, level, SPREAD)
 
     def share(self) -> tuple[int, Tensor]:
         """(first element, view of the masters): what this rank alone stands for among all ranks, padding left out."""

@@ -29,6 +29,8 @@ _DIGITS = 13
 """Of a digest, in hexadecimal: as many as a fp64 number holds."""
 _UNITS, _MICRO_BATCHES, _REDUCTION = 2**13, 2**8, 2**21
 """What a reduction's tag tells apart, above the tags of gathers."""
+_TOGETHER = 2**20
+"""Tags from here on, below those of reductions, are of units that are gathered together."""
 _WAY_OUT = 'make every rank\'s forward use the same units in the same order, or set partition.params = "replica"'
 
 
@@ -68,9 +70,16 @@ class Tags:
 
     def __init__(self, world: World, names: Sequence[str]) -> None:
         self._world, self._names = world, list(names)
+        self._together: dict[int, list[int]] = {}
+        """Units that this rank has gathered together, by their tag."""
 
-    def gather(self, unit: int) -> int:
-        return unit + _END + 1
+    def gather(self, units: Sequence[int]) -> int:
+        """Of several units a digest, so that no other ones are taken for these."""
+        if len(units) == 1:
+            return units[0] + _END + 1
+        tag = _TOGETHER + zlib.crc32(repr(list(units)).encode()) % (_REDUCTION - _TOGETHER)
+        self._together[tag] = list(units)
+        return tag
 
     def reduction(self, unit: int, micro_batch: int) -> int:
         return _REDUCTION + (micro_batch % _MICRO_BATCHES) * _UNITS + unit % _UNITS
@@ -78,6 +87,11 @@ class Tags:
     def name(self, tag: int) -> str:
         if tag == _END:
             return "came to the end of the step"
+        if _TOGETHER <= tag < _REDUCTION:
+            names = [self._names[unit] for unit in self._together.get(tag, ())]
+            return (
+                f"gathers the weights of units {', '.join(names)} together" if names else "gathers other units together"
+            )
         if tag < _REDUCTION:
             return f"gathers the weights of unit {self._names[tag - _END - 1]}"
         return f"sums the gradients of unit {self._names[tag % _UNITS]}"
@@ -106,10 +120,11 @@ class GatherOrder:
         self._levels = [level for level in range(depth + 1) if world.fanout(level) > 1]
         self._sum = 0
 
-    def tag(self, unit: int) -> int:
-        """Of a gather of this unit, about to be issued."""
-        self._sum = zlib.crc32(unit.to_bytes(4, "little"), self._sum)
-        return self._tags.gather(unit)
+    def tag(self, units: Sequence[int]) -> int:
+        """Of a gather of these units together, about to be issued."""
+        for unit in units:
+            self._sum = zlib.crc32(unit.to_bytes(4, "little"), self._sum)
+        return self._tags.gather(units)
 
     def check(self) -> None:
         """A step's gathers are over. Raises UseError, on all ranks that differ, if they have not gathered alike."""

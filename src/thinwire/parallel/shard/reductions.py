@@ -6,15 +6,16 @@ Reductions are issued in the order in which gradients came on rank 0 in the firs
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from thinwire.comm.handle import InFlight
+from thinwire.comm.driver import Driver
 from thinwire.comm.world import World
 from thinwire.parallel.shard.guard import refuse_second
 from thinwire.parallel.shard.order import CallOrder, Tags, of_rank_0
 from thinwire.parallel.shard.unit import Unit
+from thinwire.plan.hops import bucketed
 
 
 class Reductions:
-    """The reductions of all units. `note(what, unit)` hears of what is issued, `before` is called before anything is."""
+    """The reductions of all units. `note(what, units)` hears of what is issued, `before` is called before anything is."""
 
     def __init__(
         self,
@@ -22,7 +23,8 @@ class Reductions:
         world: World,
         tags: Tags,
         *,
-        note: Callable[[str, Unit], None],
+        bucket_bytes: int,
+        note: Callable[[str, Sequence[Unit]], None],
         before: Callable[[], None],
     ) -> None:
         self._units, self._world, self._tags, self._note, self._before = units, world, tags, note, before
@@ -30,16 +32,19 @@ class Reductions:
         self._slowest = joined[-1][1] if joined else None
         self._copied = {name for index, name in joined[:-1] if world.reads_memory(index)}
         """Levels whose hops are copies that this thread makes when it waits: it gains nothing by waiting late."""
+        self._bucket_bytes = bucket_bytes
         self._order: list[int] | None = None
+        self._together: dict[int, int] = {}
+        """Where a bucket of units that travel together begins in the order, and how many they are."""
         self._complete: list[int] = []
         self._idle: list[int] = []
         """Units that expect no gradient, while backward has yet to pass them."""
         self._issued, self._last = 0, False
         self._number = 0
         """Of the micro-batch: a rank that has left one out takes no other rank's sums for its own."""
-        self._flights: deque[InFlight] = deque()
+        self._flights: deque[Driver] = deque()
         """In flight, oldest first."""
-        self._left: InFlight | None = None
+        self._left: Driver | None = None
         """The latest in flight, once it has left the host."""
 
     def begin(self, *, last: bool) -> None:
@@ -54,11 +59,6 @@ class Reductions:
         self._issued, self._complete, self._idle = 0, [], []
         for unit in self._units:
             unit.waiting, unit.hidden, unit.summed = len(unit.trained), 0, False
-
-    @property
-    def agreed(self) -> bool:
-        """Whether the order is known."""
-        return self._order is not None
 
     @property
     def begun(self) -> bool:
@@ -133,6 +133,10 @@ class Reductions:
             trained = [index for index, unit in enumerate(self._units) if unit.trained]
             rest = [index for index in reversed(trained) if index not in self._complete]
             self._order = of_rank_0(self._complete + rest, self._world)
+            start = 0
+            for count in bucketed([self._units[index].nbytes for index in self._order], self._bucket_bytes):
+                self._together[start] = count
+                start += count
         self._complete += [index for index in self._order if index not in self._complete]
         self._issue()
 
@@ -154,7 +158,7 @@ class Reductions:
         """The sums are those of the step when this returns, whether or not a micro-batch said that it was the last."""
         self.land()
         for index in self._order or ():
-            InFlight(*(grads.finish_hops() for grads in self._units[index].grads.values())).finish()
+            Driver(*(grads.finish_hops() for grads in self._units[index].grads.values())).finish()
         self._world.settle()
 
     def land(self) -> None:
@@ -171,17 +175,20 @@ class Reductions:
         if self._order is None:
             return
         self._before()
-        while self._issued < len(self._order) and self._order[self._issued] in self._complete:
-            unit = self._units[self._order[self._issued]]
-            self._issued += 1
+        while self._issued < len(self._order):
+            together = self._order[self._issued : self._issued + self._together[self._issued]]
+            if not all(index in self._complete for index in together):
+                return
+            self._issued += len(together)
+            units = [self._units[index] for index in together]
             self._advance_older()
-            self._note("reduce", unit)
-            tag = self._tags.reduction(self._order[self._issued - 1], self._number)
-            self._flights.append(
-                InFlight(*(grads.reduce_hops(last=self._last, tag=tag) for grads in unit.grads.values()))
-            )
-            unit.summed = True
-            unit.watch()
+            self._note("reduce", units)
+            tag = self._tags.reduction(together[0], self._number)
+            grads = [each for unit in units for each in unit.grads.values()]
+            self._flights.append(Driver(*(each.reduce_hops(last=self._last, tag=tag) for each in grads)))
+            for unit in units:
+                unit.summed = True
+                unit.watch()
             self._left = None
             self._drop_landed()
 

@@ -51,6 +51,8 @@ class ShardSpec:
         self.number = 0
         """Of this buffer among all."""
         self._draws: Counter[str] = Counter()
+        self.bucket_bytes = 0
+        """Up to this size messages of several buffers travel as one."""
 
     def at(self, depth: int) -> Interval:
         """The interval that this rank holds of a state that is sharded at `depth`, -1 (unsharded) to the outermost level."""

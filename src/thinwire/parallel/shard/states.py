@@ -15,6 +15,7 @@ from thinwire.parallel.shard.guard import NoGradients
 from thinwire.parallel.shard.layout import BufferInfo, Piece, Share
 from thinwire.parallel.shard.optimizer import Owned
 from thinwire.parallel.shard.unit import Unit, described
+from thinwire.plan.hops import bucket_bytes
 from thinwire.plan.operations import Program
 from thinwire.plan.plan import Plan
 from thinwire.plan.program import StepShape, Where, program
@@ -28,6 +29,12 @@ class ShardedStates(ABC):
         self._grads = [grads for unit in self.units for grads in unit.grads.values()]
         """The gradient accumulation buffers of all trained flat buffers."""
         self._no_gradients = NoGradients(self._grads, world)
+        suits = bucket_bytes(sum(unit.nbytes for unit in self.units), world.links)
+        self.bucket_bytes = suits if plan.bucket_bytes is None else plan.bucket_bytes
+        """Up to this size units travel together."""
+        for unit in self.units:
+            for flat in unit.flats:
+                flat.spec.bucket_bytes = self.bucket_bytes
 
     @abstractmethod
     def drain(self) -> None:
@@ -42,7 +49,8 @@ class ShardedStates(ABC):
         step = plan.compression.whole_steps if step is None else step
         units = [described(unit, step) for unit in self.units]
         lp, _, lo = plan.depths
-        where = Where(self.world.links, halves=self.world.device.type == "cpu")
+        halves = self.world.device.type == "cpu"
+        where = Where(self.world.links, halves=halves, bucket_bytes=self.bucket_bytes)
         return program(StepShape(plan.accumulate, plan.partition.keep_gathered, lp=lp, lo=lo), [[units]], where)
 
     def grad_norm(self) -> float:

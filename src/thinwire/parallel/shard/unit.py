@@ -48,6 +48,11 @@ class Unit:
         return self.name or "root"
 
     @property
+    def nbytes(self) -> int:
+        """Of its full weights, as gradients are summed."""
+        return sum(flat.layout.numel * flat.master.element_size() for flat in self.flats)
+
+    @property
     def sharded(self) -> bool:
         """Whether its weights have to be gathered."""
         return any(flat.sharding.lp >= 0 for flat in self.flats)
