@@ -1,0 +1,184 @@
+"""Does emulated compute take the time that the planner says, and the real run not, where ranks share cores?
+
+Hosts and ranks (2x2: two hosts of two), link rates and plans. A probe of each world gives the figures of this machine's
+links and of its own compute. Then every plan runs on the lab twice, with real compute and with compute that sleeps the
+seconds of that probe, and `simulate_step` says what it should take. Emulated compute is not slowed by communication beside
+it, so the prediction has no such slowing either; nothing else of the probe's figures is changed.
+
+    OMP_NUM_THREADS=1 python benchmarks/emulated_compute.py --worlds 2x2 4x1 --rates 100 1000 --steps 12
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import tomli_w
+from predict_own_runs import THINWIRE, execute
+from rich.console import Console
+from rich.table import Table
+
+from thinwire.cli.plan import task
+from thinwire.files.events import steps
+from thinwire.predict.candidate import Candidate
+from thinwire.predict.placement import place
+from thinwire.predict.simulate import simulate_step
+from thinwire.train.folder import EVENTS_FILE
+
+WARM_UP = 2
+"""Steps that do not count: orders of reduction and connections are made in them."""
+SIDES = ("real", "emulated")
+
+
+@dataclass(frozen=True)
+class World:
+    """Hosts, ranks of each, and the rate of a host's uplink."""
+
+    hosts: int
+    ranks_per_host: int
+    mbit_per_s: float
+
+    @property
+    def levels(self) -> str:
+        """As `thinwire probe` takes them."""
+        inside = f"node={self.ranks_per_host}," if self.ranks_per_host > 1 else ""
+        return f"{inside}cluster={self.hosts}"
+
+    @property
+    def ranks(self) -> int:
+        return self.hosts * self.ranks_per_host
+
+    def __str__(self) -> str:
+        return f"{self.hosts} hosts x {self.ranks_per_host}, {self.mbit_per_s:g} Mbit/s"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan in one world: predicted, and the median step of each side."""
+
+    world: str
+    plan: str
+    predicted_s: float
+    real_s: float
+    emulated_s: float
+    emulated_spread: float
+    """Half of the range between the quartiles of its steps, over the median."""
+
+
+def write(world: World, folder: Path, options: argparse.Namespace) -> None:
+    """The lab and the run file of a world, for the `cluster.toml` that a probe makes beside them."""
+    lab = {"hosts": world.hosts, "ranks_per_host": world.ranks_per_host, "host_rate": f"{world.mbit_per_s:g} Mbit/s"}
+    (folder / "lab.toml").write_text(tomli_w.dumps(lab))
+    batch = {"sequences": options.sequences * world.ranks, "tokens": options.tokens}
+    run = {
+        "model": {"preset": options.model}, "data": {"path": str(options.corpus.absolute())},
+        "batch": {**batch, "micro_batch": options.micro_batch}, "cluster": {"file": "cluster.toml"},
+        "schedule": {"warmup_steps": 1}, "checkpoint": {"every_steps": 0},
+        "run": {"eval_every": 0, "eval_sequences": 1, "sample_tokens": 0, "steps": WARM_UP + options.steps},
+    }  # fmt: skip
+    (folder / "run.toml").write_text(tomli_w.dumps(run))
+
+
+def probe(world: World, folder: Path) -> None:
+    words = [*THINWIRE, "probe", "--levels", world.levels, "-o", str(folder / "cluster.toml"), "--quick"]
+    execute([*THINWIRE, "lab", "run", str(folder / "lab.toml"), "--out", str(folder / "probe"), "--", *words])
+
+
+def predict(folder: Path, partition: str) -> float:
+    """Seconds of a simulated step."""
+    found = task(folder / "run.toml", [f"plan.partition={partition}"])
+    calm = found.setting.calibration.model_copy(update={"overlap_slowdown": 0.0})
+    setting, cluster = replace(found.setting, calibration=calm), found.setting.cluster
+    micro_batch, accumulate = found.file.batch.split(cluster.ranks)
+    plan = found.file.plan.resolve(cluster, micro_batch=micro_batch, accumulate=accumulate)
+    candidate = Candidate.of_plan(plan, setting.spec.layers)
+    return simulate_step(setting, candidate, place(candidate, cluster, calm), keep_spans=False).step_s
+
+
+def measure(folder: Path, partition: str, side: str) -> list[float]:
+    """Seconds of every step that counts."""
+    with tempfile.TemporaryDirectory() as base:
+        chosen = [f"plan.partition={partition}", f"run.folder={base}/run"]
+        words = [word for setting in chosen for word in ("--set", setting)]
+        lab = [*THINWIRE, "lab", "run", str(folder / "lab.toml"), "--train", str(folder / "run.toml")]
+        execute([*lab, "--compute", side, *words])
+        recorded = steps(Path(base) / "run" / EVENTS_FILE)
+    return [record["step_s"] for number, record in sorted(recorded.items()) if number > WARM_UP]
+
+
+def compare(world: World, options: argparse.Namespace, folder: Path) -> list[Row]:
+    """Every plan of one world; the sides take turns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write(world, folder, options)
+    start_s = time.monotonic()
+    if not (options.keep and (folder / "cluster.toml").exists()):
+        probe(world, folder)
+    print(f"{world}: probed in {time.monotonic() - start_s:.0f} s", flush=True)
+    seen: dict[str, dict[str, list[float]]] = {plan: {side: [] for side in SIDES} for plan in options.plans}
+    for number in range(options.repeats):
+        for plan in options.plans:
+            for side in SIDES if number % 2 else SIDES[::-1]:
+                if side in options.sides:
+                    seen[plan][side] += measure(folder, plan, side)
+    rows = []
+    for plan, sides in seen.items():
+        median_s = {side: statistics.median(each) if each else float("nan") for side, each in sides.items()}
+        quarters = statistics.quantiles(sides["emulated"], n=4)
+        spread = (quarters[2] - quarters[0]) / 2 / median_s["emulated"]
+        rows.append(Row(str(world), plan, predict(folder, plan), median_s["real"], median_s["emulated"], spread))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def show(rows: list[Row]) -> None:
+    columns = ("plan", "predicted", "emulated", "of predicted", "steps ±", "real", "of predicted")
+    table = Table("world", *columns, title="seconds of a step")
+    for row in rows:
+        table.add_row(
+            row.world, row.plan, f"{row.predicted_s:.3f}", f"{row.emulated_s:.3f}",
+            f"{row.emulated_s / row.predicted_s:.3f}", f"{row.emulated_spread:.1%}", f"{row.real_s:.3f}",
+            f"{row.real_s / row.predicted_s:.3f}",
+        )  # fmt: skip
+    console = Console(width=120)
+    console.print(table)
+    for side in SIDES:
+        off = [abs(getattr(row, f"{side}_s") / row.predicted_s - 1) for row in rows]
+        console.print(
+            f"{side}: off the prediction by {statistics.median(off):.1%} at the median, {max(off):.1%} at most"
+        )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--worlds", nargs="+", default=["2x2", "4x1"], help="HOSTSxRANKS, such as 2x2")
+    arguments.add_argument("--rates", type=float, nargs="+", default=[100, 1000], help="Mbit/s of a host's uplink")
+    arguments.add_argument("--plans", nargs="+", default=["ddp", "zero1", "zero3", "auto"])
+    arguments.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    arguments.add_argument("--steps", type=int, default=12, help="that count, of each run")
+    arguments.add_argument("--repeats", type=int, default=1, help="runs of each side")
+    arguments.add_argument("--model", default="llama-3m")
+    arguments.add_argument("--corpus", type=Path, default=Path("runs/corpora/stdlib"))
+    arguments.add_argument("--sequences", type=int, default=4, help="of a rank in a step")
+    arguments.add_argument("--micro-batch", type=int, default=2)
+    arguments.add_argument("--tokens", type=int, default=128)
+    arguments.add_argument("--work", type=Path, help="keep probes and run files there")
+    arguments.add_argument("--keep", action="store_true", help="with --work: take the probes that are there")
+    arguments.add_argument("--out", type=Path, help="a JSON file of the rows")
+    options = arguments.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as base:
+        for name in options.worlds:
+            hosts, ranks = map(int, name.split("x"))
+            for rate in options.rates:
+                folder = (options.work or Path(base)) / f"{name}-{rate:g}"
+                rows += compare(World(hosts, ranks, rate), options, folder)
+                if options.out is not None:
+                    options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
