@@ -19,6 +19,9 @@ from thinwire.files.events import read_events, steps
 from thinwire.model.spec import ModelSpec
 from thinwire.model.transformer import Transformer
 from thinwire.parallel.apply import apply_recompute
+from thinwire.report.figures import loss_figures
+from thinwire.report.page import page
+from thinwire.report.read import read_run
 from thinwire.train.assemble import assemble
 from thinwire.train.clock import StepClock
 from thinwire.train.config import ComputeConfig, RunConfig
@@ -208,6 +211,10 @@ def test_a_run_says_first_that_it_is_emulated_has_no_losses_and_leaves_no_model(
     assert all(r["loss"] is None and r["grad_norm"] is None and not r["skipped"] for r in recorded.values())
     assert {record["event"] for record in read_events(folder / "events.jsonl")} == {"run_start", "step", "run_end"}
     assert next(iter(read_events(folder / "events.jsonl", "run_start")))["emulated"]["slow"] == [1, 2]
+    seen = read_run(folder, "run")
+    assert seen.emulated
+    assert loss_figures([seen]) == []
+    assert "run: compute was emulated, so there is no loss." in page([seen], ["not asked for"])
     assert not (folder / "checkpoints").exists() or not list((folder / "checkpoints").iterdir())
     for words in (["eval", folder], ["generate", folder, "--prompt", "x"], ["export", folder, "-o", tmp_path / "out"]):
         refused = thinwire(*words)

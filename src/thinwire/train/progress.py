@@ -36,7 +36,7 @@ class Telemetry:
         total_steps: int,
         first_step: int,
         log_every: int,
-        no_loss: str = "no scored token, no step",
+        no_loss: str,
     ) -> None:
         """`no_loss`: what the line says of a step without one."""
         self.console = Console(highlight=False)
@@ -212,7 +212,7 @@ class Reporter:
             total_steps=run.steps,
             first_step=step,
             log_every=run.log_every,
-            **({"no_loss": "emulated compute, no loss"} if job.emulated else {}),
+            no_loss="emulated compute, no loss" if job.emulated else "no scored token, no step",
         )
         self._tracer = Tracer(job.folder / TRACE_FILE, first_step=step, count=run.trace_steps)
 
