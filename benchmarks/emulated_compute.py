@@ -21,9 +21,11 @@ from predict_own_runs import THINWIRE, execute
 from rich.console import Console
 from rich.table import Table
 
+from thinwire.cli.emulated import factors
 from thinwire.cli.plan import task
 from thinwire.files.events import steps
 from thinwire.predict.candidate import Candidate
+from thinwire.predict.perturbation import Perturbation
 from thinwire.predict.placement import place
 from thinwire.predict.simulate import simulate_step
 from thinwire.train.folder import EVENTS_FILE
@@ -87,23 +89,25 @@ def probe(world: World, folder: Path) -> None:
     execute([*THINWIRE, "lab", "run", str(folder / "lab.toml"), "--out", str(folder / "probe"), "--", *words])
 
 
-def predict(folder: Path, partition: str) -> float:
-    """Seconds of a simulated step."""
+def predict(folder: Path, partition: str, slow: list[str]) -> float:
+    """Seconds of a simulated step; of ranks that are `slow` too."""
     found = task(folder / "run.toml", [f"plan.partition={partition}"])
     calm = found.setting.calibration.model_copy(update={"overlap_slowdown": 0.0})
     setting, cluster = replace(found.setting, calibration=calm), found.setting.cluster
     micro_batch, accumulate = found.file.batch.split(cluster.ranks)
     plan = found.file.plan.resolve(cluster, micro_batch=micro_batch, accumulate=accumulate)
     candidate = Candidate.of_plan(plan, setting.spec.layers)
-    return simulate_step(setting, candidate, place(candidate, cluster, calm), keep_spans=False).step_s
+    late = Perturbation({(rank, 0): factor for rank, factor in enumerate(factors(slow, cluster.ranks)) if factor != 1})
+    return simulate_step(setting, candidate, place(candidate, cluster, calm), late, keep_spans=False).step_s
 
 
-def measure(folder: Path, partition: str, side: str) -> list[float]:
-    """Seconds of every step that counts."""
+def measure(folder: Path, partition: str, side: str, slow: list[str]) -> list[float]:
+    """Seconds of every step that counts. Nothing makes a rank of the real side slow."""
     with tempfile.TemporaryDirectory() as base:
         chosen = [f"plan.partition={partition}", f"run.folder={base}/run"]
         words = [word for setting in chosen for word in ("--set", setting)]
         lab = [*THINWIRE, "lab", "run", str(folder / "lab.toml"), "--train", str(folder / "run.toml")]
+        words += [word for each in slow if side == "emulated" for word in ("--slow", each)]
         execute([*lab, "--compute", side, *words])
         recorded = steps(Path(base) / "run" / EVENTS_FILE)
     return [record["step_s"] for number, record in sorted(recorded.items()) if number > WARM_UP]
@@ -122,13 +126,15 @@ def compare(world: World, options: argparse.Namespace, folder: Path) -> list[Row
         for plan in options.plans:
             for side in SIDES if number % 2 else SIDES[::-1]:
                 if side in options.sides:
-                    seen[plan][side] += measure(folder, plan, side)
+                    seen[plan][side] += measure(folder, plan, side, options.slow)
     rows = []
     for plan, sides in seen.items():
         median_s = {side: statistics.median(each) if each else float("nan") for side, each in sides.items()}
         quarters = statistics.quantiles(sides["emulated"], n=4)
         spread = (quarters[2] - quarters[0]) / 2 / median_s["emulated"]
-        rows.append(Row(str(world), plan, predict(folder, plan), median_s["real"], median_s["emulated"], spread))
+        rows.append(
+            Row(str(world), plan, predict(folder, plan, options.slow), median_s["real"], median_s["emulated"], spread)
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -157,6 +163,7 @@ def main() -> None:
     arguments.add_argument("--rates", type=float, nargs="+", default=[100, 1000], help="Mbit/s of a host's uplink")
     arguments.add_argument("--plans", nargs="+", default=["ddp", "zero1", "zero3", "auto"])
     arguments.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    arguments.add_argument("--slow", nargs="*", default=[], help="RANK=FACTOR, of the emulated side and the prediction")
     arguments.add_argument("--steps", type=int, default=12, help="that count, of each run")
     arguments.add_argument("--repeats", type=int, default=1, help="runs of each side")
     arguments.add_argument("--model", default="llama-3m")

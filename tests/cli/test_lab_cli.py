@@ -143,6 +143,11 @@ def test_emulated_compute_takes_the_seconds_that_are_predicted_for_another_devic
         ({"device": {"name": "own", "kind": "cuda"}}, [], "device 'own' has no peak_flops_per_s"),
         ({"device": TOY}, ["--slow", "4=2"], "names rank 4, but there are 4"),
         ({"device": TOY}, ["--set", "compute={embedding=[1,1],block=[1,1],head=[1,1]}"], "has a [compute] of its own"),
+        (
+            {"device": TOY},
+            ["--compute", "real", "--set", "compute={embedding=[1,1],block=[1,1],head=[1,1]}"],
+            "a [compute] of its own",
+        ),
         ({"device": TOY}, ["--set", "run.compile=true"], "leave run.compile out"),
     ],
 )

@@ -21,10 +21,6 @@ _NOWHERE = Axes((), (), (), (), ())
 def emulated_compute(job: Job, slow: Sequence[str] = ()) -> ComputeConfig:
     """The table for `job`, with `slow` as `RANK=FACTOR`. Raises ConfigError: an unknown model, a device without figures."""
     spec, cluster, batch = refuse_emulating(job.spec), job.cluster, job.config.batch
-    if job.config.compute is not None:
-        raise ConfigError(
-            "the run file has a [compute] of its own; leave --compute out to run it, or take the section out"
-        )
     check_device(cluster.device)
     calibration = calibration_of(cluster)
     framework, dtype = thinwire_with(job.config.optimizer), job.plan.compute_dtype

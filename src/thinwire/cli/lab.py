@@ -37,16 +37,18 @@ class Training:
 
     @staticmethod
     def check(
-        run_file: Path, settings: list[str], config: LabConfig, *, emulated: bool = False, slow: Sequence[str] = ()
+        run_file: Path, settings: list[str], config: LabConfig, *, compute: str | None = None, slow: Sequence[str] = ()
     ) -> "Training":
-        """Read and resolve the run file (its corpus is prepared on first use), with compute emulated if that is asked for.
+        """Read and resolve the run file (its corpus is made on first use); `compute` real, emulated, or None: as it says.
 
         Raises what `thinwire train` raises, and ConfigError if its levels are not the lab's hosts and ranks.
         """
         run = read_config(run_file, settings)
         check_levels(run.cluster.resolve(run_file.parent), config)
+        if compute is not None and run.compute is not None:
+            raise ConfigError("the run file has a [compute] of its own; leave --compute out to run it, or take it out")
         job = resolve(run_file, run, prepare=True)
-        if emulated:
+        if compute == "emulated":
             settings = [*settings, setting_of(emulated_compute(job, slow))]
             job = resolve(run_file, read_config(run_file, settings))
         return Training(run_file, settings, job)
@@ -111,8 +113,9 @@ def run(
         typer.Option("--lab", metavar="KEY=VALUE", help="Override a key of LAB.toml; may be repeated."),
     ] = None,
     compute: Annotated[
-        str, typer.Option(metavar="WORD", help="With --train: real, or emulated: ranks sleep, nothing is trained.")
-    ] = "real",
+        str | None,
+        typer.Option(metavar="WORD", help="With --train: real, or emulated: ranks sleep, nothing is trained."),
+    ] = None,
     slow: Annotated[
         list[str] | None,
         typer.Option(metavar="RANK=FACTOR", help="With --compute emulated: a rank takes longer; may be repeated."),
@@ -136,10 +139,10 @@ def run(
     """
     if (train is None) == (not command):
         raise ConfigError("give a command after `--`, or --train RUN.toml: one of the two")
-    if compute not in ("real", "emulated"):
+    if compute not in (None, "real", "emulated"):
         raise ConfigError(f"--compute {show_text(compute)} is unknown; there are real and emulated")
-    if compute == "emulated" and train is None:
-        raise ConfigError("--compute emulated knows what a training run computes, not a command; give --train RUN.toml")
+    if compute is not None and train is None:
+        raise ConfigError("--compute is about what a training run computes, not a command; give --train RUN.toml")
     if slow and compute != "emulated":
         raise ConfigError("--slow is how long ranks sleep; give --compute emulated with it")
     if train is None and (settings or fresh):
@@ -148,7 +151,7 @@ def run(
     if train is not None:
         if per_host:
             raise ConfigError("--per-host is for a COMMAND that starts ranks itself; --train starts every rank")
-        training = Training.check(train, settings or [], config, emulated=compute == "emulated", slow=slow or [])
+        training = Training.check(train, settings or [], config, compute=compute, slow=slow or [])
         folder, events = out or training.folder / "lab", events or training.events
     else:
         folder = out or Path("runs/lab") / lab_file.stem
