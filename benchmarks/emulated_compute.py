@@ -2,8 +2,9 @@
 
 Hosts and ranks (2x2: two hosts of two), link rates and plans. A probe of each world gives the figures of this machine's
 links and of its own compute. Then every plan runs on the lab twice, with real compute and with compute that sleeps the
-seconds of that probe, and `simulate_step` says what it should take. Emulated compute is not slowed by communication beside
-it, so the prediction has no such slowing either; nothing else of the probe's figures is changed.
+seconds of that probe, and `simulate_step` says what each should take. What the probe found that compute and transfers take
+from each other (`overlap_slowdown`, and `behind` of levels that go over links) counts for the real run alone: a rank that
+sleeps takes nothing from a transfer.
 
     OMP_NUM_THREADS=1 python benchmarks/emulated_compute.py --worlds 2x2 4x1 --rates 100 1000 --steps 12
 """
@@ -23,6 +24,8 @@ from rich.table import Table
 
 from thinwire.cli.emulated import factors
 from thinwire.cli.plan import task
+from thinwire.cluster.cluster import Calibration, Cluster
+from thinwire.cluster.hardware import calibration_of
 from thinwire.files.events import steps
 from thinwire.predict.candidate import Candidate
 from thinwire.predict.perturbation import Perturbation
@@ -59,12 +62,13 @@ class World:
 
 @dataclass(frozen=True)
 class Row:
-    """One plan in one world: predicted, and the median step of each side."""
+    """One plan in one world: of each side the median step, and what is predicted of it."""
 
     world: str
     plan: str
-    predicted_s: float
+    real_predicted_s: float
     real_s: float
+    emulated_predicted_s: float
     emulated_s: float
     emulated_spread: float
     """Half of the range between the quartiles of its steps, over the median."""
@@ -89,16 +93,27 @@ def probe(world: World, folder: Path) -> None:
     execute([*THINWIRE, "lab", "run", str(folder / "lab.toml"), "--out", str(folder / "probe"), "--", *words])
 
 
-def predict(folder: Path, partition: str, slow: list[str]) -> float:
-    """Seconds of a simulated step; of ranks that are `slow` too."""
+def apart(cluster: Cluster, calibration: Calibration) -> Cluster:
+    """The cluster if compute and transfers over links took nothing from each other."""
+    levels = (level.model_copy(update={"behind": 1.0}) if level.behind > 0 else level for level in cluster.levels)
+    calm = calibration.model_copy(update={"overlap_slowdown": 0.0})
+    return cluster.model_copy(update={"levels": tuple(levels), "calibration": calm})
+
+
+def predict(folder: Path, partition: str, side: str, slow: list[str]) -> float:
+    """Seconds of a simulated step; emulated, of ranks that are `slow` too."""
     found = task(folder / "run.toml", [f"plan.partition={partition}"])
-    calm = found.setting.calibration.model_copy(update={"overlap_slowdown": 0.0})
-    setting, cluster = replace(found.setting, calibration=calm), found.setting.cluster
+    cluster, emulated = found.setting.cluster, side == "emulated"
+    if emulated:
+        cluster = apart(cluster, found.setting.calibration)
+    calibration = calibration_of(cluster)
+    setting = replace(found.setting, cluster=cluster, calibration=calibration)
     micro_batch, accumulate = found.file.batch.split(cluster.ranks)
     plan = found.file.plan.resolve(cluster, micro_batch=micro_batch, accumulate=accumulate)
     candidate = Candidate.of_plan(plan, setting.spec.layers)
-    late = Perturbation({(rank, 0): factor for rank, factor in enumerate(factors(slow, cluster.ranks)) if factor != 1})
-    return simulate_step(setting, candidate, place(candidate, cluster, calm), late, keep_spans=False).step_s
+    each = enumerate(factors(slow, cluster.ranks) if emulated else ())
+    late = Perturbation({(rank, 0): factor for rank, factor in each if factor != 1})
+    return simulate_step(setting, candidate, place(candidate, cluster, calibration), late, keep_spans=False).step_s
 
 
 def measure(folder: Path, partition: str, side: str, slow: list[str]) -> list[float]:
@@ -140,18 +155,18 @@ def compare(world: World, options: argparse.Namespace, folder: Path) -> list[Row
 
 
 def show(rows: list[Row]) -> None:
-    columns = ("plan", "predicted", "emulated", "of predicted", "steps ±", "real", "of predicted")
+    columns = ("plan", "emulated", "predicted", "ratio", "steps ±", "real", "predicted", "ratio")
     table = Table("world", *columns, title="seconds of a step")
     for row in rows:
         table.add_row(
-            row.world, row.plan, f"{row.predicted_s:.3f}", f"{row.emulated_s:.3f}",
-            f"{row.emulated_s / row.predicted_s:.3f}", f"{row.emulated_spread:.1%}", f"{row.real_s:.3f}",
-            f"{row.real_s / row.predicted_s:.3f}",
+            row.world, row.plan, f"{row.emulated_s:.3f}", f"{row.emulated_predicted_s:.3f}",
+            f"{row.emulated_s / row.emulated_predicted_s:.3f}", f"{row.emulated_spread:.1%}", f"{row.real_s:.3f}",
+            f"{row.real_predicted_s:.3f}", f"{row.real_s / row.real_predicted_s:.3f}",
         )  # fmt: skip
     console = Console(width=120)
     console.print(table)
     for side in SIDES:
-        off = [abs(getattr(row, f"{side}_s") / row.predicted_s - 1) for row in rows]
+        off = [abs(getattr(row, f"{side}_s") / getattr(row, f"{side}_predicted_s") - 1) for row in rows]
         console.print(
             f"{side}: off the prediction by {statistics.median(off):.1%} at the median, {max(off):.1%} at most"
         )
