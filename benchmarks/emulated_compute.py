@@ -11,6 +11,7 @@ sleeps takes nothing from a transfer.
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -158,18 +159,23 @@ def show(rows: list[Row]) -> None:
     columns = ("plan", "emulated", "predicted", "ratio", "steps ±", "real", "predicted", "ratio")
     table = Table("world", *columns, title="seconds of a step")
     for row in rows:
-        table.add_row(
-            row.world, row.plan, f"{row.emulated_s:.3f}", f"{row.emulated_predicted_s:.3f}",
-            f"{row.emulated_s / row.emulated_predicted_s:.3f}", f"{row.emulated_spread:.1%}", f"{row.real_s:.3f}",
-            f"{row.real_predicted_s:.3f}", f"{row.real_s / row.real_predicted_s:.3f}",
-        )  # fmt: skip
+        cells = {side: _cells(getattr(row, f"{side}_s"), getattr(row, f"{side}_predicted_s")) for side in SIDES}
+        table.add_row(row.world, row.plan, *cells["emulated"], f"{row.emulated_spread:.1%}", *cells["real"])
     console = Console(width=120)
     console.print(table)
     for side in SIDES:
-        off = [abs(getattr(row, f"{side}_s") / getattr(row, f"{side}_predicted_s") - 1) for row in rows]
-        console.print(
-            f"{side}: off the prediction by {statistics.median(off):.1%} at the median, {max(off):.1%} at most"
-        )
+        ratios = [getattr(row, f"{side}_s") / getattr(row, f"{side}_predicted_s") for row in rows]
+        off = [abs(ratio - 1) for ratio in ratios if not math.isnan(ratio)]
+        if off:
+            console.print(
+                f"{side}: off the prediction by {statistics.median(off):.1%} at the median, {max(off):.1%} at most"
+            )
+
+
+def _cells(measured_s: float, predicted_s: float) -> list[str]:
+    if math.isnan(measured_s):
+        return ["-", f"{predicted_s:.3f}", "-"]
+    return [f"{measured_s:.3f}", f"{predicted_s:.3f}", f"{measured_s / predicted_s:.3f}"]
 
 
 def main() -> None:
@@ -177,7 +183,7 @@ def main() -> None:
     arguments.add_argument("--worlds", nargs="+", default=["2x2", "4x1"], help="HOSTSxRANKS, such as 2x2")
     arguments.add_argument("--rates", type=float, nargs="+", default=[100, 1000], help="Mbit/s of a host's uplink")
     arguments.add_argument("--plans", nargs="+", default=["ddp", "zero1", "zero3", "auto"])
-    arguments.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    arguments.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="emulated at least")
     arguments.add_argument("--slow", nargs="*", default=[], help="RANK=FACTOR, of the emulated side and the prediction")
     arguments.add_argument("--steps", type=int, default=12, help="that count, of each run")
     arguments.add_argument("--repeats", type=int, default=1, help="runs of each side")
@@ -190,6 +196,8 @@ def main() -> None:
     arguments.add_argument("--keep", action="store_true", help="with --work: take the probes that are there")
     arguments.add_argument("--out", type=Path, help="a JSON file of the rows")
     options = arguments.parse_args()
+    if "emulated" not in options.sides:
+        arguments.error("--sides without emulated shows nothing of it")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as base:
         for name in options.worlds:
