@@ -38,7 +38,7 @@ from thinwire.planner.explain import rests_on
 from thinwire.predict.candidate import Candidate
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.predict.placement import place
-from thinwire.predict.sent import sent_bytes
+from thinwire.predict.planned import sent_bytes
 from thinwire.predict.step import step_time
 from thinwire.train.folder import EVENTS_FILE
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from runs import make_corpus, make_text, run_tree, thinwire
+from thinwire.cli import main
 from thinwire.cli.plan import task
 from thinwire.config import dump_toml, load
 from thinwire.data.corpus import Corpus, DataConfig
@@ -182,3 +183,34 @@ def test_a_run_file_of_a_run_can_be_planned(tmp_path: Path) -> None:
         "plan", tmp_path / "run.toml", "--set", "cluster={preset='dgx-a100-4'}", "--set", "batch.sequences=64"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_program_of_the_best_plan_is_listed_and_sends_what_the_plan_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = str(ROOT / "examples" / "three-sites-10b.toml")
+    listed, said = (_printed(capsys, "plan", file, "--program", *more) for more in ((), ("--json",)))
+    answer = json.loads(said)
+    classes = answer["program"]["classes"]
+    assert f"digest {answer['program']['digest']}:" in listed
+    assert listed.count("sent by a rank") == len(classes)
+    for text in ("gather the new weights of", "update with the optimizer", "times, each time the next unit"):
+        assert text in listed
+
+    def sent(body: list[dict[str, Any]]) -> int:
+        return sum(
+            item["times"] * sent(item["body"]) if "body" in item else sum(hop["sent_bytes"] for hop in item["hops"])
+            for item in body
+            if item.get("every", 1) == 1
+        )
+
+    by_level = answer["plans"][0]["sent_bytes"].values()
+    every_step = sum(n for of in by_level for name, n in of.items() if not name.startswith("outer-"))
+    assert sent(classes[0]["body"]) == every_step > 0
+
+
+def _printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as left:
+        main(list(words))
+    assert left.value.code == 0
+    return capsys.readouterr().out

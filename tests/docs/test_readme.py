@@ -4,7 +4,6 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import pytest
 
 from thinwire.config import build
 from thinwire.model.presets import preset
-from thinwire.plan.compression import wire_bytes
-from thinwire.plan.traffic import Flow, step_bytes, total
+from thinwire.plan.hops import Buffer, Link, gather_hops, reduce_hops, refresh_hops
 from thinwire.train.config import RunConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -50,20 +48,19 @@ def between_nodes(compression: dict[str, Any]) -> int:
     plan = config.plan.resolve(config.cluster.resolve(), micro_batch=2, accumulate=1)
     lp, lg, lo = plan.depths
     multiple = 4 * (plan.compression.block if plan.compression.coded else 1)
-
-    def codecs(side: Any) -> list[Callable[[int], int]]:
-        names = [side.get(level, "fp32") for level in plan.level_names]
-        return [
-            lambda n, name=name: wire_bytes(name, n, block=plan.compression.block, element_bytes=4) for name in names
-        ]
-
-    flows = []
+    links = [Link(level, 2) for level in range(2)]
+    sides = [
+        tuple(side.get(level) for level in plan.level_names)
+        for side in (plan.compression.weights, plan.compression.grads)
+    ]
+    sent = 0
     for unit in SPEC.units():
         numel = sum(math.prod(SPEC.parameter_shapes()[name]) for name in unit.parameters)
-        flow = Flow(-(-numel // multiple) * multiple, lp, lg, lo, 2, True)
-        sides = {"weights": codecs(plan.compression.weights), "grads": codecs(plan.compression.grads)}
-        flows.append(step_bytes(flow, [2, 2], accumulate=1, **sides))
-    return sum(total(flows)[1].values())
+        buffer = Buffer(-(-numel // multiple) * multiple, lp, lg, lo, *sides, block=plan.compression.block)
+        hops = [*gather_hops(buffer, links)] * 2
+        hops += [*reduce_hops(buffer, links, last=True), *refresh_hops(buffer, links)]
+        sent += sum(hop.sent_bytes for hop in hops if hop.level == 1)
+    return sent
 
 
 def test_the_table_of_bytes_between_nodes_is_the_formulas() -> None:

@@ -25,7 +25,8 @@ from thinwire.predict.peak_memory import peak_memory, stage_memory
 from thinwire.predict.perturbation import Failures, goodput
 from thinwire.predict.pipeline import StageKind, in_flight, kinds, parameters_of, pipeline_time
 from thinwire.predict.placement import Axes, axis_hops, check_device, efficiency, matmul_s, place, rate_of
-from thinwire.predict.sent import Sent, data_bytes, sent_bytes, unit_moves
+from thinwire.predict.planned import Sent, planned, sent_bytes
+from thinwire.predict.sent import unit_moves
 from thinwire.predict.simulate import simulate_step
 from thinwire.predict.step import StepTime, core_of, optimizer_s, step_time
 from thinwire.sync.outer_sync import OuterSync
@@ -268,9 +269,16 @@ def test_bytes_of_the_data_axis_are_the_engines(depths: tuple[int, int, int], co
     engine = run_world((2, 2), _engine_bytes, depths, coded, tied)[0]
     given = _cpu_setting((2, 2), tied=tied)
     candidate = _coded(Candidate(depths=depths), coded)
-    found = data_bytes(given, candidate, place(candidate, given.cluster, given.calibration))
+    sent = states_bytes(given, candidate)
     names = given.cluster.level_names
-    assert {names[level]: purposes for level, purposes in sorted(found.items())} == engine
+    assert {names[level]: purposes for level, purposes in sorted(sent.items())} == engine
+
+
+def states_bytes(given: Setting, candidate: Candidate) -> dict[int, dict[str, int]]:
+    """level -> purpose -> bytes a step, small sums left out."""
+    sent = planned(given, candidate, place(candidate, given.cluster, given.calibration)).sent_bytes()
+    plain = {level: {name: n for name, n in sent[level].items() if name != "control"} for level in sent}
+    return {level: purposes for level, purposes in plain.items() if purposes}
 
 
 Rounds = tuple[tuple[int, int, int], int, int, OuterCodecName]
@@ -381,7 +389,7 @@ def test_what_ranks_must_carry_themselves_is_never_hidden(depths: tuple[int, int
     fast = bound.cluster.levels[0].model_copy(update={"bytes_per_s": 1e30, "latency_s": 0.0})
     silent = dataclasses.replace(bound, cluster=bound.cluster.model_copy(update={"levels": (fast,)}))
     axes = place(candidate, bound.cluster, bound.calibration)
-    sent = sum(data_bytes(bound, candidate, axes)[0].values()) / axes.data[0].bytes_per_s
+    sent = sum(states_bytes(bound, candidate)[0].values()) / axes.data[0].bytes_per_s
     longer = step_of(bound, candidate).total - step_of(silent, candidate).total
     assert longer >= sent * (1 - 1e-6)  # and latencies besides
     assert step_of(free, candidate).total < step_of(bound, candidate).total

@@ -12,7 +12,7 @@ from sync_toy import SITES, Group, Stack
 from thinwire.comm.codecs.codec import make_codec
 from thinwire.comm.world import World
 from thinwire.plan.compression import returned_as, wire_bytes
-from thinwire.plan.traffic import chunk_elements, exchange_bytes
+from thinwire.plan.rounds import chunk_elements, exchange_bytes
 from worlds import run_world
 
 CODECS = ["fp32", "bf16", "int8", "int4", "int4-hadamard", "e3m0", "topk"]

@@ -10,8 +10,8 @@ import torch
 from sync_toy import SITES, Group, diverging
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
+from thinwire.plan.rounds import HEARTBEAT_BYTES
 from thinwire.plan.sync import SyncConfig
-from thinwire.plan.traffic import HEARTBEAT_BYTES
 from thinwire.sync import rounds_in_flight as pace_module
 from thinwire.sync.rounds_in_flight import Pace
 from worlds import run_world

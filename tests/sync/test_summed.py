@@ -10,9 +10,8 @@ from thinwire.comm import world as world_module
 from thinwire.comm.codecs.codec import make_codec
 from thinwire.comm.world import World
 from thinwire.errors import PlanError
-from thinwire.plan.rounds import hops_due
+from thinwire.plan.rounds import exchange_bytes, hops_due, inside_bytes
 from thinwire.plan.sync import SyncConfig
-from thinwire.plan.traffic import exchange_bytes, inside_bytes
 from worlds import run_world
 
 FOUR = [("node", 2), ("site", 2)]

@@ -24,10 +24,13 @@ from thinwire.model.spec import ModelSpec
 from thinwire.plan.plan import Plan, read_plan
 from thinwire.planner.choose import Choice, choose
 from thinwire.planner.explain import document, report, show_flips, show_needed
+from thinwire.planner.listing import listing, program_document
+from thinwire.planner.search import Ranked
 from thinwire.planner.sensitivity import flips, needed
 from thinwire.planner.space import COMPRESSION, Space
 from thinwire.planner.whynot import why_not
 from thinwire.predict.candidate import Candidate, CandidateSync, Setting, thinwire_with
+from thinwire.predict.planned import planned
 from thinwire.train.config import RunFile
 from thinwire.train.job import default_folder, expected_vocabulary
 
@@ -45,6 +48,7 @@ def run(
     codecs: Annotated[str, typer.Option(help="Codecs between nodes: none, bf16 or all.")] = "all",
     outer: Annotated[str, typer.Option(help="Groups that synchronise rarely: auto, never or always.")] = "auto",
     sensitivity: Annotated[bool, typer.Option(help="Also: at which link rates another plan is best. Slower.")] = False,
+    program: Annotated[bool, typer.Option(help="Also: every operation of a step of the best plan.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Write the best runnable plan for train --plan.")
@@ -63,7 +67,7 @@ def run(
     if out is not None:
         _write(out, found, answer, codecs, outer)
     if as_json:
-        _print_json(found, answer, top)
+        _print_json(found, answer, top, program=program)
         return
     _print(found, answer, top)
     for text in why or []:
@@ -71,6 +75,14 @@ def run(
     if sensitivity:
         every = answer.every_step.best[0]
         typer.echo("\n" + "\n".join(show_flips(flips(found.setting, space, every), found.setting)))
+    if program:
+        typer.echo("\n" + "\n".join(_program(found.setting, answer.best)))
+
+
+def _program(setting: Setting, best: Ranked) -> list[str]:
+    """The step program of the best plan, in words."""
+    cluster, made = setting.cluster, planned(setting, best.candidate, best.axes)
+    return [f"program of plan 1, digest {made.digest}:", *listing(made, cluster.level_names, cluster.ranks)]
 
 
 def _print(found: "Task", answer: Choice, top: int) -> None:
@@ -79,8 +91,11 @@ def _print(found: "Task", answer: Choice, top: int) -> None:
     typer.echo("\n".join(lines).rstrip())
 
 
-def _print_json(found: "Task", answer: Choice, top: int) -> None:
-    typer.echo(json.dumps(document(answer, found.setting, top=top), indent=1))
+def _print_json(found: "Task", answer: Choice, top: int, *, program: bool) -> None:
+    said = document(answer, found.setting, top=top)
+    if program:
+        said["program"] = program_document(planned(found.setting, answer.best.candidate, answer.best.axes))
+    typer.echo(json.dumps(said, indent=1))
 
 
 def _write(out: Path, found: "Task", answer: Choice, codecs: str, outer: str) -> None:

@@ -28,9 +28,7 @@ from thinwire.comm.transport.transport import (
     joined,
 )
 from thinwire.comm.world import World
-from thinwire.plan.traffic import G_GATHER, G_REDUCE, P_GATHER
-
-_DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 50e-6, 1.25e8
+from thinwire.plan.hops import G_GATHER, G_REDUCE, P_GATHER, one_round_is_cheaper
 
 
 def all_gather(
@@ -205,7 +203,9 @@ def all_reduce_small(
         group, k = world.group(level, "small"), world.fanout(level)
         if group is None:
             continue
-        if op == "sum" and x.device == world.device and not one_round_is_cheaper(x.nbytes, k, world, level):
+        link = world.cluster.levels[level]
+        one_round = one_round_is_cheaper(x.nbytes, k, latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)
+        if op == "sum" and x.device == world.device and not one_round:
             all_reduce(x, world=world, level=level, purpose=purpose)
             continue
         gathered = torch.empty(k, x.numel(), dtype=x.dtype)
@@ -224,14 +224,6 @@ def gather_small(out_kn: Tensor, x_n: Tensor, *, world: World, level: int, purpo
     assert group is not None
     work = all_gather_single(out_kn.view(-1), x_n.reshape(-1), group=group)
     return Handle(world.outstanding, entry, [work])
-
-
-def one_round_is_cheaper(size_bytes: int, k: int, world: World, level: int) -> bool:
-    """alpha-beta cost: (k-1)(a + S/b) for gathering everything against 2(k-1)(a + S/(k b)) for a ring in two halves."""
-    of_level = world.cluster.levels[level]
-    latency_s = _DEFAULT_LATENCY_S if of_level.latency_s is None else of_level.latency_s
-    bytes_per_s = of_level.bytes_per_s or _DEFAULT_BYTES_PER_S
-    return latency_s + size_bytes / bytes_per_s <= 2 * (latency_s + size_bytes / (k * bytes_per_s))
 
 
 def _alone(world: World, out: Tensor, source: Tensor) -> Handle:

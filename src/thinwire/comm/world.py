@@ -29,6 +29,7 @@ from thinwire.comm.transport.connect import find_same_host, transport_of
 from thinwire.comm.transport.same_host import Exchanges
 from thinwire.comm.transport.transport import TaggedTransport, Transport
 from thinwire.errors import ConfigError, LinkError, RankLost
+from thinwire.plan.hops import Link
 
 Kind = Literal["gather", "reduce", "small"]
 
@@ -234,6 +235,17 @@ class World:
     def has_tags(self, level: int) -> bool:
         """Whether ranks of the group at a level that are in different gathers find out at once."""
         return isinstance(self.transport(level, "gather"), TaggedTransport)
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The levels, as far as the bytes of a step depend on them."""
+        found = []
+        for index, level in enumerate(self.cluster.levels):
+            transport = self.transport(index, "gather")
+            header_bytes = 0 if transport is None else transport.header_bytes
+            tagged = self.has_tags(index)
+            found.append(Link(index, level.fanout, header_bytes, tagged, level.latency_s, level.bytes_per_s))
+        return tuple(found)
 
     def fanout(self, level: int) -> int:
         return self.cluster.levels[level].fanout

@@ -11,7 +11,7 @@ from thinwire.planner.sensitivity import SHARES, Flip, Needed, shape_of
 from thinwire.planner.space import show_axes, show_states, show_sync
 from thinwire.predict.candidate import Setting
 from thinwire.predict.peak_memory import Memory
-from thinwire.predict.sent import sent_bytes
+from thinwire.predict.planned import sent_bytes
 from thinwire.predict.step import StepTime
 from thinwire.units import show_bytes, show_count, show_rate, show_seconds
 

@@ -8,11 +8,13 @@ sharing of a node's link by concurrent groups: with tensor parallelism inside a 
 Matmuls and element-wise work on one device follow a roofline with an efficiency curve.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from thinwire.cluster.cluster import Calibration, Cluster, Device
 from thinwire.errors import ConfigError, PlanError
+from thinwire.plan.hops import Buffer, Link
 from thinwire.predict.candidate import Candidate, Setting
 
 
@@ -170,3 +172,53 @@ def shard_counts(candidate: Candidate, hops: tuple[Hop, ...]) -> tuple[int, int,
         cumulative.append(cumulative[-1] * hop.fanout)
     lp, lg, lo = hop_depths(candidate, hops)
     return cumulative[lp + 1], cumulative[lg + 1], cumulative[lo + 1]
+
+
+def links_of(setting: Setting, hops: Sequence[Hop]) -> tuple[Link, ...]:
+    """The links of the states axis. On CPUs gathers over sockets carry tags, over NCCL and inside a host none."""
+    levels, cpu = setting.cluster.levels, setting.cluster.device.kind == "cpu"
+    return tuple(
+        Link(
+            hop.level,
+            hop.fanout,
+            header_bytes=8 * (hop.fanout - 1) if cpu and hop.behind > 0 else 0,
+            tagged=cpu,
+            latency_s=levels[hop.level].latency_s,
+            bytes_per_s=levels[hop.level].bytes_per_s,
+        )
+        for hop in hops
+    )
+
+
+def buffer_of(
+    elements: float, setting: Setting, candidate: Candidate, hops: Sequence[Hop], *, parameters: int = 0
+) -> Buffer:
+    """A flat buffer of so many elements. Raises PlanError for gradients of low rank."""
+    lp, lg, lo = hop_depths(candidate, hops)
+    multiple = math.prod(hop.fanout for hop in hops) * (candidate.coding.block if _compressed(candidate) else 1)
+    return Buffer(
+        -(-round(elements) // multiple) * multiple,
+        lp,
+        lg,
+        lo,
+        tuple(_codec(candidate.weights, hop) for hop in hops),
+        tuple(_codec(candidate.grads, hop) for hop in hops),
+        weight_bytes=setting.compute_bytes,
+        grad_bytes=round(setting.framework.grad_wire_bytes),
+        block=candidate.coding.block,
+        parameters=parameters,
+        used=round(elements),
+    )
+
+
+def _codec(codecs: Sequence[str | None], hop: Hop) -> str | None:
+    found = codecs[hop.level] if hop.level < len(codecs) else None
+    if found == "lowrank":
+        raise PlanError(
+            "gradients of low rank are not planned: what they send and cost depends on every matrix's shape"
+        )
+    return found
+
+
+def _compressed(candidate: Candidate) -> bool:
+    return any(codec not in (None, "fp32", "bf16", "fp16") for codec in (*candidate.weights, *candidate.grads))

@@ -1,6 +1,6 @@
 """One exchange of a peer group: every member's change goes in, the same aggregate comes out for all of them, bit for bit.
 
-Two forms with the bytes of `thinwire.plan.traffic`. Few groups swap their coded changes whole. More groups send each
+Two forms with the bytes of `thinwire.plan.rounds`. Few groups swap their coded changes whole. More groups send each
 other chunks (all-to-all), aggregate their own chunk in the order of the groups, and send the coded result back to all;
 everybody, the owner too, uses what was decoded. Numbers are coded twice, never from hop to hop along a ring, and
 `compression.returned_as` says how the second time. The aggregation function sees all contributions of a chunk at once,
@@ -29,8 +29,8 @@ from thinwire.comm.handle import Handle
 from thinwire.comm.transport.connect import transport_of
 from thinwire.comm.transport.transport import Waitable
 from thinwire.comm.world import World
+from thinwire.plan.rounds import HEADER_BYTES, HEARTBEAT_BYTES, chunk_elements, inside_elements, swaps
 from thinwire.plan.sync import Aggregate
-from thinwire.plan.traffic import HEADER_BYTES, HEARTBEAT_BYTES, chunk_elements, inside_elements, swaps
 from thinwire.sync.message import Outcome, aggregate, aggregate_coded, header
 from thinwire.sync.peers import HEARTBEAT, RETURN, SEND, PeerGroup
 

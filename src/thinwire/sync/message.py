@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.codecs.codec import Codec
+from thinwire.plan.rounds import HEADER_BYTES
 from thinwire.plan.sync import Aggregate
-from thinwire.plan.traffic import HEADER_BYTES
 
 
 def header(weight: float, digest: int, device: torch.device) -> Tensor:

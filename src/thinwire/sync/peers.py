@@ -18,7 +18,7 @@ from torch import Tensor
 
 from thinwire.comm.world import World
 from thinwire.errors import ConfigError, PlanError
-from thinwire.plan.traffic import HEADER_BYTES
+from thinwire.plan.rounds import HEADER_BYTES
 
 Range = tuple[int, int]
 """Elements start .. end of the canonical order."""

@@ -19,9 +19,8 @@ from thinwire.comm.codecs.topk import TopK
 from thinwire.comm.handle import Handle, InFlight
 from thinwire.comm.world import World
 from thinwire.plan.compression import returned_as
-from thinwire.plan.rounds import Exchange, hops_due
+from thinwire.plan.rounds import Exchange, exchange_bytes, hops_due, inside_bytes, swaps
 from thinwire.plan.sync import Sync
-from thinwire.plan.traffic import exchange_bytes, inside_bytes, swaps
 from thinwire.sync.exchange import check, exchange, exchange_sums, heartbeat
 from thinwire.sync.fragment import Fragment
 from thinwire.sync.message import Outcome, header

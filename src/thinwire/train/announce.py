@@ -5,25 +5,25 @@ uncompressed although a codec is named, and which codecs have nothing to compres
 """
 
 from dataclasses import asdict, dataclass
-from functools import partial
 
 from rich.table import Table
 
-from thinwire.comm.codecs.codec import IDENTITY, Codec
 from thinwire.data.chat import Prompt, chat_prompt, opening, text_prompt
 from thinwire.data.tokenizer import Tokenizer
 from thinwire.errors import DataError
 from thinwire.hub.init import HUB
 from thinwire.model.generate import LanguageModel, generate
-from thinwire.parallel.shard.flat import Flat
 from thinwire.parallel.shard.states import ShardedStates
-from thinwire.parallel.shard.unit import Unit, flow_of
-from thinwire.plan.traffic import step_bytes, total
+from thinwire.plan.hops import CONTROL
+from thinwire.plan.operations import Bytes
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.folder import EVENTS_FILE
 from thinwire.train.job import Job
 from thinwire.train.progress import Reporter
 from thinwire.units import show_bytes
+
+Sent = dict[str, dict[str, int]]
+"""Level -> purpose -> bytes."""
 
 
 def announce(
@@ -175,27 +175,30 @@ def _codec(sharded: ShardedStates, level: str, purpose: str) -> str:
     return f" ({side[level]})" if level in side else ""
 
 
-def predicted_bytes(sharded: ShardedStates, step: int | None = None) -> dict[str, dict[str, int]]:
-    """level name -> purpose -> bytes this rank sends in an optimizer step, by the formula of `traffic`.
+def predicted_bytes(sharded: ShardedStates, step: int | None = None) -> Sent:
+    """level name -> purpose -> bytes this rank sends in an optimizer step, by its program; small sums left out.
 
     Steps are counted from 0; without one, it is any step after those that send more in the beginning.
     """
-    names = sharded.world.cluster.level_names
-    step = sharded.plan.compression.whole_steps if step is None else step
-    flows = [_flow_bytes(sharded, unit, flat, step) for unit in sharded.units for flat in unit.flats]
-    return {names[level]: purposes for level, purposes in sorted(total(flows).items()) if purposes}
+    return _named(sharded, sharded.program(step).sent_bytes())
 
 
-def predicted_total(sharded: ShardedStates, first: int, steps: int) -> dict[str, dict[str, int]]:
+def predicted_total(sharded: ShardedStates, first: int, steps: int) -> Sent:
     """The same of `steps` steps from `first` on."""
     full = max(0, min(first + steps, sharded.plan.compression.whole_steps) - first)
-    sums: dict[str, dict[str, int]] = {}
+    sums: Sent = {}
     for count, step in ((full, 0), (steps - full, None)):
         for level, purposes in predicted_bytes(sharded, step).items() if count else ():
             of_level = sums.setdefault(level, {})
             for purpose, sent in purposes.items():
                 of_level[purpose] = of_level.get(purpose, 0) + count * sent
     return sums
+
+
+def _named(sharded: ShardedStates, sent: Bytes) -> Sent:
+    names = sharded.world.cluster.level_names
+    plain = {level: {purpose: n for purpose, n in sent[level].items() if purpose != CONTROL} for level in sorted(sent)}
+    return {names[level]: purposes for level, purposes in plain.items() if purposes}
 
 
 def held_bytes(sharded: ShardedStates, state_numbers: int = 2) -> dict[str, int]:
@@ -240,25 +243,3 @@ def idle_codecs(sharded: ShardedStates) -> dict[str, str]:
         for level, codec in getattr(sharded.plan.compression, direction).items()
         if codec != "fp32" and not any(purpose.startswith(kind) for purpose in sent.get(level, {}))
     }
-
-
-def _gathers(unit: Unit, accumulate: int) -> int:
-    """How often a unit's weights are gathered in a step."""
-    if unit.keep:
-        return 1
-    return accumulate if unit.resident else 2 * accumulate
-
-
-def _flow_bytes(sharded: ShardedStates, unit: Unit, flat: Flat, step: int) -> dict[int, dict[str, int]]:
-    fanouts = [level.fanout for level in sharded.world.cluster.levels]
-
-    def bytes_of(codec: Codec, element_bytes: int, n: int) -> int:
-        return element_bytes * n if codec is IDENTITY else codec.wire_bytes(n)
-
-    levels = range(len(fanouts))
-    weights = [partial(bytes_of, flat.sharding.weights.get(level, IDENTITY), flat.compute_bytes) for level in levels]
-    grads = [
-        partial(bytes_of, flat.sharding.grads.get(level, IDENTITY), flat.master.element_size()) for level in levels
-    ]
-    flow = flow_of(unit, flat, _gathers(unit, sharded.plan.accumulate), step)
-    return step_bytes(flow, fanouts, accumulate=sharded.plan.accumulate, weights=weights, grads=grads)

@@ -20,7 +20,7 @@ from thinwire.errors import UseError
 from thinwire.parallel.shard.dtypes import Kind, sum_of_squares
 from thinwire.parallel.shard.layout import matrices_in
 from thinwire.parallel.shard.shard_spec import Coding, Draw, ShardSpec
-from thinwire.plan.traffic import G_GATHER, G_REDUCE
+from thinwire.plan.hops import G_GATHER, G_REDUCE
 
 
 class GradAccumulation:

@@ -38,7 +38,7 @@ from thinwire.parallel.shard.guard import (
 )
 from thinwire.parallel.shard.hooks import ALIASES, GET_GRAD, Hook, hook_state_dict
 from thinwire.parallel.shard.layout import Piece
-from thinwire.parallel.shard.order import CallOrder, Tags
+from thinwire.parallel.shard.order import CallOrder, Tags, check_program
 from thinwire.parallel.shard.reductions import Reductions
 from thinwire.parallel.shard.saved import SavedWeights
 from thinwire.parallel.shard.states import ShardedStates
@@ -67,6 +67,9 @@ class Sharded(ShardedStates):
         super().__init__(
             [unit_of(found, plan, world, first, self._asked) for found in find_units(module, units)], plan, world
         )
+        used = sum(flat.layout.used for unit in self.units for flat in unit.flats)
+        # Before every step: sums of low rank, which come later, send as many numbers as a rank's rows ask for.
+        check_program(self.program(-1).digest, {"units": len(self.units), "numbers in them": used}, world)
         tags = Tags(world, [unit.label for unit in self.units])
         self._weights = Weights(self.units, world, tags, depth=plan.depths[0], note=self._note)
         self._reductions = Reductions(self.units, world, tags, note=self._note, before=self._weights.land_regathers)

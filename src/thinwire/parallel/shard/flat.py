@@ -23,7 +23,7 @@ from thinwire.parallel.shard.dtypes import Kind
 from thinwire.parallel.shard.layout import Interval, Layout, Piece, Slot
 from thinwire.parallel.shard.shard_spec import PLAIN, Draw, ShardSpec
 from thinwire.parallel.shard.sharding import Sharding
-from thinwire.plan.traffic import P_GATHER, P_REFRESH, SPREAD
+from thinwire.plan.hops import P_GATHER, P_REFRESH, SPREAD
 
 EXACT = Draw(0, 0)
 """Nothing was compressed."""

@@ -13,7 +13,7 @@ place of what backward has come through already. Pure.
 """
 
 import zlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -25,6 +25,8 @@ from thinwire.errors import OtherExchangeError
 
 Called = TypeVar("Called", bound=Hashable)
 _END = 1
+_DIGITS = 13
+"""Of a digest, in hexadecimal: as many as a fp64 number holds."""
 _UNITS, _MICRO_BATCHES, _REDUCTION = 2**13, 2**8, 2**21
 """What a reduction's tag tells apart, above the tags of gathers."""
 _WAY_OUT = 'make every rank\'s forward use the same units in the same order, or set partition.params = "replica"'
@@ -35,6 +37,30 @@ def of_rank_0(order: list[int], world: World) -> list[int]:
     places = torch.tensor(order if world.rank == 0 else [0] * len(order), dtype=torch.float64)
     all_reduce_small(places, world=world, op="max", purpose="control")
     return [int(place) for place in places]
+
+
+def check_program(digest: str, counts: Mapping[str, int], world: World) -> None:
+    """Ranks are about to train by the program of this `digest`, for models that `counts` describes.
+
+    Raises UseError, on all ranks, if they are not alike.
+    """
+    own = [float(int(digest[:_DIGITS], 16)), *map(float, counts.values())]
+    ends = torch.tensor([*own, *(-number for number in own)], dtype=torch.float64)
+    all_reduce_small(ends, world=world, op="max")
+    most, least = ends[: len(own)], -ends[len(own) :]
+    if torch.equal(most, least):
+        return
+    found = zip(counts.items(), most.tolist()[1:], least.tolist()[1:], strict=True)
+    differ = [
+        f"{least:.0f} to {most:.0f} {name} (rank {world.rank} has {mine})"
+        for (name, mine), most, least in found
+        if most != least
+    ]
+    world.outstanding.raise_diverged(
+        f"ranks are about to train different models, or under different plans: "
+        f"{', '.join(differ) or 'as many units and numbers, of other shapes or at other levels'}; give every rank the same "
+        f"model, plan and units"
+    )
 
 
 class Tags:

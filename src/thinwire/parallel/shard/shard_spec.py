@@ -12,7 +12,7 @@ from thinwire.comm.codecs.codec import IDENTITY, Codec
 from thinwire.comm.world import World
 from thinwire.parallel.shard.layout import Interval, Layout, interval
 from thinwire.parallel.shard.sharding import Sharding
-from thinwire.plan.traffic import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH
+from thinwire.plan.hops import G_GATHER, G_REDUCE, P_GATHER, P_REFRESH
 
 _DRAWING = (P_GATHER, P_REFRESH, G_REDUCE, G_GATHER)
 """Purposes that draw random numbers, each its own."""

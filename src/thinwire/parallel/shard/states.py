@@ -14,8 +14,10 @@ from thinwire.parallel.shard.dtypes import norm_of
 from thinwire.parallel.shard.guard import NoGradients
 from thinwire.parallel.shard.layout import BufferInfo, Piece, Share
 from thinwire.parallel.shard.optimizer import Owned
-from thinwire.parallel.shard.unit import Unit
+from thinwire.parallel.shard.unit import Unit, described
+from thinwire.plan.operations import Program
 from thinwire.plan.plan import Plan
+from thinwire.plan.program import StepShape, Where, program
 
 
 class ShardedStates(ABC):
@@ -30,6 +32,18 @@ class ShardedStates(ABC):
     @abstractmethod
     def drain(self) -> None:
         """Land everything in flight."""
+
+    def program(self, step: int | None = None) -> Program:
+        """What a rank does in an optimizer step that trains all units in their order, outer rounds left out.
+
+        Steps are counted from 0; without one, it is any step after those that send more in the beginning.
+        """
+        plan = self.plan
+        step = plan.compression.whole_steps if step is None else step
+        units = [described(unit, step) for unit in self.units]
+        lp, _, lo = plan.depths
+        where = Where(self.world.links, halves=self.world.device.type == "cpu")
+        return program(StepShape(plan.accumulate, plan.partition.keep_gathered, lp=lp, lo=lo), [[units]], where)
 
     def grad_norm(self) -> float:
         """Global 2-norm of the summed gradient, every logical element counted once; the same on all ranks.

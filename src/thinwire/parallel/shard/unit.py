@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from thinwire.comm.codecs.codec import Blocks
 from thinwire.comm.handle import InFlight
 from thinwire.comm.world import World
 from thinwire.parallel.shard.accumulation import GradAccumulation
@@ -11,8 +12,9 @@ from thinwire.parallel.shard.find_units import UnitModules
 from thinwire.parallel.shard.flat import Flat
 from thinwire.parallel.shard.hooks import Ask, watched
 from thinwire.parallel.shard.sharding import Sharding, codecs_of, low_rank_of
+from thinwire.plan import operations
+from thinwire.plan.hops import Buffer
 from thinwire.plan.plan import Plan
-from thinwire.plan.traffic import Flow
 
 
 class Unit:
@@ -74,12 +76,30 @@ class Unit:
         return all(flat.gathered for flat in self.flats)
 
 
-def flow_of(unit: Unit, flat: Flat, gathers: int, step: int) -> Flow:
-    """What the traffic formula needs to know of one of the unit's buffers in a step, counted from 0."""
+def described(unit: Unit, step: int) -> operations.Unit:
+    """What the step program needs to know of the unit in a step, counted from 0."""
+    return operations.Unit(unit.name, tuple(_buffer(unit, flat, step) for flat in unit.flats), unit.resident)
+
+
+def _buffer(unit: Unit, flat: Flat, step: int) -> Buffer:
+    sharding, levels = flat.sharding, range(len(flat.spec.world.cluster.levels))
     summing = unit.grads[flat].low_rank_at(step) if flat.trained else None
-    low_rank = None if summing is None else (summing.level, summing.lengths)
-    sharding = flat.sharding
-    return Flow(flat.layout.numel, sharding.lp, sharding.lg, sharding.lo, gathers, flat.trained, low_rank)
+    codecs = [*sharding.weights.values(), *sharding.grads.values()]
+    return Buffer(
+        flat.layout.numel,
+        sharding.lp,
+        sharding.lg,
+        sharding.lo,
+        tuple(sharding.weights[level].name if level in sharding.weights else None for level in levels),
+        tuple(sharding.grads[level].name if level in sharding.grads else None for level in levels),
+        weight_bytes=flat.compute_bytes,
+        grad_bytes=flat.master.element_size(),
+        block=next((codec.form.block for codec in codecs if isinstance(codec, Blocks)), 128),
+        trained=flat.trained,
+        low_rank=None if summing is None else (summing.level, summing.lengths),
+        parameters=len(flat.parameters) if flat.trained else 0,
+        used=flat.layout.used,
+    )
 
 
 def unit_of(found: UnitModules, plan: Plan, world: World, first: FirstValues, ask: Ask) -> Unit:
