@@ -16,6 +16,7 @@ from thinwire.comm.world import World
 from thinwire.config import build
 from thinwire.errors import ConfigError
 from thinwire.files.events import read_events, steps
+from thinwire.hub.native_spec import NativeSpec
 from thinwire.model.spec import ModelSpec
 from thinwire.model.transformer import Transformer
 from thinwire.parallel.apply import apply_recompute
@@ -26,7 +27,7 @@ from thinwire.train.assemble import assemble
 from thinwire.train.clock import StepClock
 from thinwire.train.config import ComputeConfig, RunConfig
 from thinwire.train.emulate import Emulated, Pace, SleepingUpdate
-from thinwire.train.job import read_config, resolve
+from thinwire.train.job import read_config, refuse_emulating, resolve
 from thinwire.train.loop import synchronise, train_step
 from thinwire.train.stop import StopRequest
 from worlds import run_world
@@ -246,6 +247,11 @@ def test_wrong_input_gets_one_sentence(tmp_path: Path, sections: dict[str, Any],
     with pytest.raises(ConfigError, match=says):
         tree = run_tree(tmp_path / "run", corpus, **{**sections, "cluster": cluster})
         resolve(Path("run.toml"), build(RunConfig, tree, "run.toml"))
+
+
+def test_a_model_of_another_library_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a model of transformers"):
+        refuse_emulating(NativeSpec.model_construct())
 
 
 def test_slow_ranks_are_named_with_a_factor_each() -> None:
