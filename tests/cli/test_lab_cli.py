@@ -8,7 +8,7 @@ import pytest
 
 from labs import need_lab, peer
 from runs import make_corpus, thinwire, write_run
-from thinwire.files.events import steps
+from thinwire.files.events import read_events, steps
 
 TWO_BY_TWO = "hosts = 2\nranks_per_host = 2\n"
 
@@ -38,6 +38,9 @@ def test_every_verb_shows_a_worked_example() -> None:
         (TWO_BY_TWO, ["--train", "nowhere.toml"], "nowhere.toml does not exist"),
         (TWO_BY_TWO, ["--set", "run.steps=1", "--", "true"], "--set and --fresh belong to --train"),
         (TWO_BY_TWO, ["--lab", "hosts=300", "--", "true"], "not 300"),
+        (TWO_BY_TWO, ["--compute", "pretended", "--train", "run.toml"], "there are real and emulated"),
+        (TWO_BY_TWO, ["--compute", "emulated", "--", "true"], "give --train RUN.toml"),
+        (TWO_BY_TWO, ["--slow", "1=2", "--train", "run.toml"], "give --compute emulated with it"),
     ],
 )
 def test_wrong_input_gets_one_sentence_and_status_2(tmp_path: Path, text: str, arguments: list[str], says: str) -> None:
@@ -104,6 +107,59 @@ def test_a_run_trains_on_the_lab(tmp_path: Path) -> None:
     assert sorted(recorded) == [1, 2]
     assert all(sum(record["wire"]["cluster"].values()) > 0 for record in recorded.values())
     assert "host1  sent" in done.stderr
+
+
+TOY = {
+    "name": "toy",
+    "kind": "cuda",
+    "peak_flops_per_s": "5 GFLOP/s",
+    "memory_bytes": "1 GiB",
+    "memory_bytes_per_s": "10 GB/s",
+}
+
+
+def test_emulated_compute_takes_the_seconds_that_are_predicted_for_another_device(tmp_path: Path) -> None:
+    need_lab()
+    run = write_run(
+        tmp_path, make_corpus(tmp_path), cluster={"levels": [{"name": "cluster", "fanout": 2}], "device": TOY},
+        run={"steps": 2}, schedule={"warmup_steps": 1}, plan={"recompute": "full"},
+    )  # fmt: skip
+    words = ["lab", "run", lab_file(tmp_path, "hosts = 2\n"), "--train", run, "--compute", "emulated", "--slow", "1=3"]
+    done = thinwire(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("compute is emulated: ranks sleep as long as toy would compute (default: A100 runs")
+    begun = next(iter(read_events(tmp_path / "run" / "events.jsonl", "run_start")))["emulated"]
+    assert begun["slow"] == [1, 3]
+    passes_s = sum(begun["embedding"]) + 2 * (sum(begun["block"]) + begun["block"][0]) + sum(begun["head"])
+    recorded = steps(tmp_path / "run" / "events.jsonl")
+    # Ranks begin the first step when they are ready; of the second the slow one's seconds are the least.
+    assert recorded[2]["step_s"] > 0.99 * 3 * 2 * passes_s, (recorded, begun)
+    assert all(sum(record["wire"]["cluster"].values()) > 0 for record in recorded.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "says"),
+    [
+        ({"device": {"name": "own", "kind": "cuda"}}, [], "device 'own' has no peak_flops_per_s"),
+        ({"device": TOY}, ["--slow", "4=2"], "names rank 4, but there are 4"),
+        ({"device": TOY}, ["--set", "compute={embedding=[1,1],block=[1,1],head=[1,1]}"], "has a [compute] of its own"),
+        (
+            {"device": TOY},
+            ["--compute", "real", "--set", "compute={embedding=[1,1],block=[1,1],head=[1,1]}"],
+            "a [compute] of its own",
+        ),
+        ({"device": TOY}, ["--set", "run.compile=true"], "leave run.compile out"),
+    ],
+)
+def test_what_cannot_be_emulated_is_refused(
+    tmp_path: Path, settings: dict[str, Any], words: list[str], says: str
+) -> None:
+    path = write_run(tmp_path, make_corpus(tmp_path), cluster={"levels": [2, 2], **settings})
+    done = thinwire("lab", "run", lab_file(tmp_path), "--train", path, "--compute", "emulated", *words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,15 @@ def _parts(metadata: _Record) -> tuple[dict[str, list[StoredPart]], dict[StoredP
 def _first(size: _Record) -> int:
     """The number in a `torch.Size` of one dimension."""
     return int(size.args[0][0])
+
+
+def refuse_emulated(tree: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError if the run in `folder`, whose run file is `tree`, had its compute emulated."""
+    if "compute" in tree:
+        raise CheckpointError(
+            f"{folder} holds a run whose compute was emulated ([compute] in its run.toml): nothing was trained there, and "
+            f"there is no model; give the folder of a real run"
+        )
 
 
 def newest_whole(folder: Path, *, step: int | None = None, verify: bool = True) -> tuple[Path, Manifest]:

@@ -6,14 +6,16 @@ A training run is checked before anything is built, then `thinwire train` runs a
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated
 
 import typer
 
+from thinwire.cli.emulated import emulated_compute, setting_of
 from thinwire.cluster.cluster import Cluster, show_levels
+from thinwire.config import show_text
 from thinwire.errors import ConfigError
 from thinwire.lab.config import LabConfig, read_lab
 from thinwire.lab.host import find, remove
@@ -34,12 +36,22 @@ class Training:
     job: Job
 
     @staticmethod
-    def check(run_file: Path, settings: list[str], config: LabConfig) -> "Training":
-        """Read and resolve the run file (its corpus is prepared on first use). Raises what `thinwire train` raises, and
-        ConfigError if its levels are not the lab's hosts and ranks."""
+    def check(
+        run_file: Path, settings: list[str], config: LabConfig, *, compute: str | None = None, slow: Sequence[str] = ()
+    ) -> "Training":
+        """Read and resolve the run file (its corpus is made on first use); `compute` real, emulated, or None: as it says.
+
+        Raises what `thinwire train` raises, and ConfigError if its levels are not the lab's hosts and ranks.
+        """
         run = read_config(run_file, settings)
         check_levels(run.cluster.resolve(run_file.parent), config)
-        return Training(run_file, settings, resolve(run_file, run, prepare=True))
+        if compute is not None and run.compute is not None:
+            raise ConfigError("the run file has a [compute] of its own; leave --compute out to run it, or take it out")
+        job = resolve(run_file, run, prepare=True)
+        if compute == "emulated":
+            settings = [*settings, setting_of(emulated_compute(job, slow))]
+            job = resolve(run_file, read_config(run_file, settings))
+        return Training(run_file, settings, job)
 
     @property
     def folder(self) -> Path:
@@ -100,6 +112,14 @@ def run(
         list[str] | None,
         typer.Option("--lab", metavar="KEY=VALUE", help="Override a key of LAB.toml; may be repeated."),
     ] = None,
+    compute: Annotated[
+        str | None,
+        typer.Option(metavar="WORD", help="With --train: real, or emulated: ranks sleep, nothing is trained."),
+    ] = None,
+    slow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RANK=FACTOR", help="With --compute emulated: a rank takes longer; may be repeated."),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="With --train: put an existing run aside.")] = False,
     per_host: Annotated[bool, typer.Option("--per-host", help="Run COMMAND once a host, as with torchrun.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the logs; default runs/lab/NAME.")] = None,
@@ -112,17 +132,26 @@ def run(
 
     Rank 0's output is shown; every rank's is in the logs. Ctrl-C asks the ranks to stop, a second one ends everything.
 
+    With --compute emulated ranks send what they would, and sleep for as long as the run's cluster.device is predicted to
+    compute: many ranks on few cores then take the time that they would take on devices of their own.
+
     Example: thinwire lab run examples/lab/two-hosts.toml -- python train.py
     """
     if (train is None) == (not command):
         raise ConfigError("give a command after `--`, or --train RUN.toml: one of the two")
+    if compute not in (None, "real", "emulated"):
+        raise ConfigError(f"--compute {show_text(compute)} is unknown; there are real and emulated")
+    if compute is not None and train is None:
+        raise ConfigError("--compute is about what a training run computes, not a command; give --train RUN.toml")
+    if slow and compute != "emulated":
+        raise ConfigError("--slow is how long ranks sleep; give --compute emulated with it")
     if train is None and (settings or fresh):
         raise ConfigError("--set and --fresh belong to --train; override keys of LAB.toml with --lab")
     config = read_lab(lab_file, tuple(lab_settings or ()))
     if train is not None:
         if per_host:
             raise ConfigError("--per-host is for a COMMAND that starts ranks itself; --train starts every rank")
-        training = Training.check(train, settings or [], config)
+        training = Training.check(train, settings or [], config, compute=compute, slow=slow or [])
         folder, events = out or training.folder / "lab", events or training.events
     else:
         folder = out or Path("runs/lab") / lab_file.stem

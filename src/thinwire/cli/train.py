@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from thinwire.cli import SET
-from thinwire.cluster.cluster import Cluster, check_size, show_levels
+from thinwire.cluster.cluster import check_size, show_levels
 from thinwire.cluster.hardware import calibration_of, check_ranks, described, found_gpus
 from thinwire.comm.interfaces import addresses, asked
 from thinwire.comm.place import Place
@@ -27,7 +27,7 @@ from thinwire.predict import placement
 from thinwire.predict.candidate import Candidate, Setting, thinwire_with
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.train.folder import Opened, open_folder, said_if_finished
-from thinwire.train.job import Job, crowding, read_config, refuse_crossing, resolve
+from thinwire.train.job import Job, crowding, emulation, read_config, refuse_crossing, resolve
 from thinwire.train.launch import Ending, LocalRanks, launch, refuse_taken
 from thinwire.train.stop import listening
 from thinwire.train.worker import run_external
@@ -80,8 +80,8 @@ def _train_here(run_file: Path, settings: list[str], *, fresh: bool, port: int |
     refuse_crossing(job)
     if job.cluster.ranks > 1 or job.cluster.interface:
         asked(job.cluster.interface, os.environ, addresses(), cuda=job.cluster.device.kind == "cuda")
-    warning = crowding(job.cluster.ranks)
-    _tell_device(job.cluster, job.cluster.ranks)
+    warning = None if job.emulated else crowding(job.cluster.ranks)
+    _tell_device(job, job.cluster.ranks)
     with open_folder(job, fresh=fresh) as opened:
         if finished := said_if_finished(job, opened.done):
             typer.echo(finished)
@@ -101,7 +101,7 @@ def _train_node(place: Place, run_file: Path, settings: list[str], ranks_per_nod
     with listening() as stop:
         job = resolve(run_file, config, prepare=True, stopped=lambda: stop.asked, say=typer.echo)
     refuse_crossing(job)
-    _tell_device(job.cluster, share.count)
+    _tell_device(job, share.count)
     with open_folder(job, fresh=fresh) if place.rank == 0 else nullcontext() as opened:
         if opened is not None:
             _greet(job, opened)
@@ -129,11 +129,14 @@ def _train_as(place: Place, run_file: Path, settings: list[str], *, fresh: bool)
     run_external(place, run_file, settings, fresh=fresh, advise=advice)
 
 
-def _tell_device(cluster: Cluster, ranks: int) -> None:
+def _tell_device(job: Job, ranks: int) -> None:
     """Say what computes. Raises ConfigError if this machine has too few GPUs for its `ranks` ranks."""
+    if (line := emulation(job)) is not None:
+        typer.echo(line)
+        return
     seen = found_gpus(os.environ)
-    check_ranks(cluster, ranks, seen)
-    typer.echo(described(cluster, seen))
+    check_ranks(job.cluster, ranks, seen)
+    typer.echo(described(job.cluster, seen))
 
 
 def _greet(job: Job, opened: Opened) -> None:

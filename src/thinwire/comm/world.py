@@ -63,16 +63,18 @@ class World:
     def join(
         cluster: Cluster, *, rank: int, size: int, local_rank: int, host: str, port: int, timeout_s: float = 600.0,
         stopped: Callable[[], bool] = lambda: False, statement: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
     ) -> "World":  # fmt: skip
         """Meet the other ranks at host:port (rank 0 listens there) and make every communicator.
 
         `stopped` is asked while others are waited for: whether this process is to leave instead. `statement`, as JSON: what
-        every rank must have in common besides the cluster's levels. Raises ConfigError if the levels do not multiply up to
+        every rank must have in common besides the cluster's levels. `device`: where tensors are, if not on a device such as
+        the cluster's. Raises ConfigError if the levels do not multiply up to
         `size`, a rank states something else than rank 0, this rank has no device or an interface that is named is not
         here, LinkError if the ranks do not meet in time, StopAsked.
         """
         check_size(cluster, size)
-        device = rank_device(cluster, local_rank)
+        device = device or rank_device(cluster, local_rank)
         world = World(rank, size, local_rank, cluster, device, over_host=cluster.share_device)
         world.timeout = timedelta(seconds=timeout_s)
         if size > 1:

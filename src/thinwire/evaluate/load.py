@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from thinwire.checkpoint.config import CheckpointConfig
-from thinwire.checkpoint.pieces import newest_whole, read_tensors
+from thinwire.checkpoint.pieces import newest_whole, read_tensors, refuse_emulated
 from thinwire.config import build, read_toml
 from thinwire.data.corpus import Corpus, DataConfig
 from thinwire.errors import CheckpointError, ConfigError
@@ -61,6 +61,7 @@ def load_run(
             f"{folder} is no run folder: it has no run.toml; give the folder that `thinwire train` made"
         )
     tree = read_toml(run_file)
+    refuse_emulated(tree, folder)
     verify = build(CheckpointConfig, tree.get("checkpoint", {}), f"{run_file}: checkpoint").verify
     data, tokens = build(DataConfig, tree.get("data", {}), f"{run_file}: data"), _tokens(tree, run_file)
     path, manifest = newest_whole(folder / "checkpoints", step=step, verify=verify)

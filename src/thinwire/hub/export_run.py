@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from thinwire.checkpoint.config import CheckpointConfig
-from thinwire.checkpoint.pieces import TensorReader, newest_whole
+from thinwire.checkpoint.pieces import TensorReader, newest_whole, refuse_emulated
 from thinwire.config import build, read_toml
 from thinwire.data.corpus import DataConfig
 from thinwire.errors import CheckpointError, ConfigError
@@ -159,6 +159,7 @@ def export_run(
     if not run_file.is_file():
         raise CheckpointError(f"{run} is no run folder: it has no run.toml; give the folder that `thinwire train` made")
     tree = read_toml(run_file)
+    refuse_emulated(tree, run)
     data = build(DataConfig, tree.get("data", {}), str(run_file))
     verify = build(CheckpointConfig, tree.get("checkpoint", {}), str(run_file)).verify
     path, manifest = newest_whole(run / "checkpoints", step=step, verify=verify)

@@ -42,6 +42,7 @@ def loss_figures(runs: Sequence[Run]) -> list[Figure]:
     found = []
     for axis, title in AXES.items():
         shown = [(i, run) for i, run in enumerate(runs) if axis != "bytes" or run.thin_level is not None]
+        shown = [(i, run) for i, run in shown if not run.emulated]
         traces = [trace for i, run in shown for trace in _loss_traces(run, axis, RUN_COLOURS[i % len(RUN_COLOURS)])]
         if traces:
             found.append(Figure(f"loss-{axis}", f"Loss against {title}", traces, title, "loss", {}))

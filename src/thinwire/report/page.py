@@ -82,6 +82,8 @@ def _sections(runs: Sequence[Run], predictions: Sequence[Predicted | str]) -> tu
     memory = figures.memory_figures(runs, predictions)
     quiet = [run.name for run in runs if run.thin_level is None]
     still = _text(f"{', '.join(quiet)}: one rank, nothing was sent.") if quiet else ""
+    slept = [run.name for run in runs if run.emulated]
+    no_loss = _text(f"{', '.join(slept)}: compute was emulated, so there is no loss.") if slept else ""
     course = [
         figure for run, expected in zip(runs, predictions, strict=True) if (figure := course_of_a_step(run, expected))
     ]
@@ -90,7 +92,7 @@ def _sections(runs: Sequence[Run], predictions: Sequence[Predicted | str]) -> tu
     ids = {id(figure): f"figure-{index}-{figure.name.split('-')[0]}" for index, figure in enumerate(drawn)}
     sections = [
         _heading("Runs compared", _table(_OVERVIEW, [_overview(run) for run in runs])),
-        _heading("Loss", _grid(loss, ids)),
+        _heading("Loss", no_loss, _grid(loss, ids)),
         _heading("Step time", _grid(seconds, ids), _time_table(runs, predictions)),
         *([_heading("One step, moment by moment", _text(_MOMENTS), _grid(course, ids))] if course else []),
         _heading("Bytes per level", still, _grid(wire, ids), *map(_wire_table, runs)),

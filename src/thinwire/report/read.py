@@ -79,6 +79,11 @@ class Run:
         return sums
 
     @property
+    def emulated(self) -> bool:
+        """Whether ranks slept in place of computing: there are no losses."""
+        return bool(self.start.get("emulated"))
+
+    @property
     def thin_level(self) -> str | None:
         """The outermost level over which anything was sent; None for a run of one rank."""
         sent = {level for record in self.steps for level, purposes in record["wire"].items() if sum(purposes.values())}

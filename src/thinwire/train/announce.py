@@ -46,6 +46,7 @@ def announce(
         held={**held, **({"outer": sync.held_bytes()} if sync else {})},
         uncoded={level: asdict(left) for level, left in uncompressed(sharded).items()},
         idle_codecs=idle_codecs(sharded),
+        emulated=None if job.config.compute is None else job.config.compute.model_dump(mode="json"),
     )
     reporter.show(plan_table(sharded, sync, state_numbers=job.config.optimizer.state_numbers))
     if sync is not None:

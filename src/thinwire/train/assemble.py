@@ -1,5 +1,6 @@
 """From a job and a world to the parts of a run: model, engine, optimizer, data feed, checkpoints, telemetry."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from thinwire.parallel.shard.engine import Sharded
 from thinwire.parallel.shard.optimizer import ShardedOptimizer
 from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.sync.outer_sync import OuterSync
+from thinwire.train.emulate import SleepingUpdate, emulate
 from thinwire.train.folder import CHECKPOINTS
 from thinwire.train.job import Job
 from thinwire.train.parts import Parts
@@ -29,9 +31,13 @@ def assemble(job: Job, world: World) -> Parts:
     """Build every part. All ranks draw the same initial weights from `run.seed`, whatever the world's size."""
     config = job.config
     model, module, initial = build_model(job, world)
+    pace = None if config.compute is None else emulate(module, config.compute, world)
     group = world if job.plan.sync is None else world.inside(job.plan.levels_in_group)
     sharded = apply_plan(module, job.plan.of_group(), group, compile_blocks=config.run.compile, initial=initial)
-    optimizer = build_optimizer(sharded, config.optimizer)
+    if pace is not None and config.compute is not None:
+        optimizer = ShardedOptimizer(sharded, partial(SleepingUpdate, pace=pace, update_s=config.compute.update))
+    else:
+        optimizer = build_optimizer(sharded, config.optimizer)
     loader = Loader(
         Packing(
             job.corpus.train,
@@ -85,11 +91,14 @@ def build_model(job: Job, world: World) -> tuple[LanguageModel, torch.nn.Module,
 
 
 def _first_values(job: Job, module: torch.nn.Module) -> Initial:
-    """Drawn from `run.seed`; not a number where imported weights, or a checkpoint of them, come afterwards."""
+    """Drawn from `run.seed`; not a number where imported weights, or a checkpoint of them, come afterwards; zeros where
+    nothing computes with them."""
     spec, shapes = job.spec, {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
     def initial(name: str) -> torch.Tensor:
         assert isinstance(spec, ModelSpec)
+        if job.emulated:
+            return torch.zeros(()).expand(shapes[name])
         if job.init is not None:
             return torch.tensor(torch.nan).expand(shapes[name])
         return initial_weight(spec, name, shapes[name], seed=job.config.run.seed)

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -93,6 +93,29 @@ class RunSection(Frozen):
     """A collective that takes longer than this ends the run."""
 
 
+Took = Annotated[Seconds, Field(le=1e6)]
+
+
+class ComputeConfig(Frozen):
+    """`[compute]`: what a rank sleeps for in place of computing, so that ranks may share cores. Such a run trains nothing.
+
+    Pairs are seconds of the forward and of the backward of one micro-batch, recomputation left out: it comes as a second
+    forward. `thinwire lab run --compute emulated` fills the table from what is predicted for `cluster.device`.
+    """
+
+    embedding: tuple[Took, Took]
+    block: tuple[Took, Took]
+    """Each of the model's blocks."""
+    head: tuple[Took, Took]
+    """Final norm, head and loss."""
+    update: Took = 0.0
+    """The optimizer's update of one number."""
+    slow: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = ()
+    """By which factor each rank takes longer, rank 0's first; none: all take as long."""
+    source: str = "seconds given by hand"
+    """Where these seconds come from."""
+
+
 class RunFile(Frozen):
     """A whole run file, for whoever needs no text: planning does not."""
 
@@ -103,6 +126,8 @@ class RunFile(Frozen):
     schedule: ScheduleConfig = ScheduleConfig()
     cluster: ClusterConfig = ClusterConfig()
     plan: PlanConfig = PlanConfig()
+    compute: ComputeConfig | None = None
+    """None: ranks compute."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     run: RunSection = RunSection()

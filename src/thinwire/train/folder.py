@@ -114,6 +114,7 @@ def _fill(job: Job, *, resuming: bool, done: int) -> tuple[str, ...]:
     if resuming:
         said = said_of_changes(refuse_other_run(job), job.config, done)
         _refuse_lost_checkpoints(folder)
+        _refuse_emulated_again(job)
     remove_partial(folder / CHECKPOINTS)
     write_atomic(folder / PLAN_FILE, job.plan.model_dump_json(indent=2) + "\n")
     write_atomic(folder / CLUSTER_FILE, job.cluster.model_dump_json(indent=2) + "\n")
@@ -153,6 +154,15 @@ def _refuse_lost_checkpoints(folder: Path) -> None:
         raise CheckpointError(
             f"{kept} holds no checkpoint any more, though that of step {saved[-1]} was saved; put it back, or start anew "
             f"with --fresh, which puts this run aside"
+        )
+
+
+def _refuse_emulated_again(job: Job) -> None:
+    """Raise ConfigError for a folder in which compute has been emulated: nothing is saved that a run could go on from."""
+    if job.emulated and present(job.folder / EVENTS_FILE):
+        raise ConfigError(
+            f"{job.folder} holds a run with emulated compute, which keeps nothing to go on from; start anew with --fresh, "
+            f"which puts it aside, or choose another folder with --set run.folder=PATH"
         )
 
 

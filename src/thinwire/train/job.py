@@ -23,7 +23,8 @@ from thinwire.model.spec import ModelSpec
 from thinwire.plan.plan import Plan
 from thinwire.plan.rounds import assign_units, fragment_count
 from thinwire.plan.sync import Sync
-from thinwire.train.config import RunConfig
+from thinwire.train.config import ComputeConfig, RunConfig
+from thinwire.units import show_seconds
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Outline:
     folder: Path
     cluster: Cluster
     plan: Plan
+
+    @property
+    def emulated(self) -> bool:
+        """Whether ranks sleep in place of computing."""
+        return self.config.compute is not None
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,51 @@ def _check_model(run_file: Path, outline: Outline, spec: AnySpec) -> None:
         )
     if sync is not None and isinstance(spec, ModelSpec):
         _check_rounds(sync, spec)
+    if outline.config.compute is not None:
+        _check_emulated(outline, outline.config.compute, spec)
+
+
+def refuse_emulating(spec: AnySpec) -> ModelSpec:
+    """The spec of a model whose units may sleep. Raises ConfigError for one whose modules are another library's."""
+    if isinstance(spec, NativeSpec):
+        raise ConfigError(
+            "compute is emulated for thinwire's own models, whose units are known, and [model] hf is a model of "
+            "transformers; take model.preset, or model.init with what `thinwire import` made of it"
+        )
+    return spec
+
+
+def _check_emulated(outline: Outline, compute: ComputeConfig, spec: AnySpec) -> None:
+    """Raises ConfigError where ranks cannot sleep in place of computing."""
+    refuse_emulating(spec)
+    device, ranks = outline.cluster.device, outline.cluster.ranks
+    if outline.config.run.compile:
+        raise ConfigError(
+            "run.compile compiles blocks, which only sleep where compute is emulated; leave run.compile out"
+        )
+    if compute.slow and len(compute.slow) != ranks:
+        raise ConfigError(f"compute.slow has {len(compute.slow)} factors for {ranks} ranks; give one each, or none")
+    if device.peak_flops_per_s is None:
+        raise ConfigError(
+            f"compute is emulated, and of device {device.name!r} no peak_flops_per_s is known, over which a step's MFU "
+            f"would be; give it in [cluster.device], or name a device that `thinwire presets` lists"
+        )
+
+
+def emulation(job: Outline) -> str | None:
+    """What a run whose compute is emulated says first; None if ranks compute."""
+    compute = job.config.compute
+    if compute is None:
+        return None
+    parts = {"embedding": compute.embedding, "a block": compute.block, "the head": compute.head}
+    took = ", ".join(f"{name} {show_seconds(f)} and {show_seconds(b)}" for name, (f, b) in parts.items())
+    slow = [f"rank {rank} takes {factor:g} times as long" for rank, factor in enumerate(compute.slow) if factor != 1]
+    return (
+        f"compute is emulated: ranks sleep as long as {job.cluster.device.name} would compute ({compute.source}) and train "
+        f"nothing, so there is no loss, validation, checkpoint or sample\n"
+        f"forward and backward of {took}; the update of a million numbers {show_seconds(1e6 * compute.update)}"
+        + "".join(f"; {each}" for each in slow)
+    )
 
 
 def _check_rounds(sync: Sync, spec: ModelSpec) -> None:

@@ -77,6 +77,8 @@ def train(job: Job, parts: Parts, stop: StopRequest) -> None:
 
 
 def _validate(job: Job, parts: Parts, step: int) -> None:
+    if job.emulated:
+        return
     validate(job, parts.world, parts.model, parts.sharded, parts.sync, parts.reporter, step=step)
 
 
@@ -84,7 +86,7 @@ def _conclude(job: Job, parts: Parts, saver: Saver, *, step: int, stopped: bool,
     """Show the summary; after a finished run a sample of text too, after a stop how to resume."""
     parts.sharded.drain()
     with parts.sync.outer_weights() if parts.sync is not None else nullcontext():
-        text = None if stopped else sample(job, parts.model, parts.reporter)
+        text = None if stopped or job.emulated else sample(job, parts.model, parts.reporter)
     reason = f"stopped by {by or 'another rank'}" if stopped else "finished"
     conclude(
         job,
@@ -95,7 +97,7 @@ def _conclude(job: Job, parts: Parts, saver: Saver, *, step: int, stopped: bool,
         checkpoint=saver.newest_name(),
         text=text,
     )
-    if stopped and saver.saved:
+    if stopped and saver.saved and not job.emulated:
         parts.reporter.say(f"stopped after step {step}; the same command goes on from there")
 
 
@@ -204,6 +206,8 @@ def close_record(job: Job, parts: Parts, record: dict[str, Any], clock: StepCloc
         seconds=seconds,
         wire=wire.sent_bytes(),
     )
+    if job.emulated:
+        record.update(loss=None, grad_norm=None)
     parts.reporter.step(record, clock.laps, wire.entries)
 
 

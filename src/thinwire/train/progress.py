@@ -29,12 +29,20 @@ class Telemetry:
     """Writes every step to the log and the trackers; shows a live line on a terminal, a plain line elsewhere."""
 
     def __init__(
-        self, folder: Path, trackers: Mapping[str, Tracker], *, total_steps: int, first_step: int, log_every: int
+        self,
+        folder: Path,
+        trackers: Mapping[str, Tracker],
+        *,
+        total_steps: int,
+        first_step: int,
+        log_every: int,
+        no_loss: str,
     ) -> None:
+        """`no_loss`: what the line says of a step without one."""
         self.console = Console(highlight=False)
         self.log = EventLog(folder / EVENTS_FILE)
         self._trackers = dict(trackers)
-        self._total_steps, self._log_every = total_steps, log_every
+        self._total_steps, self._log_every, self._no_loss = total_steps, log_every, no_loss
         self._step_s: float | None = None
         self._live = self.console.is_terminal
         self._progress = Progress(
@@ -75,7 +83,7 @@ class Telemetry:
         exposed = record["seconds"]["comm"] / max(record["step_s"], 1e-9)
         left_s = (self._total_steps - record["step"]) * (self._step_s or 0.0)
         mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
-        loss = "no scored token, no step" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        loss = self._no_loss if record["loss"] is None else f"loss {record['loss']:.4f}"
         return (
             f"{loss}  {show_count(record['tokens_per_s'])} tokens/s{mfu}  "
             f"exposed comm {exposed:.1%}  ETA {show_seconds(left_s)}"
@@ -151,7 +159,7 @@ class Totals:
         self.steps += 1
         self.tokens += record["processed_tokens"]
         self.scored += record["tokens"]
-        self.unscored_steps += record["loss"] is None
+        self.unscored_steps += record["loss"] is None and record["skipped"]
         self.seconds += record["step_s"]
         for level, purposes in record["wire"].items():
             of_level = self.wire.setdefault(level, {})
@@ -199,7 +207,12 @@ class Reporter:
         run, tracking = job.config.run, job.config.tracking
         trackers = open_trackers(tracking, job.folder, first_step=step, settings=job.config.model_dump(mode="json"))
         self._telemetry = Telemetry(
-            job.folder, trackers, total_steps=run.steps, first_step=step, log_every=run.log_every
+            job.folder,
+            trackers,
+            total_steps=run.steps,
+            first_step=step,
+            log_every=run.log_every,
+            no_loss="emulated compute, no loss" if job.emulated else "no scored token, no step",
         )
         self._tracer = Tracer(job.folder / TRACE_FILE, first_step=step, count=run.trace_steps)
 

@@ -41,10 +41,13 @@ class Saver:
         """The frozen base is read from where it came from; only the adapters are saved."""
 
     def resume(self) -> int:
-        """Load the newest good checkpoint, else imported weights: the step to go on from.
+        """Load the newest good checkpoint, else imported weights: the step to go on from. Nothing where compute is emulated.
 
         Raises CheckpointError, and ConfigError if replicas do not hold the same afterwards.
         """
+        self._warnings: list[str] = []
+        if self._job.emulated:
+            return 0
         found = self._checkpoints.newest()
         self._warnings = list(self._checkpoints.warnings)
         if found is None:
@@ -122,7 +125,9 @@ class Saver:
                 self._sync.start_here()
 
     def after_step(self, step: int, *, last: bool) -> None:
-        """Save if it is time; look after a save in flight."""
+        """Save if it is time; look after a save in flight. Weights that nothing has trained are never saved."""
+        if self._job.emulated:
+            return
         self._collect(wait=False)
         every = self._job.config.checkpoint.every_steps
         if (last or (every > 0 and step % every == 0)) and step != self._last_asked:

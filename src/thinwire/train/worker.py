@@ -18,7 +18,7 @@ from thinwire.comm.place import Place
 from thinwire.errors import ShortOfMemory, StopAsked, ThinwireError
 from thinwire.train.console import forgive
 from thinwire.train.folder import open_folder, said_if_finished
-from thinwire.train.job import Job, read_config, refuse_crossing, resolve, statement
+from thinwire.train.job import Job, emulation, read_config, refuse_crossing, resolve, statement
 from thinwire.train.launch import describe
 from thinwire.train.stop import StopRequest
 
@@ -45,6 +45,7 @@ def run_rank(job: Job, place: Place, stop: StopRequest, *, advise: Advise | None
         timeout_s=job.config.run.timeout,
         stopped=lambda: stop.at_once,
         statement=statement(job),
+        device=torch.device("cpu") if job.emulated else None,
     )
     if place.rank == 0 and world.introduction is not None:
         print(world.introduction, flush=True)
@@ -124,7 +125,7 @@ def run_external(
         _tell(place, error)
         leave_now(error.exit_status)
     if place.rank == 0:
-        print(described(job.cluster, found_gpus(os.environ)), flush=True)
+        print(emulation(job) or described(job.cluster, found_gpus(os.environ)), flush=True)
     opened = open_folder(job, fresh=fresh) if place.rank == 0 else None
     if opened is not None:
         finished = said_if_finished(job, opened.done)
