@@ -253,6 +253,14 @@ class StageUnits:
     blocks: int
     after: tuple[UnitWork, ...]
 
+    def chunked(self, chunks: int) -> list[list[UnitWork]]:
+        """Units chunk by chunk; the first chunk has what comes before the blocks, the last one what comes after."""
+        share = [self.blocks // chunks + (i < self.blocks % chunks) for i in range(chunks)]
+        found = [[self.block] * count for count in share]
+        found[0] = [*self.before, *found[0]]
+        found[-1] = [*found[-1], *self.after]
+        return found
+
     def listed(self, blocks: int) -> list[UnitWork]:
         return [*self.before, *([self.block] * blocks), *self.after]
 

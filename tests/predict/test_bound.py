@@ -1,0 +1,43 @@
+"""The bound is never above the simulated step, and is that step where nothing contends."""
+
+from dataclasses import replace
+
+import pytest
+from random_settings import random_candidates, random_setting
+
+from thinwire.predict.bound import least_s
+from thinwire.predict.candidate import Candidate
+from thinwire.predict.placement import place
+from thinwire.predict.simulate import simulate_step
+from thinwire.predict.step import core_of
+
+SEEDS = range(48)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_step_is_shorter_than_its_bound(seed: int) -> None:
+    """Models, clusters, runtimes and plans by chance."""
+    given = random_setting(seed)
+    for candidate, axes in random_candidates(given, seed, 8):
+        least = least_s(given, candidate, axes, core_of(given, candidate, axes))
+        assert 0 < least <= simulate_step(given, candidate, axes, keep_spans=False).step_s * (1 + 1e-9), candidate
+
+
+@pytest.mark.parametrize("outside", [True, False])
+@pytest.mark.parametrize(("pipeline", "chunks", "layers"), [(2, 1, 2), (3, 1, 7), (4, 1, 13), (2, 3, 6), (4, 2, 8)])
+@pytest.mark.parametrize("rate", [1e7, 1e9, 1e11])
+def test_a_pipeline_that_moves_no_states_takes_its_bound(
+    pipeline: int, chunks: int, layers: int, outside: bool, rate: float
+) -> None:
+    """Unequal stages, sends that take longer than passes, many micro-batches: without replicas nothing else moves."""
+    given = random_setting(3)
+    level = given.cluster.levels[0].model_copy(update={"fanout": pipeline, "bytes_per_s": rate, "behind": 1.0})
+    cluster = given.cluster.model_copy(update={"levels": (level,)})
+    for micro_batches in (pipeline, 3 * pipeline, 40 * pipeline):
+        each = replace(
+            given, cluster=cluster, sequences=micro_batches, spec=given.spec.model_copy(update={"layers": layers})
+        )
+        candidate = Candidate(pipeline=pipeline, chunks=chunks, pipeline_outside=outside)
+        axes = place(candidate, each.cluster, each.calibration)
+        least = least_s(each, candidate, axes, core_of(each, candidate, axes))
+        assert least == pytest.approx(simulate_step(each, candidate, axes, keep_spans=False).step_s, rel=1e-9)
