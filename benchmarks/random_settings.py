@@ -16,7 +16,8 @@ GBIT = 1.25e8
 
 
 def random_setting(seed: int) -> Setting:
-    """Up to 64 ranks on one to three levels of 1 to 400 Gbit/s, a model of 2 to 13 blocks, and a runtime."""
+    """Up to 64 ranks on one to three levels of 1 to 400 Gbit/s, a model of 2 to 13 blocks that may not
+    fit on a rank, and a runtime."""
     rng = random.Random(seed)
     fanouts = [rng.choice([1, 2, 4, 8]) for _ in range(rng.choice([1, 2, 2, 3]))]
     while len(fanouts) > 1 and _product(fanouts) > 64:
@@ -44,7 +45,9 @@ def random_setting(seed: int) -> Setting:
         overlap_slowdown=rng.choice([0.0, 0.1, 0.5]), collective_s=rng.choice([0.0, 1e-3]), meeting_s=rng.choice([0.0, 1e-3])
     )  # fmt: skip
     ranks = _product(fanouts)
-    cluster = Cluster(device=device_preset(rng.choice(["a100-80g", "h100"])), levels=levels)
+    memory = 3 * 2**30 + rng.choice([0.15, 0.4, 2.0]) * 18 * spec.parameters
+    device = device_preset(rng.choice(["a100-80g", "h100"])).model_copy(update={"memory_bytes": memory})
+    cluster = Cluster(device=device, levels=levels)
     sequences = ranks * rng.choice([1, 2, 3, 8, 16])
     return Setting(spec, cluster, sequences, rng.choice([512, 2048]), framework, calibration)
 

@@ -1,26 +1,35 @@
 """The bound is never above the simulated step, and is that step where nothing contends."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from random_settings import random_candidates, random_setting
 
-from thinwire.predict.bound import least_s
+from thinwire.predict.bound import least_s, roughly_s
 from thinwire.predict.candidate import Candidate
+from thinwire.predict.causes import causes
+from thinwire.predict.course import end_s
 from thinwire.predict.placement import place
 from thinwire.predict.simulate import simulate_step
-from thinwire.predict.step import core_of
+from thinwire.predict.step import core_of, silent, silent_kinds
 
 SEEDS = range(48)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_step_is_shorter_than_its_bound(seed: int) -> None:
-    """Models, clusters, runtimes and plans by chance."""
+    """Models, clusters, runtimes and plans by chance; the causes add up, and none of them is negative."""
     given = random_setting(seed)
-    for candidate, axes in random_candidates(given, seed, 8):
-        least = least_s(given, candidate, axes, core_of(given, candidate, axes))
-        assert 0 < least <= simulate_step(given, candidate, axes, keep_spans=False).step_s * (1 + 1e-9), candidate
+    for candidate, axes in random_candidates(given, seed, 6):
+        core = core_of(given, candidate, axes)
+        stages, least = silent(core, candidate.chunks), least_s(given, candidate, axes, core)
+        alone = end_s(stages, micro_batches=core.micro_batches, send_s=core.send_s)
+        played = simulate_step(given, candidate, axes, keep_spans=False)
+        assert 0 < roughly_s(core, silent_kinds(core, candidate.chunks)) <= alone * (1 + 1e-9), candidate
+        assert alone <= least * (1 + 1e-9) <= played.step_s * (1 + 2e-9), candidate
+        parts = asdict(causes(played, given, candidate, axes, core))
+        assert parts.pop("hidden_s") >= 0 and min(parts.values()) >= 0, (candidate, parts)
+        assert sum(parts.values()) == pytest.approx(played.step_s, rel=1e-9), (candidate, parts)
 
 
 @pytest.mark.parametrize("outside", [True, False])

@@ -65,10 +65,12 @@ class StageBound:
             back.append(self._backward(chunk))
             mine, refreshed = refreshed[: len(chunk)], refreshed[len(chunk) :]
             floors.append(self._floor(chunk, mine))
+        beside = self._shared(sum(unit.forward_s for unit in units), added([unit.moves.refresh for unit in units]), 0.0)
+        floors[-1] = max(floors[-1], beside)
         self.waits_s = sum(walk.begins[0] for walk in (*ahead, *back))
         """Seconds of a micro-batch in which no compute can go on, reductions left out."""
         self.late_s = late_s
-        self.last = back[0]
+        self.back = back
         self.passes = StagePasses(
             tuple(walk.end_s for walk in ahead), tuple(walk.end_s + late_s for walk in back), tuple(floors)
         )
@@ -93,49 +95,67 @@ class StageBound:
         arrive = [there + chain_s(unit.moves.gather) for there, unit in zip(refreshed, units, strict=True)]
         return max(there + first.end_s - begin for there, begin in zip(arrive, first.begins, strict=True))
 
-    def landed_s(self, first_s: float, last_s: float) -> float:
-        """When the last gradient can have arrived, if the first pass begins at `first_s` and the last at `last_s`."""
+    def landed_s(self, first_s: float, last_s: Sequence[float]) -> float:
+        """When the last gradient can have arrived.
+
+        The first pass begins at `first_s`, the backward of the last micro-batch of each chunk at `last_s`, the first
+        chunk's last.
+        """
         units = self.chunks[0][::-1]
         tail_s = chain_s(units[-1].moves.reduce_last) if self.policy.overlap_reduce else 0.0
         moves = [unit.moves.reduce_last for unit in units]
         moves += [] if self.policy.keep_gathered else [unit.moves.again for unit in units]
-        last = self._shared(sum(unit.backward_s for unit in units), added(moves), self.last.begins[0] + tail_s)
-        return max(last_s + max(last, self._reduced_s(units)), first_s + self._whole_s(tail_s))
+        compute = sum(unit.backward_s for unit in units)
+        last = self._shared(compute, added(moves), self.back[0].begins[0] + tail_s)
+        return max(last_s[0] + last, self._reduced_s(last_s), first_s + self._whole_s(tail_s), self._after_s(first_s))
 
-    def _reduced_s(self, units: list[UnitWork]) -> float:
-        """From the beginning of the last pass to the arrival of its gradients: rule 5."""
-        chains = [unit.moves.reduce_last for unit in units]
-        if not self.policy.overlap_reduce:
-            return self.last.end_s + chain_s(added(chains))
-        issued = [begin + unit.backward_s for begin, unit in zip(self.last.begins, units, strict=True)]
-        landed = max(self.last.end_s, *(t + chain_s(each) for t, each in zip(issued, chains, strict=True)))
-        for level in {level for each in chains for level, _ in each}:
-            using = [(t, each) for t, each in zip(issued, chains, strict=True) if any(at == level for at, _ in each)]
-            head = min(_before(each, level) for _, each in using)
+    def _reduced_s(self, last_s: Sequence[float]) -> float:
+        """When gradients of the last micro-batch can have arrived: rule 5."""
+        issued: list[tuple[float, Chain]] = []
+        for units, start, back in reversed([*zip(self.chunks, last_s, self.back, strict=True)]):
+            if self.policy.overlap_reduce:
+                ends = [begin + unit.backward_s for begin, unit in zip(back.begins, units[::-1], strict=True)]
+                chains = [unit.moves.reduce_last for unit in reversed(units)]
+                issued += [(start + end, chain) for end, chain in zip(ends, chains, strict=True)]
+            else:
+                issued.append((start + back.end_s, added([unit.moves.reduce_last for unit in units])))
+        landed = max(last_s[0] + self.back[0].end_s, *(at + chain_s(chain) for at, chain in issued))
+        for level in {level for _, chain in issued for level, _ in chain}:
+            using = [(at, chain) for at, chain in issued if any(level == each for each, _ in chain)]
+            head = min(_before(chain, level) for _, chain in using)
             done = 0.0
-            for t, each in using:
-                done = max(done, t + head) + sum(seconds for at, seconds in each if at == level)
-            landed = max(landed, done + min(_before(each[::-1], level) for _, each in using))
+            for at, chain in using:
+                done = max(done, at + head) + sum(seconds for each, seconds in chain if each == level)
+            landed = max(landed, done + min(_before(chain[::-1], level) for _, chain in using))
         return landed
 
     def _whole_s(self, tail_s: float) -> float:
         """Rule 3 for everything from the stage's first pass on."""
-        times, kept = self.times, self.policy.keep_gathered
+        times, units = self.times, [unit for chunk in self.chunks for unit in chunk]
+        compute = times * sum(unit.forward_s + unit.backward_s for unit in units)
+        idle_s = times * self.waits_s + (times - 1) * self.late_s + tail_s
+        return self._shared(compute, self._carried(1 if self.policy.keep_gathered else times), idle_s)
+
+    def _after_s(self, first_s: float) -> float:
+        """Streams carry all but the first gathers after the first micro-batch's forward (with chunks, no other gathers)."""
+        forward_s = max(first_s + sum(self.passes.forward), self.passes.floor[-1])
+        again = len(self.chunks) == 1 and not self.policy.keep_gathered
+        carried = self._carried(self.times - 1 if again else 0)
+        return forward_s + max((seconds for _, seconds in carried), default=0.0)
+
+    def _carried(self, gathers: int) -> Chain:
+        """Seconds by level of the whole step, with so many gathers before forwards."""
         sums: dict[int, float] = {}
-        compute = 0.0
         for unit in [unit for chunk in self.chunks for unit in chunk]:
-            moves = unit.moves
-            compute += times * (unit.forward_s + unit.backward_s)
             for chain, often in (
-                (moves.gather, 1 if kept else times),
-                (moves.again, 0 if kept else times),
-                (moves.reduce_each, times - 1),
-                (moves.reduce_last, 1),
+                (unit.moves.gather, gathers),
+                (unit.moves.again, 0 if self.policy.keep_gathered else self.times),
+                (unit.moves.reduce_each, self.times - 1),
+                (unit.moves.reduce_last, 1),
             ):
                 for level, seconds in chain:
                     sums[level] = sums.get(level, 0.0) + often * seconds
-        idle_s = times * self.waits_s + (times - 1) * self.late_s + tail_s
-        return self._shared(compute, tuple(sums.items()), idle_s)
+        return tuple(sums.items())
 
     def _shared(self, compute_s: float, busy: Chain, idle_s: float) -> float:
         """Rule 3, for streams that are `busy` for so long."""
@@ -163,8 +183,38 @@ def refresh_arrivals(units: Sequence[UnitWork], policy: OverlapPolicy) -> list[f
     return found
 
 
+def roughly_s(core: Core, kinds: Sequence[StagePasses]) -> float:
+    """What a pipeline of these kinds of stages takes at least, without the recurrence.
+
+    A stage waits for the first micro-batch, has all of its passes or messages one after another, and the last backward goes
+    back to the first stage. Without chunks the first stage begins micro-batch k + p only after k is back: a window of p
+    stages takes a micro-batch's whole way.
+    """
+    times, send_s, chunks = core.micro_batches, core.send_s, len(kinds[0].forward)
+    stages = sum(equal.many for equal in core.stages)
+    found, way_s = 0.0, 0.0
+    """`way_s`: to a stage and back through first chunks."""
+    for passes, equal in zip(kinds, core.stages, strict=True):
+        through_s = passes.forward[0] + passes.backward[0] + 2 * send_s
+        way_s += (equal.many - 1) * through_s  # the last of its kind has the longest way
+        messages = times * (2 * chunks - equal.kind.first - equal.kind.last) if stages > 1 else 0
+        sending = passes.forward[0] + messages * send_s - (0.0 if equal.kind.first else send_s)
+        found = max(found, way_s + times * passes.work_s, way_s + sending)
+        way_s += through_s
+    if chunks == 1 and stages > 1:
+        windows, rest = divmod(times - 1, stages)
+        found = max(found, rest * kinds[0].forward[0] + (windows + 1) * (way_s - 2 * send_s))
+    return found
+
+
 def least_s(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> float:
     """Seconds that `simulate_step` takes at least."""
+    inner = least_inner_s(setting, candidate, axes, core)
+    return inner if candidate.sync is None else least_with_rounds(setting, candidate.sync, inner)
+
+
+def least_inner_s(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> float:
+    """The same without stalls for rounds."""
     slowdown, policy = setting.calibration.overlap_slowdown, overlap_policy(setting, candidate)
     works = stage_work(setting, candidate, axes, core)
     kinds = [StageBound(work, candidate, policy, core.micro_batches, slowdown / (1 + slowdown)) for work in works]
@@ -173,8 +223,7 @@ def least_s(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -> f
     landed = max(
         stage.landed_s(first, last) for stage, first, last in zip(stages, found.first_s, found.last_s, strict=True)
     )
-    inner = landed + max(optimizer_s(setting, work.owned, axes) + own_once_s(work.units) for work in works)
-    return inner if candidate.sync is None else least_with_rounds(setting, candidate.sync, inner)
+    return landed + max(optimizer_s(setting, work.owned, axes) + own_once_s(work.units) for work in works)
 
 
 def least_with_rounds(setting: Setting, sync: CandidateSync, inner: float) -> float:

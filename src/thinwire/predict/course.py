@@ -33,17 +33,22 @@ class StagePasses:
 
 @dataclass(frozen=True)
 class Course:
-    """Of each stage: when its first pass and its last pass (a backward) begin."""
+    """Of each stage: when its first pass begins, and by chunk the backward of the last micro-batch."""
 
     first_s: tuple[float, ...]
-    last_s: tuple[float, ...]
+    last_s: tuple[tuple[float, ...], ...]
+
+
+def end_s(stages: Sequence[StagePasses], *, micro_batches: int, send_s: float) -> float:
+    """Seconds of the passes of all stages: the last one of the first stage comes after all others."""
+    return course(stages, micro_batches=micro_batches, send_s=send_s).last_s[0][0] + stages[0].backward[0]
 
 
 def course(stages: Sequence[StagePasses], *, micro_batches: int, send_s: float) -> Course:
     """Follow all passes of all stages. O(stages x chunks x micro-batches until they repeat)."""
     if len(stages) == len(stages[0].forward) == 1:
         ahead, back, only = stages[0].forward[0], stages[0].backward[0], stages[0]
-        return Course((0.0,), (max(ahead, only.floor[0]) + (micro_batches - 1) * (ahead + back),))
+        return Course((0.0,), ((max(ahead, only.floor[0]) + (micro_batches - 1) * (ahead + back),),))
     return _Course(stages, micro_batches, send_s).run()
 
 
@@ -68,7 +73,7 @@ class _Course:
         )
         """Arrivals of inputs, of forwards and of backwards."""
         self.filling = [self._filling(stage, micro_batches) for stage in range(self.many)]
-        self.first_s, self.last_s = [0.0] * self.many, [0.0] * self.many
+        self.first_s, self.last_s = [0.0] * self.many, [[0.0] * self.chunks for _ in stages]
 
     def _filling(self, stage: int, micro_batches: int) -> int:
         later = self.many - stage - 1
@@ -85,7 +90,7 @@ class _Course:
                 self._advance(stage)
             if max(self.ahead) < self.total and min(self.ahead) >= self.turn:
                 self._skip(seen)
-        return Course(tuple(self.first_s), tuple(self.last_s))
+        return Course(tuple(self.first_s), tuple(map(tuple, self.last_s)))
 
     def _advance(self, stage: int) -> None:
         """Run the passes of `stage` whose inputs are there."""
@@ -117,7 +122,7 @@ class _Course:
                         break
                     begin = max(begin, backwards.popleft())
                 free = begin + passes.backward[chunk]
-                self.last_s[stage] = begin
+                self.last_s[stage][chunk] = begin
                 back += 1
                 sends, target = stage > 0 or chunk > 0, to_previous
             if sends:
