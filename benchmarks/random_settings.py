@@ -52,6 +52,30 @@ def random_setting(seed: int) -> Setting:
     return Setting(spec, cluster, sequences, rng.choice([512, 2048]), framework, calibration)
 
 
+def slow_pipeline(seed: int) -> Setting:
+    """4 to 16 ranks behind links of 1 to 100 Gbit/s, and a model of 8 to 24 blocks whose states do not fit on a rank."""
+    rng = random.Random(seed)
+    fanouts = rng.choice([(4,), (8,), (16,), (2, 4), (2, 8), (4, 2), (4, 4)])
+    levels = tuple(
+        Level(
+            name=("node", "cluster")[index],
+            fanout=fanout,
+            bytes_per_s=GBIT * 10 ** rng.uniform(0, 2),
+            latency_s=rng.choice([1e-5, 1e-4]),
+        )
+        for index, fanout in enumerate(fanouts)
+    )
+    hidden = rng.choice([1024, 2048, 4096])
+    spec = ModelSpec(
+        vocab_size=rng.choice([4096, 32000]), hidden=hidden, layers=rng.randint(8, 24), heads=16, kv_heads=16,
+        head_size=hidden // 16, ffn=4 * hidden, max_tokens=4096, tied=rng.random() < 0.3,
+    )  # fmt: skip
+    memory = 3 * 2**30 + rng.choice([0.2, 0.4, 0.8]) * 18 * spec.parameters
+    device = device_preset("a100-80g").model_copy(update={"memory_bytes": memory})
+    cluster = Cluster(device=device, levels=levels)
+    return Setting(spec, cluster, cluster.ranks * rng.choice([1, 2, 4, 8]), rng.choice([1024, 2048]))
+
+
 def _product(numbers: list[int]) -> int:
     found = 1
     for number in numbers:

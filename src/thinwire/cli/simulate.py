@@ -133,7 +133,7 @@ def _print(simulated: Simulated, ranked: Ranked, setting: Setting, width: int) -
 
 
 def _print_failures(simulated: Simulated, setting: Setting, mtbf_hours: float, seed: int) -> None:
-    """A long run with failures, beside the closed form."""
+    """A long run with failures, beside the formula."""
     if not mtbf_hours > 0:
         raise ConfigError(f"--mtbf-hours {mtbf_hours:g} must be above 0")
     failures = default_failures(mtbf_hours * 3600)

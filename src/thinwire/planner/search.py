@@ -11,29 +11,25 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate, count
+from itertools import count
 from math import inf
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from thinwire.errors import PlanError
-from thinwire.planner.space import COMPRESSION, Space, cores, partitions
+from thinwire.planner.link_bounds import LinkBounds
+from thinwire.planner.space import COMPRESSION, Space, cores
 from thinwire.predict.block import Passes
 from thinwire.predict.bound import least_s, roughly_s
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.causes import StepTime, causes
-from thinwire.predict.course import StagePasses, course
-from thinwire.predict.overlap import UnitMoves, shares
+from thinwire.predict.course import course
 from thinwire.predict.peak_memory import Memory, peak_memory
-from thinwire.predict.pipeline import parameters_of
 from thinwire.predict.placement import Axes, check_device, place
-from thinwire.predict.sent import unit_moves
 from thinwire.predict.simulate import simulate_step
 from thinwire.predict.step import Core, all_passes, core_of, silent, silent_kinds
 
-Seconds = NDArray[np.float64]
 MOST_UNITS = 300_000
 """Micro-batches times blocks, over all simulated candidates, after which no other one is: some seconds."""
 
@@ -176,7 +172,7 @@ class _Order:
     def __init__(self, setting: Setting, space: Space, found: SearchResult) -> None:
         self._setting, self._space, self._found = setting, space, found
         self._number = count()
-        self._choices: dict[tuple[object, ...], _Choices] = {}
+        self._links = LinkBounds(setting, space)
         self.too_large: list[tuple[Candidate, Axes]] = []
         self.waiting: list[tuple[float, int, Look]] = []
         self._fill()
@@ -208,7 +204,9 @@ class _Order:
             if axes is None:
                 continue
             core = core_of(setting, candidate, axes, passing.of(candidate, axes))
-            least = roughly_s(core, silent_kinds(core, candidate.chunks))
+            least = max(
+                roughly_s(core, silent_kinds(core, candidate.chunks)), self._links.least_s(candidate, axes, core)
+            )
             self._put(least, partial(self._core, candidate, axes, core))
 
     def _core(self, candidate: Candidate, axes: Axes, core: Core) -> None:
@@ -217,7 +215,7 @@ class _Order:
             return
         stages = silent(core, candidate.chunks)
         alone = course(stages, micro_batches=core.micro_batches, send_s=core.send_s)
-        choices = self._choices_of(candidate, axes, core)
+        choices = self._links.choices(candidate, axes, core)
         if choices.fields:
             bounds = choices.bounds(core, stages[0], alone.last_s[0])
             order = np.argsort(-bounds, kind="stable").tolist()
@@ -243,28 +241,6 @@ class _Order:
         hopeful = Hopeful(least, candidate, opened.axes, opened.core, memory)
         self._put(least, lambda: hopeful)
 
-    def _choices_of(self, candidate: Candidate, axes: Axes, core: Core) -> "_Choices":
-        """Partitions and codecs, with what they move of the first stage: the same for many cores."""
-        held = parameters_of(self._setting, core.stages[0].kind, candidate.tensor)
-        key = (candidate.tensor, axes.states)
-        if key not in self._choices:
-            every = [
-                each
-                for each in partitions(self._setting, self._space, candidate, axes)
-                if self._space.allows(each, partition=True)
-            ]
-            moves: dict[tuple[object, ...], tuple[UnitMoves, UnitMoves]] = {}
-            for each in every:
-                hops = (each.depths, each.weights, each.grads)
-                if hops not in moves:  # whether weights are kept changes nothing of how they travel
-                    block, embedding = (
-                        unit_moves(held[unit], self._setting, each, axes.states) for unit in ("block", "embedding")
-                    )
-                    moves[hops] = block, embedding
-            found = [moves[each.depths, each.weights, each.grads] for each in every]
-            self._choices[key] = _Choices(every, found, len(self._setting.cluster.levels))
-        return self._choices[key]
-
 
 @dataclass
 class _Opened:
@@ -277,45 +253,6 @@ class _Opened:
     bounds: list[float]
     order: list[int]
     memories: dict[tuple[object, ...], Memory] = field(default_factory=dict)
-
-
-class _Choices:
-    """Partitions with their codecs, and seconds by level [choice, level] of what a block and the embedding move."""
-
-    def __init__(self, every: list[Candidate], moves: list[tuple[UnitMoves, UnitMoves]], levels: int) -> None:
-        block, embedding = ([pair[unit] for pair in moves] for unit in (0, 1))
-        names = ("depths", "keep_gathered", *COMPRESSION)
-        self.fields = [{name: getattr(each, name) for name in names} for each in every]
-        self._kept = np.array([[each.keep_gathered] for each in every])
-        seconds = partial(_seconds, levels=levels)
-        self._gather, self._reduce_each = seconds(block, "gather"), seconds(block, "reduce_each")
-        self._reduce_last, self._refresh = seconds(block, "reduce_last"), seconds(block, "refresh")
-        self._table_last, self._table_refresh = seconds(embedding, "reduce_last"), seconds(embedding, "refresh")
-
-    def bounds(self, core: Core, first: StagePasses, last_s: tuple[float, ...]) -> Seconds:
-        """Lower bounds from what the first stage sends: it is the last to end and the first to begin.
-
-        No stream is done sooner than its bytes take. The first forward is not over before new weights are there, and
-        reductions of each chunk's last micro-batch set out after its backward has begun, at `last_s` if nothing is moved.
-        """
-        times, blocks = core.micro_batches, core.stages[0].kind.blocks
-        upto = [*accumulate(shares(blocks, len(last_s)))]
-        gathers = np.where(self._kept, 1, 2 * times) * self._gather
-        busy = blocks * (gathers + (times - 1) * self._reduce_each + self._reduce_last + self._refresh)
-        landed = np.full(len(busy), last_s[0] + first.backward[0])
-        for start, sent in zip(last_s, upto, strict=True):
-            landed = np.maximum(landed, start + (sent * self._reduce_last + self._table_last).max(axis=1))
-        refreshed = (upto[0] * self._refresh + self._table_refresh).max(axis=1)
-        found: Seconds = np.maximum(busy.max(axis=1), landed + np.maximum(0.0, refreshed - first.forward[0]))
-        return found
-
-
-def _seconds(moves: list[UnitMoves], name: str, *, levels: int) -> Seconds:
-    found = np.zeros((len(moves), levels))
-    for row, each in enumerate(moves):
-        for level, seconds in getattr(each, name):
-            found[row, level] += seconds
-    return found
 
 
 def _place(setting: Setting, candidate: Candidate) -> Axes | None:

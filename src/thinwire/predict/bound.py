@@ -17,6 +17,7 @@ What is proven, with k = s / (1 + s) for compute that is slower by s beside coll
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from thinwire.predict.candidate import Candidate, CandidateSync, Setting
 from thinwire.predict.course import StagePasses, course
@@ -26,8 +27,20 @@ from thinwire.predict.placement import Axes
 from thinwire.predict.step import Core, StageWork, optimizer_s, overlap_policy, own_once_s, stage_work
 
 
+@lru_cache(maxsize=4096)
 def chain_s(chain: Chain) -> float:
     return sum(seconds for _, seconds in chain)
+
+
+@lru_cache(maxsize=4096)
+def _hops(chain: Chain) -> dict[int, tuple[float, float, float]]:
+    """Level -> seconds of a chain before its first hop there, at the level, and after the last one there."""
+    found = {}
+    for level in {level for level, _ in chain}:
+        at = [index for index, (each, _) in enumerate(chain) if each == level]
+        inside = sum(chain[index][1] for index in at)
+        found[level] = chain_s(chain[: at[0]]), inside, chain_s(chain[at[-1] + 1 :])
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,13 +133,13 @@ class StageBound:
             else:
                 issued.append((start + back.end_s, added([unit.moves.reduce_last for unit in units])))
         landed = max(last_s[0] + self.back[0].end_s, *(at + chain_s(chain) for at, chain in issued))
-        for level in {level for _, chain in issued for level, _ in chain}:
-            using = [(at, chain) for at, chain in issued if any(level == each for each, _ in chain)]
-            head = min(_before(chain, level) for _, chain in using)
-            done = 0.0
-            for at, chain in using:
-                done = max(done, at + head) + sum(seconds for each, seconds in chain if each == level)
-            landed = max(landed, done + min(_before(chain[::-1], level) for _, chain in using))
+        hops = [(at, _hops(chain)) for at, chain in issued]
+        for level in {level for _, each in hops for level in each}:
+            using = [(at, each[level]) for at, each in hops if level in each]
+            head, done = min(before for _, (before, _, _) in using), 0.0
+            for at, (_, inside, _) in using:
+                done = max(done, at + head) + inside
+            landed = max(landed, done + min(after for _, (_, _, after) in using))
         return landed
 
     def _whole_s(self, tail_s: float) -> float:
@@ -161,12 +174,6 @@ class StageBound:
         """Rule 3, for streams that are `busy` for so long."""
         busy_s = max((seconds for _, seconds in busy), default=0.0)
         return max(busy_s, compute_s + self.slow * busy_s + (1 - self.slow) * idle_s)
-
-
-def _before(chain: Chain, level: int) -> float:
-    """Seconds of the hops before the first one at `level`."""
-    levels = [at for at, _ in chain]
-    return chain_s(chain[: levels.index(level)])
 
 
 def refresh_arrivals(units: Sequence[UnitWork], policy: OverlapPolicy) -> list[float]:
