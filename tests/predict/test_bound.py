@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 from random_settings import random_candidates, random_setting
 
+from thinwire.planner.sensitivity import with_rate
 from thinwire.predict.bound import least_s, roughly_s
 from thinwire.predict.candidate import Candidate
 from thinwire.predict.causes import causes
@@ -50,3 +51,17 @@ def test_a_pipeline_that_moves_no_states_takes_its_bound(
         axes = place(candidate, each.cluster, each.calibration)
         least = least_s(each, candidate, axes, core_of(each, candidate, axes))
         assert least == pytest.approx(simulate_step(each, candidate, axes, keep_spans=False).step_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_faster_level_makes_no_step_longer(seed: int) -> None:
+    """Of the same plan, whatever contends: no case is known in which messages that come sooner hold others up."""
+    given = random_setting(seed)
+    for candidate, axes in random_candidates(given, seed, 2):
+        before = simulate_step(given, candidate, axes, keep_spans=False).step_s
+        for index, level in enumerate(given.cluster.levels):
+            assert level.bytes_per_s
+            faster = with_rate(given, index, 1.3 * level.bytes_per_s)
+            placed = place(candidate, faster.cluster, faster.calibration)
+            after = simulate_step(faster, candidate, placed, keep_spans=False).step_s
+            assert after <= before * (1 + 1e-9), (candidate, index)

@@ -65,6 +65,7 @@ def in_flight(stage: int, stages: int, micro_batches: int, chunks: int) -> float
 
 def message_bytes(setting: Setting, candidate: Candidate) -> float:
     """What a rank sends to the next stage for one micro-batch; with sequence parallelism it has only its part of it."""
-    parts = candidate.tensor if setting.framework.sequence_parallel else 1
+    framework = setting.framework
+    parts = candidate.tensor if framework.sequence_parallel or framework.scattered_messages else 1
     tokens = candidate.micro_batch * setting.tokens / candidate.context
     return tokens * setting.spec.hidden * setting.compute_bytes / parts

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
-from thinwire.predict.block import Causes, Passes, all_reduce_s, block_passes, embedding_passes, head_passes, send_s
+from thinwire.predict.block import (
+    Causes,
+    Passes,
+    all_reduce_s,
+    block_passes,
+    embedding_passes,
+    gather_s,
+    head_passes,
+    send_s,
+)
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.course import StagePasses
 from thinwire.predict.overlap import OverlapPolicy, StageUnits, UnitMoves, UnitWork, shares
@@ -80,6 +89,8 @@ def core_of(
     """The part of a step that all partitions share; `passes` are those of a block, the embedding and the head."""
     block, embedding, head = passes or all_passes(setting, candidate, axes)
     message = send_s(message_bytes(setting, candidate), axes.pipeline)
+    if setting.framework.scattered_messages and not setting.framework.sequence_parallel and candidate.pipeline > 1:
+        message += gather_s(candidate.tensor * message_bytes(setting, candidate), axes.tensor)
     stages = kinds(setting.spec.layers, candidate.pipeline)
     micro_batches = candidate.accumulate(setting)
     assert micro_batches > 0, "the batch does not divide"
