@@ -35,11 +35,11 @@ from rich.table import Table
 from thinwire.cli.plan import task
 from thinwire.files.events import read_events, steps
 from thinwire.planner.explain import rests_on
+from thinwire.planner.search import step_time
 from thinwire.predict.candidate import Candidate
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.predict.placement import place
 from thinwire.predict.planned import sent_bytes
-from thinwire.predict.step import step_time
 from thinwire.train.folder import EVENTS_FILE
 
 NAME, RUNS, PEAKS = "own_runs", "runs.json", "peaks.json"

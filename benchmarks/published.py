@@ -28,6 +28,7 @@ MEGATRON_2021 = Framework(
     flash_attention=False,
     dropout=True,
     sequence_parallel=False,
+    scattered_messages=True,
     overlap_reduce=False,
     overlap_refresh=False,
 )

@@ -19,10 +19,10 @@ from thinwire.cluster.cluster import Calibration, Cluster
 from thinwire.cluster.hardware import calibration_of
 from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.model.spec import ModelSpec
+from thinwire.planner.search import step_time
 from thinwire.predict.candidate import Candidate, CandidateSync, Framework, Setting
 from thinwire.predict.peak_memory import peak_memory
 from thinwire.predict.placement import place
-from thinwire.predict.step import step_time
 
 Predictor = Callable[[Row], float]
 

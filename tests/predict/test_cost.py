@@ -17,18 +17,21 @@ from thinwire.model.transformer import Transformer
 from thinwire.parallel.shard.engine import shard
 from thinwire.plan.compression import OuterCodecName
 from thinwire.plan.sync import SyncConfig
+from thinwire.planner.search import step_time
 from thinwire.predict.activations import gradients_bytes
 from thinwire.predict.block import all_reduce_s, block_passes, gather_s
 from thinwire.predict.candidate import Candidate, CandidateSync, Setting
+from thinwire.predict.causes import StepTime
+from thinwire.predict.course import StagePasses, end_s
 from thinwire.predict.outer_cost import outer_round, rate_for_utilisation
 from thinwire.predict.peak_memory import peak_memory, stage_memory
 from thinwire.predict.perturbation import Failures, goodput
-from thinwire.predict.pipeline import StageKind, in_flight, kinds, parameters_of, pipeline_time
-from thinwire.predict.placement import Axes, axis_hops, check_device, efficiency, matmul_s, place, rate_of
+from thinwire.predict.pipeline import in_flight, kinds, parameters_of
+from thinwire.predict.placement import axis_hops, check_device, efficiency, matmul_s, place, rate_of
 from thinwire.predict.planned import Sent, planned, sent_bytes
 from thinwire.predict.sent import unit_moves
 from thinwire.predict.simulate import simulate_step
-from thinwire.predict.step import StepTime, core_of, optimizer_s, step_time
+from thinwire.predict.step import optimizer_s
 from thinwire.sync.outer_sync import OuterSync
 from thinwire.train.announce import predicted_bytes
 from worlds import run_world
@@ -132,11 +135,13 @@ def test_stages_hold_every_block_and_every_parameter_once(layers: int, stages: i
 
 
 def test_bubbles_are_the_published_ones() -> None:
-    even = [(1.0, 8)]
-    assert pipeline_time(even, micro_batches=32, chunks=1, send_s=0).bubble_s == pytest.approx(7.0)
-    assert pipeline_time(even, micro_batches=32, chunks=4, send_s=0).bubble_s == pytest.approx(7.0 / 4)
-    uneven = pipeline_time([(1.0, 7), (1.5, 1)], micro_batches=10, chunks=1, send_s=0)
-    assert uneven.total == pytest.approx(7 * 1.0 + 10 * 1.5)
+    def stage(seconds: float, chunks: int = 1) -> StagePasses:
+        ahead, back = seconds / 3 / chunks, 2 * seconds / 3 / chunks
+        return StagePasses((ahead,) * chunks, (back,) * chunks, (0.0,) * chunks)
+
+    assert end_s([stage(1.0)] * 8, micro_batches=32, send_s=0) == pytest.approx(32 + 7.0)
+    assert end_s([stage(1.0, 4)] * 8, micro_batches=32, send_s=0) == pytest.approx(32 + 7.0 / 4)
+    assert end_s([*[stage(1.0)] * 7, stage(1.5)], micro_batches=10, send_s=0) == pytest.approx(7 * 1.0 + 10 * 1.5)
     assert [in_flight(i, 4, 8, 1) for i in range(4)] == [4, 3, 2, 1]
     assert in_flight(0, 4, 8, 2) == pytest.approx(4 * (1 + 3 / 8) + 0.0, abs=0.5)
 
@@ -439,11 +444,3 @@ def test_axes_the_trainer_does_not_run_are_named_and_counted() -> None:
     moved = 2048 * given.spec.hidden * 2
     assert sent["node"]["tensor"] == pytest.approx(2 * moved * 4 * 16 * 3 / 4 * candidate.accumulate(given))
     assert Candidate(depths=(0, 0, 1)).runnable
-
-
-def test_the_core_is_a_lower_bound_of_the_step() -> None:
-    given = setting(8, 4)
-    for candidate in CANDIDATES:
-        axes: Axes = place(candidate, given.cluster, given.calibration)
-        assert core_of(given, candidate, axes).least_s <= step_time(given, candidate, axes).total * (1 + 1e-9)
-    assert StageKind(3, True, False).blocks == 3

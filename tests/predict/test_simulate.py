@@ -1,4 +1,4 @@
-"""The simulator equals the closed form where nothing contends, conserves bytes, and slow things make steps slower."""
+"""The simulator equals its lower bound where nothing contends, conserves bytes, and slow things make steps slower."""
 
 import json
 from dataclasses import replace
@@ -15,13 +15,14 @@ from thinwire.cluster.hardware import device_preset
 from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.files.trace import Span, read_trace
 from thinwire.model.presets import preset
+from thinwire.predict.bound import least_s
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.perturbation import Failures, Perturbation, goodput, run_with_failures
 from thinwire.predict.placement import place
 from thinwire.predict.planned import planned
 from thinwire.predict.queue import Clock, Message, SendStream, Signal, Worker, before, chain, passes
 from thinwire.predict.simulate import Simulated, simulate_step
-from thinwire.predict.step import step_time
+from thinwire.predict.step import core_of
 
 SPEC = preset("llama-2-7b")
 
@@ -42,8 +43,9 @@ def simulate(given: Setting, candidate: Candidate, perturbation: Perturbation | 
     return simulate_step(given, candidate, place(candidate, given.cluster, given.calibration), perturbation)
 
 
-def closed(given: Setting, candidate: Candidate) -> float:
-    return step_time(given, candidate, place(candidate, given.cluster, given.calibration)).total
+def least(given: Setting, candidate: Candidate) -> float:
+    axes = place(candidate, given.cluster, given.calibration)
+    return least_s(given, candidate, axes, core_of(given, candidate, axes))
 
 
 UNCONTENDED = [
@@ -61,18 +63,20 @@ UNCONTENDED = [
 
 @pytest.mark.parametrize(("fanouts", "candidate"), UNCONTENDED)
 @pytest.mark.parametrize("sequences", [64, 256])
-def test_without_contention_the_simulator_is_the_closed_form(
+def test_without_contention_the_simulator_is_its_bound(
     fanouts: tuple[int, ...], candidate: Candidate, sequences: int
 ) -> None:
+    """Up to the slowing down of compute beside the first weights and the last gradients."""
     given = setting(*fanouts, sequences=sequences)
-    assert simulate(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=1e-3)
+    seconds = simulate(given, candidate).step_s
+    assert 0.975 * seconds < least(given, candidate) <= seconds * (1 + 1e-9)
 
 
-def test_interleaving_equals_the_closed_form_without_sends_to_wait_for() -> None:
+def test_interleaving_equals_its_bound_without_sends_to_wait_for() -> None:
     given = setting(8, latency=0.0, rate=1e15)
     for chunks in (2, 4):
         candidate = Candidate(pipeline=8, chunks=chunks)
-        assert simulate(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=5e-3)
+        assert simulate(given, candidate).step_s == pytest.approx(least(given, candidate), rel=5e-3)
 
 
 def slower_outside(times: float, sequences: int) -> Setting:
@@ -83,7 +87,7 @@ def slower_outside(times: float, sequences: int) -> Setting:
     return replace(given, cluster=given.cluster.model_copy(update={"levels": (fast, slow)}))
 
 
-def test_the_closed_form_is_near_where_partitions_contend_for_streams() -> None:
+def test_the_bound_is_near_where_partitions_contend_for_streams() -> None:
     """Every cut over two levels, with 1, 2 and 8 micro-batches: ZeRO-3's gathers and reductions share streams."""
     cuts = [
         Candidate(depths=depths, keep_gathered=keep)
@@ -91,9 +95,9 @@ def test_the_closed_form_is_near_where_partitions_contend_for_streams() -> None:
         for keep in ([False, True] if depths[0] >= 0 else [False])
     ]
     settings = [slower_outside(times, sequences) for times in (1, 2, 5, 20) for sequences in (32, 64, 256)]
-    apart = [abs(closed(given, cut) / simulate(given, cut).step_s - 1) for given in settings for cut in cuts]
-    assert max(apart) < 0.15
-    assert sum(apart) / len(apart) < 0.004
+    apart = [1 - least(given, cut) / simulate(given, cut).step_s for given in settings for cut in cuts]
+    assert min(apart) > -1e-9 and max(apart) < 0.12
+    assert sum(apart) / len(apart) < 0.025
 
 
 @pytest.mark.parametrize("sequences", [64, 96, 128, 512])
@@ -103,7 +107,7 @@ def test_a_level_that_every_micro_batch_fills_sets_the_step(times: int, sequence
     given = slower_outside(times, sequences)
     for parameters_at in (-1, 0):
         candidate = Candidate(depths=(parameters_at, 1, 1))
-        assert simulate(given, candidate).step_s == pytest.approx(closed(given, candidate), rel=0.01)
+        assert simulate(given, candidate).step_s == pytest.approx(least(given, candidate), rel=0.003)
 
 
 @pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(4, 8, 1), (4, 3, 1), (4, 8, 2), (4, 4, 3), (2, 8, 4)])

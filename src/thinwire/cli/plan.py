@@ -22,11 +22,11 @@ from thinwire.hub.init import read_init
 from thinwire.model.config import check_vocabulary
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.plan import Plan, read_plan
-from thinwire.planner.choose import Choice, choose
-from thinwire.planner.explain import document, report, show_flips, show_needed
+from thinwire.planner.choose import choose
+from thinwire.planner.explain import document, report
 from thinwire.planner.listing import listing, program_document
-from thinwire.planner.search import Ranked
-from thinwire.planner.sensitivity import flips, needed
+from thinwire.planner.search import Choice, Ranked
+from thinwire.planner.sensitivity import flips, needed, show_flips, show_needed
 from thinwire.planner.space import COMPRESSION, Space
 from thinwire.planner.whynot import why_not
 from thinwire.predict.candidate import Candidate, CandidateSync, Setting, thinwire_with

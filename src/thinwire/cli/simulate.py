@@ -113,7 +113,7 @@ def _numbers(text: str, count: int, option: str, form: str) -> list[float]:
 def _document(simulated: Simulated, ranked: Ranked) -> dict[str, object]:
     return {
         "step_s": simulated.step_s,
-        "closed_form_s": ranked.time.total,
+        "unperturbed_s": ranked.time.total,
         "outer_s": simulated.outer_s,
         "events": simulated.events,
         "ranks": list(simulated.ranks),
@@ -124,16 +124,16 @@ def _document(simulated: Simulated, ranked: Ranked) -> dict[str, object]:
 def _print(simulated: Simulated, ranked: Ranked, setting: Setting, width: int) -> None:
     chosen = ranked.candidate
     typer.echo(f"{show_axes(chosen, setting)}, micro-batch {chosen.micro_batch}, {show_states(chosen, setting)}")
-    closed = ranked.time.total
+    plain = ranked.time.total
     typer.echo(
-        f"one step simulated: {show_seconds(simulated.step_s)} ({simulated.events} events); closed form without "
-        f"perturbations {show_seconds(closed)} ({simulated.step_s / closed - 1:+.2%})"
+        f"one step simulated: {show_seconds(simulated.step_s)} ({simulated.events} events); without perturbations "
+        f"{show_seconds(plain)} ({simulated.step_s / plain - 1:+.2%})"
     )
     typer.echo("\n".join(timeline(simulated, width=width)))
 
 
 def _print_failures(simulated: Simulated, setting: Setting, mtbf_hours: float, seed: int) -> None:
-    """A long run with failures, beside the closed form."""
+    """A long run with failures, beside the formula."""
     if not mtbf_hours > 0:
         raise ConfigError(f"--mtbf-hours {mtbf_hours:g} must be above 0")
     failures = default_failures(mtbf_hours * 3600)

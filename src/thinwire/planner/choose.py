@@ -6,7 +6,7 @@ that synchronises every step, when that one computes for less than half of its t
 """
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from thinwire.cluster import hardware as clusters
@@ -16,40 +16,20 @@ from thinwire.model import presets as models
 from thinwire.model.spec import ModelSpec
 from thinwire.plan.plan import ComputeDtype, Plan
 from thinwire.plan.sync import least_delay
-from thinwire.planner.search import Ranked, SearchResult, search
+from thinwire.planner.search import Choice, SearchResult, busy, fits, in_order, search
 from thinwire.planner.space import Codecs, Space, show_axes, show_states
+from thinwire.predict.bound import least_inner_s
 from thinwire.predict.candidate import Candidate, CandidateSync, Setting
 from thinwire.predict.outer_cost import outer_round
 from thinwire.predict.perturbation import Perturbation
 from thinwire.predict.placement import check_device, place
-from thinwire.predict.simulate import Simulated, simulate_step, step_s
+from thinwire.predict.simulate import Simulated, simulate_step
 
 Outer = Literal["auto", "never", "always"]
 BUSY_ENOUGH = 0.5
 """Share of compute under which synchronising every step is called too often."""
-FINALISTS = 5
-MOST_UNITS = 60_000
-"""Micro-batches times blocks, over all finalists, up to which they are simulated: about a second."""
 STALL_ALLOWED = 0.05
 INTERVALS = (16, 32, 64, 128, 256, 512)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was found; `outer` has plans with outer synchronisation, if they were looked for."""
-
-    every_step: SearchResult
-    outer: SearchResult | None
-
-    @property
-    def best(self) -> Ranked:
-        found = self.outer if self.outer is not None and self.outer.best else self.every_step
-        return found.best[0]
-
-
-def busy(ranked: Ranked) -> float:
-    """Share of the step that is compute."""
-    return ranked.time.compute_s / ranked.time.total
 
 
 def choose(setting: Setting, space: Space, *, keep: int = 20, outer: Outer = "auto") -> Choice:
@@ -60,31 +40,20 @@ def choose(setting: Setting, space: Space, *, keep: int = 20, outer: Outer = "au
     possible = space.sync is None and setting.cluster.levels[-1].fanout > 1 and len(setting.cluster.levels) > 1
     wanted = outer == "always" or (outer == "auto" and busy(found.best[0]) < BUSY_ENOUGH)
     rare = rarely(setting, space, keep) if possible and wanted else None
-    for each in (found, rare):
-        if each is not None:
-            each.best[:FINALISTS] = simulate_finalists(setting, each.best[:FINALISTS])
     return Choice(found, rare)
-
-
-def simulate_finalists(setting: Setting, finalists: list[Ranked]) -> list[Ranked]:
-    """Simulate the finalists and put them in the order that contention and the course of the pipeline give."""
-    units = sum(ranked.candidate.accumulate(setting) * setting.spec.layers for ranked in finalists)
-    if units > MOST_UNITS:
-        return finalists
-    simulated = [replace(r, simulated_s=step_s(setting, r.candidate, r.axes)) for r in finalists]
-    return sorted(simulated, key=lambda ranked: ranked.step_s)
 
 
 def rarely(setting: Setting, space: Space, keep: int) -> SearchResult | None:
     """Plans whose groups, the members of the outermost level, synchronise as often as costs at most a twentieth of the time.
 
-    The steps inside a group do not depend on how often groups synchronise, so one search finds them and another one ranks.
+    The steps inside a group do not depend on how often groups synchronise: the least bound of all says how long they are.
     """
     try:
-        found = search(setting, replace(space, sync=_sync(setting, INTERVALS[-1])), keep=1)
-        if not found.best:
+        found = SearchResult()
+        first = next(in_order(setting, replace(space, sync=_sync(setting, INTERVALS[-1])), found), None)
+        if first is None:
             return found
-        inner_s = found.best[0].time.total - found.best[0].time.outer_s
+        inner_s = least_inner_s(setting, first.candidate, first.axes, first.core)
         return search(setting, replace(space, sync=_least_often(setting, inner_s)), keep=keep)
     except PlanError:
         return None
@@ -170,20 +139,20 @@ def fits_nowhere(setting: Setting, space: Space, found: SearchResult) -> str:
     """What to change when no plan fits: a larger device, more of the outermost level, or shorter sequences."""
     capacity = setting.cluster.device.memory_bytes
     assert capacity and found.closest is not None
-    closest = found.closest
-    need = closest.memory.total * 1.05
+    candidate, _, memory = found.closest
+    need = memory.total * 1.05
     largest = max(
         ("params", "grads", "optimizer", "residual", "gathered", "activations", "live", "framework"),
-        key=lambda name: getattr(closest.memory, name),
+        key=lambda name: getattr(memory, name),
     )
     text = (
-        f"no plan fits: the smallest needs {need / 2**30:.1f} of {capacity / 2**30:.1f} GiB at stage {closest.memory.stage} "
-        f"({show_axes(closest.candidate, setting)} {show_states(closest.candidate, setting)}), most of it {largest}"
+        f"no plan fits: the smallest needs {need / 2**30:.1f} of {capacity / 2**30:.1f} GiB at stage {memory.stage} "
+        f"({show_axes(candidate, setting)} {show_states(candidate, setting)}), most of it {largest}"
     )
     for factor in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
         larger = _with_more(setting, factor)
         try:
-            if search(larger, space, keep=1).best:
+            if fits(larger, space):
                 return f"{text}; {_more_of(setting, larger)} ({larger.cluster.ranks} ranks) would fit"
         except PlanError:
             continue

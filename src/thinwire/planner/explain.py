@@ -1,19 +1,17 @@
 """The answer in words and tables, and as a document for programs."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import asdict, fields
 from typing import Any
 
 from thinwire.cluster.cluster import show_levels
-from thinwire.planner.choose import Choice, busy
-from thinwire.planner.search import Ranked
-from thinwire.planner.sensitivity import SHARES, Flip, Needed, shape_of
-from thinwire.planner.space import show_axes, show_states, show_sync
+from thinwire.planner.search import MOST_UNITS, Choice, Hopeful, Ranked, SearchResult, busy
+from thinwire.planner.space import shape_of, show_axes, show_states, show_sync
 from thinwire.predict.candidate import Setting
+from thinwire.predict.causes import StepTime
 from thinwire.predict.peak_memory import Memory
 from thinwire.predict.planned import sent_bytes
-from thinwire.predict.step import StepTime
-from thinwire.units import show_bytes, show_count, show_rate, show_seconds
+from thinwire.units import show_bytes, show_count, show_seconds
 
 TIME_NAMES = {
     "matmul_s": "matmuls", "memory_s": "element-wise work", "launch_s": "launching kernels", "tensor_s": "tensor axis",
@@ -61,8 +59,8 @@ def report(answer: Choice, setting: Setting, *, top: int) -> list[str]:
     slow = f"synchronising every step, the best plan computes for {computes}; "
     if answer.outer is not None and answer.outer.best:
         lines += [slow + "plans whose outermost groups synchronise rarely come first, and train differently:"]
-        lines += _table(answer.outer.best, setting, top)
-        lines += ["", "synchronising every step:", *_table(answer.every_step.best, setting, min(top, 3))]
+        lines += _table(answer.outer, setting, top)
+        lines += ["", "synchronising every step:", *_table(answer.every_step, setting, min(top, 3))]
     else:
         if answer.outer is not None:
             groups = cluster.levels[-1].name
@@ -70,31 +68,41 @@ def report(answer: Choice, setting: Setting, *, top: int) -> list[str]:
                 slow
                 + f"groups that synchronise rarely would help, but the model does not fit into one member of {groups!r}:"
             ]
-        lines += _table(answer.every_step.best, setting, top)
+        lines += _table(answer.every_step, setting, top)
     lines += ["", *_causes(best, setting), "", *_memory(best.memory, setting), "", *_traffic(best, setting)]
     return lines
 
 
-def distinct(best: Sequence[Ranked], top: int) -> list[Ranked]:
+Row = Ranked | Hopeful
+
+
+def seconds_of(row: Row) -> float:
+    """The simulated step, or what it takes at least."""
+    return row.time.total if isinstance(row, Ranked) else row.least_s
+
+
+def distinct(found: SearchResult, top: int) -> list[Row]:
     """The fastest of each shape, so that variants of one plan do not fill the table."""
-    found: dict[tuple[object, ...], Ranked] = {}
-    for ranked in best:
-        found.setdefault(shape_of(ranked.candidate), ranked)
-    return list(found.values())[:top]
+    shapes: dict[tuple[object, ...], Row] = {}
+    others: list[Row] = [*found.best[1:], *found.rest]
+    for row in (*found.best[:1], *sorted(others, key=seconds_of)):
+        shapes.setdefault(shape_of(row.candidate), row)
+    return list(shapes.values())[:top]
 
 
-def _table(best: Sequence[Ranked], setting: Setting, top: int) -> list[str]:
-    rows = [("", "seconds", "simulated", "MFU", "GiB", "axes", "mb", "recompute", "states (P; G; O) and codecs")]
-    for place, ranked in enumerate(distinct(best, top), 1):
-        candidate = ranked.candidate
+def _table(found: SearchResult, setting: Setting, top: int) -> list[str]:
+    rows = [("", "seconds", "MFU", "GiB", "axes", "mb", "recompute", "states (P; G; O) and codecs")]
+    shown = distinct(found, top)
+    for place, row in enumerate(shown, 1):
+        candidate, seconds = row.candidate, seconds_of(row)
         mark = "" if candidate.runnable else "*"
+        least, most = ("", "") if isinstance(row, Ranked) else ("> ", "< ")
         rows.append(
             (
                 f"{place}{mark}",
-                f"{ranked.time.total:.4g}",
-                f"{ranked.simulated_s:.4g}" if ranked.simulated_s else "",
-                f"{mfu(setting, ranked.time.total):.1%}",
-                f"{ranked.memory.total / 2**30:.1f}",
+                f"{least}{seconds:.4g}",
+                f"{most}{mfu(setting, seconds):.1%}",
+                f"{row.memory.total / 2**30:.1f}",
                 show_axes(candidate, setting),
                 str(candidate.micro_batch),
                 candidate.recompute,
@@ -103,10 +111,23 @@ def _table(best: Sequence[Ranked], setting: Setting, top: int) -> list[str]:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    marked = sorted({what for ranked in best for what in ranked.candidate.not_run_yet})
-    sync = show_sync(best[0].candidate)
+    sync = show_sync(shown[0].candidate)
     lines += [f"   {sync}"] if sync else []
-    return lines + ([f"* the trainer does not run {', '.join(marked)} yet"] if marked else [])
+    marked = sorted({what for row in shown for what in row.candidate.not_run_yet})
+    return [*lines, *([f"* the trainer does not run {', '.join(marked)} yet"] if marked else []), _proof(found)]
+
+
+def _proof(found: SearchResult) -> str:
+    """How sure it is that plan 1 is the fastest."""
+    looked = f"{found.simulated} of {found.fitting} plans that were looked at closely were simulated"
+    if found.proven:
+        return (
+            f"no plan that fits is simulated to be faster than plan 1: {looked}, the bounds of all others lie above it"
+        )
+    return (
+        f"another plan may be faster than plan 1, in {found.unseen_s:.4g} s at least: {looked}, which is the limit "
+        f"({MOST_UNITS:,} micro-batches times blocks)"
+    )
 
 
 def _causes(best: Ranked, setting: Setting) -> list[str]:
@@ -143,37 +164,6 @@ def _traffic(best: Ranked, setting: Setting) -> list[str]:
     return lines
 
 
-def show_needed(rows: Sequence[Needed], setting: Setting) -> list[str]:
-    """Rates for shares of compute, as a table."""
-    if not rows:
-        return []
-    level = setting.cluster.levels[-1].name
-    head = f"rate of a {level} link for compute to be" + "".join(f"{share:>13.0%}" for share in SHARES)
-    lines = [head]
-    for row in rows:
-        cells = "".join(f"{show_rate(rate) if rate else 'never':>13}" for rate in row.bytes_per_s)
-        lines.append(f"  {row.scheme:<{len(head) - 13 * len(SHARES) - 2}}{cells}")
-    if any(rate is None for row in rows for rate in row.bytes_per_s):
-        lines.append("  never: latency, or causes that this link has no part in, already take more")
-    return lines
-
-
-def show_flips(flips: Sequence[Flip], setting: Setting) -> list[str]:
-    """Where another plan becomes the best."""
-    if not flips:
-        return ["the best plan stays the best when any one level is four times slower or faster"]
-    lines = []
-    for flip in flips:
-        now = setting.cluster.levels[setting.cluster.index(flip.level)].bytes_per_s
-        assert now
-        other = flip.other.candidate
-        lines.append(
-            f"at {show_rate(flip.bytes_per_s)} on {flip.level} (now {show_rate(now)}) the best becomes "
-            f"{show_axes(other, setting)} {other.recompute} recompute, {show_states(other, setting)}"
-        )
-    return lines
-
-
 def document(answer: Choice, setting: Setting, *, top: int) -> dict[str, Any]:
     """The answer for programs."""
     found = answer.outer if answer.outer is not None and answer.outer.best else answer.every_step
@@ -186,25 +176,27 @@ def document(answer: Choice, setting: Setting, *, top: int) -> dict[str, Any]:
             "levels": {level.name: level.origin for level in setting.cluster.levels},
         },
         "cores": found.cores,
-        "costed": found.costed,
-        "plans": [entry(ranked, setting) for ranked in distinct(found.best, top)],
+        "bounded": found.fitting,
+        "simulated": found.simulated,
+        "proven": found.proven,
+        "others_take_at_least_s": None if math.isinf(found.unseen_s) else found.unseen_s,
+        "plans": [entry(row, setting) for row in distinct(found, top)],
     }
 
 
-def entry(ranked: Ranked, setting: Setting) -> dict[str, Any]:
-    """One ranked candidate as plain values."""
-    candidate = ranked.candidate
-    low, high = ranked.memory.interval
+def entry(row: Row, setting: Setting) -> dict[str, Any]:
+    """One candidate as plain values. Without `seconds` by cause it was not simulated, and takes `step_s` at least."""
+    candidate = row.candidate
+    low, high = row.memory.interval
     return {
-        "step_s": ranked.time.total,
-        "simulated_step_s": ranked.simulated_s,
-        "seconds": asdict(ranked.time),
-        "mfu": mfu(setting, ranked.time.total),
-        "memory_bytes": ranked.memory.total,
+        "step_s": seconds_of(row),
+        "seconds": asdict(row.time) if isinstance(row, Ranked) else None,
+        "mfu": mfu(setting, seconds_of(row)),
+        "memory_bytes": row.memory.total,
         "memory_low_bytes": low,
         "memory_high_bytes": high,
-        "memory": asdict(ranked.memory),
-        "sent_bytes": sent_bytes(setting, candidate, ranked.axes),
+        "memory": asdict(row.memory),
+        "sent_bytes": sent_bytes(setting, candidate, row.axes),
         "candidate": asdict(candidate),
         "data": candidate.data(setting.cluster),
         "accumulate": candidate.accumulate(setting),

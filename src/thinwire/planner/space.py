@@ -148,6 +148,11 @@ def _per_level(setting: Setting, levels: set[int], codec: CodecName) -> tuple[Co
     return tuple(codec if index in levels else None for index in range(len(setting.cluster.levels)))
 
 
+def shape_of(candidate: Candidate) -> tuple[object, ...]:
+    """What makes two plans different to a reader: axes, recomputation and partition; not codecs or the micro-batch."""
+    return candidate.tensor, candidate.context, candidate.pipeline, candidate.recompute, candidate.depths
+
+
 def show_axes(candidate: Candidate, setting: Setting) -> str:
     """`tensor=8 pipeline=4x2 data=16`, ones left out."""
     parts = [f"{name}={getattr(candidate, name)}" for name in ("tensor", "context") if getattr(candidate, name) > 1]

@@ -10,9 +10,9 @@ from typing import get_args
 
 from thinwire.errors import PlanError
 from thinwire.plan.partition import resolve_partition
-from thinwire.planner.search import Ranked, SearchResult, search
+from thinwire.planner.search import Ranked, SearchResult, fits, search
 from thinwire.planner.space import Space, show_axes, show_states
-from thinwire.predict.candidate import Recompute, Setting
+from thinwire.predict.candidate import Candidate, Recompute, Setting
 from thinwire.units import divisors, whole_number
 
 _SLOW = {
@@ -71,20 +71,20 @@ def _main_cause(named: Ranked, best: Ranked, setting: Setting) -> str:
 def _too_large(setting: Setting, space: Space, found: SearchResult) -> str:
     capacity = setting.cluster.device.memory_bytes
     assert capacity and found.closest is not None
-    memory = found.closest.memory
+    closest, _, memory = found.closest
     text = f"needs {memory.total / 2**30:.1f} of {capacity / 2**30:.1f} GiB at stage {memory.stage}, and 5% to spare"
-    for change in _changes(space.fixed, found.closest):
+    for change in _changes(space.fixed, closest):
         fields = {**space.fixed, **change}
         try:
             check(fields, setting)
-            if search(setting, replace(space, fixed=fields), keep=1).best:
+            if fits(setting, replace(space, fixed=fields)):
                 return f"{text}; {', '.join(f'{key}={value}' for key, value in change.items())} would fit"
         except PlanError:
             continue
     return f"{text}; no single doubling of an axis would fit"
 
 
-def _changes(fixed: Mapping[str, object], closest: Ranked) -> Iterator[dict[str, object]]:
+def _changes(fixed: Mapping[str, object], closest: Candidate) -> Iterator[dict[str, object]]:
     """Changes from small to large that lower memory."""
     if fixed.get("recompute", "full") != "full":
         yield {"recompute": "full"}
@@ -93,7 +93,7 @@ def _changes(fixed: Mapping[str, object], closest: Ranked) -> Iterator[dict[str,
     for factor in (2, 4, 8):
         for axis in ("pipeline", "tensor", "context"):
             if axis in fixed:
-                yield {axis: getattr(closest.candidate, axis) * factor}
+                yield {axis: getattr(closest, axis) * factor}
 
 
 NUMBERS = ("tensor", "context", "pipeline", "chunks", "micro_batch")

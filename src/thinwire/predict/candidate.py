@@ -42,6 +42,9 @@ class Framework:
     """Masks of a block's two dropouts are kept."""
     sequence_parallel: bool = True
     """Outside its matmuls a tensor-parallel block is split along the sequence (arXiv 2205.05198)."""
+    scattered_messages: bool = False
+    """Without sequence parallelism: each tensor-parallel rank sends its part of a message between stages, and the receivers
+    gather it again (arXiv 2104.04473, section 4.1)."""
     overlap_reduce: bool = True
     """Gradients are reduced behind backward."""
     overlap_refresh: bool = True

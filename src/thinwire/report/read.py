@@ -28,12 +28,13 @@ from thinwire.plan.optimizers import OptimizerConfig
 from thinwire.plan.plan import Plan
 from thinwire.planner.choose import choose
 from thinwire.planner.explain import report, rests_on
+from thinwire.planner.search import step_time
 from thinwire.planner.space import Codecs, Space
 from thinwire.predict.candidate import Candidate, Setting, thinwire_with
+from thinwire.predict.causes import StepTime
 from thinwire.predict.peak_memory import Memory, peak_memory
 from thinwire.predict.placement import check_device, place
 from thinwire.predict.simulate import simulate_step
-from thinwire.predict.step import StepTime, step_time
 
 Wire = dict[str, dict[str, float]]
 """level -> purpose -> bytes that rank 0 sends in one step."""
