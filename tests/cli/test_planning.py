@@ -58,9 +58,9 @@ def test_a_cluster_is_planned_for_where_there_is_no_torch() -> None:
 
 
 def test_every_key_that_train_takes_is_taken(tmp_path: Path) -> None:
-    """The resolved file of a run has them all."""
+    """The resolved file of a run has them all; one whose compute is emulated has another section."""
     full = load(RunConfig, write(tmp_path, **EVERY_SECTION))
-    assert {*type(full).model_fields} == {"model", *EVERY_SECTION, "batch", "cluster", "plan"}
+    assert {*type(full).model_fields} == {"model", *EVERY_SECTION, "batch", "cluster", "plan", "compute"}
     (tmp_path / "full.toml").write_text(dump_toml(full))
     assert task(tmp_path / "full.toml", []).setting.spec.vocab_size == 512
 

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,13 @@ from thinwire.cluster.hardware import device_preset
 from thinwire.cluster.hardware import preset as cluster_preset
 from thinwire.files.trace import Span, read_trace
 from thinwire.model.presets import preset
+from thinwire.plan.passes import before, passes
 from thinwire.predict.bound import least_s
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.perturbation import Failures, Perturbation, goodput, run_with_failures
 from thinwire.predict.placement import place
 from thinwire.predict.planned import planned
-from thinwire.predict.queue import Clock, Message, SendStream, Signal, Worker, before, chain, passes
+from thinwire.predict.queue import Clock, Message, SendStream, Signal, Worker, chain
 from thinwire.predict.simulate import Simulated, simulate_step
 from thinwire.predict.step import core_of
 
@@ -264,3 +265,27 @@ def test_wrong_input_is_one_sentence_and_exit_2(
         main(["simulate", str(run_file), "--runnable", *arguments])
     assert caught.value.code == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("depths", [(-1, -1, -1), (-1, -1, 1), (0, 0, 1), (1, 1, 1)])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_slower_rank_never_shortens_a_step(depths: tuple[int, int, int], stages: int) -> None:
+    """It comes to the messages of a level in another order than the others: nobody waits in a circle."""
+    given = setting(2, 4, rate=1e9, sequences=64)
+    candidate = Candidate(pipeline=stages, depths=depths)
+    seconds = [
+        simulate(given, candidate, Perturbation(slow_ranks={(1, stages - 1): factor})).step_s
+        for factor in (1.0, 1.02, 1.1, 1.5, 2.0, 4.0)
+    ]
+    # Another order of messages may be a little better: hence not quite sorted.
+    assert all(slower >= (1 - 1e-3) * faster for faster, slower in pairwise(seconds))
+    assert seconds[-1] > seconds[0]
+    assert seconds[0] == pytest.approx(simulate(given, candidate).step_s, rel=1e-9)
+
+
+def test_units_that_travel_together_cost_a_small_model_fewer_latencies() -> None:
+    level = Level(name="node", fanout=2, bytes_per_s=1e8, latency_s=0.03)
+    given = Setting(preset("llama-3m"), Cluster(device=device_preset("a100-80g"), levels=(level,)), 8, 128)
+    for depths in ((-1, -1, -1), (0, 0, 0)):
+        alone, together = (simulate(given, Candidate(depths=depths, bucket_bytes=size)).step_s for size in (0, None))
+        assert together < alone

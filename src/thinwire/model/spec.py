@@ -123,10 +123,11 @@ class ModelSpec(Frozen):
 
     def units(self) -> list[UnitSpec]:
         """Embedding, each block, final norm, head; a tied head is part of the embedding."""
-        names = list(self.parameter_shapes())
-        prefixes = ["embedding", "positions", *(f"blocks.{i}" for i in range(self.layers)), "norm", "head"]
-        grouped = [UnitSpec(p, tuple(n for n in names if n.startswith(p + "."))) for p in prefixes]
-        return [unit for unit in grouped if unit.parameters]
+        found: dict[str, list[str]] = {}
+        for name in self.parameter_shapes():
+            first, second = name.split(".")[:2]
+            found.setdefault(f"{first}.{second}" if first == "blocks" else first, []).append(name)
+        return [UnitSpec(unit, tuple(names)) for unit, names in found.items()]
 
     @property
     def matmul_parameters(self) -> int:

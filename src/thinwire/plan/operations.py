@@ -33,9 +33,12 @@ class Key(NamedTuple):
     """-1: of the step before."""
 
     def moved(self, micro_batches: int, units: int) -> "Key":
-        m = self.micro_batch + micro_batches if self.micro_batch >= 0 else self.micro_batch
-        shifts = self.unit >= 0 and self.stage == ONCE  # the number of a chunk stays
-        return self._replace(micro_batch=m, unit=self.unit + units if shifts else self.unit)
+        role, phase, micro_batch, unit, stage, step = self
+        if micro_batch >= 0:
+            micro_batch += micro_batches
+        if unit >= 0 and stage == ONCE:  # the number of a chunk stays
+            unit += units
+        return Key(role, phase, micro_batch, unit, stage, step)
 
 
 class When(NamedTuple):
@@ -71,9 +74,10 @@ class Op(NamedTuple):
         return sum(hop.sent_bytes for hop in self.hops)
 
     def moved(self, micro_batches: int, units: int) -> "Op":
-        after = tuple(key.moved(micro_batches, units) for key in self.after)
-        together = tuple(unit + units for unit in self.units)
-        return self._replace(key=self.key.moved(micro_batches, units), after=after, units=together)
+        kind, key, hops, after, when, together = self
+        after = tuple([key.moved(micro_batches, units) for key in after])
+        together = tuple([unit + units for unit in together]) if units else together
+        return Op(kind, key.moved(micro_batches, units), hops, after, when, together)
 
     @property
     def of_units(self) -> tuple[int, ...]:
@@ -132,7 +136,7 @@ class RankClass:
 
     def ops(self) -> Iterator[Op]:
         """Every operation in turn, unfolded."""
-        return _unfolded(self.body)
+        return unfolded(self.body)
 
 
 @dataclass(frozen=True)
@@ -175,13 +179,15 @@ def _counted(body: Body, times: int) -> Iterator[tuple[Op, int]]:
             yield item, times
 
 
-def _unfolded(body: Body) -> Iterator[Op]:
+def unfolded(body: Body) -> Iterator[Op]:
+    """Every operation in turn."""
     for item in body:
         if isinstance(item, Op):
             yield item
             continue
+        once = list(unfolded(item.body))
         for time in range(item.times):
-            yield from (op.moved(time * item.micro_batches, time * item.units) for op in _unfolded(item.body))
+            yield from [op.moved(time * item.micro_batches, time * item.units) for op in once] if time else once
 
 
 # -- folding -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.course import StagePasses
 from thinwire.predict.overlap import UnitMoves, shares
 from thinwire.predict.pipeline import parameters_of
-from thinwire.predict.placement import Axes
+from thinwire.predict.placement import Axes, blocks_together, codec_at
 from thinwire.predict.sent import unit_moves
 from thinwire.predict.step import Core
 
@@ -54,7 +54,8 @@ class LinkBounds:
         found, none = [], (None,) * len(self._setting.cluster.levels)
         for each in with_codecs(self._setting, self._space, replace(candidate, depths=(-1, -1, level)), axes):
             gathered, reduced = (
-                wire_bytes(codecs[level] or "fp32", PROBE, block=each.coding.block, element_bytes=plain) / PROBE
+                wire_bytes(codec_at(codecs, level) or "fp32", PROBE, block=each.coding.block, element_bytes=plain)
+                / PROBE
                 for codecs, plain in ((each.weights or none, plain_weight), (each.grads or none, plain_grad))
             )
             found.append(reduced + min(gathered, reduced))
@@ -63,7 +64,7 @@ class LinkBounds:
     def choices(self, candidate: Candidate, axes: Axes, core: Core) -> "Choices":
         """Partitions and codecs, with what they move of the first stage: the same for many cores."""
         held = parameters_of(self._setting, core.stages[0].kind, candidate.tensor)
-        key = (candidate.tensor, axes.states)
+        key = (candidate.tensor, axes.states, candidate.pipeline == 1)
         if key not in self._choices:
             every = [
                 each
@@ -74,20 +75,26 @@ class LinkBounds:
             for each in every:
                 hops = (each.depths, each.weights, each.grads)
                 if hops not in moves:  # whether weights are kept changes nothing of how they travel
+                    together = blocks_together(self._setting, each, axes.states)
                     block, embedding = (
-                        unit_moves(held[unit], self._setting, each, axes.states) for unit in ("block", "embedding")
+                        unit_moves(many * held[unit], self._setting, each, axes.states)
+                        for unit, many in (("block", together), ("embedding", 1))
                     )
                     moves[hops] = block, embedding
             found = [moves[each.depths, each.weights, each.grads] for each in every]
-            self._choices[key] = Choices(every, found, len(self._setting.cluster.levels))
+            together = blocks_together(self._setting, candidate, axes.states)
+            self._choices[key] = Choices(every, found, len(self._setting.cluster.levels), together)
         return self._choices[key]
 
 
 class Choices:
-    """Partitions with their codecs, and seconds by level [choice, level] of what a block and the embedding move."""
+    """Partitions with their codecs, and seconds by level [choice, level] of what `together` blocks and the table move."""
 
-    def __init__(self, every: list[Candidate], moves: list[tuple[UnitMoves, UnitMoves]], levels: int) -> None:
+    def __init__(
+        self, every: list[Candidate], moves: list[tuple[UnitMoves, UnitMoves]], levels: int, together: int
+    ) -> None:
         block, embedding = ([pair[unit] for pair in moves] for unit in (0, 1))
+        self._together = together
         names = ("depths", "keep_gathered", *COMPRESSION)
         self.fields = [{name: getattr(each, name) for name in names} for each in every]
         self._kept = np.array([[each.keep_gathered] for each in every])
@@ -102,7 +109,7 @@ class Choices:
         No stream is done sooner than its bytes take. The first forward is not over before new weights are there, and
         reductions of each chunk's last micro-batch set out after its backward has begun, at `last_s` if nothing is moved.
         """
-        times, blocks = core.micro_batches, core.stages[0].kind.blocks
+        times, blocks = core.micro_batches, core.stages[0].kind.blocks // self._together  # those left over send too
         upto = [*accumulate(shares(blocks, len(last_s)))]
         gathers = np.where(self._kept, 1, 2 * times) * self._gather
         busy = blocks * (gathers + (times - 1) * self._reduce_each + self._reduce_last + self._refresh)

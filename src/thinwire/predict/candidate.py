@@ -71,9 +71,11 @@ class Framework:
     """Queries, keys and values are made in one buffer, which the values keep alive in full."""
     keeps_gathered_inputs: bool = False
     """Inputs that sequence parallelism gathers for a matmul are kept in full for backward, not gathered again."""
+    buckets: bool = False
+    """Small units travel together, as the links ask for (`plan/hops.py`)."""
 
 
-THINWIRE = Framework("thinwire", full_table_grad=True, tied_units=True, packed_qkv=True, fused_loss=True)
+THINWIRE = Framework("thinwire", full_table_grad=True, tied_units=True, packed_qkv=True, fused_loss=True, buckets=True)
 """With AdamW."""
 
 
@@ -208,6 +210,8 @@ class Candidate:
     """Codec of weights at each level, none: as they are."""
     grads: tuple[CodecName | None, ...] = ()
     coding: CodecOptions = _PLAIN
+    bucket_bytes: int | None = None
+    """Up to this size units travel together; none: what suits the links."""
     sync: CandidateSync | None = None
 
     @staticmethod
@@ -221,6 +225,7 @@ class Candidate:
             keep_gathered=plan.partition.keep_gathered,
             weights=tuple(weights.get(name) for name in plan.level_names) if weights else (),
             grads=tuple(grads.get(name) for name in plan.level_names) if grads else (),
+            bucket_bytes=plan.bucket_bytes,
             coding=CodecOptions(plan.compression.block, plan.compression.rounding, plan.compression.error_feedback),
             sync=None if plan.sync is None else CandidateSync.of(plan.sync, plan.levels_in_group, blocks),
         )
@@ -269,6 +274,7 @@ class Candidate:
             sync=None if self.sync is None else self.sync.rounds(levels),
             recompute="full" if self.recompute == "full" else "none",
             compute_dtype=setting.compute_dtype,
+            bucket_bytes=self.bucket_bytes,
             micro_batch=self.micro_batch,
             accumulate=self.accumulate(setting),
         )

@@ -83,3 +83,9 @@ class StageUnits:
 def shares(blocks: int, chunks: int) -> list[int]:
     """A stage's blocks by chunk."""
     return [blocks // chunks + (i < blocks % chunks) for i in range(chunks)]
+
+
+def grouped(blocks: int, together: int) -> list[int]:
+    """How many blocks travel together each time; what is left over comes first."""
+    rest = blocks % together
+    return [*([rest] if rest else []), *[together] * (blocks // together)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from thinwire.cluster.cluster import Calibration, Cluster, Device
 from thinwire.errors import ConfigError, PlanError
-from thinwire.plan.hops import Buffer, Link
+from thinwire.plan.hops import Buffer, Link, bucket_bytes
 from thinwire.predict.candidate import Candidate, Setting
 
 
@@ -201,8 +201,8 @@ def buffer_of(
         lp,
         lg,
         lo,
-        tuple(_codec(candidate.weights, hop) for hop in hops),
-        tuple(_codec(candidate.grads, hop) for hop in hops),
+        tuple(codec_at(candidate.weights, hop.level) for hop in hops),
+        tuple(codec_at(candidate.grads, hop.level) for hop in hops),
         weight_bytes=setting.compute_bytes,
         grad_bytes=round(setting.framework.grad_wire_bytes),
         block=candidate.coding.block,
@@ -211,8 +211,9 @@ def buffer_of(
     )
 
 
-def _codec(codecs: Sequence[str | None], hop: Hop) -> str | None:
-    found = codecs[hop.level] if hop.level < len(codecs) else None
+def codec_at(codecs: Sequence[str | None], level: int) -> str | None:
+    """The codec that a level has, if any. Raises PlanError for gradients of low rank."""
+    found = codecs[level] if level < len(codecs) else None
     if found == "lowrank":
         raise PlanError(
             "gradients of low rank are not planned: what they send and cost depends on every matrix's shape"
@@ -222,3 +223,19 @@ def _codec(codecs: Sequence[str | None], hop: Hop) -> str | None:
 
 def _compressed(candidate: Candidate) -> bool:
     return any(codec not in (None, "fp32", "bf16", "fp16") for codec in (*candidate.weights, *candidate.grads))
+
+
+def bucket_of(setting: Setting, candidate: Candidate, hops: Sequence[Hop]) -> int:
+    """Size in bytes up to which units travel together. Of a pipeline's stages none do."""
+    if not setting.framework.buckets or candidate.pipeline > 1:
+        return 0
+    if candidate.bucket_bytes is not None:
+        return candidate.bucket_bytes
+    total = round(setting.parameters / candidate.tensor) * round(setting.framework.grad_wire_bytes)
+    return bucket_bytes(total, links_of(setting, hops))
+
+
+def blocks_together(setting: Setting, candidate: Candidate, hops: Sequence[Hop]) -> int:
+    """How many blocks travel together."""
+    each = round(setting.block_parameters / candidate.tensor * setting.framework.grad_wire_bytes)
+    return max(1, min(setting.spec.layers, bucket_of(setting, candidate, hops) // each))

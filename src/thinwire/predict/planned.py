@@ -1,50 +1,72 @@
 """The step program of a candidate: the units of its stages as the engine would find them, and what a rank sends.
 
-Units are the model's own (embedding, positions, blocks, norm, head), padded as the engine pads them. A level that the data
-axis does not cross does not count: depths are translated to hops of that axis. Of a pipeline's stages, and under other
-runtimes, units are a block, the embedding with positions, and the head with the final norm.
+Units are a block, or blocks that travel together, the embedding with positions, and the head with the final norm. Their
+buffers are the model's own units, padded as the engine pads them. A level that the data axis does not cross does not
+count: depths are translated to hops of that axis.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from thinwire.plan.hops import Hop, Link
 from thinwire.plan.operations import Program, Unit
 from thinwire.plan.program import VOTE_EVERY, Overlap, StepShape, Where, program
 from thinwire.plan.rounds import HEARTBEAT_BYTES, assign_units, exchange_bytes, inside_bytes, swaps
 from thinwire.predict.candidate import Candidate, CandidateSync, Setting
+from thinwire.predict.overlap import grouped, shares
 from thinwire.predict.pipeline import StageKind, kinds, message_bytes, parameters_of
-from thinwire.predict.placement import Axes, buffer_of, hop_depths, links_of
+from thinwire.predict.placement import Axes, blocks_together, bucket_of, buffer_of, hop_depths, links_of
 
 
 def stage_units(setting: Setting, candidate: Candidate, axes: Axes, stage: int) -> list[list[Unit]]:
     """The units of each chunk of a stage, in forward order; the first chunk has the embedding, the last one the head."""
-    spec, chunks = setting.spec, candidate.chunks
-    resident = spec.tied and candidate.pipeline == 1 and setting.framework.tied_units
-    named = list(_named(setting, candidate, stage))
     inside = (
         tuple(activation_hops(setting, candidate, axes)),
         tuple(activation_hops(setting, candidate, axes, back=True)),
     )
-    units = [
-        Unit(
-            name,
-            (buffer_of(n, setting, candidate, axes.states, parameters=many),),
-            name == "embedding" and resident,
-            *(inside if name.startswith("blocks.") else ()),
-        )
-        for name, n, many in named
-    ]
-    blocks = [unit for unit in units if unit.name.startswith("blocks.")]
-    before = units[: units.index(blocks[0])]
-    after = units[len(before) + len(blocks) :]
-    found, start = [], 0
-    for chunk in range(chunks):
-        end = start + len(blocks) // chunks + (chunk < len(blocks) % chunks)
-        found.append(blocks[start:end])
-        start = end
-    found[0] = [*before, *found[0]]
-    found[-1] = [*found[-1], *after]
+    resident = setting.spec.tied and candidate.pipeline == 1 and setting.framework.tied_units
+    kind, first = _kind(setting.spec.layers, candidate.pipeline, stage)
+    ends = _ends(setting, candidate, kind)
+
+    def unit(name: str, members: Sequence[Member], *hops: tuple[Hop, ...]) -> Unit:
+        buffers = (buffer_of(n, setting, candidate, axes.states, parameters=many) for n, many in members)
+        return Unit(name, tuple(buffers), name == "embedding" and resident, *hops)
+
+    many = next(len(each.parameters) for each in setting.spec.units() if each.name == "blocks.0")
+    block = (setting.block_parameters / candidate.tensor, many)
+    together = blocks_together(setting, candidate, axes.states)
+    found = []
+    for count in shares(kind.blocks, candidate.chunks):
+        chunk = []
+        for size in grouped(count, together):
+            name = f"blocks.{first}" + (f" to blocks.{first + size - 1}" if size > 1 else "")
+            chunk.append(unit(name, [block] * size, *(hops * size for hops in inside)))
+            first += size
+        found.append(chunk)
+    found[0] = [*([unit("embedding", ends["embedding"])] if "embedding" in ends else []), *found[0]]
+    found[-1] = [*found[-1], *([unit("head", ends["head"])] if "head" in ends else [])]
+    return found
+
+
+Member = tuple[float, int]
+"""Elements of a flat buffer, and how many parameters lie in it."""
+
+
+def _ends(setting: Setting, candidate: Candidate, kind: StageKind) -> dict[str, list[Member]]:
+    """What a stage has besides its blocks: the embedding with positions, the head with the final norm."""
+    spec, tensor = setting.spec, candidate.tensor
+    shapes = spec.parameter_shapes()
+    members = {
+        unit.name: (sum(math.prod(shapes[name]) for name in unit.parameters) / tensor, len(unit.parameters))
+        for unit in spec.units()
+    }
+    found: dict[str, list[Member]] = {}
+    if candidate.pipeline > 1:  # a table of its own at both ends, and the norm with the last one
+        held = parameters_of(setting, kind, tensor)
+        return {name: [(held[name], members["norm"][1] + 1)] for name in ("embedding", "head") if name in held}
+    found["embedding"] = [members[name] for name in ("embedding", "positions") if name in members]
+    found["head"] = [members[name] for name in ("norm", "head") if name in members]
     return found
 
 
@@ -71,23 +93,11 @@ def activation_hops(setting: Setting, candidate: Candidate, axes: Axes, *, back:
             yield Hop(axes.context[-1].level, "p2p", "context", part, None, sent)
 
 
-def _named(setting: Setting, candidate: Candidate, stage: int) -> Iterator[tuple[str, float, int]]:
-    """(name, elements, how many parameters) of each unit of a stage."""
-    spec = setting.spec
-    if candidate.pipeline == 1:
-        shapes = spec.parameter_shapes()
-        for unit in spec.units():
-            elements = sum(math.prod(shapes[name]) for name in unit.parameters) / candidate.tensor
-            yield unit.name, elements, len(unit.parameters)
-        return
-    kind, first = _kind(spec.layers, candidate.pipeline, stage)
-    held = parameters_of(setting, kind, candidate.tensor)
-    many = {unit.name: len(unit.parameters) for unit in spec.units()}
-    if "embedding" in held:
-        yield "embedding", held["embedding"], many["embedding"] + many.get("positions", 0)
-    yield from ((f"blocks.{first + number}", held["block"], many["blocks.0"]) for number in range(kind.blocks))
-    if "head" in held:
-        yield "head", held["head"], many["norm"] + many.get("head", 0)
+def _members(unit: Unit, setting: Setting) -> list[str]:
+    """The model's own units in this one."""
+    names = {"embedding": ["embedding", "positions"], "head": ["norm", "head"]}.get(unit.name, [unit.name])
+    own = [each.name for each in setting.spec.units()]
+    return [name for name in names if name in own] if len(unit.buffers) > 1 else [unit.name]
 
 
 def _kind(layers: int, pipeline: int, stage: int) -> tuple[StageKind, int]:
@@ -111,6 +121,7 @@ def planned(setting: Setting, candidate: Candidate, axes: Axes) -> Program:
         send=None if send is None else Hop(send.level, "p2p", "pipeline", message, None, message),
         halves=setting.cluster.device.kind == "cpu",
         overlap=Overlap(framework.prefetch, framework.overlap_reduce, framework.overlap_refresh),
+        bucket_bytes=bucket_of(setting, candidate, axes.states),
         voters=Link(len(setting.cluster.levels) - 1, groups) if groups > 1 else None,
     )
     shape = StepShape(
@@ -146,9 +157,10 @@ def _rounds_bytes(
     """
     groups, ranks, summed = candidate.groups(setting.cluster), math.prod(hop.fanout for hop in axes.states), sync.summed
     units = [
-        (unit.name, min(unit.buffers[0].used, unit.buffers[0].numel // ranks))
-        for chunk in stage_units(setting, candidate, axes, 0)
+        (name, min(buffer.used, buffer.numel // ranks))
+        for chunk in stage_units(setting, replace(candidate, bucket_bytes=0), axes, 0)
         for unit in chunk
+        for name, buffer in zip(_members(unit, setting), unit.buffers, strict=True)
     ]
     assigned = assign_units(units, min(sync.fragments, len(units)), "strided" if sync.said is None else sync.said.order)
     block = 128 if sync.said is None else sync.said.block

@@ -1,16 +1,14 @@
-"""An event queue with streams, first come first served, the same every time; and the order in which a stage computes.
+"""An event queue with streams, first come first served, the same every time.
 
-A stream carries one message at a time. A collective waits until all that take part have come to it and it is first in
-every one of their streams. Compute goes on beside messages, slower by a factor while any stream of its rank is busy.
-
-A stage computes in the order of 1F1B or its interleaved form, as Megatron-LM runs them (arXiv 2104.04473, 2.2).
+A stream carries one message at a time, in the order in which all who take part have come to them: ranks that are not
+equally fast come to messages in different orders, and never wait for each other's turn in a circle.
+Compute goes on beside messages, slower by a factor while any stream of its rank is busy.
 """
 
 import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from thinwire.files.trace import Span
 
@@ -30,6 +28,11 @@ class Clock:
         """Call `then` at `time`; calls at the same time go in the order of asking."""
         heapq.heappush(self._due, (time, self._number, then))
         self._number += 1
+
+    def number(self) -> int:
+        """One more than the time before."""
+        self._number += 1
+        return self._number
 
     def run(self) -> float:
         """Until nothing is due; the time of the last event."""
@@ -71,7 +74,13 @@ class Message:
     wanted: int
     """How many streams have to come to it before it may start."""
     done: Signal = field(default_factory=Signal)
-    started: bool = False
+    number: int = -1
+    """Of messages that everyone has come to; none before."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether everyone is there, and it is its turn in every stream."""
+        return self.number >= 0 and all(stream.carrying is None and stream.next is self for stream in self.streams)
 
 
 class SendStream:
@@ -82,42 +91,55 @@ class SendStream:
     ) -> None:
         self._clock, self._log = clock, log
         self.rank, self.name, self.worker = rank, name, worker
-        self.queue: deque[Message] = deque()
+        self.waiting: deque[Message] = deque()
+        """What the rank has come to and has not begun, in the order of coming."""
+        self.carrying: Message | None = None
 
     def join(self, message: Message) -> None:
-        """Come to `message`, last in this stream."""
-        self.queue.append(message)
+        """Come to `message`."""
+        self.waiting.append(message)
         message.streams.append(self)
-        _start(self._clock, message)
+        if len(message.streams) == message.wanted:
+            message.number = self._clock.number()
+            if message.ready:
+                _start(self._clock, message)
 
-    def finish(self, message: Message, start: float) -> None:
-        assert self.queue[0] is message
-        self.queue.popleft()
+    @property
+    def next(self) -> Message | None:
+        """Of what everyone has come to, what was complete first."""
+        if len(self.waiting) == 1:
+            return self.waiting[0] if self.waiting[0].number >= 0 else None
+        complete = [message for message in self.waiting if message.number >= 0]
+        return min(complete, key=lambda message: message.number, default=None)
+
+    def begin(self, message: Message) -> None:
+        self.waiting.remove(message)
+        self.carrying = message
+        if self.worker is not None:
+            self.worker.beside(+1)
+
+    def end(self, message: Message, start: float) -> None:
+        self.carrying = None
         self._log(Span(self.rank, self.name, message.name, start, self._clock.now))
         if self.worker is not None:
             self.worker.beside(-1)
 
 
 def _start(clock: Clock, message: Message) -> None:
-    """Start `message` if everyone is there and it is everyone's turn."""
-    ready = len(message.streams) == message.wanted and all(stream.queue[0] is message for stream in message.streams)
-    if not ready or message.started:
-        return
-    message.started = True
     start = clock.now
     for stream in message.streams:
-        if stream.worker is not None:
-            stream.worker.beside(+1)
+        stream.begin(message)
     clock.at(start + message.seconds, lambda: _end(clock, message, start))
 
 
 def _end(clock: Clock, message: Message, start: float) -> None:
     for stream in message.streams:
-        stream.finish(message, start)
+        stream.end(message, start)
     message.done.fire()
     for stream in message.streams:
-        if stream.queue:
-            _start(clock, stream.queue[0])
+        following = stream.next
+        if following is not None and following.ready:
+            _start(clock, following)
 
 
 class Worker:
@@ -178,46 +200,3 @@ def chain(messages: Sequence[Message], streams: Sequence["SendStream"], done: Si
         streams[index].join(messages[index])
 
     go(0)
-
-
-class Pass(NamedTuple):
-    """One forward or backward of one chunk for one micro-batch."""
-
-    forward: bool
-    micro_batch: int
-    chunk: int
-
-
-def passes(stage: int, stages: int, micro_batches: int, chunks: int) -> list[Pass]:
-    """The passes of `stage` in order: forwards to fill the pipeline, one forward one backward, backwards to empty it."""
-    total = micro_batches * chunks
-    if chunks == 1:
-        filling = min(stages - stage - 1, total)
-    else:
-        filling = total if micro_batches == stages else min((stages - stage - 1) * 2 + (chunks - 1) * stages, total)
-    ahead = [_pass(True, k, stages, chunks) for k in range(total)]
-    back = [_pass(False, k, stages, chunks) for k in range(total)]
-    found = ahead[:filling]
-    for k in range(total - filling):
-        found += [ahead[filling + k], back[k]]
-    return found + back[total - filling :]
-
-
-def _pass(forward: bool, k: int, stages: int, chunks: int) -> Pass:
-    """The k-th forward (backward) of a stage: `stages` micro-batches go through a chunk before the next chunk's turn."""
-    if chunks == 1:
-        return Pass(forward, k, 0)
-    turn, inside = divmod(k, stages * chunks)
-    chunk, which = divmod(inside, stages)
-    return Pass(forward, turn * stages + which, chunk if forward else chunks - 1 - chunk)
-
-
-def before(each: Pass, stage: int, stages: int, chunks: int) -> tuple[int, Pass] | None:
-    """The (stage, pass) whose output `each` needs from another stage or chunk; none for what begins or turns round."""
-    step = -1 if each.forward else 1
-    adjacent, chunk = stage + step, each.chunk
-    if not 0 <= adjacent < stages:
-        chunk, adjacent = chunk + step, adjacent % stages
-    if not 0 <= chunk < chunks:
-        return None
-    return adjacent, Pass(each.forward, each.micro_batch, chunk)

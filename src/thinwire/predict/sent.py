@@ -33,7 +33,7 @@ class _Chain:
 def unit_moves(
     elements: float, setting: Setting, candidate: Candidate, hops: Sequence[Hop], *, resident: bool = False
 ) -> UnitMoves:
-    """Seconds of each chain of a unit of so many elements."""
+    """Seconds of each chain of a unit of so many elements, or of units that travel together."""
     if not hops or elements == 0:
         return UnitMoves()
     buffer, links = buffer_of(elements, setting, candidate, hops), links_of(setting, hops)

@@ -1,23 +1,29 @@
-"""One optimizer step simulated with an event queue, from the same costs as the closed form.
+"""Plays the step program with an event queue: when each operation of each rank begins and ends, in seconds.
 
 Every rank has a compute stream and a send stream for each level. Ranks that do the same are one: a pipeline stage's replicas
 are folded into one simulated rank, and only replicas that are slow by name are simulated beside it. Collectives of the
 states axis join all simulated replicas of a stage; messages between stages stay inside a replica.
+
+A rank comes to its operations in their order, and waits at each for what that is after; new weights of the step before,
+which a gather waits for, hold up the gather alone. What travels between ranks inside a unit's compute, and the small
+sums before the update, count in the seconds of those (`predict/block.py`, `predict/step.py`).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from thinwire.files.trace import Span
+from thinwire.plan.operations import ALL, Body, Key, Op, Repeat, unfolded
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
-from thinwire.predict.overlap import Chain, OverlapPolicy, StageUnits, UnitWork, added
+from thinwire.predict.overlap import Chain, added
 from thinwire.predict.perturbation import Jitter, Perturbation
 from thinwire.predict.placement import Axes
-from thinwire.predict.queue import Clock, Message, Pass, SendStream, Signal, Worker, before, chain, passes
-from thinwire.predict.step import core_of, optimizer_s, overlap_policy, own_once_s, stage_work
+from thinwire.predict.planned import planned
+from thinwire.predict.queue import Clock, Message, SendStream, Signal, Worker, chain
+from thinwire.predict.step import StageWork, core_of, optimizer_s, own_once_s, stage_work
 
-Program = Iterator[Signal]
+Waits = Iterator[Signal]
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,68 @@ class Simulated:
     """Seconds that each stream was busy, over all simulated ranks."""
 
 
-class Step:
-    """The world of one step."""
+class Costs:
+    """Seconds of a rank class's operations."""
+
+    def __init__(self, setting: Setting, candidate: Candidate, axes: Axes, work: StageWork, body: Body) -> None:
+        self._units = [unit for chunk in work.units.chunked(candidate.chunks) for unit in chunk]
+        self.update_s = optimizer_s(setting, work.owned, axes) + own_once_s(work.units)
+        self._body = self._timed(body)
+        self._forward_s = [unit.forward_s for unit in self._units]
+        self._backward_s = [unit.backward_s for unit in self._units]
+
+    @property
+    def ops(self) -> Iterator[Op]:
+        """Of the program, in its order, what takes time or is waited for."""
+        return unfolded(self._body)
+
+    def compute_s(self, op: Op) -> float:
+        seconds = self._forward_s if op.key.role == "forward" else self._backward_s
+        return sum([seconds[unit] for unit in op.units]) if op.units else seconds[op.key.unit]
+
+    def _timed(self, body: Body) -> Body:
+        """What takes time, or is waited for; units that compute one after another in one operation."""
+        return tuple(self._kept(body))
+
+    def _kept(self, body: Body) -> Iterator[Op | Repeat]:
+        for item in body:
+            if isinstance(item, Repeat):
+                inner = self._timed(item.body)
+                plain = [each for each in inner if isinstance(each, Op) and each.kind == "compute" and not each.after]
+                if item.units and inner and len(plain) == len(inner):
+                    shifts = (time * item.units for time in range(item.times))
+                    units = tuple(unit + shift for shift in shifts for op in plain for unit in op.of_units)
+                    yield plain[0]._replace(units=units)
+                elif inner:
+                    yield item._replace(body=inner)
+                continue
+            op = item._replace(after=tuple(key for key in item.after if self._takes_time(key)))
+            moves = op.key.role in ("gather", "reduce") and self.chain(op, last=True)
+            if moves or op.after or op.kind in ("compute", "transfer", "update") or op.key.role == "flags":
+                yield op
+
+    def _takes_time(self, key: Key) -> bool:
+        """Whether what others are after can still be on its way."""
+        if key.role == "gather":
+            moves = self._units[key.unit].moves
+            return bool(moves.gather if key.phase == "forward" else moves.again)
+        return key.role in ("send", "reduce") or (key.role == "refresh" and bool(self._units[key.unit].moves.refresh))
+
+    def chain(self, op: Op, *, last: bool) -> Chain:
+        """Of a collective that moves states, seconds of its hops behind compute; of several units together added up."""
+        role, phase = op.key.role, op.key.phase
+        moves = [self._units[unit].moves for unit in op.of_units]
+        if role == "gather":
+            chains = [each.gather if phase == "forward" else each.again for each in moves]
+        elif role == "reduce":
+            chains = [each.reduce_last if last else each.reduce_each for each in moves]
+        else:
+            chains = [each.refresh for each in moves]
+        return chains[0] if len(chains) == 1 else added(chains)
+
+
+class Play:
+    """All simulated ranks of a step, and what they share."""
 
     def __init__(
         self, setting: Setting, candidate: Candidate, axes: Axes, perturbation: Perturbation, *, keep_spans: bool
@@ -46,18 +112,21 @@ class Step:
         self.spans: list[Span] = []
         self.busy: dict[str, float] = {}
         self._keep = keep_spans
-        self.core = core_of(setting, candidate, axes)
-        self.works = {
-            index: work
-            for work in stage_work(setting, candidate, axes, self.core)
-            for index in range(work.equal.first, work.equal.first + work.equal.many)
-        }
+        core = core_of(setting, candidate, axes)
+        self.send_s = core.send_s
+        self.micro_batches = core.micro_batches
+        self.classes = planned(setting, candidate, axes).classes
+        works = stage_work(setting, candidate, axes, core)
+        of_stages = [work for work in works for _ in range(work.equal.many)]
+        self.costs = [
+            Costs(setting, candidate, axes, work, each.body) for work, each in zip(of_stages, self.classes, strict=True)
+        ]
         self.replicas = sorted({-1, *(replica for replica, _ in perturbation.slow_ranks)})
         """Replica -1 stands for all that are as computed."""
-        self._collectives: dict[tuple[object, ...], list[Message]] = {}
-        self._arrivals: dict[tuple[object, ...], Signal] = {}
-        self.actors = [Actor(self, replica, stage) for replica in self.replicas for stage in range(candidate.pipeline)]
-        self._waiting = len(self.actors)
+        self._collectives: dict[tuple[int, Key], list[Message]] = {}
+        self._sends: dict[tuple[int, Key], Signal] = {}
+        self.ranks = [Rank(self, replica, stage) for replica in self.replicas for stage in range(candidate.pipeline)]
+        self._waiting = len(self.ranks)
         self.all_landed = Signal()
 
     def log(self, span: Span) -> None:
@@ -66,20 +135,18 @@ class Step:
         if self._keep:
             self.spans.append(span)
 
-    def collective(self, stage: int, key: tuple[object, ...], hops: Chain) -> list[Message]:
+    def collective(self, stage: int, key: Key, label: str, hops: Chain) -> list[Message]:
         """The messages of a collective that every replica of `stage` comes to."""
-        name = (stage, *key)
-        if name not in self._collectives:
+        if (stage, key) not in self._collectives:
             slow = self.perturbation.slow_levels
-            label = " ".join(str(part) for part in key)
-            self._collectives[name] = [
+            self._collectives[stage, key] = [
                 Message(label, seconds * slow.get(level, 1.0), [], len(self.replicas)) for level, seconds in hops
             ]
-        return self._collectives[name]
+        return self._collectives[stage, key]
 
-    def arrival(self, replica: int, stage: int, each: Pass) -> Signal:
-        """Fires when what the pass `each` of a stage needs from elsewhere has arrived."""
-        return self._arrivals.setdefault((replica, stage, each), Signal())
+    def sent(self, replica: int, key: Key) -> Signal:
+        """Fires when what `key` sends has arrived."""
+        return self._sends.setdefault((replica, key), Signal())
 
     def landed(self) -> None:
         """A rank's gradients are there; the optimizer waits for everyone's."""
@@ -88,192 +155,121 @@ class Step:
             self.all_landed.fire()
 
     def run(self) -> float:
-        for actor in self.actors:
-            actor.start()
-        return self.clock.run()
+        for rank in self.ranks:
+            rank.start()
+        end_s = self.clock.run()
+        assert all(rank.ended for rank in self.ranks), "ranks wait for each other"
+        return end_s
 
 
-class Actor:
-    """One simulated rank: its program, and where it stands in it."""
+class Rank:
+    """One simulated rank, and where it stands in its program."""
 
-    def __init__(self, step: Step, replica: int, stage: int) -> None:
-        self.step, self.replica, self.stage = step, replica, stage
-        candidate = step.candidate
-        self.rank = step.replicas.index(replica) * candidate.pipeline + stage
-        self.work = step.works[stage]
-        self.policy: OverlapPolicy = overlap_policy(step.setting, candidate)
-        self.worker = Worker(step.clock, self.rank, step.setting.calibration.overlap_slowdown, step.log)
-        names = step.setting.cluster.level_names
-        self.streams = [SendStream(step.clock, self.rank, name, self.worker, step.log) for name in names]
-        self.pipe = [SendStream(step.clock, self.rank, f"{name} pipeline", None, step.log) for name in names]
-        many = (
-            1 if replica >= 0 else max(1, candidate.data(step.setting.cluster) * candidate.tensor * candidate.context)
-        )
-        self.jitter = Jitter(step.perturbation, self.rank, many)
-        self.slow = step.perturbation.slow_ranks.get((replica, stage), 1.0)
-        self.refreshed: dict[int, Signal] = {}
-        self._program = self._story()
+    def __init__(self, play: Play, replica: int, stage: int) -> None:
+        self._play, self.replica, self.stage = play, replica, stage
+        candidate, setting = play.candidate, play.setting
+        number = play.replicas.index(replica) * candidate.pipeline + stage
+        self._class, self._costs = play.classes[stage], play.costs[stage]
+        self._worker = Worker(play.clock, number, setting.calibration.overlap_slowdown, play.log)
+        names = setting.cluster.level_names
+        self._streams = [SendStream(play.clock, number, name, self._worker, play.log) for name in names]
+        self._pipe = [SendStream(play.clock, number, f"{name} pipeline", None, play.log) for name in names]
+        many = 1 if replica >= 0 else max(1, candidate.data(setting.cluster) * candidate.tensor * candidate.context)
+        self._jitter = Jitter(play.perturbation, number, many)
+        self._slow = play.perturbation.slow_ranks.get((replica, stage), 1.0)
+        self._arrived: dict[Key, Signal] = {}
+        """Of collectives that take time behind compute, by what they are."""
+        self.ended = False
+        self._story = self._steps()
 
     def start(self) -> None:
-        self.step.clock.at(0.0, self._advance)
+        self._play.clock.at(0.0, self._advance)
 
     def _advance(self) -> None:
-        for signal in self._program:
+        for signal in self._story:
             if not signal.done:
                 signal.then(self._advance)
                 return
 
-    # -- the program of a rank -------------------------------------------------------------------------------------------
+    # -- its operations ------------------------------------------------------------------------------------------------
 
-    def _story(self) -> Program:
-        units = self._chunks()
-        self._refresh([unit for chunk in units for unit in chunk])
-        candidate, micro_batches = self.step.candidate, self.step.core.micro_batches
-        reduced: list[Signal] = []
-        last_of_chunk = [micro_batches - 1] * candidate.chunks
-        for each in passes(self.stage, candidate.pipeline, micro_batches, candidate.chunks):
-            if before(each, self.stage, candidate.pipeline, candidate.chunks) is not None:
-                yield self.step.arrival(self.replica, self.stage, each)
-            if each.forward:
-                yield from self._forward(each, units[each.chunk], offset=sum(len(u) for u in units[: each.chunk]))
-            else:
-                last = each.micro_batch == last_of_chunk[each.chunk]
-                yield from self._backward(each, units[each.chunk], last, reduced)
-            self._send_on(each)
-        yield from reduced
-        self.step.landed()
-        yield self.step.all_landed
-        yield self._compute("optimizer", self._optimizer_s())
+    def _steps(self) -> Waits:
+        for op in self._class.ops():
+            if op.key.role == "refresh":  # of the step before: it is on its way when this one begins
+                self._collective(op._replace(key=op.key._replace(step=-1)))
+        computing: list[Op] = []
+        """What the rank computes in one go: nothing comes between."""
+        for op in self._costs.ops:
+            waits = self._waits(op) if op.after else ()
+            if computing and (waits or op.kind != "compute" or op.key[:3] != computing[0].key[:3]):
+                yield self._compute(computing)
+                computing = []
+            yield from waits
+            if op.kind == "compute":
+                computing.append(op)
+            elif op.kind == "update":
+                yield self._play.all_landed
+                yield self._work("optimizer", self._costs.update_s)
+                self.ended = True
+                return
+            elif op.kind == "transfer":
+                self._send(op)
+            elif op.key.role in ("gather", "reduce"):
+                self._collective(op)
+            elif op.key.role == "flags":
+                self._play.landed()
 
-    def _chunks(self) -> list[list[UnitWork]]:
-        """The stage's units, chunk by chunk; the first chunk has the embedding, the last one the head."""
-        units: StageUnits = self.work.units
-        chunks = self.step.candidate.chunks
-        share = [units.blocks // chunks + (i < units.blocks % chunks) for i in range(chunks)]
-        found = [[units.block] * count for count in share]
-        found[0] = [*units.before, *found[0]]
-        found[-1] = [*found[-1], *units.after]
-        return found
+    def _waits(self, op: Op) -> list[Signal]:
+        """What `op` is after, and has not come yet."""
+        found = []
+        for key in op.after:
+            if key.role == "send":
+                found.append(self._play.sent(self.replica, key))
+            elif ALL in key and key.role == "reduce":
+                found += [signal for other, signal in self._arrived.items() if other.role == "reduce"]
+            elif key in self._arrived and not (op.key.role == "gather" and key.step < 0):
+                found.append(self._arrived[key])
+        return [signal for signal in found if not signal.done]
 
-    def _refresh(self, units: list[UnitWork]) -> None:
-        """New weights set out at the start, in forward order."""
-        if self.policy.overlap_refresh:
-            for index, unit in enumerate(units):
-                if unit.moves.refresh:
-                    self.refreshed[index] = self._collective(("refresh", index), unit.moves.refresh)
+    def _collective(self, op: Op) -> None:
+        """Come to a collective now, or once the new weights are there that it gathers."""
+        hops = self._costs.chain(op, last=op.key.micro_batch == self._play.micro_batches - 1)
+        if not hops:
             return
-        together = added([unit.moves.refresh for unit in units])
-        if together:
-            signal = self._collective(("refresh",), together)
-            self.refreshed = dict.fromkeys(range(len(units)), signal)
-
-    def _forward(self, each: Pass, units: list[UnitWork], *, offset: int) -> Program:
-        first = each.micro_batch == 0
-        gathers = first or not self.policy.keep_gathered
-        if not first and not (gathers and any(unit.moves.gather for unit in units)):
-            yield self._compute(_name(each), sum(unit.forward_s for unit in units))
-            return
-        arrive: Signal | None = None
-        for index, unit in enumerate(units):
-            refreshed = self.refreshed.get(offset + index) if first else None
-            if refreshed is not None:
-                yield refreshed
-            if unit.moves.gather:
-                yield arrive or self._collective(("gather", *each, index), unit.moves.gather)
-            arrive = None
-            following = index + 1 < len(units) and bool(units[index + 1].moves.gather)
-            pending = self.refreshed.get(offset + index + 1) if first else None
-            if following and self.policy.prefetch:
-                arrive = self._collective(("gather", *each, index + 1), units[index + 1].moves.gather, after=pending)
-            yield self._compute(f"{_name(each)} unit {index}", unit.forward_s)
-
-    def _backward(self, each: Pass, units: list[UnitWork], last: bool, reduced: list[Signal]) -> Program:
-        gathers = not self.policy.keep_gathered and any(unit.moves.again for unit in units)
-        quiet = not gathers and not any(self._sent(unit, last) for unit in units)
-        if quiet:
-            yield self._compute(_name(each), sum(unit.backward_s for unit in units))
-            return
-        late: list[Chain] = []
-        arrive: Signal | None = None
-        for index in reversed(range(len(units))):
-            unit = units[index]
-            if gathers and unit.moves.again:
-                yield arrive or self._collective(("gather", *each, index), unit.moves.again)
-            arrive = None
-            if gathers and self.policy.prefetch and index > 0 and units[index - 1].moves.again:
-                arrive = self._collective(("gather", *each, index - 1), units[index - 1].moves.again)
-            yield self._compute(f"{_name(each)} unit {index}", unit.backward_s)
-            sent = self._sent(unit, last)
-            if sent and self.policy.overlap_reduce:
-                reduced.append(self._collective(("reduce", *each, index), sent))
-            elif sent:
-                late.append(sent)
-        if late and last:
-            reduced.append(self._collective(("reduce", *each), added(late)))
-        elif late:
-            yield self._collective(("reduce", *each), added(late))
-
-    def _sent(self, unit: UnitWork, last: bool) -> Chain:
-        return unit.moves.reduce_last if last else unit.moves.reduce_each
-
-    # -- what it does --------------------------------------------------------------------------------------------------
-
-    def _compute(self, name: str, seconds: float) -> Signal:
-        done = Signal()
-        self.worker.compute(name, seconds * self.slow * self.jitter.factor(), done.fire)
-        return done
-
-    def _collective(self, key: tuple[object, ...], hops: Chain, after: Signal | None = None) -> Signal:
-        """Come to a collective now, or once `after` has fired."""
-        done = Signal()
-        messages = self.step.collective(self.stage, key, hops)
-        streams = [self.streams[level] for level, _ in hops]
-
-        def come() -> None:
+        done = self._arrived[op.key] = Signal()
+        first = self._class.units[op.key.unit].name
+        label = f"{op.key.role} {first}" if op.key.micro_batch < 0 else f"{op.key.role} {first} {op.key.micro_batch}"
+        messages = self._play.collective(self.stage, op.key, label, hops)
+        streams = [self._streams[level] for level, _ in hops]
+        pending = [self._arrived[key] for key in op.after if key.step < 0 and key in self._arrived]
+        if pending:
+            pending[0].then(lambda: chain(messages, streams, done))
+        else:
             chain(messages, streams, done)
 
-        if after is None:
-            come()
-        else:
-            after.then(come)
-        return done
-
-    def _send_on(self, each: Pass) -> None:
-        """Send a pass's output to the stage that waits for it."""
-        step, candidate = self.step, self.step.candidate
-        after = _after(each, self.stage, candidate.pipeline, candidate.chunks)
-        if after is None:
-            return
-        stage, waiting = after
-        signal = step.arrival(self.replica, stage, waiting)
-        if not step.axes.pipeline:
+    def _send(self, op: Op) -> None:
+        """A pass's output to the stage that waits for it."""
+        play, signal = self._play, self._play.sent(self.replica, op.key)
+        if not op.hops:
             signal.fire()
             return
-        level = step.axes.pipeline[-1].level
-        seconds = step.core.send_s * step.perturbation.slow_levels.get(level, 1.0)
-        message = Message(f"send {_name(each)}", seconds, [], 1)
+        level = op.hops[0].level
+        seconds = play.send_s * play.perturbation.slow_levels.get(level, 1.0)
+        message = Message(f"send {op.key.phase} {op.key.micro_batch}", seconds, [], 1)
         message.done.then(signal.fire)
-        self.pipe[level].join(message)
+        self._pipe[level].join(message)
 
-    def _optimizer_s(self) -> float:
-        updating = optimizer_s(self.step.setting, self.work.owned, self.step.axes)
-        return updating + own_once_s(self.work.units)
+    def _compute(self, ops: list[Op]) -> Signal:
+        first, seconds = ops[0].key, sum(map(self._costs.compute_s, ops))
+        alone = len(ops) == len(ops[0].of_units) == 1
+        return self._work(
+            f"{first.phase} {first.micro_batch}" + (f" {self._class.units[first.unit].name}" if alone else ""), seconds
+        )
 
-
-def _after(each: Pass, stage: int, stages: int, chunks: int) -> tuple[int, Pass] | None:
-    """The (stage, pass) that needs the output of `each`: the mirror of `before`."""
-    step = 1 if each.forward else -1
-    adjacent, chunk = stage + step, each.chunk
-    if not 0 <= adjacent < stages:
-        chunk, adjacent = chunk + step, adjacent % stages
-    if not 0 <= chunk < chunks:
-        return None
-    return adjacent, Pass(each.forward, each.micro_batch, chunk)
-
-
-def _name(each: Pass) -> str:
-    chunk = f".{each.chunk}" if each.chunk else ""
-    return f"{'forward' if each.forward else 'backward'} {each.micro_batch}{chunk}"
+    def _work(self, name: str, seconds: float) -> Signal:
+        done = Signal()
+        self._worker.compute(name, seconds * self._slow * self._jitter.factor(), done.fire)
+        return done
 
 
 def simulate_step(
@@ -284,16 +280,11 @@ def simulate_step(
     *,
     keep_spans: bool = True,
 ) -> Simulated:
-    """Simulate one step."""
-    step = Step(setting, candidate, axes, perturbation or Perturbation(), keep_spans=keep_spans)
-    seconds = step.run()
+    """Play one step: its seconds, a step's share of the rounds' stalls among them. Raises PlanError for low-rank sums."""
+    play = Play(setting, candidate, axes, perturbation or Perturbation(), keep_spans=keep_spans)
+    seconds = play.run()
     outer = outer_round(setting, candidate.sync, seconds).stall_per_step_s if candidate.sync else 0.0
     names = tuple(
-        f"stage {actor.stage}" + ("" if actor.replica < 0 else f", replica {actor.replica}") for actor in step.actors
+        f"stage {rank.stage}" + ("" if rank.replica < 0 else f", replica {rank.replica}") for rank in play.ranks
     )
-    return Simulated(seconds + outer, outer, tuple(step.spans), names, step.clock.events, step.busy)
-
-
-def step_s(setting: Setting, candidate: Candidate, axes: Axes) -> float:
-    """Seconds of a simulated step: what finalists are ranked with."""
-    return simulate_step(setting, candidate, axes, keep_spans=False).step_s
+    return Simulated(seconds + outer, outer, tuple(play.spans), names, play.clock.events, play.busy)

@@ -14,9 +14,9 @@ from thinwire.predict.block import (
 )
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.course import StagePasses
-from thinwire.predict.overlap import OverlapPolicy, StageUnits, UnitMoves, UnitWork, shares
+from thinwire.predict.overlap import OverlapPolicy, StageUnits, UnitMoves, UnitWork, grouped, shares
 from thinwire.predict.pipeline import EqualStages, StageKind, kinds, message_bytes, parameters_of
-from thinwire.predict.placement import Axes, shard_counts, touch_s
+from thinwire.predict.placement import Axes, blocks_together, shard_counts, touch_s
 from thinwire.predict.sent import unit_moves
 
 OPTIMIZER_BYTES = 30.0
@@ -117,7 +117,8 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
     """Every kind of stage with the moves of its units."""
     parameters = {equal: parameters_of(setting, equal.kind, candidate.tensor) for equal in core.stages}
     resident = setting.spec.tied and candidate.pipeline == 1 and setting.framework.tied_units
-    block_moves = unit_moves(parameters[core.stages[0]]["block"], setting, candidate, axes.states)
+    together = blocks_together(setting, candidate, axes.states)
+    of_blocks: dict[int, UnitWork] = {}
     found = []
     for equal in core.stages:
         held = parameters[equal]
@@ -126,10 +127,16 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
             for name, n in held.items()
             if name != "block"
         }
+        groups = grouped(equal.kind.blocks, together)
+        for size in groups:
+            if size not in of_blocks:
+                moving = unit_moves(size * held["block"], setting, candidate, axes.states)
+                of_blocks[size] = _unit(core.block, moving, size)
+        rest = (of_blocks[groups[0]],) if groups[0] != groups[-1] else ()
         units = StageUnits(
-            before=(_unit(core.embedding, moves["embedding"]),) if "embedding" in moves else (),
-            block=_unit(core.block, block_moves),
-            blocks=equal.kind.blocks,
+            before=(*((_unit(core.embedding, moves["embedding"]),) if "embedding" in moves else ()), *rest),
+            block=of_blocks[groups[-1]],
+            blocks=len(groups) - len(rest),
             after=(_unit(core.head, moves.get("head", UnitMoves())),) if equal.kind.last else (),
         )
         full = held["block"] * equal.kind.blocks + held.get("embedding", 0.0) + held.get("head", 0.0)
@@ -138,10 +145,10 @@ def stage_work(setting: Setting, candidate: Candidate, axes: Axes, core: Core) -
     return tuple(found)
 
 
-def _unit(passes: Passes, moves: UnitMoves) -> UnitWork:
-    """Its own work of moving is compute: nothing else goes on in its stream meanwhile."""
-    forward_s = passes.forward.total + moves.own_forward_s
-    return UnitWork(forward_s, passes.backward.total + moves.own_backward_s, moves)
+def _unit(passes: Passes, moves: UnitMoves, many: int = 1) -> UnitWork:
+    """Of so many passes. Its own work of moving is compute: nothing else goes on in its stream meanwhile."""
+    forward_s = many * passes.forward.total + moves.own_forward_s
+    return UnitWork(forward_s, many * passes.backward.total + moves.own_backward_s, moves)
 
 
 def own_once_s(units: StageUnits) -> float:
