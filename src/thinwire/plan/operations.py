@@ -136,7 +136,7 @@ class RankClass:
 
     def ops(self) -> Iterator[Op]:
         """Every operation in turn, unfolded."""
-        return unfolded(self.body)
+        return _unfolded(self.body)
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,12 @@ def _counted(body: Body, times: int) -> Iterator[tuple[Op, int]]:
             yield item, times
 
 
-def unfolded(body: Body) -> Iterator[Op]:
-    """Every operation in turn."""
+def _unfolded(body: Body) -> Iterator[Op]:
     for item in body:
         if isinstance(item, Op):
             yield item
             continue
-        once = list(unfolded(item.body))
+        once = list(_unfolded(item.body))
         for time in range(item.times):
             yield from [op.moved(time * item.micro_batches, time * item.units) for op in once] if time else once
 

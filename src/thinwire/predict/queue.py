@@ -107,10 +107,11 @@ class SendStream:
     @property
     def next(self) -> Message | None:
         """Of what everyone has come to, what was complete first."""
-        if len(self.waiting) == 1:
-            return self.waiting[0] if self.waiting[0].number >= 0 else None
-        complete = [message for message in self.waiting if message.number >= 0]
-        return min(complete, key=lambda message: message.number, default=None)
+        first: Message | None = None
+        for message in self.waiting:
+            if message.number >= 0 and (first is None or message.number < first.number):
+                first = message
+        return first
 
     def begin(self, message: Message) -> None:
         self.waiting.remove(message)
@@ -137,7 +138,7 @@ def _end(clock: Clock, message: Message, start: float) -> None:
         stream.end(message, start)
     message.done.fire()
     for stream in message.streams:
-        following = stream.next
+        following = stream.next if stream.waiting and stream.carrying is None else None
         if following is not None and following.ready:
             _start(clock, following)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from thinwire.files.trace import Span
-from thinwire.plan.operations import ALL, Body, Key, Op, Repeat, unfolded
+from thinwire.plan.operations import ALL, Body, Key, Op, Repeat
 from thinwire.predict.candidate import Candidate, Setting
 from thinwire.predict.outer_cost import outer_round
 from thinwire.predict.overlap import Chain, added
@@ -41,6 +41,20 @@ class Simulated:
     """Seconds that each stream was busy, over all simulated ranks."""
 
 
+Step = tuple[Op, int, int]
+"""An operation, and by how much the numbers of its micro-batch and of its units are more than it says."""
+
+
+def _steps(body: Body, micro_batches: int, units: int) -> Iterator[Step]:
+    """As `RankClass.ops`, but nothing is made anew: most of what a rank comes to it only computes."""
+    for item in body:
+        if isinstance(item, Op):
+            yield item, micro_batches, units
+            continue
+        for time in range(item.times):
+            yield from _steps(item.body, micro_batches + time * item.micro_batches, units + time * item.units)
+
+
 class Costs:
     """Seconds of a rank class's operations."""
 
@@ -52,13 +66,14 @@ class Costs:
         self._backward_s = [unit.backward_s for unit in self._units]
 
     @property
-    def ops(self) -> Iterator[Op]:
+    def ops(self) -> Iterator[Step]:
         """Of the program, in its order, what takes time or is waited for."""
-        return unfolded(self._body)
+        return _steps(self._body, 0, 0)
 
-    def compute_s(self, op: Op) -> float:
+    def compute_s(self, op: Op, units: int) -> float:
+        """Of an operation whose units' numbers are so many more."""
         seconds = self._forward_s if op.key.role == "forward" else self._backward_s
-        return sum([seconds[unit] for unit in op.units]) if op.units else seconds[op.key.unit]
+        return sum([seconds[unit + units] for unit in op.units]) if op.units else seconds[op.key.unit + units]
 
     def _timed(self, body: Body) -> Body:
         """What takes time, or is waited for; units that compute one after another in one operation."""
@@ -197,35 +212,38 @@ class Rank:
         for op in self._class.ops():
             if op.key.role == "refresh":  # of the step before: it is on its way when this one begins
                 self._collective(op._replace(key=op.key._replace(step=-1)))
-        computing: list[Op] = []
+        computing: list[Step] = []
         """What the rank computes in one go: nothing comes between."""
-        for op in self._costs.ops:
-            waits = self._waits(op) if op.after else ()
-            if computing and (waits or op.kind != "compute" or op.key[:3] != computing[0].key[:3]):
+        for step in self._costs.ops:
+            op, micro_batches, units = step
+            waits = self._waits(step) if op.after else ()
+            if computing and (waits or op.kind != "compute" or not _one_pass(step, computing[0])):
                 yield self._compute(computing)
                 computing = []
             yield from waits
             if op.kind == "compute":
-                computing.append(op)
+                computing.append(step)
             elif op.kind == "update":
                 yield self._play.all_landed
                 yield self._work("optimizer", self._costs.update_s)
                 self.ended = True
                 return
             elif op.kind == "transfer":
-                self._send(op)
+                self._send(op.moved(micro_batches, units))
             elif op.key.role in ("gather", "reduce"):
-                self._collective(op)
+                self._collective(op.moved(micro_batches, units))
             elif op.key.role == "flags":
                 self._play.landed()
 
-    def _waits(self, op: Op) -> list[Signal]:
-        """What `op` is after, and has not come yet."""
+    def _waits(self, step: Step) -> list[Signal]:
+        """What an operation is after, and has not come yet."""
+        op, micro_batches, units = step
         found = []
-        for key in op.after:
+        for each in op.after:
+            key = each.moved(micro_batches, units) if micro_batches or units else each
             if key.role == "send":
                 found.append(self._play.sent(self.replica, key))
-            elif ALL in key and key.role == "reduce":
+            elif key.role == "reduce" and ALL in key:
                 found += [signal for other, signal in self._arrived.items() if other.role == "reduce"]
             elif key in self._arrived and not (op.key.role == "gather" and key.step < 0):
                 found.append(self._arrived[key])
@@ -259,17 +277,22 @@ class Rank:
         message.done.then(signal.fire)
         self._pipe[level].join(message)
 
-    def _compute(self, ops: list[Op]) -> Signal:
-        first, seconds = ops[0].key, sum(map(self._costs.compute_s, ops))
-        alone = len(ops) == len(ops[0].of_units) == 1
-        return self._work(
-            f"{first.phase} {first.micro_batch}" + (f" {self._class.units[first.unit].name}" if alone else ""), seconds
-        )
+    def _compute(self, steps: list[Step]) -> Signal:
+        (first, micro_batches, units), seconds = steps[0], sum([self._costs.compute_s(op, u) for op, _, u in steps])
+        alone = len(steps) == len(first.of_units) == 1
+        named = f" {self._class.units[first.key.unit + units].name}" if alone else ""
+        return self._work(f"{first.key.phase} {first.key.micro_batch + micro_batches}{named}", seconds)
 
     def _work(self, name: str, seconds: float) -> Signal:
         done = Signal()
         self._worker.compute(name, seconds * self._slow * self._jitter.factor(), done.fire)
         return done
+
+
+def _one_pass(one: Step, other: Step) -> bool:
+    """Whether two operations compute in the same pass."""
+    (op, more, _), (op2, more2, _) = one, other
+    return op.key.phase == op2.key.phase and op.key.micro_batch + more == op2.key.micro_batch + more2
 
 
 def simulate_step(
