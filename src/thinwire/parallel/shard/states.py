@@ -15,6 +15,7 @@ from thinwire.parallel.shard.guard import NoGradients
 from thinwire.parallel.shard.layout import BufferInfo, Piece, Share
 from thinwire.parallel.shard.optimizer import Owned
 from thinwire.parallel.shard.unit import Unit, described
+from thinwire.plan import operations
 from thinwire.plan.hops import bucket_bytes
 from thinwire.plan.operations import Program
 from thinwire.plan.plan import Plan
@@ -40,14 +41,17 @@ class ShardedStates(ABC):
     def drain(self) -> None:
         """Land everything in flight."""
 
-    def program(self, step: int | None = None) -> Program:
+    def program(
+        self, step: int | None = None, *, inside: Callable[[operations.Unit], operations.Unit] = lambda unit: unit
+    ) -> Program:
         """What a rank does in an optimizer step that trains all units in their order, outer rounds left out.
 
-        Steps are counted from 0; without one, it is any step after those that send more in the beginning.
+        Steps are counted from 0; without one, it is any step after those that send more in the beginning. An axis that
+        sends activations says with `inside` what of a unit's forward and backward that is.
         """
         plan = self.plan
         step = plan.compression.whole_steps if step is None else step
-        units = [described(unit, step) for unit in self.units]
+        units = [inside(described(unit, step)) for unit in self.units]
         lp, _, lo = plan.depths
         halves = self.world.device.type == "cpu"
         where = Where(self.world.links, halves=halves, bucket_bytes=self.bucket_bytes)
