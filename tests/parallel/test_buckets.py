@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
 from partition_cuts import cuts_of, sent
 from partition_toy import Toy, plan_of, train, weights
@@ -116,3 +117,21 @@ def test_links_decide_unless_the_plan_does() -> None:
     fast = Cluster(levels=(Level(name="node", fanout=2, latency_s=1e-6, bytes_per_s=1e5),))
     (of_slow, total), (of_fast, _) = (run_world(cluster, _rates)[0] for cluster in (slow, fast))
     assert of_fast < total < of_slow
+
+
+def _looked_at(world: World) -> int:
+    """The most units that are whole while all parameters are read one after another, after a step."""
+    engine = shard(Toy(), plan_of(world, (0, 0, 0), bucket_bytes=None), world)
+    train(engine, world, 1, steps=1)
+    most = 0
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            parameter.sum().item()
+            most = max(most, sum(unit.gathered for unit in engine.units))
+    with engine.full_parameters():
+        assert all(unit.gathered for unit in engine.units)
+    return most
+
+
+def test_reading_all_parameters_holds_one_unit_at_a_time_whatever_travels_together() -> None:
+    assert run_world(2, _looked_at) == [1, 1]

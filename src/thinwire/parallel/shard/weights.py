@@ -73,10 +73,10 @@ class Weights:
             self._place[unit] = len(self.used)
             self.used.append(unit)
 
-    def use(self, unit: Unit) -> None:
-        """The unit's weights are full when this returns."""
+    def use(self, unit: Unit, *, alone: bool = False) -> None:
+        """The unit's weights are full when this returns, and those of its bucket, unless it is to come `alone`."""
         if not unit.gathered and unit.gathering is None:
-            self._start_gather(unit)
+            self._start_gather((unit,) if alone else self._bucket(unit))
         self.land_regather(unit)
         self._land_gather(unit)
 
@@ -93,7 +93,7 @@ class Weights:
                 unit.hidden += not torch.is_grad_enabled()
             elif not unit.gathered and unit.gathering is None:
                 self._passing.append(unit)
-            self.use(unit)
+            self.use(unit, alone=not stays)
         if not stays:
             self._world.settle()
 
@@ -116,7 +116,7 @@ class Weights:
         if 0 <= place < len(self.used):
             following = self.used[place]
             if not following.gathered and following.gathering is None:
-                self._start_gather(following)
+                self._start_gather(self._bucket(following))
 
     def release_over(self, calls: CallOrder[Unit]) -> None:
         """Give up the units that backward has come through, unless they are used in several places."""
@@ -152,9 +152,9 @@ class Weights:
     def _bucket(self, unit: Unit) -> tuple[Unit, ...]:
         return self._buckets.get(unit, (unit,))
 
-    def _start_gather(self, unit: Unit) -> None:
-        """Of the unit, and of those that are gathered with it and are not here."""
-        together = [each for each in self._bucket(unit) if not each.gathered and each.gathering is None]
+    def _start_gather(self, units: Sequence[Unit]) -> None:
+        """Of those of these units that are not here."""
+        together = [each for each in units if not each.gathered and each.gathering is None]
         for each in together:
             self.land_regather(each)
         self._note("gather", together)
