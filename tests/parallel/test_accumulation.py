@@ -1,5 +1,6 @@
 """Accumulation over three micro-batches: cuts that sum alike give the same bits, all of them what torch's DDP gives."""
 
+import warnings
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -40,7 +41,8 @@ def _ddp(world: World) -> tuple[list[float], dict[str, Tensor]]:
     return seen, {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-def _ours(world: World, cut: Depths) -> tuple[list[float], dict[str, Tensor]]:
+def _ours(world: World, cut: Depths, graph: bool = False) -> tuple[list[float], dict[str, Tensor]]:
+    """(losses, weights at the end); `graph`: of backwards that record a graph of themselves."""
     engine = shard(Toy(), plan_of(world, cut, MICRO_BATCHES), world)
     optimizer = ShardedOptimizer(engine, lambda groups: torch.optim.SGD(groups, lr=LR, momentum=0.9))
     seen = []
@@ -48,7 +50,8 @@ def _ours(world: World, cut: Depths) -> tuple[list[float], dict[str, Tensor]]:
         for number, (tokens, targets) in enumerate(batches(world, step, MICRO_BATCHES)):
             with engine.micro_batch(last=number == MICRO_BATCHES - 1):
                 loss = _loss(engine.module, tokens, targets)
-                loss.backward()
+                with warnings.catch_warnings(action="ignore"):  # torch's, of cycles that a recorded graph makes
+                    loss.backward(create_graph=graph)
             seen.append(loss.item())
         engine.finish_reduce()
         optimizer.step(grad_scale=1 / (world.size * MICRO_BATCHES))
@@ -59,9 +62,12 @@ def _ours(world: World, cut: Depths) -> tuple[list[float], dict[str, Tensor]]:
 def _all(world: World) -> dict[str, Any]:
     ddp_losses, ddp_weights = _ddp(world)
     bits: dict[Depths, Any] = {}
+    same = True
     off: dict[Depths, tuple[float, float]] = {}
     for cut in cuts_of(2):
         losses, ours = _ours(world, cut)
+        recorded = _ours(world, cut, graph=True)[1]
+        same &= all(torch.equal(w, recorded[name]) for name, w in ours.items())
         of_losses = max(abs(a - b) / b for a, b in zip(losses, ddp_losses, strict=True))
         of_weights = max((ours[n] - w).norm() / w.norm() for n, w in ddp_weights.items())
         off[cut] = of_losses, float(of_weights)
@@ -70,6 +76,7 @@ def _all(world: World) -> dict[str, Any]:
     return {
         "bits": bits,
         "off": off,
+        "recorded": same,
         "moved": max(abs(a - b) for a, b in zip(ddp_losses, ddp_losses[3:], strict=False)),
     }
 
@@ -95,3 +102,7 @@ def test_every_cut_trains_like_torch_ddp() -> None:
         for cut, (of_losses, of_weights) in result["off"].items():
             assert of_losses < 1e-5, (cut, of_losses)
             assert of_weights < 1e-5, (cut, of_weights)
+
+
+def test_a_backward_that_is_recorded_sums_the_same_gradients() -> None:
+    assert all(result["recorded"] for result in results())

@@ -87,6 +87,8 @@ def test_a_bucket_holds_what_fits_and_a_tiny_unit_goes_with_the_one_before() -> 
     assert bucketed([200, 40, 40, 200, 5, 200], 100) == [1, 2, 2, 1]
     assert bucketed([5, 200, None, 5, 5], 100) == [1, 1, 1, 2]
     assert bucketed([10, 10, 10], 0) == [1, 1, 1]
+    assert bucketed([1] * 1000, 100) == [106] * 9 + [46]
+    assert bucketed([200, *[1] * 20], 100) == [7, 14]
     assert bucketed([], 100) == []
 
 

@@ -259,8 +259,10 @@ class World:
 
     def settle(self) -> None:
         """Wait until the ranks of this host have read what this one has sent. Raises LinkError if one is gone."""
-        with self.outstanding.issuing():
+        try:
             self._exchanges.end()
+        except (RuntimeError, LinkError) as error:
+            self.outstanding.fail(error)
 
     def leave(self) -> None:
         """Close every communicator. A handle that nobody waited for is a bug, and raises AssertionError."""

@@ -36,7 +36,7 @@ _START_S = 4e-4
 _LARGEST_BUCKET = 2**25
 """Bytes that travel together at most: full weights and gradients of so many stay in memory until all are there."""
 _TINY = 16
-"""A unit so many times smaller than what travels together goes with whatever comes before it."""
+"""A unit so many times smaller than what travels together goes with whatever comes before it, up to that much in all."""
 
 
 class Link(NamedTuple):
@@ -183,18 +183,19 @@ def bucket_bytes(total_bytes: int, links: Sequence[Link]) -> int:
 def bucketed(sizes: Sequence[int | None], most: int) -> list[int]:
     """How many of these units in turn travel together, so that none of them has more than `most` bytes.
 
-    A tiny one may go over it. None: of a unit that travels alone.
+    Tiny ones may go over it, or over what a larger unit has by itself, by a sixteenth of `most` in all. None: of a unit
+    that travels alone.
     """
     counts: list[int] = []
-    held = 0
+    held, full, tiny = 0, most, most // _TINY
     for number, size in enumerate(sizes):
         before = sizes[number - 1] if number else None
-        fits = size is not None and before is not None and (held + size <= most or size <= most // _TINY)
-        if fits:
+        room = full + tiny if size is not None and size <= tiny else most
+        if size is not None and before is not None and held + size <= room:
             counts[-1] += 1
         else:
             counts.append(1)
-            held = 0
+            held, full = 0, max(most, size or 0)
         held += size or 0
     return counts
 

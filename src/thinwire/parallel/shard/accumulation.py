@@ -72,37 +72,40 @@ class GradAccumulation:
 
     def _add_grads(self, first: bool) -> None:
         """Add the parameters' gradients to the buffer, which is unsharded; the first ones of a step begin them."""
-        for slot, grad in zip(self.spec.layout.slots, self._grads(), strict=True):
-            total = self.buffer[slot.offset : slot.offset + slot.numel]
-            if grad is not None:
-                add = total.copy_ if first else total.add_
-                add(self._kind.numbers(grad))
-            elif first:
-                total.zero_()
-        if first:  # codecs that rotate blocks have left noise there, which would be summed again in every step
-            self.buffer[self.spec.padding(self._sharding.lg)] = 0.0
+        if first:  # the padding too: codecs that rotate blocks have left noise there, which would be summed again
+            torch.cat(self._take_grads(convert=False), out=self.buffer)  # which converts without copies of its own
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            for slot, grad in zip(self.spec.layout.slots, self._grads(), strict=True):
+                if grad is not None:
+                    self.buffer[slot.offset : slot.offset + slot.numel].add_(self._kind.numbers(grad))
 
     def forget_grads(self) -> None:
         """Of a micro-batch that is given up, what backward has left."""
         came = list(self.came)
-        for _ in self._grads():
-            pass
+        with torch._C.DisableTorchFunctionSubclass():
+            for _ in self._grads():
+                pass
         self.came = came
 
     def _grads(self) -> Iterator[Tensor | None]:
-        """Take the parameters' gradients away, one by one."""
+        """Take the parameters' gradients away, one by one, where parameters are not asked for them."""
         for number, parameter in enumerate(self.parameters.values()):
-            with torch._C.DisableTorchFunctionSubclass():
-                grad, parameter.grad = parameter.grad, None
+            grad, parameter.grad = parameter.grad, None
             self.came[number] |= grad is not None
-            yield grad
+            yield grad.detach() if grad is not None and grad.requires_grad else grad  # of backward(create_graph=True)
 
-    def _take_grads(self) -> list[Tensor]:
-        """Take the parameters' gradients away: flat pieces of N elements in all; one that is missing counts as zero."""
+    def _take_grads(self, *, convert: bool = True) -> list[Tensor]:
+        """Take the parameters' gradients away: flat pieces of N elements in all; one that is missing counts as zero.
+
+        In the precision of the sums, or (not `convert`) in their own.
+        """
         layout = self.spec.layout
         pieces: list[Tensor] = []
-        for slot, grad in zip(layout.slots, self._grads(), strict=True):
-            pieces.append(self._zeros(slot.numel) if grad is None else self._kind.numbers(grad).to(self.dtype))
+        with torch._C.DisableTorchFunctionSubclass():
+            for slot, grad in zip(layout.slots, self._grads(), strict=True):
+                piece = self._zeros(slot.numel) if grad is None else self._kind.numbers(grad)
+                pieces.append(piece.to(self.dtype) if convert and piece.dtype != self.dtype else piece)
         padding = layout.numel - layout.used
         return [*pieces, self._zeros(padding)] if padding else pieces
 
@@ -114,7 +117,7 @@ class GradAccumulation:
         at = 0
         for piece in self._take_grads():
             self._left[at] = piece
-            at += len(piece)
+            at += piece.numel()
 
     def _set_aside(self) -> None:
         if self.feedback_level is not None:
@@ -126,10 +129,13 @@ class GradAccumulation:
         self._begun = self.complete = False
         self._left = {}
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether `finish_hops` has something to do."""
+        return self._begun and (not self.complete or self._earlier is not None)
+
     def finish_hops(self) -> Hops:
         """The sums on to depth lo after all, where no micro-batch was the last; and with what was set aside."""
-        if not self._begun:
-            return
         if not self.complete:
             yield from self._sum_outwards(self.buffer, self.spec.draw(G_REDUCE))
             self.complete = True

@@ -7,11 +7,11 @@ from a backward that trains; and the backward of a forward that is recomputed is
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
-from torch.autograd.graph import get_gradient_edge
+from torch import Tensor
 
 from thinwire.parallel.shard.unit import Unit
 
@@ -49,16 +49,39 @@ class Backwards:
         _engine.queue_callback(lambda: self._over(task))
         asked = self._again | {unit} if nested else set(self._units)
         self._again = set()
-        self._begins([sum(map(_comes, unit.trained)) if unit in asked else 0 for unit in self._units], nested)
+        self._begins(_to_come([unit.trained if unit in asked else () for unit in self._units]), nested)
 
     def _over(self, task: int) -> None:
         if task in self._running:
             self._running.remove(task)
 
 
-def _comes(parameter: nn.Parameter) -> bool:
-    with torch._C.DisableTorchFunctionSubclass():
-        node = get_gradient_edge(parameter).node
+class _Ends(torch.autograd.Function):
+    """A node whose inputs are the ends of the graph at which parameters get their gradients; nothing is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        return torch.empty(0)
+
+
+_apply: Any = super(torch.autograd.Function, _Ends).apply
+"""Not `Function.apply`, which refuses inside torch.func's transforms, where a unit's forward may be."""
+
+
+def _to_come(parameters: Sequence[Sequence[Tensor]]) -> list[int]:
+    """How many of each of these parameters the running backward will give a gradient.
+
+    All nodes are found at once: `get_gradient_edge` runs an operation for every parameter.
+    """
+    with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+        made = _apply(*(each for some in parameters for each in some))
+    nodes = iter([] if made.grad_fn is None else [node for node, _ in made.grad_fn.next_functions])
+    return [sum(map(_comes, islice(nodes, len(some)))) for some in parameters]
+
+
+def _comes(node: Any) -> bool:
+    if node is None:
+        return False
     try:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # its gradient was asked for itself (autograd.grad): nothing is accumulated

@@ -137,14 +137,17 @@ class Flat:
         self.trained, self._device = kind.trained, next(iter(parameters.values())).device
         self.layout = Layout.of([(name, kind.shape(p.shape)) for name, p in parameters.items()], multiple=multiple)
         self.spec = ShardSpec(self.layout, sharding, world, self._device)
+        self.sharded = bool(self.spec.levels(0, sharding.lp))
+        """Whether weights have to be gathered: a rank that shares them with nobody has them all."""
         unsharded = torch.zeros(self.layout.numel, dtype=kind.master, device=self._device)
         for slot, parameter in zip(self.layout.slots, parameters.values(), strict=True):
             unsharded[slot.offset : slot.offset + slot.numel] = kind.numbers(first.of(slot.name, parameter))
         within = self.spec.within
         self.weights = unsharded[within(sharding.lp, -1)].to(kind.compute, copy=True)
         self.received = Received(self.spec, self.weights, trained=self.trained)
-        outside = self.spec.levels(sharding.lp + 1, sharding.lo)
-        self._shared = kind.compute == kind.master and not any(level in sharding.weights for level in outside)
+        self._outside = self.spec.levels(sharding.lp + 1, sharding.lo)
+        """The levels of an all-gather after a step."""
+        self._shared = kind.compute == kind.master and not any(level in sharding.weights for level in self._outside)
         """Whether masters lie in the weights: those are as exact, and the owner's arrive as they are."""
         self.master = (
             self.weights[within(sharding.lo, sharding.lp)]
@@ -156,10 +159,10 @@ class Flat:
         self.unsharded: Tensor | None = None
         """The gathered weights, of which parameters are views; the weights themselves where they are not sharded."""
         self._views: list[Tensor] = self._away
-        if sharding.lp < 0:
-            self._hold(self.weights)
-        else:
+        if self.sharded:
             self._point(self._away)
+        else:
+            self._hold(self.weights)
         self._seen = self._versions()
 
     # -- weights that move ---------------------------------------------------------------------------------------------
@@ -171,7 +174,8 @@ class Flat:
 
     def _hold(self, unsharded: Tensor) -> None:
         self.unsharded = unsharded
-        self._views = [self.kind.view(unsharded[s.offset : s.offset + s.numel], s.shape) for s in self.layout.slots]
+        parts = torch.split(unsharded[: self.layout.used], [slot.numel for slot in self.layout.slots])
+        self._views = [self.kind.view(part, slot.shape) for part, slot in zip(parts, self.layout.slots, strict=True)]
         self._point(self._views)
 
     def gather_hops(self, tag: int) -> Iterator[Gather]:
@@ -192,7 +196,7 @@ class Flat:
 
         What was written into them (a forward that clamps its own weights) is taken over into the states first.
         """
-        if self.sharding.lp < 0 or not self.gathered:
+        if not self.sharded or not self.gathered:
             return
         self.absorb_edits()
         self.unsharded = None
@@ -205,6 +209,11 @@ class Flat:
         spec = self.spec
         return Gather(out, part, spec.world, level, purpose, **coding, **more, bucket_bytes=spec.bucket_bytes)
 
+    @property
+    def follows(self) -> bool:
+        """Whether weights are new as soon as their masters are: those lie in them, and nobody else has others."""
+        return self._shared and not self._outside
+
     def regather_hops(self, *, exact: bool = False) -> Iterator[Gather]:
         """Weights at depth lp from the masters at lo: after a step, or (`exact`) after other writes, a load for one.
 
@@ -214,7 +223,7 @@ class Flat:
         draw = self.received.begins(exact=exact)
         if draw is None:
             return
-        levels, coded = spec.levels(self.sharding.lp + 1, self.sharding.lo), draw != EXACT
+        levels, coded = self._outside, draw != EXACT
         for level in reversed(levels):
             coding = spec.coding(self.sharding.weights, level, level, P_REFRESH, draw) if coded else PLAIN
             there = held[spec.within(level - 1, self.sharding.lp)]
@@ -230,7 +239,9 @@ class Flat:
                 yield self._gather(part, sent, level, P_REFRESH, coding)
         if part.data_ptr() != held.data_ptr():
             held.copy_(part)
-        held[spec.padding(self.sharding.lp)] = 0.0  # what codecs that rotate blocks have left there
+        padding = spec.padding(self.sharding.lp)
+        if padding.start < padding.stop:
+            held[padding] = 0.0  # what codecs that rotate blocks have left there
 
     def broadcast_hops(self) -> Iterator[Gather]:
         """This rank's owned range of the masters to the replicas of these masters, outermost level first."""
@@ -260,14 +271,11 @@ class Flat:
         """Parameters that somebody wrote to since the last `absorb_edits`; with the tensor that was put in its place."""
         found: list[tuple[Slot, Tensor | None]] = []
         with torch._C.DisableTorchFunctionSubclass():
-            each = zip(
-                self.layout.slots, self.parameters.values(), self._views, self._seen, self._versions(), strict=True
-            )
-            for slot, parameter, view, before, now in each:
-                if parameter.data_ptr() != view.data_ptr():
-                    found.append((slot, parameter.data))
-                elif before != now:
-                    found.append((slot, None))
+            each = zip(self.layout.slots, self.parameters.values(), self._views, self._seen, strict=True)
+            for slot, parameter, view, version in each:
+                if parameter.is_set_to(view) and parameter._version == version:
+                    continue
+                found.append((slot, None if parameter.data_ptr() == view.data_ptr() else parameter.data))
         return found
 
     def absorb_edits(self) -> None:
@@ -275,7 +283,10 @@ class Flat:
 
         Every rank makes the same ones. Raises UseError, naming the parameter, for one that was moved or converted.
         """
-        for slot, other in self._written():
+        written = self._written()
+        if not written:
+            return
+        for slot, other in written:
             self._refuse_another(slot, other)
             if other is not None:
                 assert self.unsharded is not None

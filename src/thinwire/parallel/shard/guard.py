@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -96,10 +97,11 @@ def tensors_in(out: Any) -> Iterator[Tensor]:
     left = [out]
     while left:
         item = left.pop()
-        if id(item) in seen or item is None or isinstance(item, _PLAIN) or callable(item):
+        found = isinstance(item, Tensor)
+        if id(item) in seen or (not found and (item is None or isinstance(item, _PLAIN) or callable(item))):
             continue
         seen.add(id(item))
-        if isinstance(item, Tensor):
+        if found:
             yield item
         elif isinstance(item, Mapping):
             left.extend(item.values())
@@ -137,9 +139,9 @@ class NoGradients:
 
 def _packed(flags: Sequence[bool]) -> torch.Tensor:
     """(n / 8,) uint8, the first flag in the lowest bit."""
-    number = sum(flag << place for place, flag in enumerate(flags))
-    return torch.tensor(list(number.to_bytes(-(-len(flags) // 8), "little")), dtype=torch.uint8)
+    return torch.from_numpy(np.packbits(np.array(flags, dtype=bool), bitorder="little"))
 
 
 def _unpacked(packed: torch.Tensor, n: int) -> list[bool]:
-    return [bool(packed[place // 8] >> place % 8 & 1) for place in range(n)]
+    flags: list[bool] = np.unpackbits(packed.numpy(), count=n, bitorder="little").astype(bool).tolist()
+    return flags

@@ -11,6 +11,7 @@ A rank's part of a logical tensor: what checkpoints hold, so that any partition 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Slot:
     shape: tuple[int, ...]
     offset: int
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -37,7 +38,7 @@ class Layout:
     numel: int
     """Elements with padding: a multiple of the world's ranks and of the codecs' block."""
 
-    @property
+    @cached_property
     def used(self) -> int:
         """Elements without padding."""
         return self.slots[-1].offset + self.slots[-1].numel if self.slots else 0

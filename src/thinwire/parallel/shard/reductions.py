@@ -36,7 +36,8 @@ class Reductions:
         self._order: list[int] | None = None
         self._together: dict[int, int] = {}
         """Where a bucket of units that travel together begins in the order, and how many they are."""
-        self._complete: list[int] = []
+        self._complete: dict[int, None] = {}
+        """Units whose gradients are all there, in the order in which they came."""
         self._idle: list[int] = []
         """Units that expect no gradient, while backward has yet to pass them."""
         self._issued, self._last = 0, False
@@ -56,7 +57,7 @@ class Reductions:
         self._open()
 
     def _open(self) -> None:
-        self._issued, self._complete, self._idle = 0, [], []
+        self._issued, self._complete, self._idle = 0, {}, []
         for unit in self._units:
             unit.waiting, unit.hidden, unit.summed = len(unit.trained), 0, False
 
@@ -83,7 +84,10 @@ class Reductions:
             else:
                 unit.waiting = count or None
                 if not count and unit.sharded and unit.trained:
-                    (self._complete if unit.resident else self._idle).append(index)
+                    if unit.resident:
+                        self._complete[index] = None
+                    else:
+                        self._idle.append(index)
         self._issue()
 
     def passed(self, calls: CallOrder[Unit]) -> None:
@@ -91,14 +95,14 @@ class Reductions:
         over = [index for index in self._idle if calls.has_passed(self._units[index])]
         if over:
             self._idle = [index for index in self._idle if index not in over]
-            self._complete += over
+            self._complete |= dict.fromkeys(over)
             self._issue()
 
     def _take_back(self, index: int) -> bool:
         """A unit that was thought complete is not, if its reduction has not been issued; so the first micro-batch learns."""
         thought = index in self._complete and index not in (self._order or [])[: self._issued]
         if thought:
-            self._complete.remove(index)
+            del self._complete[index]
         return thought
 
     def came(self, index: int) -> None:
@@ -109,7 +113,7 @@ class Reductions:
         if unit.waiting is not None:
             unit.waiting -= 1
         if unit.waiting == 0:
-            self._complete.append(index)
+            self._complete[index] = None
             self._issue()
         else:
             self.leave_host()
@@ -119,7 +123,9 @@ class Reductions:
 
         Ranks need not call it alike: what has not left by then does so first of all when the next one is issued.
         """
-        if self._flights and self._flights[-1] is not self._left and self._flights[-1].levels <= self._copied:
+        if not (self._copied and self._flights) or self._flights[-1] is self._left:
+            return
+        if self._flights[-1].levels <= self._copied:
             self._left = self._flights[-1]
             with self._tags.told():
                 self._left.advance()
@@ -132,12 +138,12 @@ class Reductions:
         if self._order is None:
             trained = [index for index, unit in enumerate(self._units) if unit.trained]
             rest = [index for index in reversed(trained) if index not in self._complete]
-            self._order = of_rank_0(self._complete + rest, self._world)
+            self._order = of_rank_0([*self._complete, *rest], self._world)
             start = 0
             for count in bucketed([self._units[index].nbytes for index in self._order], self._bucket_bytes):
                 self._together[start] = count
                 start += count
-        self._complete += [index for index in self._order if index not in self._complete]
+        self._complete |= dict.fromkeys(self._order)
         self._issue()
 
     def again(self) -> None:
@@ -152,13 +158,15 @@ class Reductions:
     def drop(self) -> None:
         """What is under way is waited for, and forgotten with the gradients of the micro-batch."""
         self.land()
-        self._complete = [index for index, _ in enumerate(self._units)]
+        self._complete = dict.fromkeys(range(len(self._units)))
 
     def finish(self) -> None:
         """The sums are those of the step when this returns, whether or not a micro-batch said that it was the last."""
         self.land()
         for index in self._order or ():
-            Driver(*(grads.finish_hops() for grads in self._units[index].grads.values())).finish()
+            unfinished = [grads for grads in self._units[index].grads.values() if grads.unfinished]
+            if unfinished:
+                Driver(*(grads.finish_hops() for grads in unfinished)).finish()
         self._world.settle()
 
     def land(self) -> None:

@@ -54,7 +54,7 @@ class SavedWeights:
             return False
         for flat in unit.flats:
             assert flat.unsharded is not None
-            if flat.sharding.lp >= 0:
+            if flat.sharded:
                 self._holders[flat.unsharded.untyped_storage()._cdata] = unit, flat
         torch._C._autograd._push_saved_tensors_default_hooks(*self._hooks)
         return True

@@ -46,6 +46,7 @@ class ShardSpec:
         fanouts, coordinates = [level.fanout for level in world.cluster.levels], world.cluster.coordinates(world.rank)
         self.outermost = len(fanouts) - 1
         self._held = {depth: interval(layout.numel, fanouts, coordinates, depth) for depth in range(-1, len(fanouts))}
+        self._within: dict[tuple[int, int], slice] = {}
         self.step = 0
         """Steps taken before the one under way."""
         self.number = 0
@@ -60,7 +61,10 @@ class ShardSpec:
 
     def within(self, depth: int, outer: int) -> slice:
         """Where what this rank holds at `depth` lies in what it holds at `outer`, which is as deep or less."""
-        return self.at(depth).inside(self.at(outer))
+        found = self._within.get((depth, outer))
+        if found is None:
+            found = self._within[depth, outer] = self.at(depth).inside(self.at(outer))
+        return found
 
     def first_replica(self, depth: int) -> bool:
         """Whether this rank is the first of those that hold the same of a state that is sharded at `depth`."""

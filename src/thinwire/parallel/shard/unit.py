@@ -40,7 +40,14 @@ class Unit:
         """Trained parameters whose gradient has yet to come in this backward; None: nobody knows before its end."""
         self.summed = False
         """Whether the gradients of this step have been taken away to be summed."""
-        self._kinds = {p: watched(type(p), self, ask) for flat in flats for p in flat.parameters.values()}
+        self.trained = [p for flat in flats if flat.trained for p in flat.parameters.values()]
+        self.sharded = any(flat.sharded for flat in flats)
+        """Whether its weights have to be gathered."""
+        self._kinds = [
+            (p, watched(type(p), self, ask), flat.trained) for flat in flats for p in flat.parameters.values()
+        ]
+        self._asks = False, False
+        """Whether frozen and trained parameters ask first."""
 
     @property
     def label(self) -> str:
@@ -53,11 +60,6 @@ class Unit:
         return sum(flat.layout.numel * flat.master.element_size() for flat in self.flats)
 
     @property
-    def sharded(self) -> bool:
-        """Whether its weights have to be gathered."""
-        return any(flat.sharding.lp >= 0 for flat in self.flats)
-
-    @property
     def ready(self) -> bool:
         """Whether its parameters hold their numbers, and the newest ones."""
         return self.gathered and self.regathering is None
@@ -65,20 +67,18 @@ class Unit:
     def watch(self) -> None:
         """Let parameters that cannot be read as they are ask first; the others are plain ones (see `watched`)."""
         away = not self.ready
-        for flat in self.flats:
-            for parameter in flat.parameters.values():
-                kind = self._kinds[parameter]
-                wanted = kind if away or (self.summed and flat.trained) else kind.plain
-                if type(parameter) is not wanted:
-                    parameter.__class__ = wanted
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        return [p for flat in self.flats if flat.trained for p in flat.parameters.values()]
+        asks = away, away or self.summed
+        if asks == self._asks:
+            return
+        self._asks = asks
+        for parameter, kind, trained in self._kinds:
+            wanted = kind if asks[trained] else kind.plain
+            if type(parameter) is not wanted:
+                parameter.__class__ = wanted
 
     @property
     def gathered(self) -> bool:
-        return all(flat.gathered for flat in self.flats)
+        return not self.sharded or all(flat.gathered for flat in self.flats)
 
 
 def described(unit: Unit, step: int) -> operations.Unit:
@@ -92,7 +92,7 @@ def _buffer(unit: Unit, flat: Flat, step: int) -> Buffer:
     codecs = [*sharding.weights.values(), *sharding.grads.values()]
     return Buffer(
         flat.layout.numel,
-        sharding.lp,
+        sharding.lp if flat.sharded else -1,
         sharding.lg,
         sharding.lo,
         tuple(sharding.weights[level].name if level in sharding.weights else None for level in levels),

@@ -35,6 +35,7 @@ class Weights:
     ) -> None:
         self._units, self._world, self._tags, self._note = units, world, tags, note
         self._bucket_bytes = bucket_bytes
+        self._sharded = any(unit.sharded for unit in units)
         self._number = {unit: number for number, unit in enumerate(units)}
         self.used: list[Unit] = []
         """Units in order of first use in forward."""
@@ -107,7 +108,7 @@ class Weights:
 
     def prefetch(self, unit: Unit, direction: int) -> None:
         """Start gathering what comes next in this direction (+1: forward, -1: backward)."""
-        place = self._place.get(unit)
+        place = self._place.get(unit) if self._sharded else None
         if place is None:
             return
         here, place = self._bucket(unit), place + direction
@@ -134,11 +135,11 @@ class Weights:
                 self.release(unit)
 
     def release(self, unit: Unit) -> None:
-        """Give a unit's full weights up, unless they are on their way."""
-        if unit.gathering is None:
+        """Give a unit's full weights up, if they were gathered and have arrived."""
+        if unit in self._here and unit.gathering is None:
             for flat in unit.flats:
                 flat.release()
-            self._here.pop(unit, None)
+            del self._here[unit]
             unit.watch()
 
     def check(self) -> None:
@@ -209,7 +210,9 @@ class Weights:
             self.release(unit)
         self._world.settle()  # others may be reading the old ones
         self._note("refresh", units)
-        flats = [flat for unit in units for flat in unit.flats if exact or flat.trained]
+        flats = [flat for unit in units for flat in unit.flats if (exact or flat.trained) and not flat.follows]
+        if not flats:
+            return
         regathering = Driver(*(flat.regather_hops(exact=exact) for flat in flats))
         self._regathering.append(units)
         for unit in units:
