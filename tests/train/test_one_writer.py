@@ -104,6 +104,7 @@ def test_a_second_start_is_refused_and_after_a_kill_it_is_not(corpus: Path, tmp_
             (line,) = [line for line in second.stderr.splitlines() if line.startswith("thinwire:")]
             assert f"process {first.pid} on host {socket.gethostname()} is training in {folder}" in line
             assert "Traceback" not in second.stderr
+        wait_until(lambda: any((folder / "checkpoints").glob("step-*")), "the first start has saved nothing")
         for verb in (
             ("eval", folder),
             ("export", folder, "-o", tmp_path / "out"),
