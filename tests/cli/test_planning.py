@@ -188,8 +188,8 @@ def test_a_run_file_of_a_run_can_be_planned(tmp_path: Path) -> None:
 def test_the_program_of_the_best_plan_is_listed_and_sends_what_the_plan_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file = str(ROOT / "examples" / "three-sites-10b.toml")
-    listed, said = (_printed(capsys, "plan", file, "--program", *more) for more in ((), ("--json",)))
+    file = str(ROOT / "examples" / "frontier-20b.toml")
+    listed, said = (_printed(capsys, "plan", file, "--runnable", "--program", *more) for more in ((), ("--json",)))
     answer = json.loads(said)
     classes = answer["program"]["classes"]
     assert f"digest {answer['program']['digest']}:" in listed

@@ -14,8 +14,8 @@ from thinwire.parallel.shard.engine import shard
 from thinwire.plan.hops import Link, bucket_bytes, bucketed
 from worlds import run_world
 
-SIZES = (300, 700, None)
-"""Bytes of a bucket: of the toy's units (one of 1 to 3, one of 24 to 60 elements ...) two or three, more, all of them."""
+SIZES = (500, None)
+"""Bytes of a bucket: of the toy's units, tens to some hundred bytes each, a few; all of them."""
 CODED = {
     "weights": {"node": "int8", "cluster": "delta-int4"},
     "grads": {"node": "bf16", "cluster": "int4"},

@@ -30,10 +30,15 @@ def test_every_file_is_read_whole(validate: ModuleType) -> None:
     assert len(published.torchtitan("peak_memory")) == 13
 
 
-def test_runs_on_the_calibrated_cluster_are_within_ten_percent_of_default_constants(validate: ModuleType) -> None:
+@pytest.mark.parametrize("most_gpus", [256, pytest.param(10**6, marks=pytest.mark.slow)])
+def test_runs_on_the_calibrated_cluster_are_within_five_percent_of_default_constants(
+    most_gpus: int, validate: ModuleType
+) -> None:
     piped = [row for row in validate.published.table2() if row["shard"] != "zero3"]
-    for rows in (validate.published.table1(), piped):
-        assert validate.score(rows, lambda row: predict(row.measured, Calibration())).mean < 0.05
+    for rows in (validate.published.table1(), piped):  # of the second none has as few as the fast case takes
+        some = [row for row in rows if int(row["gpus"]) <= most_gpus]
+        if some:
+            assert validate.score(some, lambda row: predict(row.measured, Calibration())).mean < 0.05
 
 
 @pytest.mark.parametrize("dataset", ["diloco", "memory"])
