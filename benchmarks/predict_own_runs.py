@@ -85,7 +85,9 @@ def plans_of(world: World) -> dict[str, list[str]]:
     have no order that a planner could foresee. Micro-batches and recomputation cost something everywhere.
     """
     outer = world.levels[-1][0]
-    ddp, zero1, zero3, auto = ([f"plan.partition={each}"] for each in ("ddp", "zero1", "zero3", "auto"))
+    # The formula of peak memory is that of units that move by themselves; models this small would travel in one bucket.
+    alone = "plan.bucket_bytes=0"
+    ddp, zero1, zero3, auto = ([f"plan.partition={each}", alone] for each in ("ddp", "zero1", "zero3", "auto"))
     int4 = _coded("int8", "int4", outer)
     if world.levels == PAIR:
         return {
